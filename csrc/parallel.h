@@ -1,0 +1,32 @@
+// Multithreading through torch's own pool, and the SIMD clones of a kernel.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdint>
+
+// A function so marked is compiled once per SIMD level and dispatched when the library is loaded.
+// It must be a non-template with external linkage; what it calls must be ALWAYS_INLINE.
+#if defined(__x86_64__) && defined(__linux__) && \
+    ((defined(__clang__) && __clang_major__ >= 17) || (!defined(__clang__) && __GNUC__ >= 12))
+#define SIMD_CLONES __attribute__((target_clones("avx512f", "arch=x86-64-v3", "default")))
+#define HAS_SIMD_CLONES 1
+#else
+#define SIMD_CLONES
+#define HAS_SIMD_CLONES 0
+#endif
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+namespace rlscuda {
+
+// Calls f(begin, end) on ranges of at least `grain` iterations.
+template <class F>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
+  if (end - begin <= grain) {
+    if (end > begin) f(begin, end);
+  } else {
+    torch::stable::parallel_for(begin, end, grain, f);
+  }
+}
+
+}  // namespace rlscuda

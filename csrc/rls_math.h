@@ -1,0 +1,52 @@
+// The scalar formulas of recursive least squares, shared by host and device, and the glossary.
+//
+//   n        fan-in: columns of the im2col matrix of a layer, + 1 for a bias
+//   c        outputs of the layer
+//   P        inverse autocorrelation matrix [n, n] of the layer's input, symmetric positive definite
+//   S        input summary [r, n]: the r rows by which a minibatch enters P
+//   U        P S^T, kept as rows [r, n]; for r = 1 the vector u of the papers
+//   H        lambda I + (kappa / r) S U^T [r, r]; for r = 1 the scalar h of the papers
+//   lambda   forgetting factor, (0, 1]             kappa   gain of a new observation, > 0
+//   power    running mean of the squared input, by which a summary is normalised
+//   decay, diffusion   P <- decay P + diffusion I after the update: shrinkage towards P_0 or the
+//                      random-walk drift of a Kalman filter
+//
+// One update (Sherman-Morrison-Woodbury of R <- lambda R + (kappa / r) S^T S, then decay, diffusion):
+//   P <- (decay / lambda) (P - V^T V) + diffusion I,   V = sqrt(kappa / r) L^-1 U,   H = L L^T.
+// V_i V_j is the same number for (i, j) and (j, i), so P stays symmetric to the bit.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define RLS_HOST_DEVICE __host__ __device__
+#else
+#define RLS_HOST_DEVICE
+#endif
+
+namespace rlscuda {
+
+// The slots of a layer's health counters (float64, so that they count exactly).
+enum Health { kUpdates, kRefused, kResets, kLargestGain, kHealthSlots };
+
+// The in-place Cholesky factor of the symmetric [r, r] matrix H (lower triangle, row-major).
+// False where H is not positive definite or not finite.
+template <class T>
+RLS_HOST_DEVICE inline bool cholesky(T* H, int64_t r) {
+  for (int64_t j = 0; j < r; ++j) {
+    for (int64_t i = j; i < r; ++i) {
+      T sum = H[i * r + j];
+      for (int64_t k = 0; k < j; ++k) sum -= H[i * r + k] * H[j * r + k];
+      if (i == j) {
+        if (!(sum > T(0)) || !(sum < T(INFINITY))) return false;
+        H[j * r + j] = std::sqrt(sum);
+      } else {
+        H[i * r + j] = sum / H[j * r + j];
+      }
+    }
+  }
+  return true;
+}
+
+}  // namespace rlscuda

@@ -1,0 +1,5 @@
+"""Recursive-least-squares training for PyTorch."""
+
+import torch  # noqa: F401  (its libraries must be loaded before the extension)
+
+from rlscuda import _C  # noqa: F401
