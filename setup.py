@@ -20,8 +20,12 @@ ROOT = Path(__file__).parent.resolve()
 TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10
 CPU_SOURCES = [
     "csrc/library.cpp",
+    "csrc/nonfinite.cpp",
     "csrc/rls_update.cpp",
+    "csrc/weight_step.cpp",
+    "csrc/cpu/nonfinite_cpu.cpp",
     "csrc/cpu/rls_update_cpu.cpp",
+    "csrc/cpu/weight_step_cpu.cpp",
 ]
 CUDA_SOURCES = ["csrc/cuda/runtime.cu"]
 

@@ -22,6 +22,36 @@ struct RlsUpdate {
 template <class T>
 void rls_update_cpu(const RlsUpdate<T>& args);
 
+// Where the elements of one output row of a parameter lie: [C, kh, kw] by strides, or dense.
+struct RowLayout {
+  int64_t size[3], stride[3], row_stride;
+  bool dense;
+};
+
+// Arguments of one weight update; `second_moment` selects the adaptive form.
+template <class T>
+struct WeightStep {
+  void* weight;           // [rows, n] of the parameter's dtype, updated in place
+  void* bias;             // [rows] or null, likewise
+  T* product;             // [rows, n (+ 1)]: G P; completed in place
+  const T* grad;          // [rows, n]: G (adaptive form)
+  const T* P;             // [groups, n + 1, n + 1], or null where the product is complete
+  const void* grad_bias;  // [rows] of the parameter's dtype, or null
+  const T* h;             // [groups] or null; a row whose h is not finite is left alone
+  T* first_moment;        // [rows, n (+ 1)] or null
+  T* second_moment;       // [rows] or null
+  RowLayout layout;
+  int64_t rows, rows_per_group, n;
+  double lr, momentum, beta2, weight_decay, eps, correction1, correction2;
+  bool divide_by_h;
+};
+template <class T, class W>
+void weight_step_cpu(const WeightStep<T>& args);
+
+// Whether an element has all bits of the exponent mask set.
+template <class Bits>
+bool nonfinite_cpu(const void* x, Bits exponent_mask, int64_t count);
+
 // CUDART_VERSION of the toolkit that the CUDA half was built with.
 int cuda_runtime_version();
 

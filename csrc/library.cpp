@@ -26,10 +26,22 @@ STABLE_TORCH_LIBRARY(rlscuda, m) {
       "rls_update_(Tensor(a!) P, Tensor s, float forgetting, float gain, float decay, "
       "float diffusion, float initial_scale, Tensor(b!)? power, Tensor(c!)? health, "
       "Tensor? found_inf) -> (Tensor, Tensor)");
+  m.def("nonfinite(Tensor[] tensors) -> Tensor");
+  m.def(
+      "weight_step_(Tensor(a!) weight, Tensor(b!)? bias, Tensor(c!) product, Tensor? P, "
+      "Tensor? grad_bias, Tensor? h, Tensor(d!)? momentum_buffer, float lr, float momentum, "
+      "float weight_decay, bool divide_by_h) -> ()");
+  m.def(
+      "adaptive_weight_step_(Tensor(a!) weight, Tensor(b!)? bias, Tensor(c!) product, Tensor grad, "
+      "Tensor? P, Tensor? grad_bias, Tensor? h, Tensor(d!) first_moment, Tensor(e!) second_moment, "
+      "float lr, float beta1, float beta2, float weight_decay, float eps, int step) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rlscuda, CPU, m) {
   m.impl("rls_update_", TORCH_BOX(&rlscuda::rls_update_));
+  m.impl("nonfinite", TORCH_BOX(&rlscuda::nonfinite));
+  m.impl("weight_step_", TORCH_BOX(&rlscuda::weight_step_));
+  m.impl("adaptive_weight_step_", TORCH_BOX(&rlscuda::adaptive_weight_step_));
 }
 
 PYBIND11_MODULE(_C, m) {
