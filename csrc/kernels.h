@@ -31,11 +31,12 @@ struct RowLayout {
 // Arguments of one weight update; `second_moment` selects the adaptive form.
 template <class T>
 struct WeightStep {
-  void* weight;           // [rows, n] of the parameter's dtype, updated in place
-  void* bias;             // [rows] or null, likewise
-  T* product;             // [rows, n (+ 1)]: G P; completed in place
-  const T* grad;          // [rows, n]: G (adaptive form)
-  const T* P;             // [groups, n + 1, n + 1], or null where the product is complete
+  void* weight;       // [rows, n] of the parameter's dtype, updated in place
+  void* bias;         // [rows] or null, likewise
+  T* product;         // [rows, n (+ 1)]: G P; completed in place
+  const T* grad;      // [rows, n]: G (adaptive form)
+  const T* bias_row;  // P[n, :] of each group, or null where the product is complete
+  int64_t bias_row_stride;
   const void* grad_bias;  // [rows] of the parameter's dtype, or null
   const T* h;             // [groups] or null; a row whose h is not finite is left alone
   T* first_moment;        // [rows, n (+ 1)] or null

@@ -28,12 +28,13 @@ STABLE_TORCH_LIBRARY(rlscuda, m) {
       "Tensor? found_inf) -> (Tensor, Tensor)");
   m.def("nonfinite(Tensor[] tensors) -> Tensor");
   m.def(
-      "weight_step_(Tensor(a!) weight, Tensor(b!)? bias, Tensor(c!) product, Tensor? P, "
+      "weight_step_(Tensor(a!) weight, Tensor(b!)? bias, Tensor(c!) product, Tensor? bias_row, "
       "Tensor? grad_bias, Tensor? h, Tensor(d!)? momentum_buffer, float lr, float momentum, "
       "float weight_decay, bool divide_by_h) -> ()");
   m.def(
       "adaptive_weight_step_(Tensor(a!) weight, Tensor(b!)? bias, Tensor(c!) product, Tensor grad, "
-      "Tensor? P, Tensor? grad_bias, Tensor? h, Tensor(d!) first_moment, Tensor(e!) second_moment, "
+      "Tensor? bias_row, Tensor? grad_bias, Tensor? h, Tensor(d!) first_moment, Tensor(e!) "
+      "second_moment, "
       "float lr, float beta1, float beta2, float weight_decay, float eps, int step) -> ()");
 }
 

@@ -21,12 +21,12 @@ std::tuple<Tensor, Tensor> rls_update_(Tensor P, const Tensor& S, double forgett
 Tensor nonfinite(std::vector<Tensor> tensors);
 
 void weight_step_(Tensor weight, std::optional<Tensor> bias, Tensor product,
-                  const std::optional<Tensor>& P, const std::optional<Tensor>& grad_bias,
+                  const std::optional<Tensor>& bias_row, const std::optional<Tensor>& grad_bias,
                   const std::optional<Tensor>& h, std::optional<Tensor> momentum_buffer, double lr,
                   double momentum, double weight_decay, bool divide_by_h);
 
 void adaptive_weight_step_(Tensor weight, std::optional<Tensor> bias, Tensor product,
-                           const Tensor& grad, const std::optional<Tensor>& P,
+                           const Tensor& grad, const std::optional<Tensor>& bias_row,
                            const std::optional<Tensor>& grad_bias, const std::optional<Tensor>& h,
                            Tensor first_moment, Tensor second_moment, double lr, double beta1,
                            double beta2, double weight_decay, double eps, int64_t step);

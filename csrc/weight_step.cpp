@@ -24,7 +24,7 @@ RowLayout row_layout(const Tensor& weight) {
 // What both forms share: shapes against one another, then the common arguments.
 template <class T>
 WeightStep<T> common_args(const Tensor& weight, const std::optional<Tensor>& bias,
-                          const Tensor& product, const std::optional<Tensor>& P,
+                          const Tensor& product, const std::optional<Tensor>& bias_row,
                           const std::optional<Tensor>& grad_bias, const std::optional<Tensor>& h) {
   RLS_CHECK(weight.dim() == 2 || weight.dim() == 4, "weight must be [c, n] or [c, C, kh, kw], got ",
             shape_of(weight));
@@ -41,21 +41,22 @@ WeightStep<T> common_args(const Tensor& weight, const std::optional<Tensor>& bia
     check_contiguous("grad_bias", *grad_bias);
     args.grad_bias = grad_bias->const_data_ptr();
   }
-  if (P) {
-    RLS_CHECK(bias && grad_bias, "P completes the product for a bias: bias and grad_bias expected");
-    const int64_t groups = P->dim() == 3 ? P->size(0) : 1;
-    RLS_CHECK(P->size(-1) == columns && P->size(-2) == columns, "P must be [", columns, ", ",
-              columns, "] or a batch of such, got ", shape_of(*P));
-    RLS_CHECK(rows % groups == 0, "P has ", groups, " groups, which do not divide ", rows, " rows");
-    check_same_dtype("P", *P, "product", product);
-    check_contiguous("P", *P);
-    args.P = static_cast<const T*>(P->const_data_ptr());
+  if (bias_row) {
+    RLS_CHECK(bias && grad_bias, "bias_row completes the product: bias and grad_bias expected");
+    const int64_t groups = bias_row->dim() == 2 ? bias_row->size(0) : 1;
+    RLS_CHECK(bias_row->dim() <= 2 && bias_row->size(-1) == columns && bias_row->stride(-1) == 1,
+              "bias_row must be [", columns, "] or a batch of such, got ", shape_of(*bias_row));
+    RLS_CHECK(rows % groups == 0, "bias_row has ", groups, " groups, which do not divide ", rows,
+              " rows");
+    check_same_dtype("bias_row", *bias_row, "product", product);
+    args.bias_row = static_cast<const T*>(bias_row->const_data_ptr());
+    args.bias_row_stride = groups > 1 ? bias_row->stride(0) : 0;
     args.rows_per_group = rows / groups;
   }
   if (h) {
     const int64_t groups = h->numel();
-    RLS_CHECK(groups > 0 && rows % groups == 0, "h has ", groups,
-              " groups, which do not divide ", rows, " rows");
+    RLS_CHECK(groups > 0 && rows % groups == 0, "h has ", groups, " groups, which do not divide ",
+              rows, " rows");
     check_same_dtype("h", *h, "product", product);
     check_contiguous("h", *h);
     args.h = static_cast<const T*>(h->const_data_ptr());
@@ -107,12 +108,12 @@ void dispatch_compute(const Tensor& product, const F& f) {
 }  // namespace
 
 void weight_step_(Tensor weight, std::optional<Tensor> bias, Tensor product,
-                  const std::optional<Tensor>& P, const std::optional<Tensor>& grad_bias,
+                  const std::optional<Tensor>& bias_row, const std::optional<Tensor>& grad_bias,
                   const std::optional<Tensor>& h, std::optional<Tensor> momentum_buffer, double lr,
                   double momentum, double weight_decay, bool divide_by_h) {
   dispatch_compute(product, [&](auto zero) {
     using T = decltype(zero);
-    auto args = common_args<T>(weight, bias, product, P, grad_bias, h);
+    auto args = common_args<T>(weight, bias, product, bias_row, grad_bias, h);
     if (momentum_buffer)
       args.first_moment =
           moment_pointer<T>("momentum_buffer", *momentum_buffer, product.numel(), product);
@@ -132,15 +133,14 @@ void adaptive_weight_step_(Tensor weight, std::optional<Tensor> bias, Tensor pro
   RLS_CHECK(step >= 1, "step must count from 1, got ", step);
   dispatch_compute(product, [&](auto zero) {
     using T = decltype(zero);
-    auto args = common_args<T>(weight, bias, product, P, grad_bias, h);
+    auto args = common_args<T>(weight, bias, product, bias_row, grad_bias, h);
     RLS_CHECK(!bias || grad_bias, "grad_bias is expected where there is a bias");
-    RLS_CHECK(grad.numel() == weight.numel(), "grad must have ", weight.numel(),
-              " elements, got ", shape_of(grad));
+    RLS_CHECK(grad.numel() == weight.numel(), "grad must have ", weight.numel(), " elements, got ",
+              shape_of(grad));
     check_same_dtype("grad", grad, "product", product);
     check_contiguous("grad", grad);
     args.grad = static_cast<const T*>(grad.const_data_ptr());
-    args.first_moment =
-        moment_pointer<T>("first_moment", first_moment, product.numel(), product);
+    args.first_moment = moment_pointer<T>("first_moment", first_moment, product.numel(), product);
     args.second_moment = moment_pointer<T>("second_moment", second_moment, args.rows, product);
     args.lr = lr;
     args.momentum = beta1;

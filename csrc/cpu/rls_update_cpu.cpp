@@ -144,8 +144,7 @@ void update_matrix(const RlsUpdate<T>& args, int64_t b, double* health) {
   }
 
   const int64_t grain = std::max<int64_t>(8, 65536 / (n * r) + 1);
-  parallel_for(0, n, grain,
-               [&](int64_t i0, int64_t i1) { project_rows(P, S, U, n, r, i0, i1); });
+  parallel_for(0, n, grain, [&](int64_t i0, int64_t i1) { project_rows(P, S, U, n, r, i0, i1); });
 
   std::vector<double> H(r * r);
   double trace = 0;

@@ -46,9 +46,9 @@ ALWAYS_INLINE void move_row(const WeightStep<T>& a, int64_t i, const T* directio
 // D[i, :] += g_b[i] P[n, :], where the bias was left out of the product.
 template <class T, class W>
 ALWAYS_INLINE void complete_row(const WeightStep<T>& a, int64_t i, T* row, int64_t columns) {
-  if (!a.P) return;
+  if (!a.bias_row) return;
   const T g = to_compute<T>(static_cast<const W*>(a.grad_bias)[i]);
-  const T* p = a.P + (i / a.rows_per_group) * columns * columns + a.n * columns;
+  const T* p = a.bias_row + (i / a.rows_per_group) * a.bias_row_stride;
   for (int64_t j = 0; j < columns; ++j) row[j] += g * p[j];
 }
 
@@ -102,14 +102,12 @@ ALWAYS_INLINE void adaptive_rows(const WeightStep<T>& a, int64_t i0, int64_t i1)
 
 }  // namespace
 
-#define WEIGHT_STEP_ROWS(T, W)                                                     \
-  SIMD_CLONES void linear_step_rows(const WeightStep<T>& a, int64_t i0, int64_t i1, \
-                                    const W*) {                                    \
-    linear_rows<T, W>(a, i0, i1);                                                  \
-  }                                                                                \
-  SIMD_CLONES void adaptive_step_rows(const WeightStep<T>& a, int64_t i0, int64_t i1, \
-                                      const W*) {                                  \
-    adaptive_rows<T, W>(a, i0, i1);                                                \
+#define WEIGHT_STEP_ROWS(T, W)                                                                    \
+  SIMD_CLONES void linear_step_rows(const WeightStep<T>& a, int64_t i0, int64_t i1, const W*) {   \
+    linear_rows<T, W>(a, i0, i1);                                                                 \
+  }                                                                                               \
+  SIMD_CLONES void adaptive_step_rows(const WeightStep<T>& a, int64_t i0, int64_t i1, const W*) { \
+    adaptive_rows<T, W>(a, i0, i1);                                                               \
   }
 WEIGHT_STEP_ROWS(float, float)
 WEIGHT_STEP_ROWS(float, BFloat16)
