@@ -126,7 +126,7 @@ void weight_step_(Tensor weight, std::optional<Tensor> bias, Tensor product,
 }
 
 void adaptive_weight_step_(Tensor weight, std::optional<Tensor> bias, Tensor product,
-                           const Tensor& grad, const std::optional<Tensor>& P,
+                           const Tensor& grad, const std::optional<Tensor>& bias_row,
                            const std::optional<Tensor>& grad_bias, const std::optional<Tensor>& h,
                            Tensor first_moment, Tensor second_moment, double lr, double beta1,
                            double beta2, double weight_decay, double eps, int64_t step) {
