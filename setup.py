@@ -55,12 +55,15 @@ def cuda_home() -> Path | None:
     return Path(text.split("TOP=")[1].splitlines()[0]).resolve()
 
 
+def arch_list() -> str:
+    """The architectures to compile for."""
+    return os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0 8.6 8.9 9.0+PTX").replace(";", " ")
+
+
 def gencode_flags() -> list[str]:
     """One -gencode a requested architecture; `+PTX` adds the forward-compatible form."""
     flags = []
-    for arch in (
-        os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0 8.6 8.9 9.0+PTX").replace(";", " ").split()
-    ):
+    for arch in arch_list().split():
         number = arch.removesuffix("+PTX").replace(".", "")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if arch.endswith("+PTX"):
@@ -75,6 +78,7 @@ def extension():
         "-DNDEBUG",
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
         f'-DRLSCUDA_SOURCE_HASH="{source_hash()}"',
+        f'-DRLSCUDA_CUDA_ARCHS="{arch_list() if cuda else ""}"',
     ]
     cxx = [
         "-O3",

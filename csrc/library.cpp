@@ -5,6 +5,7 @@
 #include "kernels.h"
 #include "ops.h"
 #include "parallel.h"
+#include "rls_math.h"
 
 namespace rlscuda {
 namespace {
@@ -48,6 +49,8 @@ STABLE_TORCH_LIBRARY_IMPL(rlscuda, CPU, m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled half of rlscuda: loading it registers torch.ops.rlscuda.*";
   m.attr("source_hash") = RLSCUDA_SOURCE_HASH;
+  m.attr("cuda_archs") = RLSCUDA_CUDA_ARCHS;
+  m.attr("health_slots") = int(rlscuda::kHealthSlots);
   m.attr("simd") = rlscuda::simd_level();
 #ifdef RLSCUDA_WITH_CUDA
   m.attr("cuda_runtime") = rlscuda::cuda_runtime_version();

@@ -105,10 +105,6 @@ class Layer:
         width = (images.shape[3] + left + right - dw * (kw - 1) - 1) // sw + 1
         return height * width
 
-    def rows(self, x: Tensor) -> Tensor:
-        """The rows [groups, r, n] of a summary as `rls_update_` takes them for this layer."""
-        return x if self.groups > 1 else x[0]
-
 
 def state_dtype(weight: Tensor, requested: torch.dtype | None) -> torch.dtype:
     """The dtype of `P`: float64 for float64 parameters or on request, else float32."""

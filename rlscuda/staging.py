@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlscuda.layers import Layer
 
@@ -54,19 +55,19 @@ class Summary:
 
 
 def summarise(
-    layer: Layer, x: Tensor, kind: str, rank: int, seed: int, offset: tuple[int, int]
+    layer: Layer, images: Tensor, kind: str, rank: int, seed: int, offset: tuple[int, int]
 ) -> Summary:
-    """Summarises the input `x` of a layer.
+    """Summarises the input of a layer.
 
     Args:
         layer: The layer.
-        x: Its input.
+        images: Its input as [N, C, H, W], see `Layer.images`.
         kind: `mean`, `sketch` or `sample`.
         rank: Rows of the summary.
         seed: Seed of the random signs or draws.
         offset: Images and im2col rows that this step has seen before.
     """
-    images, bias = layer.images(x), layer.bias
+    bias = layer.bias
     n, positions = images.shape[0], layer.positions(images)
     if kind == "sketch":
         rows = _ops.patch_sketch(images, *layer.geometry, bias, rank, seed, offset[1])
@@ -126,19 +127,24 @@ class Stage:
 
 
 class ForwardHook:
-    """Forward hook of one module; inert in copies of the module and once its optimizer is gone."""
+    """Forward hook of one layer; inert in copies of its module and once its optimizer is gone.
 
-    def __init__(self, module: nn.Module | None = None, observe=None):
-        self.module = weakref.ref(module) if module is not None else None
-        self.observe = weakref.WeakMethod(observe) if observe is not None else None
+    Args:
+        layer: The layer whose input to observe.
+        observe: Bound method (layer, input, output) of the optimizer.
+    """
+
+    def __init__(self, layer: Layer | None = None, observe: Callable | None = None):
+        self._layer = weakref.ref(layer) if layer is not None else lambda: None
+        self._observe = weakref.WeakMethod(observe) if observe is not None else lambda: None
 
     def __call__(self, module, args, kwargs, output):
-        """Stages the input of a forward that may be differentiated."""
-        if self.observe is None or self.module() is not module:
+        """Passes on a forward that may be differentiated."""
+        layer, observe = self._layer(), self._observe()
+        if observe is None or layer.module is not module:
             return
-        observe = self.observe()
-        if observe is not None and module.training and output.requires_grad:
-            observe(module, args[0] if args else kwargs["input"], output)
+        if module.training and output.requires_grad:
+            observe(layer, args[0] if args else kwargs["input"], output)
 
     def __deepcopy__(self, memo):
         return ForwardHook()

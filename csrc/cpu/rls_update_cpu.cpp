@@ -138,7 +138,8 @@ void update_matrix(const RlsUpdate<T>& args, int64_t b, double* health) {
 
   double gain = args.gain / double(r);
   if (args.power) {
-    const double power = (1 - args.gain) * args.power[b] + args.gain * square / double(r * n);
+    const double seen = square / double(r * n), before = args.power[b];
+    const double power = before > 0 ? (1 - args.gain) * before + args.gain * seen : seen;
     args.power[b] = T(power);
     gain = power > 0 ? gain / power : 0;
   }
