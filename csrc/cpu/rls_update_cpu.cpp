@@ -12,6 +12,7 @@
 #include "parallel.h"
 #include "rls_math.h"
 #include "simd.h"
+#include "symmetric_project.h"
 
 namespace rlscuda {
 namespace {
@@ -107,6 +108,14 @@ SIMD_CLONES void project_rows(const float* P, const float* S, float* U, int64_t 
 SIMD_CLONES void project_rows(const double* P, const double* S, double* U, int64_t n, int64_t r,
                               int64_t i0, int64_t i1) {
   project(P, S, U, n, r, i0, i1);
+}
+SIMD_CLONES void symmetric_rows(const float* P, const float* s, float* u, int64_t n, int64_t i0,
+                                int64_t i1) {
+  symmetric_bands(P, s, u, n, i0, i1);
+}
+SIMD_CLONES void symmetric_rows(const double* P, const double* s, double* u, int64_t n, int64_t i0,
+                                int64_t i1) {
+  symmetric_bands(P, s, u, n, i0, i1);
 }
 SIMD_CLONES void update_rows(float* P, const float* V, int64_t n, int64_t r, float scale,
                              float diffusion, int64_t i0, int64_t i1) {
