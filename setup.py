@@ -1,7 +1,7 @@
 """Build of the extension `rlscuda._C`; metadata lives in pyproject.toml.
 
 Environment switches:
-    RLSCUDA_CUDA=auto|0|1    build the CUDA kernels: if nvcc is found, never, always (default auto)
+    RLSCUDA_CUDA=auto|0|1    build the CUDA sources: if nvcc is found, never, always (default auto)
     TORCH_CUDA_ARCH_LIST     architectures to compile for (default 8.0 8.6 8.9 9.0+PTX)
     MAX_JOBS                 parallel compile jobs
 """
@@ -17,26 +17,20 @@ from setuptools import setup
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent.resolve()
-TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10
-CPU_SOURCES = [
-    "csrc/library.cpp",
-    "csrc/nonfinite.cpp",
-    "csrc/rls_update.cpp",
-    "csrc/weight_step.cpp",
-    "csrc/cpu/nonfinite_cpu.cpp",
-    "csrc/cpu/rls_update_cpu.cpp",
-    "csrc/cpu/weight_step_cpu.cpp",
-]
+OPS = ["nonfinite", "rls_update", "weight_step"]
+CPU_SOURCES = ["csrc/library.cpp"]
+CPU_SOURCES += [f"csrc/{op}.cpp" for op in OPS] + [f"csrc/cpu/{op}_cpu.cpp" for op in OPS]
 CUDA_SOURCES = ["csrc/cuda/runtime.cu"]
+ARCHS = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0 8.6 8.9 9.0+PTX").replace(";", " ")
 
 
 def source_hash() -> str:
     """The hash of every kernel source, by which a stale benchmark result is recognised."""
-    digest = hashlib.sha256()
-    for path in sorted((ROOT / "csrc").rglob("*")):
-        if path.suffix in {".cpp", ".h", ".cu", ".cuh"}:
-            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
+    paths = (p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".cpp", ".h", ".cu", ".cuh"})
+    parts = (
+        p.relative_to(ROOT).as_posix().encode() + b"\0" + p.read_bytes() for p in sorted(paths)
+    )
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
 
 
 def cuda_home() -> Path | None:
@@ -45,67 +39,46 @@ def cuda_home() -> Path | None:
     if switch not in {"auto", "0", "1"}:
         raise SystemExit(f"RLSCUDA_CUDA must be auto, 0 or 1, got {switch!r}")
     nvcc = None if switch == "0" else shutil.which("nvcc")
+    if nvcc is None and switch == "1":
+        raise SystemExit("RLSCUDA_CUDA=1 needs nvcc on the PATH, and none was found")
     if nvcc is None:
-        if switch == "1":
-            raise SystemExit("RLSCUDA_CUDA=1 needs nvcc on the PATH, and none was found")
         return None
-    # nvcc may be a wrapper script on the PATH: it knows its own toolkit best
+    # nvcc may be a wrapper script: its dry run names its own toolkit
     dryrun = [nvcc, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull]
     text = subprocess.run(dryrun, capture_output=True, text=True, check=True).stderr
     return Path(text.split("TOP=")[1].splitlines()[0]).resolve()
 
 
-def arch_list() -> str:
-    """The architectures to compile for."""
-    return os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0 8.6 8.9 9.0+PTX").replace(";", " ")
-
-
-def gencode_flags() -> list[str]:
-    """One -gencode a requested architecture; `+PTX` adds the forward-compatible form."""
-    flags = []
-    for arch in arch_list().split():
-        number = arch.removesuffix("+PTX").replace(".", "")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if arch.endswith("+PTX"):
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
-
-
 def extension():
-    """The one extension module: stable-ABI ops and the pybind11 module."""
+    """The one extension module: operators on the stable ABI of torch 2.10, and its Python side."""
     cuda = cuda_home()
-    defines = [
-        "-DNDEBUG",
-        f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
-        f'-DRLSCUDA_SOURCE_HASH="{source_hash()}"',
-        f'-DRLSCUDA_CUDA_ARCHS="{arch_list() if cuda else ""}"',
-    ]
-    cxx = [
-        "-O3",
-        "-fvisibility=hidden",
-        "-Wall",
-        "-Wno-psabi",
-        f"-ffile-prefix-map={ROOT}=.",
-        *defines,
-    ]
-    if cuda:
-        cxx.append("-DRLSCUDA_WITH_CUDA")
+    defines = ["-DNDEBUG", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    defines += ["-DRLSCUDA_WITH_CUDA"] if cuda else []
+    generated = ROOT / "build" / "generated"
+    generated.mkdir(parents=True, exist_ok=True)
+    (generated / "build_info.h").write_text(
+        f'#define RLSCUDA_SOURCE_HASH "{source_hash()}"\n'
+        f'#define RLSCUDA_CUDA_ARCHS "{ARCHS if cuda else ""}"\n'
+    )
+    gencode = []
+    for arch in ARCHS.split():
+        number = arch.removesuffix("+PTX").replace(".", "")
+        codes = [f"sm_{number}"] + [f"compute_{number}"] * arch.endswith("+PTX")
+        gencode += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+    cxx = ["-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi", f"-ffile-prefix-map={ROOT}=."]
+    nvcc = ["-O3", "--cudart=static", *gencode]
     ext = cpp_extension.CppExtension(
         "rlscuda._C",
         CPU_SOURCES + (CUDA_SOURCES if cuda else []),
-        include_dirs=[pybind11.get_include(), str(ROOT / "csrc")],
-        extra_compile_args={
-            "cxx": cxx,
-            "nvcc": ["-O3", "--cudart=static", *defines, *gencode_flags()],
-        },
+        include_dirs=[pybind11.get_include(), str(ROOT / "csrc"), str(generated)],
+        extra_compile_args={"cxx": cxx + defines, "nvcc": nvcc + defines},
         extra_link_args=["-Wl,--no-as-needed", "-Wl,-s"],
     )
     ext.libraries = ["torch", "torch_cpu"]
     if cuda:
         cpp_extension.CUDA_HOME = str(cuda)  # torch sets it only where it is itself a CUDA build
-        ext.library_dirs += [
-            str(cuda / sub) for sub in ("lib64", "lib", "targets/x86_64-linux/lib")
-        ]
+        places = ("lib64", "lib", "targets/x86_64-linux/lib")
+        ext.library_dirs += [str(cuda / place) for place in places]
         ext.libraries += ["cudart_static", "rt", "dl"]
     return ext
 

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 
+#include "build_info.h"
 #include "kernels.h"
 #include "ops.h"
 #include "parallel.h"
