@@ -26,10 +26,8 @@ ARCHS = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0 8.6 8.9 9.0+PTX").replace(";
 
 def source_hash() -> str:
     """The hash of every kernel source, by which a stale benchmark result is recognised."""
-    paths = (p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".cpp", ".h", ".cu", ".cuh"})
-    parts = (
-        p.relative_to(ROOT).as_posix().encode() + b"\0" + p.read_bytes() for p in sorted(paths)
-    )
+    sources = sorted(p for p in (ROOT / "csrc").rglob("*.*") if p.suffix in {".cpp", ".h", ".cu"})
+    parts = [f"{p.relative_to(ROOT).as_posix()}\0".encode() + p.read_bytes() for p in sources]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
 
 
@@ -38,10 +36,10 @@ def cuda_home() -> Path | None:
     switch = os.environ.get("RLSCUDA_CUDA", "auto")
     if switch not in {"auto", "0", "1"}:
         raise SystemExit(f"RLSCUDA_CUDA must be auto, 0 or 1, got {switch!r}")
-    nvcc = None if switch == "0" else shutil.which("nvcc")
-    if nvcc is None and switch == "1":
+    nvcc = shutil.which("nvcc")
+    if switch == "1" and nvcc is None:
         raise SystemExit("RLSCUDA_CUDA=1 needs nvcc on the PATH, and none was found")
-    if nvcc is None:
+    if switch == "0" or nvcc is None:
         return None
     # nvcc may be a wrapper script: its dry run names its own toolkit
     dryrun = [nvcc, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull]
@@ -53,13 +51,12 @@ def extension():
     """The one extension module: operators on the stable ABI of torch 2.10, and its Python side."""
     cuda = cuda_home()
     defines = ["-DNDEBUG", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    defines += ["-DRLSCUDA_WITH_CUDA"] if cuda else []
     generated = ROOT / "build" / "generated"
     generated.mkdir(parents=True, exist_ok=True)
-    (generated / "build_info.h").write_text(
-        f'#define RLSCUDA_SOURCE_HASH "{source_hash()}"\n'
-        f'#define RLSCUDA_CUDA_ARCHS "{ARCHS if cuda else ""}"\n'
-    )
+    facts = {"SOURCE_HASH": source_hash(), "CUDA_ARCHS": ARCHS if cuda else ""}
+    lines = [f'#define RLSCUDA_{name} "{value}"\n' for name, value in facts.items()]
+    lines += ["#define RLSCUDA_WITH_CUDA\n"] if cuda else []
+    (generated / "build_info.h").write_text("".join(lines))
     gencode = []
     for arch in ARCHS.split():
         number = arch.removesuffix("+PTX").replace(".", "")
