@@ -25,6 +25,12 @@ CPU_SOURCES = [
     "csrc/weight_step.cpp",
     "csrc/cpu/nonfinite_cpu.cpp",
     "csrc/cpu/rls_update_cpu.cpp",
+    "csrc/patch_mean.cpp",
+    "csrc/patch_sketch.cpp",
+    "csrc/patch_sample.cpp",
+    "csrc/cpu/patch_mean_cpu.cpp",
+    "csrc/cpu/patch_sketch_cpu.cpp",
+    "csrc/cpu/patch_sample_cpu.cpp",
     "csrc/cpu/weight_step_cpu.cpp",
 ]
 CUDA_SOURCES = ["csrc/cuda/runtime.cu"]
