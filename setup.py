@@ -17,9 +17,9 @@ from setuptools import setup
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent.resolve()
-OPS = ["nonfinite", "rls_update", "weight_step"]
-CPU_SOURCES = ["csrc/library.cpp"]
-CPU_SOURCES += [f"csrc/{op}.cpp" for op in OPS] + [f"csrc/cpu/{op}_cpu.cpp" for op in OPS]
+OPS = "nonfinite patch_mean patch_sample patch_sketch rls_update weight_step".split()
+CPU_SOURCES = [f"csrc/{op}.cpp" for op in ["library", *OPS]]
+CPU_SOURCES += [f"csrc/cpu/{op}_cpu.cpp" for op in OPS]
 CUDA_SOURCES = ["csrc/cuda/runtime.cu"]
 ARCHS = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0 8.6 8.9 9.0+PTX").replace(";", " ")
 

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "patch_geometry.h"
+
 namespace rlscuda {
 
 // Arguments of one `rls_update_` on a batch of matrices.
@@ -52,6 +54,17 @@ void weight_step_cpu(const WeightStep<T>& args);
 // Whether an element has all bits of the exponent mask set.
 template <class Bits>
 bool nonfinite_cpu(const void* x, Bits exponent_mask, int64_t count);
+
+// Summaries of the im2col matrix of x; out is [groups, row_size()], or [groups, rank, row_size()].
+template <class T>
+void patch_mean_cpu(const T* x, const PatchGeometry& geometry, Accumulate<T>* out);
+template <class T>
+void patch_sketch_cpu(const T* x, const PatchGeometry& geometry, const PatchDraw& draw,
+                      Accumulate<T>* out);
+// keys [rank]: the hash by which each image was chosen.
+template <class T>
+void patch_sample_cpu(const T* x, const PatchGeometry& geometry, const PatchDraw& draw,
+                      Accumulate<T>* out, int64_t* keys);
 
 // CUDART_VERSION of the toolkit that the CUDA half was built with.
 int cuda_runtime_version();

@@ -38,6 +38,13 @@ STABLE_TORCH_LIBRARY(rlscuda, m) {
       "Tensor? bias_row, Tensor? grad_bias, Tensor? h, Tensor(d!) first_moment, Tensor(e!) "
       "second_moment, "
       "float lr, float beta1, float beta2, float weight_decay, float eps, int step) -> ()");
+#define PATCH_ARGS                                                             \
+  "(Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, " \
+  "int groups, str padding_mode, bool ones"
+  m.def("patch_mean" PATCH_ARGS ") -> Tensor");
+  m.def("patch_sketch" PATCH_ARGS ", int rank, int seed, int offset) -> Tensor");
+  m.def("patch_sample" PATCH_ARGS ", int rank, int seed, int offset) -> (Tensor, Tensor)");
+#undef PATCH_ARGS
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rlscuda, CPU, m) {
@@ -45,6 +52,9 @@ STABLE_TORCH_LIBRARY_IMPL(rlscuda, CPU, m) {
   m.impl("nonfinite", TORCH_BOX(&rlscuda::nonfinite));
   m.impl("weight_step_", TORCH_BOX(&rlscuda::weight_step_));
   m.impl("adaptive_weight_step_", TORCH_BOX(&rlscuda::adaptive_weight_step_));
+  m.impl("patch_mean", TORCH_BOX(&rlscuda::patch_mean));
+  m.impl("patch_sketch", TORCH_BOX(&rlscuda::patch_sketch));
+  m.impl("patch_sample", TORCH_BOX(&rlscuda::patch_sample));
 }
 
 PYBIND11_MODULE(_C, m) {
