@@ -82,9 +82,7 @@ def patch_mean(x: Tensor, *geometry) -> Tensor:
     return patch_rows(x, *geometry).mean(1)
 
 
-def patch_sketch(
-    x: Tensor, *geometry, rank: int, seed: int, offset: int = 0
-) -> Tensor:
+def patch_sketch(x: Tensor, *geometry, rank: int, seed: int, offset: int = 0) -> Tensor:
     """(1/√R) E X for random signs E [rank, R]: float64 [groups, rank, n (+ 1)]."""
     rows = patch_rows(x, *geometry)
     count = rows.shape[1]
