@@ -22,6 +22,8 @@ CPU_SOURCES = [
     "csrc/library.cpp",
     "csrc/rls_update.cpp",
     "csrc/cpu/rls_update_cpu.cpp",
+    "csrc/rls_filter.cpp",
+    "csrc/cpu/rls_filter_cpu.cpp",
 ]
 CUDA_SOURCES = ["csrc/cuda/runtime.cu"]
 

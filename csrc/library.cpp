@@ -5,6 +5,7 @@
 #include "kernels.h"
 #include "ops.h"
 #include "parallel.h"
+#include "rls_filter.h"
 
 namespace rlscuda {
 namespace {
@@ -34,6 +35,7 @@ STABLE_TORCH_LIBRARY_IMPL(rlscuda, CPU, m) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled half of rlscuda: loading it registers torch.ops.rlscuda.*";
+  rlscuda::bind_rls_filter(m);
   m.attr("source_hash") = RLSCUDA_SOURCE_HASH;
   m.attr("simd") = rlscuda::simd_level();
 #ifdef RLSCUDA_WITH_CUDA
