@@ -6,6 +6,7 @@
 #include "kernels.h"
 #include "ops.h"
 #include "parallel.h"
+#include "rls_filter.h"
 #include "rls_math.h"
 
 namespace rlscuda {
@@ -38,7 +39,7 @@ STABLE_TORCH_LIBRARY(rlscuda, m) {
       "Tensor? bias_row, Tensor? grad_bias, Tensor? h, Tensor(d!) first_moment, Tensor(e!) "
       "second_moment, "
       "float lr, float beta1, float beta2, float weight_decay, float eps, int step) -> ()");
-#define PATCH_ARGS                                                             \
+#define PATCH_ARGS                                                              \
   "(Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, " \
   "int groups, str padding_mode, bool ones"
   m.def("patch_mean" PATCH_ARGS ") -> Tensor");
@@ -59,6 +60,7 @@ STABLE_TORCH_LIBRARY_IMPL(rlscuda, CPU, m) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled half of rlscuda: loading it registers torch.ops.rlscuda.*";
+  rlscuda::bind_rls_filter(m);
   m.attr("source_hash") = RLSCUDA_SOURCE_HASH;
   m.attr("cuda_archs") = RLSCUDA_CUDA_ARCHS;
   m.attr("health_slots") = int(rlscuda::kHealthSlots);

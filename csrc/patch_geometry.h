@@ -1,8 +1,10 @@
-// The im2col matrix of a convolution, without the matrix: which element of x each of its entries is.
+// The im2col matrix of a convolution, without the matrix: which element of x each of its entries
+// is.
 //
-// Row b * L + oh * out_w + ow is the patch of image b at output position (oh, ow), L = out_h * out_w;
-// column c * kh * kw + i * kw + j is the tap (i, j) of channel c, the order of torch.nn.functional
-// .unfold. The entry is x[b, c, source_h(oh, i), source_w(ow, j)], 0 where the source is -1.
+// Row b * L + oh * out_w + ow is the patch of image b at output position (oh, ow), L = out_h *
+// out_w; column c * kh * kw + i * kw + j is the tap (i, j) of channel c, the order of
+// torch.nn.functional .unfold. The entry is x[b, c, source_h(oh, i), source_w(ow, j)], 0 where the
+// source is -1.
 #pragma once
 
 #include <cstdint>

@@ -11,8 +11,8 @@ Tensor patch_sketch(const Tensor& x, std::vector<int64_t> kernel_size, std::vect
                     int64_t offset) {
   check_patch_input(x);
   const Tensor input = walkable(x);
-  const PatchGeometry g = patch_geometry(input, kernel_size, stride, padding, dilation, groups,
-                                         padding_mode, ones);
+  const PatchGeometry g =
+      patch_geometry(input, kernel_size, stride, padding, dilation, groups, padding_mode, ones);
   const PatchDraw draw = patch_draw(rank, seed, offset);
   Tensor rows = new_tensor(x, {g.groups, rank, g.row_size()}, summary_dtype(x));
   dispatch_element(input, [&]<class T>(const T* data) {

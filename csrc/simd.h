@@ -31,13 +31,29 @@ ALWAYS_INLINE void store(T* to, const Vec<T>& v) {
   std::memcpy(to, &v, sizeof v);
 }
 
-// The sum of the lanes, by halves.
-template <class V>
-ALWAYS_INLINE auto sum(const V& v) {
-  constexpr int lanes = sizeof(V) / sizeof(v[0]);
-  auto total = v[0] * 0;
-  for (int i = 0; i < lanes / 2; ++i) total += v[i] + v[i + lanes / 2];
-  return total;
+// The sum of the lanes, by halves. (Where the compiler has no shuffle, the lanes go by memory.)
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define HAS_SHUFFLE 1
+#endif
+#endif
+ALWAYS_INLINE float sum(const Vec<float>& v) {
+#ifdef HAS_SHUFFLE
+  const auto four =
+      __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  const auto two = four + __builtin_shufflevector(four, four, 2, 3, 2, 3);
+  return two[0] + two[1];
+#else
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+#endif
+}
+ALWAYS_INLINE double sum(const Vec<double>& v) {
+#ifdef HAS_SHUFFLE
+  const auto two = __builtin_shufflevector(v, v, 0, 1) + __builtin_shufflevector(v, v, 2, 3);
+  return two[0] + two[1];
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
 }
 
 }  // namespace rlscuda

@@ -27,8 +27,7 @@ ALWAYS_INLINE Vec<float> load_compute(const Half* from) {
   const Bits32 magnitude = (wide & 0x7fffu) << 13, exponent = magnitude & 0x0f800000u;
   const Bits32 rebased = magnitude + 0x38000000u;
   const Vec<float> smallest = reinterpret_cast<Vec<float>>(Bits32{} + 0x38800000u);  // 2^-14
-  const Vec<float> subnormal =
-      reinterpret_cast<Vec<float>>(magnitude + 0x38800000u) - smallest;
+  const Vec<float> subnormal = reinterpret_cast<Vec<float>>(magnitude + 0x38800000u) - smallest;
   const Bits32 is_subnormal = reinterpret_cast<Bits32>(exponent == 0u);
   const Bits32 is_special = reinterpret_cast<Bits32>(exponent == 0x0f800000u);
   const Bits32 normal = rebased + (is_special & 0x38000000u);

@@ -1,12 +1,14 @@
-"""Recursive-least-squares training for PyTorch: fused kernels and a drop-in optimizer."""
+"""Recursive-least-squares training for PyTorch: fused kernels, a drop-in optimizer, streaming filters."""
 
 import torch  # noqa: F401  (its libraries must be loaded before the extension)
 
 from rlscuda import _C
+from rlscuda.filter import RLSFilter
 from rlscuda.optimizer import RLSOptimizer
+from rlscuda.regressor import RLSRegressor
 
 __version__ = "0.1.0"
-__all__ = ["RLSOptimizer", "build_info"]
+__all__ = ["RLSFilter", "RLSOptimizer", "RLSRegressor", "build_info"]
 
 
 def build_info() -> dict:

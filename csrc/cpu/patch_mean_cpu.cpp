@@ -176,8 +176,8 @@ ALWAYS_INLINE void contract_rows(const A* t, const PatchGeometry& g, const A* ro
 
 }  // namespace
 
-#define MEAN_TASK(T, A)                                                            \
-  SIMD_CLONES void mean_rows(const MeanTask<T, A>& task) { task.run_nchw(); }      \
+#define MEAN_TASK(T, A)                                                       \
+  SIMD_CLONES void mean_rows(const MeanTask<T, A>& task) { task.run_nchw(); } \
   SIMD_CLONES void mean_pixels(const MeanTask<T, A>& task, int64_t h) { task.run_nhwc(h); }
 MEAN_TASK(float, float)
 MEAN_TASK(double, double)
@@ -185,10 +185,10 @@ MEAN_TASK(BFloat16, float)
 MEAN_TASK(Half, float)
 #undef MEAN_TASK
 
-#define MEAN_CONTRACT(A)                                                                     \
-  SIMD_CLONES void mean_contract(const A* t, const PatchGeometry& g, const A* rows,          \
-                                 int64_t chunks, A scale, int64_t c0, int64_t c1, A* out) {  \
-    contract_rows(t, g, rows, chunks, scale, c0, c1, out);                                   \
+#define MEAN_CONTRACT(A)                                                                    \
+  SIMD_CLONES void mean_contract(const A* t, const PatchGeometry& g, const A* rows,         \
+                                 int64_t chunks, A scale, int64_t c0, int64_t c1, A* out) { \
+    contract_rows(t, g, rows, chunks, scale, c0, c1, out);                                  \
   }
 MEAN_CONTRACT(float)
 MEAN_CONTRACT(double)
@@ -201,7 +201,7 @@ void patch_mean_cpu(const T* x, const PatchGeometry& g, Accumulate<T>* out) {
   const bool nhwc = g.channels > 1 && g.stride_c == 1 && (g.stride_w != 1 || g.width == 1);
   const int64_t plane = g.channels * g.height * g.width;
   const int64_t rows = g.channels * g.height;
-  const int64_t group = nhwc ? std::min(g.channels, kPiece)          // channels, or
+  const int64_t group = nhwc ? std::min(g.channels, kPiece)             // channels, or
                              : std::max<int64_t>(1, kPiece / g.width);  // rows, of a piece
   const int64_t blocks = nhwc ? (g.channels + group - 1) / group : 1;
   const int64_t pieces = nhwc ? g.height * blocks : (rows + group - 1) / group;

@@ -8,8 +8,8 @@
 namespace rlscuda {
 
 template <class T>
-void patch_sample_cpu(const T* x, const PatchGeometry& g, const PatchDraw& draw,
-                      Accumulate<T>* out, int64_t* keys) {
+void patch_sample_cpu(const T* x, const PatchGeometry& g, const PatchDraw& draw, Accumulate<T>* out,
+                      int64_t* keys) {
   constexpr int64_t kGrain = 16384;  // hashes and elements below which a thread is not worth waking
   const int64_t work = g.images + g.channels * g.taps();
   parallel_for(0, draw.rank, kGrain / work + 1, [&](int64_t k0, int64_t k1) {
@@ -31,9 +31,8 @@ void patch_sample_cpu(const T* x, const PatchGeometry& g, const PatchDraw& draw,
           const int64_t h = g.source_h(oh, i);
           for (int64_t j = 0; j < g.kernel_w; ++j, ++to) {
             const int64_t w = g.source_w(ow, j);
-            *to = h < 0 || w < 0
-                      ? 0
-                      : to_compute<Accumulate<T>>(from[h * g.stride_h + w * g.stride_w]);
+            *to = h < 0 || w < 0 ? 0
+                                 : to_compute<Accumulate<T>>(from[h * g.stride_h + w * g.stride_w]);
           }
         }
       }

@@ -42,22 +42,21 @@ ALWAYS_INLINE void expand(uint64_t key, int64_t row, int64_t count, A* to) {
   }
 }
 
-#define SKETCH_KERNELS(A)                                                            \
-  SIMD_CLONES void sketch_rows(const SketchTile<A>& tile) { tile.dots(); }           \
-  SIMD_CLONES void sketch_pixels(const SketchTile<A>& tile) { tile.pixel_sums(); }   \
-  SIMD_CLONES void expand_signs(uint64_t key, int64_t row, int64_t count, A* to) {   \
-    expand(key, row, count, to);                                                     \
+#define SKETCH_KERNELS(A)                                                          \
+  SIMD_CLONES void sketch_rows(const SketchTile<A>& tile) { tile.dots(); }         \
+  SIMD_CLONES void sketch_pixels(const SketchTile<A>& tile) { tile.pixel_sums(); } \
+  SIMD_CLONES void expand_signs(uint64_t key, int64_t row, int64_t count, A* to) { \
+    expand(key, row, count, to);                                                   \
   }
 SKETCH_KERNELS(float)
 SKETCH_KERNELS(double)
 #undef SKETCH_KERNELS
 
-#define CONVERT_RUN(T)                                                               \
-  SIMD_CLONES void convert_run(const T* from, int64_t count, float* to) {            \
-    int64_t e = 0;                                                                   \
-    for (; e + kLanes<float> <= count; e += kLanes<float>)                           \
-      store(to + e, load_compute(from + e));                                         \
-    for (; e < count; ++e) to[e] = to_compute<float>(from[e]);                       \
+#define CONVERT_RUN(T)                                                                            \
+  SIMD_CLONES void convert_run(const T* from, int64_t count, float* to) {                         \
+    int64_t e = 0;                                                                                \
+    for (; e + kLanes<float> <= count; e += kLanes<float>) store(to + e, load_compute(from + e)); \
+    for (; e < count; ++e) to[e] = to_compute<float>(from[e]);                                    \
   }
 CONVERT_RUN(BFloat16)
 CONVERT_RUN(Half)
@@ -65,12 +64,12 @@ CONVERT_RUN(Half)
 
 namespace {
 
-constexpr int64_t kSigns = 4096;       // elements of E that stay in the L1 cache
-constexpr int64_t kChannels = 64;      // of a block
-constexpr int64_t kTasks = 64;         // wanted
-constexpr int64_t kGrain = 1 << 18;    // multiply-adds below which a task is not worth its while
-constexpr int64_t kLinearRows = 64;    // rows of a Linear input that are taken as one image
-constexpr int64_t kFlat = 1 << 14;     // elements of E of an image up to which a plane is one line
+constexpr int64_t kSigns = 4096;     // elements of E that stay in the L1 cache
+constexpr int64_t kChannels = 64;    // of a block
+constexpr int64_t kTasks = 64;       // wanted
+constexpr int64_t kGrain = 1 << 18;  // multiply-adds below which a task is not worth its while
+constexpr int64_t kLinearRows = 64;  // rows of a Linear input that are taken as one image
+constexpr int64_t kFlat = 1 << 14;   // elements of E of an image up to which a plane is one line
 
 template <class T>
 void convert(const T* from, int64_t count, Accumulate<T>* to) {
@@ -164,8 +163,8 @@ class Sketch {
       pixels_ = true;
     } else if (same && dense_w && g_.width >= kLane && last_width_ == g_.width) {
       // rows where they lie
-    } else if (same && dense_w && g_.stride_h == g_.width && plane >= kLane && last_width_ == g_.width &&
-               plane * g_.taps() <= kFlat) {
+    } else if (same && dense_w && g_.stride_h == g_.width && plane >= kLane &&
+               last_width_ == g_.width && plane * g_.taps() <= kFlat) {
       flat_ = true;
       length_ = plane;
     } else {
@@ -285,8 +284,8 @@ class Sketch {
     // E of rank row k and image b for output rows [o, o_end).
     void place_signs(int64_t k, int64_t b, int64_t o, int64_t o_end, A* row, A* to) const {
       const uint64_t key = stream_key(s_.draw_.seed, Purpose::kSign, k);
-      expand_signs(key, s_.draw_.offset + b * g_.positions() + o * g_.out_w,
-                   (o_end - o) * g_.out_w, row);
+      expand_signs(key, s_.draw_.offset + b * g_.positions() + o * g_.out_w, (o_end - o) * g_.out_w,
+                   row);
       std::fill_n(to, s_.sign_size_, A(0));
       for (int64_t oh = o; oh < o_end; ++oh, row += g_.out_w) {
         if (s_.shifted_) {
@@ -294,7 +293,8 @@ class Sketch {
           continue;
         }
         for (int64_t tap = 0; tap < s_.planes_; ++tap) {
-          const int64_t j = tap % g_.kernel_w, h = s_.flat_ ? g_.source_h(oh, tap / g_.kernel_w) : 0;
+          const int64_t j = tap % g_.kernel_w,
+                        h = s_.flat_ ? g_.source_h(oh, tap / g_.kernel_w) : 0;
           if (h < 0) continue;
           A* line = s_.flat_ ? to + tap * s_.length_ + h * g_.width
                              : to + (tap * s_.band_ + oh - o) * s_.sign_stride_;
@@ -320,9 +320,9 @@ class Sketch {
       const int64_t stride_n = s_.copied_ ? copy_size() : g_.stride_n;
       const int64_t line = s_.pixels_ ? g_.width * channels_ : s_.length_;
       const int64_t stride_h = s_.copied_ ? line : g_.stride_h;
-      SketchTile<A> tile{lines,          0,         offsets,   out_offsets, ranks * per_rank,
-                         channels_, g_.taps(), 0,         nullptr};
-      tile.stride = s_.copied_ ? (s_.pixels_ ? channels_ : g_.height * s_.length_)
+      SketchTile<A> tile{lines,     0,         offsets, out_offsets, ranks * per_rank,
+                         channels_, g_.taps(), 0,       nullptr};
+      tile.stride = s_.copied_   ? (s_.pixels_ ? channels_ : g_.height * s_.length_)
                     : s_.pixels_ ? g_.stride_w
                                  : g_.stride_c;
       for (int64_t i = 0; i < (s_.flat_ ? 1 : g_.kernel_h); ++i) {
@@ -355,12 +355,12 @@ class Sketch {
   const T* x_;
   PatchGeometry g_;
   PatchDraw draw_;
-  int64_t total_, last_width_;                     // rows; pixels of a line of the last image
+  int64_t total_, last_width_;  // rows; pixels of a line of the last image
   bool pixels_ = false, flat_ = false, copied_ = false, shifted_ = false;
-  int64_t length_;                                 // of a line of x
+  int64_t length_;                                   // of a line of x
   int64_t planes_, lead_, sign_stride_, sign_size_;  // E of an image: planes of lines
-  int64_t band_, rank_step_, batch_;               // output rows, rank rows, images at a time
-  int64_t blocks_, chunks_, size_;                 // of channels, of images; of one partial result
+  int64_t band_, rank_step_, batch_;                 // output rows, rank rows, images at a time
+  int64_t blocks_, chunks_, size_;  // of channels, of images; of one partial result
 };
 
 }  // namespace

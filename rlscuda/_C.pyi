@@ -1,0 +1,19 @@
+from typing import Any
+
+from numpy.typing import NDArray
+
+source_hash: str
+simd: str
+cuda_runtime: int | None
+
+def rls_filter_run(
+    P: NDArray[Any],
+    W: NDArray[Any],
+    X: NDArray[Any],
+    Y: NDArray[Any],
+    forgetting: float,
+    gain: float,
+    decay: float,
+    diffusion: float,
+    initial_scale: float,
+) -> tuple[NDArray[Any], int]: ...
