@@ -65,12 +65,11 @@ CONVERT_RUN(Half)
 
 namespace {
 
-constexpr int64_t kSigns = 4096;       // elements of E that stay in the L1 cache
-constexpr int64_t kChannels = 64;      // of a block
-constexpr int64_t kTasks = 64;         // wanted
+constexpr int64_t kNear = 1 << 12;     // elements, of E or of the x of a tile, for the L1 cache
+constexpr int64_t kFar = 1 << 15;      // the same of all rank rows or channels, for the L2 cache
+constexpr int64_t kTasks = 32;         // wanted
 constexpr int64_t kGrain = 1 << 18;    // multiply-adds below which a task is not worth its while
-constexpr int64_t kLinearRows = 64;    // rows of a Linear input that are taken as one image
-constexpr int64_t kFlat = 1 << 14;     // elements of E of an image up to which a plane is one line
+constexpr int64_t kPartial = 1 << 20;  // elements of all partial results
 
 template <class T>
 void convert(const T* from, int64_t count, Accumulate<T>* to) {
@@ -93,12 +92,16 @@ class Sketch {
     last_width_ = g_.width;
     merge_plane();
     choose_layout();
+    choose_tasks();
     choose_signs();
-    blocks_ = (g_.channels + kChannels - 1) / kChannels;
-    const int64_t work = total_ * g_.channels * g_.taps() * draw_.rank;
-    const int64_t wanted = std::min(kTasks, work / kGrain + 1);
-    chunks_ = std::clamp<int64_t>(wanted / blocks_, 1, g_.images);
-    size_ = draw_.rank * g_.channels * g_.taps();
+    source_h_.resize(g_.kernel_h * g_.out_h);
+    source_w_.resize(g_.kernel_w * g_.out_w);
+    for (int64_t i = 0; i < g_.kernel_h; ++i)
+      for (int64_t oh = 0; oh < g_.out_h; ++oh)
+        source_h_[i * g_.out_h + oh] = g_.source_h(oh, i);
+    for (int64_t j = 0; j < g_.kernel_w; ++j)
+      for (int64_t ow = 0; ow < g_.out_w; ++ow)
+        source_w_[j * g_.out_w + ow] = g_.source_w(ow, j);
   }
 
   void run(A* out) const {
@@ -108,8 +111,7 @@ class Sketch {
     sign_sums.assign(chunks_ * draw_.rank, 0.0);
     A* partial = scratch.data();
     double* ones = sign_sums.data();
-    const int64_t work = total_ * g_.channels * g_.taps() * draw_.rank / (chunks_ * blocks_);
-    parallel_for(0, chunks_ * blocks_, kGrain / (work + 1) + 1, [&](int64_t first, int64_t last) {
+    parallel_for(0, chunks_ * blocks_, kGrain / (work_ / (chunks_ * blocks_) + 1) + 1, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
         const int64_t q = task / blocks_, block = task % blocks_;
         const int64_t b0 = q * g_.images / chunks_, b1 = (q + 1) * g_.images / chunks_;
@@ -144,11 +146,11 @@ class Sketch {
     if (!whole) return;
     const int64_t plane = g_.height * g_.width;
     if (plane == 1) {
-      g_.width = g_.out_w = kLinearRows;
+      g_.width = g_.out_w = std::clamp<int64_t>(kFar / 2 / g_.channels, 8, 64);
       g_.stride_w = g_.stride_n;
-      g_.stride_n *= kLinearRows;
-      last_width_ = (g_.images - 1) % kLinearRows + 1;
-      g_.images = (g_.images - 1) / kLinearRows + 1;
+      g_.stride_n *= g_.width;
+      last_width_ = (g_.images - 1) % g_.width + 1;
+      g_.images = (g_.images - 1) / g_.width + 1;
     } else if (g_.stride_h == g_.width * g_.stride_w) {
       g_.height = g_.out_h = 1;
       g_.width = g_.out_w = last_width_ = plane;
@@ -165,7 +167,7 @@ class Sketch {
     } else if (same && dense_w && g_.width >= kLane && last_width_ == g_.width) {
       // rows where they lie
     } else if (same && dense_w && g_.stride_h == g_.width && plane >= kLane && last_width_ == g_.width &&
-               plane * g_.taps() <= kFlat) {
+               plane * g_.taps() <= kFar) {
       flat_ = true;
       length_ = plane;
     } else {
@@ -182,12 +184,29 @@ class Sketch {
     lead_ = shifted_ ? std::max<int64_t>(0, reach - g_.pad_w) : 0;
     planes_ = flat_ ? g_.taps() : shifted_ ? 1 : g_.kernel_w;
     sign_stride_ = shifted_ ? lead_ + std::max(g_.pad_w + length_, g_.out_w) : length_;
-    band_ = flat_ ? g_.out_h : std::clamp<int64_t>(kSigns / (planes_ * sign_stride_), 1, g_.out_h);
+    const int64_t line = pixels_ ? std::min<int64_t>(g_.channels, 4 * kLane) * g_.width
+                                 : std::min<int64_t>(g_.channels, 4) * length_;
+    band_ = flat_ ? g_.out_h
+                  : std::clamp(std::min(kNear / (planes_ * sign_stride_), 2 * kNear / line),
+                               int64_t(1), g_.out_h);
     sign_size_ = flat_ ? planes_ * length_ : planes_ * band_ * sign_stride_;
-    rank_step_ = std::clamp<int64_t>(kSigns / sign_size_, 1, draw_.rank);
-    batch_ = band_ < g_.out_h
-                 ? 1
-                 : std::clamp<int64_t>(kSigns / (sign_size_ * rank_step_), 1, g_.images);
+    rank_step_ = std::clamp<int64_t>(kFar / sign_size_, 1, draw_.rank);
+    batch_ = 1;
+    if (band_ < g_.out_h) return;
+    const int64_t block = g_.channels / blocks_ * g_.height * g_.width;
+    batch_ = std::min(kNear / (sign_size_ * rank_step_), 2 * kNear / (line * (flat_ ? 1 : band_)));
+    batch_ = std::clamp(std::min(batch_, kFar / block), int64_t(1), g_.images);
+  }
+
+  // Chunks of the images first; blocks of the channels where the images are few or are copied.
+  void choose_tasks() {
+    size_ = draw_.rank * g_.channels * g_.taps();
+    work_ = total_ * size_;
+    const int64_t wanted = std::min(kTasks, work_ / kGrain + 1);
+    chunks_ = std::clamp<int64_t>(std::min(wanted, kPartial / size_), 1, g_.images);
+    blocks_ = std::min((wanted - 1) / chunks_ + 1, g_.channels / 32);
+    if (copied_) blocks_ = std::max(blocks_, g_.channels * g_.height * g_.width / (2 * kFar));
+    blocks_ = std::clamp<int64_t>(blocks_, 1, std::max<int64_t>(1, g_.channels / kLane));
   }
 
   void sum_signs(int64_t b0, int64_t b1, double* sums) const {
@@ -219,8 +238,8 @@ class Sketch {
       thread_local std::vector<int64_t> offsets;
       signs.resize(s_.sign_size_ * s_.rank_step_ * s_.batch_);
       row.resize((s_.band_ * g_.out_w / 64 + 1) * 64);
-      lines.resize(s_.batch_ * s_.band_);
-      offsets.resize(2 * s_.rank_step_ * g_.taps());
+      lines.resize(s_.batch_ * s_.band_ * g_.kernel_h);
+      offsets.resize(2 * s_.rank_step_ * g_.taps() + g_.kernel_h + 1);
       if (s_.copied_) copy.resize(s_.batch_ * copy_size());
       for (int64_t b = b0; b < b1; b += s_.batch_) {
         const int64_t images = std::min(s_.batch_, b1 - b);
@@ -294,12 +313,13 @@ class Sketch {
           continue;
         }
         for (int64_t tap = 0; tap < s_.planes_; ++tap) {
-          const int64_t j = tap % g_.kernel_w, h = s_.flat_ ? g_.source_h(oh, tap / g_.kernel_w) : 0;
+          const int64_t h = s_.flat_ ? s_.source_h_[tap / g_.kernel_w * g_.out_h + oh] : 0;
+          const int64_t* source = s_.source_w_.data() + tap % g_.kernel_w * g_.out_w;
           if (h < 0) continue;
           A* line = s_.flat_ ? to + tap * s_.length_ + h * g_.width
                              : to + (tap * s_.band_ + oh - o) * s_.sign_stride_;
           for (int64_t ow = 0; ow < g_.out_w; ++ow)
-            if (const int64_t w = g_.source_w(ow, j); w >= 0) line[w] += row[ow];
+            if (const int64_t w = source[ow]; w >= 0) line[w] += row[ow];
         }
       }
     }
@@ -308,6 +328,7 @@ class Sketch {
                   int64_t ranks, int64_t b, int64_t images, int64_t o, int64_t o_end) const {
       const int64_t per_rank = s_.flat_ ? g_.taps() : g_.kernel_w;
       int64_t* out_offsets = offsets + ranks * per_rank;
+      int64_t* first_line = out_offsets + ranks * per_rank;
       for (int64_t r = 0; r < ranks; ++r) {
         for (int64_t j = 0; j < per_rank; ++j) {
           const int64_t shift = s_.shifted_ ? s_.lead_ + g_.pad_w - j * g_.dilation_w
@@ -320,30 +341,35 @@ class Sketch {
       const int64_t stride_n = s_.copied_ ? copy_size() : g_.stride_n;
       const int64_t line = s_.pixels_ ? g_.width * channels_ : s_.length_;
       const int64_t stride_h = s_.copied_ ? line : g_.stride_h;
-      SketchTile<A> tile{lines,          0,         offsets,   out_offsets, ranks * per_rank,
-                         channels_, g_.taps(), 0,         nullptr};
+      SketchTile<A> tile{};
+      tile.lines = lines, tile.first_line = first_line;
+      tile.sign_offset = offsets, tile.out_offset = out_offsets;
+      tile.tap_rows = s_.flat_ ? 1 : g_.kernel_h, tile.tap_row = g_.kernel_w;
+      tile.columns = ranks * per_rank, tile.channels = channels_, tile.taps = g_.taps();
       tile.stride = s_.copied_ ? (s_.pixels_ ? channels_ : g_.height * s_.length_)
                     : s_.pixels_ ? g_.stride_w
                                  : g_.stride_c;
-      for (int64_t i = 0; i < (s_.flat_ ? 1 : g_.kernel_h); ++i) {
-        tile.line_count = 0;
-        tile.out = out_ + i * g_.kernel_w;
+      tile.out = out_;
+      int64_t count = 0;
+      for (int64_t i = 0; i < tile.tap_rows; ++i) {
+        first_line[i] = count;
+        const int64_t* source = s_.source_h_.data() + i * g_.out_h;
         for (int64_t m = 0; m < images; ++m) {
           const A* image = x + m * stride_n;
           const A* image_signs = signs + m * s_.sign_size_;
           const int64_t length = s_.pixels_ ? width(b + m) : s_.length_;
           if (s_.flat_) {
-            lines[tile.line_count++] = {image, image_signs, length};
+            lines[count++] = {image, image_signs, length};
             continue;
           }
           for (int64_t oh = o; oh < o_end; ++oh)
-            if (const int64_t h = g_.source_h(oh, i); h >= 0)
-              lines[tile.line_count++] = {image + h * stride_h,
-                                          image_signs + (oh - o) * s_.sign_stride_, length};
+            if (source[oh] >= 0)
+              lines[count++] = {image + source[oh] * stride_h,
+                                image_signs + (oh - o) * s_.sign_stride_, length};
         }
-        if (tile.line_count == 0) continue;
-        s_.pixels_ ? sketch_pixels(tile) : sketch_rows(tile);
       }
+      first_line[tile.tap_rows] = count;
+      s_.pixels_ ? sketch_pixels(tile) : sketch_rows(tile);
     }
 
     const Sketch& s_;
@@ -360,7 +386,9 @@ class Sketch {
   int64_t length_;                                 // of a line of x
   int64_t planes_, lead_, sign_stride_, sign_size_;  // E of an image: planes of lines
   int64_t band_, rank_step_, batch_;               // output rows, rank rows, images at a time
-  int64_t blocks_, chunks_, size_;                 // of channels, of images; of one partial result
+  int64_t blocks_, chunks_;                        // of channels, of images
+  int64_t size_, work_;                            // of one partial result; multiply-adds in all
+  std::vector<int64_t> source_h_, source_w_;       // [kernel_h, out_h], [kernel_w, out_w]
 };
 
 }  // namespace
