@@ -251,7 +251,7 @@ def _checked(x: Tensor) -> Tensor:
         raise TypeError(f"x must be float32, float64, bfloat16 or float16, got {x.dtype}")
     if x.numel() == 0:
         raise ValueError(f"x must not be empty, got {list(x.shape)}")
-    return x.detach()
+    return x.detach() if x.requires_grad else x
 
 
 def _images(x: Tensor) -> Tensor:

@@ -135,6 +135,15 @@ struct MeanTask {
         for (int64_t p = 0; p < pixels; ++p)
           sum_images(from + p * g.stride_w, g.stride_n, images, count, sums + p * count);
       }
+      if (count < kLanes<A>) {
+        A line[kPiece];
+        for (int64_t c = 0; c < count; ++c) {
+          for (int64_t p = 0; p < pixels; ++p) line[p] = sums[p * count + c];
+          for (int64_t j = 0; j < g.kernel_w; ++j)
+            *slot(h, j, begin + c) += dot(line, columns + j * g.width + w, pixels);
+        }
+        continue;
+      }
       for (int64_t j = 0; j < g.kernel_w; ++j) {
         A* to = slot(h, j, begin);
         for (int64_t p = 0; p < pixels; ++p) {

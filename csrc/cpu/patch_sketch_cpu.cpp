@@ -20,28 +20,6 @@
 
 namespace rlscuda {
 
-// The signs of rows [row, row + count) as +-1; writes whole groups of 64.
-template <class A>
-ALWAYS_INLINE void expand(uint64_t key, int64_t row, int64_t count, A* to) {
-  typedef std::conditional_t<sizeof(A) == 4, uint32_t, uint64_t> Bits;
-  constexpr int W = kLanes<A>;
-  const Vec<A> one = Vec<A>{} + A(1);
-  Vec<Bits> lane;
-  for (int k = 0; k < W; ++k) lane[k] = Bits(k);
-  const int shift = int(row & 63);
-  int64_t word = row >> 6;
-  uint64_t low = random_bits(key, word);
-  for (int64_t e = 0; e < count; e += 64, to += 64) {
-    uint64_t bits = low;
-    if (shift || e + 64 < count) low = random_bits(key, ++word);
-    if (shift) bits = bits >> shift | low << (64 - shift);
-    for (int v = 0; v < 64; v += W) {
-      const Vec<Bits> sign = ((Vec<Bits>{} + Bits(bits >> v)) >> lane) << (8 * sizeof(A) - 1);
-      store(to + v, reinterpret_cast<Vec<A>>(reinterpret_cast<Vec<Bits>>(one) | sign));
-    }
-  }
-}
-
 #define SKETCH_KERNELS(A)                                                            \
   SIMD_CLONES void sketch_rows(const SketchTile<A>& tile) { tile.dots(); }           \
   SIMD_CLONES void sketch_pixels(const SketchTile<A>& tile) { tile.pixel_sums(); }   \
@@ -120,19 +98,23 @@ class Sketch {
       }
     });
     const double scale = 1 / std::sqrt(double(total_));
-    const int64_t n = g_.columns(), rows = g_.groups * draw_.rank;
-    parallel_for(0, rows, kGrain / (n * chunks_) + 1, [&](int64_t first, int64_t last) {
-      for (int64_t row = first; row < last; ++row) {
-        const int64_t group = row / draw_.rank, k = row % draw_.rank;
-        const A* from = partial + (k * g_.groups + group) * n;
-        A* to = out + row * g_.row_size();
+    const int64_t n = g_.channels * g_.taps();
+    parallel_for(0, draw_.rank, kGrain / (n * chunks_) + 1, [&](int64_t first, int64_t last) {
+      for (int64_t k = first; k < last; ++k) {
+        A* total = partial + k * n;
         for (int64_t q = 1; q < chunks_; ++q)
-          for (int64_t e = 0; e < n; ++e) partial[from - partial + e] += from[q * size_ + e];
-        for (int64_t e = 0; e < n; ++e) to[e] = A(scale) * from[e];
+          for (int64_t e = 0; e < n; ++e) total[e] += total[q * size_ + e];
+        for (int64_t c = 0; c < g_.channels; ++c) {
+          A* to = out + g_.out_offset(c, k, draw_.rank);
+          const A* from = pixels_ ? total + c : total + c * g_.taps();
+          const int64_t step = pixels_ ? g_.channels : 1;
+          for (int64_t t = 0; t < g_.taps(); ++t) to[t] = A(scale) * from[t * step];
+        }
         if (!g_.ones) continue;
         double sum = 0;
         for (int64_t q = 0; q < chunks_; ++q) sum += ones[q * draw_.rank + k];
-        to[n] = A(scale * sum);
+        for (int64_t group = 0; group < g_.groups; ++group)
+          out[(group * draw_.rank + k + 1) * g_.row_size() - 1] = A(scale * sum);
       }
     });
   }
@@ -190,12 +172,14 @@ class Sketch {
                   : std::clamp(std::min(kNear / (planes_ * sign_stride_), 2 * kNear / line),
                                int64_t(1), g_.out_h);
     sign_size_ = flat_ ? planes_ * length_ : planes_ * band_ * sign_stride_;
-    rank_step_ = std::clamp<int64_t>(kFar / sign_size_, 1, draw_.rank);
-    batch_ = 1;
+    const int64_t lines = flat_ ? 1 : band_;
+    const int64_t least = band_ < g_.out_h ? 1 : std::min(g_.images, 512 / (lines * length_) + 1);
+    rank_step_ = std::clamp<int64_t>(kFar / (sign_size_ * least), 1, draw_.rank);
+    batch_ = least;  // a tile should see as many elements as pay for its sums
     if (band_ < g_.out_h) return;
     const int64_t block = g_.channels / blocks_ * g_.height * g_.width;
-    batch_ = std::min(kNear / (sign_size_ * rank_step_), 2 * kNear / (line * (flat_ ? 1 : band_)));
-    batch_ = std::clamp(std::min(batch_, kFar / block), int64_t(1), g_.images);
+    batch_ = std::min({kNear / (sign_size_ * rank_step_), 2 * kNear / (line * lines), kFar / block});
+    batch_ = std::clamp(batch_, least, g_.images);
   }
 
   // Chunks of the images first; blocks of the channels where the images are few or are copied.
@@ -229,7 +213,7 @@ class Sketch {
     Task(const Sketch& sketch, A* partial, int64_t block)
         : s_(sketch), g_(sketch.g_), c0_(block * g_.channels / sketch.blocks_) {
       channels_ = (block + 1) * g_.channels / s_.blocks_ - c0_;
-      out_ = partial + c0_ * g_.taps();
+      out_ = partial + c0_ * (s_.pixels_ ? 1 : g_.taps());
     }
 
     void run(int64_t b0, int64_t b1) const {
@@ -335,7 +319,8 @@ class Sketch {
                                 : s_.flat_  ? j * s_.length_
                                             : j * s_.band_ * s_.sign_stride_;
           offsets[r * per_rank + j] = r * s_.batch_ * s_.sign_size_ + shift;
-          out_offsets[r * per_rank + j] = (k + r) * g_.channels * g_.taps() + j;
+          out_offsets[r * per_rank + j] =
+              (k + r) * g_.channels * g_.taps() + j * (s_.pixels_ ? g_.channels : 1);
         }
       }
       const int64_t stride_n = s_.copied_ ? copy_size() : g_.stride_n;
@@ -344,8 +329,10 @@ class Sketch {
       SketchTile<A> tile{};
       tile.lines = lines, tile.first_line = first_line;
       tile.sign_offset = offsets, tile.out_offset = out_offsets;
-      tile.tap_rows = s_.flat_ ? 1 : g_.kernel_h, tile.tap_row = g_.kernel_w;
-      tile.columns = ranks * per_rank, tile.channels = channels_, tile.taps = g_.taps();
+      tile.tap_rows = s_.flat_ ? 1 : g_.kernel_h;
+      tile.columns = ranks * per_rank, tile.channels = channels_;
+      tile.out_row = g_.kernel_w * (s_.pixels_ ? g_.channels : 1);
+      tile.out_channel = s_.pixels_ ? 1 : g_.taps();
       tile.stride = s_.copied_ ? (s_.pixels_ ? channels_ : g_.height * s_.length_)
                     : s_.pixels_ ? g_.stride_w
                                  : g_.stride_c;

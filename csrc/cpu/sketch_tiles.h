@@ -5,9 +5,32 @@
 
 #include <algorithm>
 
+#include "counter_rng.h"
 #include "simd.h"
 
 namespace rlscuda {
+
+// The signs of rows [row, row + count) as +-1; writes whole groups of 64.
+template <class A>
+ALWAYS_INLINE void expand(uint64_t key, int64_t row, int64_t count, A* to) {
+  typedef std::conditional_t<sizeof(A) == 4, uint32_t, uint64_t> Bits;
+  constexpr int W = kLanes<A>;
+  const Vec<Bits> one = reinterpret_cast<Vec<Bits>>(Vec<A>{} + A(1));
+  Vec<Bits> lane;
+  for (int k = 0; k < W; ++k) lane[k] = Bits(k);
+  const int shift = int(row & 63);
+  int64_t word = row >> 6;
+  uint64_t low = random_bits(key, word);
+  for (int64_t e = 0; e < count; e += 64, to += 64) {
+    uint64_t bits = low;
+    if (shift || e + 64 < count) low = random_bits(key, ++word);
+    if (shift) bits = bits >> shift | low << (64 - shift);
+    for (int v = 0; v < 64; v += W) {
+      const Vec<Bits> sign = ((Vec<Bits>{} + Bits(bits >> v)) >> lane) << (8 * sizeof(A) - 1);
+      store(to + v, reinterpret_cast<Vec<A>>(one | sign));
+    }
+  }
+}
 
 // A run of x along w, and the signs that meet it.
 template <class A>
@@ -17,15 +40,16 @@ struct SketchLine {
   int64_t length;
 };
 
-// For each tap row i: out[c * taps + i * tap_row + out_offset[column]] += the sum over the lines of
-// that tap row and over w of x[c, w] * signs[column, w].
+// For each tap row i: out[c * out_channel + i * out_row + out_offset[column]] += the sum over the
+// lines of that tap row and over w of x[c, w] * signs[column, w].
 template <class A>
 struct SketchTile {
   const SketchLine<A>* lines;
   const int64_t* first_line;   // [tap_rows + 1]: where the lines of each tap row begin
   const int64_t* sign_offset;  // [columns], from the signs of a line
   const int64_t* out_offset;   // [columns]
-  int64_t tap_rows, tap_row, columns, channels, taps;
+  int64_t tap_rows, columns, channels;
+  int64_t out_row, out_channel;  // out_channel is 1 where the channels of x are dense
   int64_t stride;  // of x from channel to channel (w is dense), or from w to w (channels are)
   A* out;
 
@@ -63,7 +87,7 @@ struct SketchTile {
     }
     for (int c = 0; c < CHANNELS; ++c)
       for (int j = 0; j < COLUMNS; ++j)
-        out[(channel + c) * taps + i * tap_row + out_offset[column + j]] += sum(acc[c][j]);
+        out[(channel + c) * out_channel + i * out_row + out_offset[column + j]] += sum(acc[c][j]);
   }
 
   template <int CHANNELS, int COLUMNS>
@@ -79,11 +103,13 @@ struct SketchTile {
     int64_t c = 0;
     for (; c + 4 <= channels; c += 4)
       for (int64_t i = 0; i < tap_rows; ++i) dot_columns<4, 3>(i, c, 0);
+    for (; c + 2 <= channels; c += 2)
+      for (int64_t i = 0; i < tap_rows; ++i) dot_columns<2, 5>(i, c, 0);
     for (; c < channels; ++c)
       for (int64_t i = 0; i < tap_rows; ++i) dot_columns<1, 5>(i, c, 0);
   }
 
-  // VECTORS of channels x COLUMNS sums over pixels; the first `skip` channels are another tile's.
+  // VECTORS of channels x COLUMNS sums over pixels; the first `skip` channels are not its own.
   template <int VECTORS, int COLUMNS>
   ALWAYS_INLINE void pixel_sum(int64_t i, int64_t channel, int64_t column, int64_t skip) const {
     constexpr int W = kLanes<A>;
@@ -102,12 +128,9 @@ struct SketchTile {
       }
     }
     for (int j = 0; j < COLUMNS; ++j) {
-      A* to = out + channel * taps + i * tap_row + out_offset[column + j];
-      if (taps == 1 && skip == 0) {
-        for (int v = 0; v < VECTORS; ++v) store(to + v * W, load(to + v * W) + acc[j][v]);
-        continue;
-      }
-      for (int64_t k = skip; k < VECTORS * W; ++k) to[k * taps] += acc[j][k / W][k % W];
+      A* to = out + channel + i * out_row + out_offset[column + j];
+      for (int64_t k = 0; k < skip; ++k) acc[j][0][k] = 0;
+      for (int v = 0; v < VECTORS; ++v) store(to + v * W, load(to + v * W) + acc[j][v]);
     }
   }
 
@@ -127,6 +150,8 @@ struct SketchTile {
     int64_t c = 0;
     for (; c + 4 * W <= channels; c += 4 * W)
       for (int64_t i = 0; i < tap_rows; ++i) pixel_columns<4, 3>(i, c, 0, 0);
+    for (; c + 2 * W <= channels; c += 2 * W)
+      for (int64_t i = 0; i < tap_rows; ++i) pixel_columns<2, 5>(i, c, 0, 0);
     for (; c + W <= channels; c += W)
       for (int64_t i = 0; i < tap_rows; ++i) pixel_columns<1, 5>(i, c, 0, 0);
     if (c == channels) return;
