@@ -11,13 +11,15 @@ namespace rlscuda {
 // Arguments of one `rls_update_` on a batch of matrices.
 template <class T>
 struct RlsUpdate {
-  T* P;            // [batch, n, n], updated in place
-  const T* S;      // [batch, rank, n]
-  T* U;            // [batch, rank, n], out: the rows P S^T
-  T* h;            // [batch], out: mean of the diagonal of H, NaN where no update was made
-  T* power;        // [batch] or null, updated in place
-  double* health;  // [kHealthSlots] or null, updated in place
-  int64_t batch, n, rank;
+  T* P;                 // [batch, n, n], updated in place
+  const T* S;           // [batch, rank, n]
+  T* U;                 // [batch, rank, n], out: the rows P S^T
+  T* h;                 // [batch], out: mean of the diagonal of H, NaN where no update was made
+  T* power;             // [batch] or null, updated in place
+  double* health;       // [kHealthSlots] or null, updated in place
+  const T* projection;  // [rank, n] or null: S P, where the caller knows it
+  T* projected;         // [projected_rows, n] or null: X P in, X P_new less its diffusion out
+  int64_t batch, n, rank, projected_rows;
   double forgetting, gain, decay, diffusion, initial_scale;
   bool refuse;  // the caller knows the step to be void: leave P as it is
 };

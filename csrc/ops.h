@@ -16,7 +16,9 @@ std::tuple<Tensor, Tensor> rls_update_(Tensor P, const Tensor& S, double forgett
                                        double decay, double diffusion, double initial_scale,
                                        const std::optional<Tensor>& power,
                                        const std::optional<Tensor>& health,
-                                       const std::optional<Tensor>& found_inf);
+                                       const std::optional<Tensor>& found_inf,
+                                       const std::optional<Tensor>& projection,
+                                       std::optional<Tensor> projected);
 
 Tensor nonfinite(std::vector<Tensor> tensors);
 

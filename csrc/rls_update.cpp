@@ -10,7 +10,9 @@ namespace {
 template <class T>
 std::tuple<Tensor, Tensor> launch(Tensor& P, const Tensor& S, bool batched, RlsUpdate<T> args,
                                   const std::optional<Tensor>& power,
-                                  const std::optional<Tensor>& health) {
+                                  const std::optional<Tensor>& health,
+                                  const std::optional<Tensor>& projection,
+                                  const std::optional<Tensor>& projected) {
   Tensor U = new_tensor(S, S.sizes(), S.scalar_type());
   Tensor h =
       batched ? new_tensor(P, {args.batch}, P.scalar_type()) : new_tensor(P, {}, P.scalar_type());
@@ -20,6 +22,9 @@ std::tuple<Tensor, Tensor> launch(Tensor& P, const Tensor& S, bool batched, RlsU
   args.h = static_cast<T*>(h.mutable_data_ptr());
   args.power = power ? static_cast<T*>(power->mutable_data_ptr()) : nullptr;
   args.health = health ? static_cast<double*>(health->mutable_data_ptr()) : nullptr;
+  args.projection = projection ? static_cast<const T*>(projection->const_data_ptr()) : nullptr;
+  args.projected = projected ? static_cast<T*>(projected->mutable_data_ptr()) : nullptr;
+  args.projected_rows = projected ? projected->size(0) : 0;
   rls_update_cpu(args);
   return {U, h};
 }
@@ -30,7 +35,9 @@ std::tuple<Tensor, Tensor> rls_update_(Tensor P, const Tensor& S, double forgett
                                        double decay, double diffusion, double initial_scale,
                                        const std::optional<Tensor>& power,
                                        const std::optional<Tensor>& health,
-                                       const std::optional<Tensor>& found_inf) {
+                                       const std::optional<Tensor>& found_inf,
+                                       const std::optional<Tensor>& projection,
+                                       std::optional<Tensor> projected) {
   const bool batched = P.dim() == 3;
   RLS_CHECK(batched || P.dim() == 2, "P must be [n, n] or [b, n, n], got ", shape_of(P));
   const int64_t n = P.size(-1), batch = batched ? P.size(0) : 1;
@@ -62,6 +69,18 @@ std::tuple<Tensor, Tensor> rls_update_(Tensor P, const Tensor& S, double forgett
               "found_inf must be one bool, got ", shape_of(*found_inf));
     refuse = *static_cast<const bool*>(found_inf->const_data_ptr());
   }
+  if (projection) {
+    RLS_CHECK(!batched, "projection is for one matrix P [n, n], got ", shape_of(P));
+    check_shape("projection", *projection, {rank, n});
+    check_same_dtype("projection", *projection, "P", P);
+    check_contiguous("projection", *projection);
+  }
+  if (projected) {
+    RLS_CHECK(!batched, "projected is for one matrix P [n, n], got ", shape_of(P));
+    check_shape("projected", *projected, {projected->size(0), n});
+    check_same_dtype("projected", *projected, "P", P);
+    check_contiguous("projected", *projected);
+  }
   const auto fill = [&](auto args) {
     args.batch = batch;
     args.n = n;
@@ -75,9 +94,9 @@ std::tuple<Tensor, Tensor> rls_update_(Tensor P, const Tensor& S, double forgett
     return args;
   };
   if (P.scalar_type() == ScalarType::Float)
-    return launch(P, S, batched, fill(RlsUpdate<float>{}), power, health);
+    return launch(P, S, batched, fill(RlsUpdate<float>{}), power, health, projection, projected);
   RLS_CHECK(P.scalar_type() == ScalarType::Double, "P must be float32 or float64");
-  return launch(P, S, batched, fill(RlsUpdate<double>{}), power, health);
+  return launch(P, S, batched, fill(RlsUpdate<double>{}), power, health, projection, projected);
 }
 
 }  // namespace rlscuda

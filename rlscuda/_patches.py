@@ -11,8 +11,11 @@ IntOrPair = int | Sequence[int]
 Padding = int | Sequence[int] | str
 Geometry = tuple[list[int], list[int], list[int], list[int], int, str]
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _MODES = ("zeros", "reflect", "replicate", "circular")
+_mean = torch.ops.rlscuda.patch_mean.default
+_sketch = torch.ops.rlscuda.patch_sketch.default
+_sample = torch.ops.rlscuda.patch_sample.default
 _ROW_GEOMETRY: Geometry = ([1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1, "zeros")
 
 
@@ -56,7 +59,7 @@ def patch_mean(
     """
     x = _images(x)
     geometry = conv_geometry(x, kernel_size, stride, padding, dilation, groups, padding_mode)
-    return torch.ops.rlscuda.patch_mean(x, *geometry, ones)
+    return _mean(x, *geometry, ones)
 
 
 def patch_sketch(
@@ -101,7 +104,7 @@ def patch_sketch(
     """
     x = _images(x)
     geometry = conv_geometry(x, kernel_size, stride, padding, dilation, groups, padding_mode)
-    return torch.ops.rlscuda.patch_sketch(x, *geometry, ones, *_draw(rank, seed, offset))
+    return _sketch(x, *geometry, ones, *_draw(rank, seed, offset))
 
 
 def patch_sample(
@@ -147,18 +150,18 @@ def patch_sample(
     """
     x = _images(x)
     geometry = conv_geometry(x, kernel_size, stride, padding, dilation, groups, padding_mode)
-    return torch.ops.rlscuda.patch_sample(x, *geometry, ones, *_draw(rank, seed, offset))
+    return _sample(x, *geometry, ones, *_draw(rank, seed, offset))
 
 
 def row_mean(x: Tensor, *, ones: bool = False) -> Tensor:
     """The mean row of x [..., n]: [n (+ 1)]. `patch_mean` of a Linear layer's input."""
-    return torch.ops.rlscuda.patch_mean(_rows(x), *_ROW_GEOMETRY, ones)[0]
+    return _mean(_rows(x), *_ROW_GEOMETRY, ones).squeeze(0)
 
 
 def row_sketch(x: Tensor, rank: int, seed: int, *, offset: int = 0, ones: bool = False) -> Tensor:
     """Random-sign sums of the rows of x [..., n]: [rank, n (+ 1)]. See `patch_sketch`."""
     draw = _draw(rank, seed, offset)
-    return torch.ops.rlscuda.patch_sketch(_rows(x), *_ROW_GEOMETRY, ones, *draw)[0]
+    return _sketch(_rows(x), *_ROW_GEOMETRY, ones, *draw).squeeze(0)
 
 
 def row_sample(
@@ -166,8 +169,8 @@ def row_sample(
 ) -> tuple[Tensor, Tensor]:
     """`rank` random rows of x [..., n], [rank, n (+ 1)], and their keys. See `patch_sample`."""
     draw = _draw(rank, seed, offset)
-    rows, keys = torch.ops.rlscuda.patch_sample(_rows(x), *_ROW_GEOMETRY, ones, *draw)
-    return rows[0], keys
+    rows, keys = _sample(_rows(x), *_ROW_GEOMETRY, ones, *draw)
+    return rows.squeeze(0), keys
 
 
 def conv_geometry(
@@ -248,7 +251,7 @@ def _checked(x: Tensor) -> Tensor:
         raise TypeError(f"x must be float32, float64, bfloat16 or float16, got {x.dtype}")
     if x.numel() == 0:
         raise ValueError(f"x must not be empty, got {list(x.shape)}")
-    return x.detach()
+    return x.detach() if x.requires_grad else x
 
 
 def _images(x: Tensor) -> Tensor:

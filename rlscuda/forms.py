@@ -168,7 +168,7 @@ def move_weight(
         _ops.adaptive_weight_step_(
             weight, bias, product, G, bias_row, grad_bias, h, state["first_moment"],
             state["second_moment"], lr * group["gain"] / gain, group["momentum"], group["beta2"],
-            decay, group["eps"], int(state["step"]),
+            decay, group["eps"], state["step"],
         )  # fmt: skip
     else:
         _ops.weight_step_(

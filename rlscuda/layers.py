@@ -43,6 +43,10 @@ class Layer:
         index: Place among the model's layers; part of the seed of its random signs.
         bias: Whether the bias is a column of ones inside `P`.
         shared: Whether other modules use the same weight.
+        weight: The weight [c, n] or [c, C/groups, kh, kw].
+        columns: Fan-in without the bias.
+        geometry: Kernel size, stride, padding (left, right, top, bottom), dilation, groups and
+            padding mode, as the operators take them; a Linear is a 1 x 1 convolution.
     """
 
     name: str
@@ -50,10 +54,14 @@ class Layer:
     index: int
     bias: bool
     shared: bool = False
+    weight: nn.Parameter = field(init=False)
+    columns: int = field(init=False)
     geometry: tuple = field(init=False)
 
     def __post_init__(self):
         m = self.module
+        self.weight = m.weight
+        self.columns = m.weight.numel() // max(1, m.weight.shape[0])
         if isinstance(m, nn.Linear):
             self.geometry = ([1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1, "zeros")
             return
@@ -68,11 +76,6 @@ class Layer:
         )  # fmt: skip
 
     @property
-    def weight(self) -> nn.Parameter:
-        """The weight [c, n] or [c, C/groups, kh, kw]."""
-        return self.module.weight
-
-    @property
     def groups(self) -> int:
         """Independent matrices `P`: the groups of a convolution."""
         return self.geometry[4]
@@ -80,7 +83,7 @@ class Layer:
     @property
     def fan_in(self) -> int:
         """n: the columns of the im2col matrix, with the bias' column of ones."""
-        return self.weight[0].numel() + self.bias
+        return self.columns + self.bias
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
@@ -94,12 +97,14 @@ class Layer:
 
     def images(self, x: Tensor) -> Tensor:
         """The layer's input as [N, C, H, W] without a copy where its strides allow."""
-        if isinstance(self.module, nn.Linear):
+        if self.weight.dim() == 2:
             return x.reshape(-1, x.shape[-1], 1, 1)
         return x if x.dim() == 4 else x.unsqueeze(0)
 
     def positions(self, images: Tensor) -> int:
         """Patches an image: output height times output width."""
+        if self.weight.dim() == 2:
+            return 1
         (kh, kw), (sh, sw), (left, right, top, bottom), (dh, dw), _, _ = self.geometry
         height = (images.shape[2] + top + bottom - dh * (kh - 1) - 1) // sh + 1
         width = (images.shape[3] + left + right - dw * (kw - 1) - 1) // sw + 1

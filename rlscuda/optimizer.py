@@ -165,7 +165,6 @@ class RLSOptimizer(Optimizer):
                 hook = ForwardHook(match.layer, self._observe)
                 match.module.register_forward_hook(hook, with_kwargs=True)
 
-    @torch.compiler.disable
     def _observe(self, layer: Layer, x: Tensor, output: Tensor) -> None:
         """Summarises the input of one forward, to be committed when its gradient comes."""
         weight = layer.weight
@@ -202,7 +201,7 @@ class RLSOptimizer(Optimizer):
 
     def _steps_of(self, weight: nn.Parameter) -> int:
         state = self.state.get(weight)
-        return int(state["step"]) if state else 0
+        return state["step"] if state else 0
 
     # -- the step ---------------------------------------------------------------------------------
 
@@ -236,7 +235,7 @@ class RLSOptimizer(Optimizer):
     def _step_layer(self, layer: Layer, group: dict[str, Any], stage: Stage) -> None:
         weight = layer.weight
         state = self._ensure_state(layer, group)
-        P, updates = state["P"], int(state["updates"])
+        P, updates = state["P"], state["updates"]
         state["step"] += 1
         gradients = [p.grad for p in layer.parameters() if p.grad is not None]
         found_inf = _ops.nonfinite(gradients)
@@ -323,7 +322,7 @@ class RLSOptimizer(Optimizer):
     def health(self) -> Health:
         """The health of every `P`; reads counters from the device, so it waits for it."""
         return Health(
-            (layer.name, health_of(state["P"], state["health"], int(state["missing"])))
+            (layer.name, health_of(state["P"], state["health"], state["missing"]))
             for layer, state in ((la, self.state.get(w)) for w, la in self._layers.items())
             if state
         )

@@ -7,7 +7,6 @@ unused branch) stages nothing, and one that is counts once.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,17 +69,17 @@ def summarise(
     bias = layer.bias
     n, positions = images.shape[0], layer.positions(images)
     if kind == "sketch":
-        rows = _ops.patch_sketch(images, *layer.geometry, bias, rank, seed, offset[1])
+        rows = _ops.patch_sketch.default(images, *layer.geometry, bias, rank, seed, offset[1])
         return Summary(kind, rows, [n * positions] * rank)
     if kind == "sample":
-        rows, keys = _ops.patch_sample(images, *layer.geometry, bias, rank, seed, offset[0])
+        rows, keys = _ops.patch_sample.default(images, *layer.geometry, bias, rank, seed, offset[0])
         return Summary(kind, rows, [n] * rank, keys)
     if rank == 1:
-        rows = _ops.patch_mean(images, *layer.geometry, bias).unsqueeze(1)
+        rows = _ops.patch_mean.default(images, *layer.geometry, bias).unsqueeze(1)
         return Summary(kind, rows, [n * positions])
     slices = [images[(k - offset[0]) % rank :: rank] for k in range(rank)]
     means = [
-        _ops.patch_mean(part, *layer.geometry, bias) if part.shape[0] else None for part in slices
+        _ops.patch_mean.default(part, *layer.geometry, bias) if part.shape[0] else None for part in slices
     ]
     filled = next(m for m in means if m is not None)
     rows = torch.stack([torch.zeros_like(filled) if m is None else m for m in means], dim=1)
@@ -144,6 +143,8 @@ class ForwardHook:
         if observe is None or layer.module is not module:
             return
         if module.training and output.requires_grad:
+            if torch.compiler.is_compiling():  # the tracer must not follow: break the graph here
+                observe = torch.compiler.disable(observe)
             observe(layer, args[0] if args else kwargs["input"], output)
 
     def __deepcopy__(self, memo):
@@ -156,17 +157,3 @@ class ForwardHook:
 def in_backward() -> bool:
     """Whether the autograd engine runs on this thread (a checkpointed segment is recomputed)."""
     return torch._C._current_graph_task_id() != -1
-
-
-def factors_agree(factors: Factors, grad: Tensor) -> bool:
-    """Whether delta^T x is the whole gradient, probed with one fixed vector.
-
-    A penalty on the weight or another use of it adds to `grad` what the factors do not hold.
-    """
-    n = factors.x.shape[1]
-    probe = torch.arange(1, n + 1, dtype=grad.dtype, device=grad.device).mul_(0.7548776662466927)
-    probe = probe.frac_().sub_(0.5)
-    expected = torch.mv(factors.delta.t(), torch.mv(factors.x, probe))
-    error = torch.mv(grad, probe).sub_(expected)
-    return bool(error.abs().max() <= 64 * math.sqrt(n) * torch.finfo(grad.dtype).eps
-                * expected.abs().max())  # fmt: skip

@@ -11,14 +11,11 @@ from torch import Tensor, nn
 from rlscuda import _C
 from rlscuda.layers import Layer, state_dtype
 
-_ON_HOST = {"step", "updates", "missing"}
-
-
 def initial_state(layer: Layer, group: dict[str, Any]) -> dict[str, Any]:
     """A layer's entries before its first step.
 
-    `P` [n, n] or [groups, n, n]; `step`, `updates` and `missing` counters on the CPU; `health`, the
-    counters that kernels keep; `power` [groups] and moments where the form has them.
+    `P` [n, n] or [groups, n, n]; `step`, `updates` and `missing` count on the host; `health` are
+    the counters that kernels keep; `power` [groups] and moments where the form has them.
     """
     weight = layer.weight
     dtype = state_dtype(weight, group["dtype"])
@@ -28,9 +25,9 @@ def initial_state(layer: Layer, group: dict[str, Any]) -> dict[str, Any]:
 
     P = torch.eye(layer.fan_in, dtype=dtype, device=weight.device).mul_(group["initial_scale"])
     state: dict[str, Any] = {
-        "step": torch.tensor(0.0),
-        "updates": torch.tensor(0.0),
-        "missing": torch.tensor(0.0),
+        "step": 0,
+        "updates": 0,
+        "missing": 0,
         "P": P if layer.groups == 1 else P.repeat(layer.groups, 1, 1),
         "health": zeros(_C.health_slots, dtype=torch.float64),
     }
@@ -95,7 +92,6 @@ def restore_dtypes(
     for parameter, entries in _entries(state_dict, groups):
         for name, value in entries.items():
             if isinstance(value, Tensor) and parameter in layers:
-                device = "cpu" if name in _ON_HOST else parameter.device
-                state[parameter][name] = value.detach().to(device, copy=True)
+                state[parameter][name] = value.detach().to(parameter.device, copy=True)
             elif state[parameter][name] is value and isinstance(value, Tensor):
                 state[parameter][name] = value.clone()

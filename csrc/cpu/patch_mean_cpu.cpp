@@ -135,6 +135,15 @@ struct MeanTask {
         for (int64_t p = 0; p < pixels; ++p)
           sum_images(from + p * g.stride_w, g.stride_n, images, count, sums + p * count);
       }
+      if (count < kLanes<A>) {
+        A line[kPiece];
+        for (int64_t c = 0; c < count; ++c) {
+          for (int64_t p = 0; p < pixels; ++p) line[p] = sums[p * count + c];
+          for (int64_t j = 0; j < g.kernel_w; ++j)
+            *slot(h, j, begin + c) += dot(line, columns + j * g.width + w, pixels);
+        }
+        continue;
+      }
       for (int64_t j = 0; j < g.kernel_w; ++j) {
         A* to = slot(h, j, begin);
         for (int64_t p = 0; p < pixels; ++p) {
@@ -153,6 +162,7 @@ template <class A>
 ALWAYS_INLINE void contract_rows(const A* t, const PatchGeometry& g, const A* rows, int64_t chunks,
                                  A scale, int64_t c0, int64_t c1, A* out) {
   constexpr int64_t kChannels = 64;
+  const int64_t per_group = g.channels / g.groups;
   A total[kChannels];
   for (int64_t c = c0; c < c1; c += kChannels) {
     const int64_t count = std::min(kChannels, c1 - c);
@@ -167,8 +177,12 @@ ALWAYS_INLINE void contract_rows(const A* t, const PatchGeometry& g, const A* ro
             for (int64_t k = 0; k < count; ++k) total[k] += weight * from[k];
           }
         }
-        for (int64_t k = 0; k < count; ++k)
-          out[g.out_offset(c + k, 0, 1) + i * g.kernel_w + j] = scale * total[k];
+        A* to = out + g.out_offset(c, 0, 1) + i * g.kernel_w + j;
+        int64_t rest = per_group - c % per_group;  // channels of the group from here on
+        for (int64_t k = 0; k < count; ++k, to += g.taps()) {
+          if (rest-- == 0) to += g.ones, rest = per_group - 1;
+          *to = scale * total[k];
+        }
       }
     }
   }

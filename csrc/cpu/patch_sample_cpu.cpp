@@ -1,15 +1,43 @@
 // patch_sample on the CPU: row j is the patch of the image whose hash is the least of stream j, at
 // the position that a second hash names. Merging two batches is keeping the row of the lesser hash.
+#include <vector>
+
 #include "counter_rng.h"
 #include "half.h"
 #include "kernels.h"
 #include "parallel.h"
 
 namespace rlscuda {
+namespace {
+
+// The patch of one image at position (oh, ow), in the order of the columns.
+template <class T, class A>
+void gather(const T* x, const PatchGeometry& g, int64_t oh, int64_t ow, int64_t k, int64_t rank,
+            A* out) {
+  thread_local std::vector<int64_t> taps;  // offsets in a channel, -1 in the padding
+  taps.resize(g.taps());
+  for (int64_t i = 0; i < g.kernel_h; ++i) {
+    const int64_t h = g.source_h(oh, i);
+    for (int64_t j = 0; j < g.kernel_w; ++j) {
+      const int64_t w = g.source_w(ow, j);
+      taps[i * g.kernel_w + j] = h < 0 || w < 0 ? -1 : h * g.stride_h + w * g.stride_w;
+    }
+  }
+  const int64_t per_group = g.channels / g.groups, count = g.taps();
+  const int64_t* offset = taps.data();
+  for (int64_t group = 0; group < g.groups; ++group) {
+    A* to = out + (group * rank + k) * g.row_size();
+    for (int64_t c = 0; c < per_group; ++c, x += g.stride_c)
+      for (int64_t t = 0; t < count; ++t) *to++ = offset[t] < 0 ? 0 : to_compute<A>(x[offset[t]]);
+    if (g.ones) *to = 1;
+  }
+}
+
+}  // namespace
 
 template <class T>
-void patch_sample_cpu(const T* x, const PatchGeometry& g, const PatchDraw& draw, Accumulate<T>* out,
-                      int64_t* keys) {
+void patch_sample_cpu(const T* x, const PatchGeometry& g, const PatchDraw& draw,
+                      Accumulate<T>* out, int64_t* keys) {
   constexpr int64_t kGrain = 16384;  // hashes and elements below which a thread is not worth waking
   const int64_t work = g.images + g.channels * g.taps();
   parallel_for(0, draw.rank, kGrain / work + 1, [&](int64_t k0, int64_t k1) {
@@ -23,21 +51,7 @@ void patch_sample_cpu(const T* x, const PatchGeometry& g, const PatchDraw& draw,
       keys[k] = least;
       const uint64_t place = stream_key(draw.seed, Purpose::kPosition, k);
       const int64_t position = random_int63(place, draw.offset + image) % g.positions();
-      const int64_t oh = position / g.out_w, ow = position % g.out_w;
-      for (int64_t c = 0; c < g.channels; ++c) {
-        const T* from = x + image * g.stride_n + c * g.stride_c;
-        Accumulate<T>* to = out + g.out_offset(c, k, draw.rank);
-        for (int64_t i = 0; i < g.kernel_h; ++i) {
-          const int64_t h = g.source_h(oh, i);
-          for (int64_t j = 0; j < g.kernel_w; ++j, ++to) {
-            const int64_t w = g.source_w(ow, j);
-            *to = h < 0 || w < 0 ? 0
-                                 : to_compute<Accumulate<T>>(from[h * g.stride_h + w * g.stride_w]);
-          }
-        }
-      }
-      for (int64_t group = 0; group < g.groups && g.ones; ++group)
-        out[(group * draw.rank + k + 1) * g.row_size() - 1] = 1;
+      gather(x + image * g.stride_n, g, position / g.out_w, position % g.out_w, k, draw.rank, out);
     }
   });
 }

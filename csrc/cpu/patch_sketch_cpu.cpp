@@ -20,43 +20,22 @@
 
 namespace rlscuda {
 
-// The signs of rows [row, row + count) as +-1; writes whole groups of 64.
-template <class A>
-ALWAYS_INLINE void expand(uint64_t key, int64_t row, int64_t count, A* to) {
-  typedef std::conditional_t<sizeof(A) == 4, uint32_t, uint64_t> Bits;
-  constexpr int W = kLanes<A>;
-  const Vec<A> one = Vec<A>{} + A(1);
-  Vec<Bits> lane;
-  for (int k = 0; k < W; ++k) lane[k] = Bits(k);
-  const int shift = int(row & 63);
-  int64_t word = row >> 6;
-  uint64_t low = random_bits(key, word);
-  for (int64_t e = 0; e < count; e += 64, to += 64) {
-    uint64_t bits = low;
-    if (shift || e + 64 < count) low = random_bits(key, ++word);
-    if (shift) bits = bits >> shift | low << (64 - shift);
-    for (int v = 0; v < 64; v += W) {
-      const Vec<Bits> sign = ((Vec<Bits>{} + Bits(bits >> v)) >> lane) << (8 * sizeof(A) - 1);
-      store(to + v, reinterpret_cast<Vec<A>>(reinterpret_cast<Vec<Bits>>(one) | sign));
-    }
-  }
-}
-
-#define SKETCH_KERNELS(A)                                                          \
-  SIMD_CLONES void sketch_rows(const SketchTile<A>& tile) { tile.dots(); }         \
-  SIMD_CLONES void sketch_pixels(const SketchTile<A>& tile) { tile.pixel_sums(); } \
-  SIMD_CLONES void expand_signs(uint64_t key, int64_t row, int64_t count, A* to) { \
-    expand(key, row, count, to);                                                   \
+#define SKETCH_KERNELS(A)                                                            \
+  SIMD_CLONES void sketch_rows(const SketchTile<A>& tile) { tile.dots(); }           \
+  SIMD_CLONES void sketch_pixels(const SketchTile<A>& tile) { tile.pixel_sums(); }   \
+  SIMD_CLONES void expand_signs(uint64_t key, int64_t row, int64_t count, A* to) {   \
+    expand(key, row, count, to);                                                     \
   }
 SKETCH_KERNELS(float)
 SKETCH_KERNELS(double)
 #undef SKETCH_KERNELS
 
-#define CONVERT_RUN(T)                                                                            \
-  SIMD_CLONES void convert_run(const T* from, int64_t count, float* to) {                         \
-    int64_t e = 0;                                                                                \
-    for (; e + kLanes<float> <= count; e += kLanes<float>) store(to + e, load_compute(from + e)); \
-    for (; e < count; ++e) to[e] = to_compute<float>(from[e]);                                    \
+#define CONVERT_RUN(T)                                                               \
+  SIMD_CLONES void convert_run(const T* from, int64_t count, float* to) {            \
+    int64_t e = 0;                                                                   \
+    for (; e + kLanes<float> <= count; e += kLanes<float>)                           \
+      store(to + e, load_compute(from + e));                                         \
+    for (; e < count; ++e) to[e] = to_compute<float>(from[e]);                       \
   }
 CONVERT_RUN(BFloat16)
 CONVERT_RUN(Half)
@@ -64,12 +43,11 @@ CONVERT_RUN(Half)
 
 namespace {
 
-constexpr int64_t kSigns = 4096;     // elements of E that stay in the L1 cache
-constexpr int64_t kChannels = 64;    // of a block
-constexpr int64_t kTasks = 64;       // wanted
-constexpr int64_t kGrain = 1 << 18;  // multiply-adds below which a task is not worth its while
-constexpr int64_t kLinearRows = 64;  // rows of a Linear input that are taken as one image
-constexpr int64_t kFlat = 1 << 14;   // elements of E of an image up to which a plane is one line
+constexpr int64_t kNear = 1 << 12;     // elements, of E or of the x of a tile, for the L1 cache
+constexpr int64_t kFar = 1 << 15;      // the same of all rank rows or channels, for the L2 cache
+constexpr int64_t kTasks = 32;         // wanted
+constexpr int64_t kGrain = 1 << 18;    // multiply-adds below which a task is not worth its while
+constexpr int64_t kPartial = 1 << 20;  // elements of all partial results
 
 template <class T>
 void convert(const T* from, int64_t count, Accumulate<T>* to) {
@@ -92,12 +70,16 @@ class Sketch {
     last_width_ = g_.width;
     merge_plane();
     choose_layout();
+    choose_tasks();
     choose_signs();
-    blocks_ = (g_.channels + kChannels - 1) / kChannels;
-    const int64_t work = total_ * g_.channels * g_.taps() * draw_.rank;
-    const int64_t wanted = std::min(kTasks, work / kGrain + 1);
-    chunks_ = std::clamp<int64_t>(wanted / blocks_, 1, g_.images);
-    size_ = draw_.rank * g_.channels * g_.taps();
+    source_h_.resize(g_.kernel_h * g_.out_h);
+    source_w_.resize(g_.kernel_w * g_.out_w);
+    for (int64_t i = 0; i < g_.kernel_h; ++i)
+      for (int64_t oh = 0; oh < g_.out_h; ++oh)
+        source_h_[i * g_.out_h + oh] = g_.source_h(oh, i);
+    for (int64_t j = 0; j < g_.kernel_w; ++j)
+      for (int64_t ow = 0; ow < g_.out_w; ++ow)
+        source_w_[j * g_.out_w + ow] = g_.source_w(ow, j);
   }
 
   void run(A* out) const {
@@ -107,8 +89,7 @@ class Sketch {
     sign_sums.assign(chunks_ * draw_.rank, 0.0);
     A* partial = scratch.data();
     double* ones = sign_sums.data();
-    const int64_t work = total_ * g_.channels * g_.taps() * draw_.rank / (chunks_ * blocks_);
-    parallel_for(0, chunks_ * blocks_, kGrain / (work + 1) + 1, [&](int64_t first, int64_t last) {
+    parallel_for(0, chunks_ * blocks_, kGrain / (work_ / (chunks_ * blocks_) + 1) + 1, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
         const int64_t q = task / blocks_, block = task % blocks_;
         const int64_t b0 = q * g_.images / chunks_, b1 = (q + 1) * g_.images / chunks_;
@@ -117,19 +98,23 @@ class Sketch {
       }
     });
     const double scale = 1 / std::sqrt(double(total_));
-    const int64_t n = g_.columns(), rows = g_.groups * draw_.rank;
-    parallel_for(0, rows, kGrain / (n * chunks_) + 1, [&](int64_t first, int64_t last) {
-      for (int64_t row = first; row < last; ++row) {
-        const int64_t group = row / draw_.rank, k = row % draw_.rank;
-        const A* from = partial + (k * g_.groups + group) * n;
-        A* to = out + row * g_.row_size();
+    const int64_t n = g_.channels * g_.taps();
+    parallel_for(0, draw_.rank, kGrain / (n * chunks_) + 1, [&](int64_t first, int64_t last) {
+      for (int64_t k = first; k < last; ++k) {
+        A* total = partial + k * n;
         for (int64_t q = 1; q < chunks_; ++q)
-          for (int64_t e = 0; e < n; ++e) partial[from - partial + e] += from[q * size_ + e];
-        for (int64_t e = 0; e < n; ++e) to[e] = A(scale) * from[e];
+          for (int64_t e = 0; e < n; ++e) total[e] += total[q * size_ + e];
+        for (int64_t c = 0; c < g_.channels; ++c) {
+          A* to = out + g_.out_offset(c, k, draw_.rank);
+          const A* from = pixels_ ? total + c : total + c * g_.taps();
+          const int64_t step = pixels_ ? g_.channels : 1;
+          for (int64_t t = 0; t < g_.taps(); ++t) to[t] = A(scale) * from[t * step];
+        }
         if (!g_.ones) continue;
         double sum = 0;
         for (int64_t q = 0; q < chunks_; ++q) sum += ones[q * draw_.rank + k];
-        to[n] = A(scale * sum);
+        for (int64_t group = 0; group < g_.groups; ++group)
+          out[(group * draw_.rank + k + 1) * g_.row_size() - 1] = A(scale * sum);
       }
     });
   }
@@ -143,11 +128,11 @@ class Sketch {
     if (!whole) return;
     const int64_t plane = g_.height * g_.width;
     if (plane == 1) {
-      g_.width = g_.out_w = kLinearRows;
+      g_.width = g_.out_w = std::clamp<int64_t>(kFar / 2 / g_.channels, 8, 64);
       g_.stride_w = g_.stride_n;
-      g_.stride_n *= kLinearRows;
-      last_width_ = (g_.images - 1) % kLinearRows + 1;
-      g_.images = (g_.images - 1) / kLinearRows + 1;
+      g_.stride_n *= g_.width;
+      last_width_ = (g_.images - 1) % g_.width + 1;
+      g_.images = (g_.images - 1) / g_.width + 1;
     } else if (g_.stride_h == g_.width * g_.stride_w) {
       g_.height = g_.out_h = 1;
       g_.width = g_.out_w = last_width_ = plane;
@@ -163,8 +148,8 @@ class Sketch {
       pixels_ = true;
     } else if (same && dense_w && g_.width >= kLane && last_width_ == g_.width) {
       // rows where they lie
-    } else if (same && dense_w && g_.stride_h == g_.width && plane >= kLane &&
-               last_width_ == g_.width && plane * g_.taps() <= kFlat) {
+    } else if (same && dense_w && g_.stride_h == g_.width && plane >= kLane && last_width_ == g_.width &&
+               plane * g_.taps() <= kFar) {
       flat_ = true;
       length_ = plane;
     } else {
@@ -181,12 +166,31 @@ class Sketch {
     lead_ = shifted_ ? std::max<int64_t>(0, reach - g_.pad_w) : 0;
     planes_ = flat_ ? g_.taps() : shifted_ ? 1 : g_.kernel_w;
     sign_stride_ = shifted_ ? lead_ + std::max(g_.pad_w + length_, g_.out_w) : length_;
-    band_ = flat_ ? g_.out_h : std::clamp<int64_t>(kSigns / (planes_ * sign_stride_), 1, g_.out_h);
+    const int64_t line = pixels_ ? std::min<int64_t>(g_.channels, 4 * kLane) * g_.width
+                                 : std::min<int64_t>(g_.channels, 4) * length_;
+    band_ = flat_ ? g_.out_h
+                  : std::clamp(std::min(kNear / (planes_ * sign_stride_), 2 * kNear / line),
+                               int64_t(1), g_.out_h);
     sign_size_ = flat_ ? planes_ * length_ : planes_ * band_ * sign_stride_;
-    rank_step_ = std::clamp<int64_t>(kSigns / sign_size_, 1, draw_.rank);
-    batch_ = band_ < g_.out_h
-                 ? 1
-                 : std::clamp<int64_t>(kSigns / (sign_size_ * rank_step_), 1, g_.images);
+    const int64_t lines = flat_ ? 1 : band_;
+    const int64_t least = band_ < g_.out_h ? 1 : std::min(g_.images, 512 / (lines * length_) + 1);
+    rank_step_ = std::clamp<int64_t>(kFar / (sign_size_ * least), 1, draw_.rank);
+    batch_ = least;  // a tile should see as many elements as pay for its sums
+    if (band_ < g_.out_h) return;
+    const int64_t block = g_.channels / blocks_ * g_.height * g_.width;
+    batch_ = std::min({kNear / (sign_size_ * rank_step_), 2 * kNear / (line * lines), kFar / block});
+    batch_ = std::clamp(batch_, least, g_.images);
+  }
+
+  // Chunks of the images first; blocks of the channels where the images are few or are copied.
+  void choose_tasks() {
+    size_ = draw_.rank * g_.channels * g_.taps();
+    work_ = total_ * size_;
+    const int64_t wanted = std::min(kTasks, work_ / kGrain + 1);
+    chunks_ = std::clamp<int64_t>(std::min(wanted, kPartial / size_), 1, g_.images);
+    blocks_ = std::min((wanted - 1) / chunks_ + 1, g_.channels / 32);
+    if (copied_) blocks_ = std::max(blocks_, g_.channels * g_.height * g_.width / (2 * kFar));
+    blocks_ = std::clamp<int64_t>(blocks_, 1, std::max<int64_t>(1, g_.channels / kLane));
   }
 
   void sum_signs(int64_t b0, int64_t b1, double* sums) const {
@@ -209,7 +213,7 @@ class Sketch {
     Task(const Sketch& sketch, A* partial, int64_t block)
         : s_(sketch), g_(sketch.g_), c0_(block * g_.channels / sketch.blocks_) {
       channels_ = (block + 1) * g_.channels / s_.blocks_ - c0_;
-      out_ = partial + c0_ * g_.taps();
+      out_ = partial + c0_ * (s_.pixels_ ? 1 : g_.taps());
     }
 
     void run(int64_t b0, int64_t b1) const {
@@ -218,8 +222,8 @@ class Sketch {
       thread_local std::vector<int64_t> offsets;
       signs.resize(s_.sign_size_ * s_.rank_step_ * s_.batch_);
       row.resize((s_.band_ * g_.out_w / 64 + 1) * 64);
-      lines.resize(s_.batch_ * s_.band_);
-      offsets.resize(2 * s_.rank_step_ * g_.taps());
+      lines.resize(s_.batch_ * s_.band_ * g_.kernel_h);
+      offsets.resize(2 * s_.rank_step_ * g_.taps() + g_.kernel_h + 1);
       if (s_.copied_) copy.resize(s_.batch_ * copy_size());
       for (int64_t b = b0; b < b1; b += s_.batch_) {
         const int64_t images = std::min(s_.batch_, b1 - b);
@@ -284,8 +288,8 @@ class Sketch {
     // E of rank row k and image b for output rows [o, o_end).
     void place_signs(int64_t k, int64_t b, int64_t o, int64_t o_end, A* row, A* to) const {
       const uint64_t key = stream_key(s_.draw_.seed, Purpose::kSign, k);
-      expand_signs(key, s_.draw_.offset + b * g_.positions() + o * g_.out_w, (o_end - o) * g_.out_w,
-                   row);
+      expand_signs(key, s_.draw_.offset + b * g_.positions() + o * g_.out_w,
+                   (o_end - o) * g_.out_w, row);
       std::fill_n(to, s_.sign_size_, A(0));
       for (int64_t oh = o; oh < o_end; ++oh, row += g_.out_w) {
         if (s_.shifted_) {
@@ -293,13 +297,13 @@ class Sketch {
           continue;
         }
         for (int64_t tap = 0; tap < s_.planes_; ++tap) {
-          const int64_t j = tap % g_.kernel_w,
-                        h = s_.flat_ ? g_.source_h(oh, tap / g_.kernel_w) : 0;
+          const int64_t h = s_.flat_ ? s_.source_h_[tap / g_.kernel_w * g_.out_h + oh] : 0;
+          const int64_t* source = s_.source_w_.data() + tap % g_.kernel_w * g_.out_w;
           if (h < 0) continue;
           A* line = s_.flat_ ? to + tap * s_.length_ + h * g_.width
                              : to + (tap * s_.band_ + oh - o) * s_.sign_stride_;
           for (int64_t ow = 0; ow < g_.out_w; ++ow)
-            if (const int64_t w = g_.source_w(ow, j); w >= 0) line[w] += row[ow];
+            if (const int64_t w = source[ow]; w >= 0) line[w] += row[ow];
         }
       }
     }
@@ -308,42 +312,51 @@ class Sketch {
                   int64_t ranks, int64_t b, int64_t images, int64_t o, int64_t o_end) const {
       const int64_t per_rank = s_.flat_ ? g_.taps() : g_.kernel_w;
       int64_t* out_offsets = offsets + ranks * per_rank;
+      int64_t* first_line = out_offsets + ranks * per_rank;
       for (int64_t r = 0; r < ranks; ++r) {
         for (int64_t j = 0; j < per_rank; ++j) {
           const int64_t shift = s_.shifted_ ? s_.lead_ + g_.pad_w - j * g_.dilation_w
                                 : s_.flat_  ? j * s_.length_
                                             : j * s_.band_ * s_.sign_stride_;
           offsets[r * per_rank + j] = r * s_.batch_ * s_.sign_size_ + shift;
-          out_offsets[r * per_rank + j] = (k + r) * g_.channels * g_.taps() + j;
+          out_offsets[r * per_rank + j] =
+              (k + r) * g_.channels * g_.taps() + j * (s_.pixels_ ? g_.channels : 1);
         }
       }
       const int64_t stride_n = s_.copied_ ? copy_size() : g_.stride_n;
       const int64_t line = s_.pixels_ ? g_.width * channels_ : s_.length_;
       const int64_t stride_h = s_.copied_ ? line : g_.stride_h;
-      SketchTile<A> tile{lines,     0,         offsets, out_offsets, ranks * per_rank,
-                         channels_, g_.taps(), 0,       nullptr};
-      tile.stride = s_.copied_   ? (s_.pixels_ ? channels_ : g_.height * s_.length_)
+      SketchTile<A> tile{};
+      tile.lines = lines, tile.first_line = first_line;
+      tile.sign_offset = offsets, tile.out_offset = out_offsets;
+      tile.tap_rows = s_.flat_ ? 1 : g_.kernel_h;
+      tile.columns = ranks * per_rank, tile.channels = channels_;
+      tile.out_row = g_.kernel_w * (s_.pixels_ ? g_.channels : 1);
+      tile.out_channel = s_.pixels_ ? 1 : g_.taps();
+      tile.stride = s_.copied_ ? (s_.pixels_ ? channels_ : g_.height * s_.length_)
                     : s_.pixels_ ? g_.stride_w
                                  : g_.stride_c;
-      for (int64_t i = 0; i < (s_.flat_ ? 1 : g_.kernel_h); ++i) {
-        tile.line_count = 0;
-        tile.out = out_ + i * g_.kernel_w;
+      tile.out = out_;
+      int64_t count = 0;
+      for (int64_t i = 0; i < tile.tap_rows; ++i) {
+        first_line[i] = count;
+        const int64_t* source = s_.source_h_.data() + i * g_.out_h;
         for (int64_t m = 0; m < images; ++m) {
           const A* image = x + m * stride_n;
           const A* image_signs = signs + m * s_.sign_size_;
           const int64_t length = s_.pixels_ ? width(b + m) : s_.length_;
           if (s_.flat_) {
-            lines[tile.line_count++] = {image, image_signs, length};
+            lines[count++] = {image, image_signs, length};
             continue;
           }
           for (int64_t oh = o; oh < o_end; ++oh)
-            if (const int64_t h = g_.source_h(oh, i); h >= 0)
-              lines[tile.line_count++] = {image + h * stride_h,
-                                          image_signs + (oh - o) * s_.sign_stride_, length};
+            if (source[oh] >= 0)
+              lines[count++] = {image + source[oh] * stride_h,
+                                image_signs + (oh - o) * s_.sign_stride_, length};
         }
-        if (tile.line_count == 0) continue;
-        s_.pixels_ ? sketch_pixels(tile) : sketch_rows(tile);
       }
+      first_line[tile.tap_rows] = count;
+      s_.pixels_ ? sketch_pixels(tile) : sketch_rows(tile);
     }
 
     const Sketch& s_;
@@ -355,12 +368,14 @@ class Sketch {
   const T* x_;
   PatchGeometry g_;
   PatchDraw draw_;
-  int64_t total_, last_width_;  // rows; pixels of a line of the last image
+  int64_t total_, last_width_;                     // rows; pixels of a line of the last image
   bool pixels_ = false, flat_ = false, copied_ = false, shifted_ = false;
-  int64_t length_;                                   // of a line of x
+  int64_t length_;                                 // of a line of x
   int64_t planes_, lead_, sign_stride_, sign_size_;  // E of an image: planes of lines
-  int64_t band_, rank_step_, batch_;                 // output rows, rank rows, images at a time
-  int64_t blocks_, chunks_, size_;  // of channels, of images; of one partial result
+  int64_t band_, rank_step_, batch_;               // output rows, rank rows, images at a time
+  int64_t blocks_, chunks_;                        // of channels, of images
+  int64_t size_, work_;                            // of one partial result; multiply-adds in all
+  std::vector<int64_t> source_h_, source_w_;       // [kernel_h, out_h], [kernel_w, out_w]
 };
 
 }  // namespace

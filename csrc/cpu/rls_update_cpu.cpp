@@ -1,7 +1,10 @@
 // rls_update_ on the CPU: U = S P, the Cholesky factor of H, then P <- scale (P - V^T V) + b I.
 //
 // Two passes over P, each multithreaded by rows and register-blocked (rls_kernels.h), so that P is
-// read twice and written once whatever the rank. H [r, r] is formed and factored in float64.
+// read twice and written once whatever the rank; the first pass falls away where the caller knows
+// S P. H [r, r] is formed and factored in float64. Rows that the caller has projected on the old P
+// are turned into those of the new one by the same two kernels: X P_new = scale (X P - A^T V),
+// A = sqrt(kappa / r) L^-1 (S P X^T).
 #include <algorithm>
 #include <limits>
 #include <vector>
@@ -14,35 +17,96 @@
 #include "symmetric_project.h"
 
 namespace rlscuda {
+namespace {
 
-SIMD_CLONES void project_rows(const float* P, const float* S, float* U, int64_t n, int64_t r,
-                              int64_t i0, int64_t i1) {
-  project<float>({P, n}, {S, n}, {U, n}, n, r, i0, i1);
+// sum_j a[j] b[j] in float64.
+template <class T>
+ALWAYS_INLINE double dot(const T* a, const T* b, int64_t n) {
+  typedef T Narrow __attribute__((vector_size(4 * sizeof(T))));
+  Vec<double> acc[4] = {};
+  int64_t j = 0;
+  for (; j + 16 <= n; j += 16)
+    for (int k = 0; k < 4; ++k) {
+      Narrow x, y;
+      std::memcpy(&x, a + j + 4 * k, sizeof x);
+      std::memcpy(&y, b + j + 4 * k, sizeof y);
+      acc[k] += __builtin_convertvector(x, Vec<double>) * __builtin_convertvector(y, Vec<double>);
+    }
+  double total = sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+  for (; j < n; ++j) total += double(a[j]) * double(b[j]);
+  return total;
 }
-SIMD_CLONES void project_rows(const double* P, const double* S, double* U, int64_t n, int64_t r,
-                              int64_t i0, int64_t i1) {
-  project<double>({P, n}, {S, n}, {U, n}, n, r, i0, i1);
+
+// H = forgetting I + gain S U^T, its lower triangle.
+template <class T>
+ALWAYS_INLINE void gram(const T* S, const T* U, double* H, int64_t n, int64_t r, double gain,
+                        double forgetting) {
+  for (int64_t k = 0; k < r; ++k)
+    for (int64_t l = 0; l <= k; ++l)
+      H[k * r + l] = gain * dot(S + k * n, U + l * n, n) + (k == l ? forgetting : 0);
 }
-SIMD_CLONES void symmetric_rows(const float* P, const float* s, float* u, int64_t n, int64_t i0,
-                                int64_t i1) {
-  symmetric_bands(P, s, u, n, i0, i1);
+
+// V = root L^-1 U by forward substitution over the rows; V may be U.
+template <class T>
+ALWAYS_INLINE void substitute(const double* L, const T* U, T* V, int64_t n, int64_t r,
+                              double root) {
+  for (int64_t k = 0; k < r; ++k) {
+    T* v = V + k * n;
+    const T front = T(root / L[k * r + k]);
+    for (int64_t j = 0; j < n; ++j) v[j] = front * U[k * n + j];
+    for (int64_t l = 0; l < k; ++l) {
+      const T factor = T(L[k * r + l] / L[k * r + k]);
+      const T* before = V + l * n;
+      for (int64_t j = 0; j < n; ++j) v[j] -= factor * before[j];
+    }
+  }
 }
-SIMD_CLONES void symmetric_rows(const double* P, const double* s, double* u, int64_t n, int64_t i0,
-                                int64_t i1) {
-  symmetric_bands(P, s, u, n, i0, i1);
-}
-SIMD_CLONES void update_rows(float* P, const float* V, int64_t n, int64_t r, float scale,
-                             float diffusion, int64_t i0, int64_t i1) {
-  update<float>({P, n}, {V, n}, {V, n}, r, scale, i0, i1, 0, n);
-  for (int64_t i = i0; i < i1; ++i) P[i * n + i] += diffusion;
-}
-SIMD_CLONES void update_rows(double* P, const double* V, int64_t n, int64_t r, double scale,
-                             double diffusion, int64_t i0, int64_t i1) {
-  update<double>({P, n}, {V, n}, {V, n}, r, scale, i0, i1, 0, n);
-  for (int64_t i = i0; i < i1; ++i) P[i * n + i] += diffusion;
-}
+
+}  // namespace
+
+#define RLS_UPDATE_CLONES(T)                                                                       \
+  SIMD_CLONES double dot_rows(const T* a, const T* b, int64_t n) { return dot(a, b, n); }          \
+  SIMD_CLONES void gram_rows(const T* S, const T* U, double* H, int64_t n, int64_t r, double gain, \
+                             double forgetting) {                                                  \
+    gram(S, U, H, n, r, gain, forgetting);                                                         \
+  }                                                                                                \
+  SIMD_CLONES void substitute_rows(const double* L, const T* U, T* V, int64_t n, int64_t r,        \
+                                   double root) {                                                  \
+    substitute(L, U, V, n, r, root);                                                               \
+  }                                                                                                \
+  SIMD_CLONES void project_rows(Rows<const T> M, Rows<const T> S, Rows<T> U, int64_t n, int64_t r, \
+                                int64_t i0, int64_t i1) {                                          \
+    project<T>(M, S, U, n, r, i0, i1);                                                             \
+  }                                                                                                \
+  SIMD_CLONES void symmetric_rows(const T* P, const T* s, T* u, int64_t n, int64_t i0,             \
+                                  int64_t i1) {                                                    \
+    symmetric_bands(P, s, u, n, i0, i1);                                                           \
+  }                                                                                                \
+  SIMD_CLONES void update_rows(Rows<T> M, Rows<const T> L, Rows<const T> V, int64_t n, int64_t r,  \
+                               T scale, int64_t i0, int64_t i1) {                                  \
+    update<T>(M, L, V, r, scale, i0, i1, 0, n);                                                    \
+  }
+RLS_UPDATE_CLONES(float)
+RLS_UPDATE_CLONES(double)
+#undef RLS_UPDATE_CLONES
 
 namespace {
+
+// Rows X P of the old P, [rows, n], become those of the new one (without its diffusion).
+template <class T>
+void turn_projected(const RlsUpdate<T>& args, const double* L, const T* V, double root, T scale) {
+  const int64_t n = args.n, r = args.rank, rows = args.projected_rows;
+  std::vector<T> A(r * rows);
+  const Rows<T> projected{args.projected, n}, factor{A.data(), rows};
+  const int64_t grain = 65536 / (n * r) + 4;
+  parallel_for(0, rows, grain, [&](int64_t i0, int64_t i1) {
+    project_rows(Rows<const T>{args.projected, n}, Rows<const T>{args.S, n}, factor, n, r, i0, i1);
+  });
+  substitute_rows(L, A.data(), A.data(), rows, r, root);
+  parallel_for(0, rows, grain, [&](int64_t i0, int64_t i1) {
+    update_rows(projected, Rows<const T>{A.data(), rows}, Rows<const T>{V, n}, n, r, scale, i0, i1);
+  });
+}
 
 // The update of one matrix; b is its place in the batch.
 template <class T>
@@ -53,8 +117,7 @@ void update_matrix(const RlsUpdate<T>& args, int64_t b, double* health) {
   T* U = args.U + b * r * n;
   args.h[b] = std::numeric_limits<T>::quiet_NaN();
 
-  double square = 0;
-  for (int64_t i = 0; i < r * n; ++i) square += double(S[i]) * double(S[i]);
+  const double square = dot_rows(S, S, r * n);
   if (args.refuse || !std::isfinite(square)) {
     std::fill_n(U, r * n, T(0));
     health[kRefused] += 1;
@@ -70,18 +133,21 @@ void update_matrix(const RlsUpdate<T>& args, int64_t b, double* health) {
   }
 
   const int64_t grain = std::max<int64_t>(8, 65536 / (n * r) + 1);
-  parallel_for(0, n, grain, [&](int64_t i0, int64_t i1) { project_rows(P, S, U, n, r, i0, i1); });
+  constexpr int64_t kNearCache = 1 << 20;  // bytes of P above which reading half of it pays
+  if (args.projection) {
+    std::copy_n(args.projection, r * n, U);
+  } else if (r == 1 && n * n * int64_t(sizeof(T)) > kNearCache) {
+    symmetric_project(P, S, U, n, [](auto... rows) { symmetric_rows(rows...); });
+  } else {
+    parallel_for(0, n, grain, [&](int64_t i0, int64_t i1) {
+      project_rows(Rows<const T>{P, n}, Rows<const T>{S, n}, Rows<T>{U, n}, n, r, i0, i1);
+    });
+  }
 
   std::vector<double> H(r * r);
+  gram_rows(S, U, H.data(), n, r, gain, args.forgetting);
   double trace = 0;
-  for (int64_t k = 0; k < r; ++k) {
-    for (int64_t l = 0; l <= k; ++l) {
-      double dot = 0;
-      for (int64_t j = 0; j < n; ++j) dot += double(S[k * n + j]) * double(U[l * n + j]);
-      H[k * r + l] = gain * dot + (k == l ? args.forgetting : 0);
-    }
-    trace += H[k * r + k];
-  }
+  for (int64_t k = 0; k < r; ++k) trace += H[k * r + k];
   if (!cholesky(H.data(), r)) {
     std::fill_n(P, n * n, T(0));
     for (int64_t i = 0; i < n; ++i) P[i * n + i] = T(args.initial_scale);
@@ -95,20 +161,14 @@ void update_matrix(const RlsUpdate<T>& args, int64_t b, double* health) {
   thread_local std::vector<T> V;
   V.resize(r * n);
   const double root = std::sqrt(gain);
-  for (int64_t k = 0; k < r; ++k) {  // forward substitution V = sqrt(gain) L^-1 U
-    T* v = V.data() + k * n;
-    const T front = T(root / H[k * r + k]);
-    for (int64_t j = 0; j < n; ++j) v[j] = front * U[k * n + j];
-    for (int64_t l = 0; l < k; ++l) {
-      const T factor = T(H[k * r + l] / H[k * r + k]);
-      for (int64_t j = 0; j < n; ++j) v[j] -= factor * V[l * n + j];
-    }
-  }
+  substitute_rows(H.data(), U, V.data(), n, r, root);
   const T scale = T(args.decay / args.forgetting), diffusion = T(args.diffusion);
-  const T* factor = V.data();
+  const Rows<const T> factor{V.data(), n};
   parallel_for(0, n, grain, [&](int64_t i0, int64_t i1) {
-    update_rows(P, factor, n, r, scale, diffusion, i0, i1);
+    update_rows(Rows<T>{P, n}, factor, factor, n, r, scale, i0, i1);
+    for (int64_t i = i0; i < i1; ++i) P[i * n + i] += diffusion;
   });
+  if (args.projected) turn_projected(args, H.data(), V.data(), root, scale);
 }
 
 }  // namespace
