@@ -39,8 +39,8 @@ std::pair<py::array_t<T>, int64_t> run(Dense<T> P, Dense<T> W, const Strided<T>&
                 X.shape(1) == P.shape(0) && Y.shape(0) == X.shape(0) && Y.shape(1) == W.shape(0),
             "shapes must be P [n, n], W [n_out, n], X [T, n], Y [T, n_out]");
   py::array_t<T> predictions({X.shape(0), W.shape(0)});
-  RlsFilter<T> args{P.mutable_data(), W.mutable_data(), X.data(), Y.data(),
-                    predictions.mutable_data(), X.shape(0), X.shape(1), W.shape(0)};
+  RlsFilter<T> args{P.mutable_data(),           W.mutable_data(), X.data(),   Y.data(),
+                    predictions.mutable_data(), X.shape(0),       X.shape(1), W.shape(0)};
   strides_of(X, args.x_stride);
   strides_of(Y, args.y_stride);
   args.forgetting = forgetting;
@@ -61,8 +61,8 @@ std::pair<py::array_t<T>, int64_t> run(Dense<T> P, Dense<T> W, const Strided<T>&
 template <class T>
 void bind_run(py::module_& m) {
   m.def("rls_filter_run", &run<T>, py::arg("P").noconvert(), py::arg("W").noconvert(),
-        py::arg("X").noconvert(), py::arg("Y").noconvert(), py::arg("forgetting"),
-        py::arg("gain"), py::arg("decay"), py::arg("diffusion"), py::arg("initial_scale"),
+        py::arg("X").noconvert(), py::arg("Y").noconvert(), py::arg("forgetting"), py::arg("gain"),
+        py::arg("decay"), py::arg("diffusion"), py::arg("initial_scale"),
         "Filters a series, updating P and W in place; returns the predictions and the resets.");
 }
 

@@ -14,7 +14,7 @@
 // results do not depend on the number of threads.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <cstdint>
 #include <vector>
 
 #include "kernels.h"
@@ -114,8 +114,7 @@ ALWAYS_INLINE int64_t steps(const RlsFilter<T>& f, const FilterBlock<T>& block) 
       update_band<T, 1>({u, 0}, L, V, t, T(1), 0, 0, f.n);
       update_band<T, 1>({error, 0}, L, E, t, T(1), 0, 0, f.n_out);
     }
-    const double h =
-        f.forgetting + f.gain * scale_and_dot(u, x, T(scale), T(shift), f.n);
+    const double h = f.forgetting + f.gain * scale_and_dot(u, x, T(scale), T(shift), f.n);
     const double root = std::sqrt(f.gain / h), back = std::sqrt(scale);
     const T factor = T(-root * back);
     const T* y = f.Y + (block.first + t) * f.y_stride[0];
@@ -169,12 +168,13 @@ int64_t samples_per_pass(const RlsFilter<T>& f) {
   return std::max<int64_t>(1, int64_t(std::min(most, double(wanted))));
 }
 
-// Rows of T, each on a cache line of its own.
+// Rows of T, each on cache lines of its own; the odd number of lines keeps the rows of a column
+// apart in the cache, which a power of two would not.
 template <class T>
 class Buffer {
  public:
   Buffer(int64_t rows, int64_t cols)
-      : stride_((cols + kLine - 1) / kLine * kLine), memory_(rows * stride_ + kLine) {}
+      : stride_(((cols + kLine - 1) / kLine | 1) * kLine), memory_(rows * stride_ + kLine) {}
   Rows<T> rows() {
     const auto address = reinterpret_cast<uintptr_t>(memory_.data());
     return {memory_.data() + (-address % 64) / sizeof(T), stride_};
@@ -186,6 +186,15 @@ class Buffer {
   std::vector<T> memory_;
 };
 
+template <class T>
+void copy_sample(const RlsFilter<T>& f, int64_t sample, T* to) {
+  const T* x = f.X + sample * f.x_stride[0];
+  if (f.x_stride[1] == 1)
+    std::copy_n(x, f.n, to);
+  else
+    for (int64_t j = 0; j < f.n; ++j) to[j] = x[j * f.x_stride[1]];
+}
+
 }  // namespace
 
 template <class T>
@@ -193,25 +202,21 @@ int64_t rls_filter_cpu(const RlsFilter<T>& f) {
   const int64_t most = std::min(samples_per_pass(f), f.samples);
   Buffer<T> factors[2] = {{most, f.n}, {most, f.n}};
   Buffer<T> errors[2] = {{most, f.n_out}, {most, f.n_out}};
-  Buffer<T> weights(1, most), gathered(f.x_stride[1] == 1 ? 0 : most, f.n);
+  Buffer<T> inputs(most, f.n), weights(1, most);
 
   FilterPass<T> on_P{{f.P, f.n}, f.n, f.n}, on_W{{f.W, f.n}, f.n_out, f.n};
   on_W.scale = T(1);
   int64_t resets = 0;
   for (int64_t first = 0, turn = 0;; turn ^= 1) {
     const int64_t count = std::min(most, f.samples - first);
-    FilterBlock<T> block{{f.X + first * f.x_stride[0], f.x_stride[0]},
-                         factors[turn].rows(),
-                         errors[turn].rows(),
-                         weights.rows().data,
-                         first,
-                         count};
-    if (f.x_stride[1] != 1) {
-      const Rows<T> copy = gathered.rows();
-      for (int64_t t = 0; t < count; ++t)
-        for (int64_t j = 0; j < f.n; ++j) copy[t][j] = block.X[t][j * f.x_stride[1]];
-      block.X = {copy.data, copy.stride};
-    }
+    const Rows<T> X = inputs.rows();
+    for (int64_t t = 0; t < count; ++t) copy_sample(f, first + t, X[t]);
+    const FilterBlock<T> block{{X.data, X.stride},
+                               factors[turn].rows(),
+                               errors[turn].rows(),
+                               weights.rows().data,
+                               first,
+                               count};
     on_P.S = on_W.S = block.X;
     on_P.U = block.V;
     on_W.U = block.E;

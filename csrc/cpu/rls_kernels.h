@@ -59,8 +59,7 @@ ALWAYS_INLINE void project_ranks(Rows<const T> M, Rows<const T> S, Rows<T> U, in
                                  bool accumulate, int64_t i0, int64_t i1, int64_t k) {
   constexpr int ROWS = RANKS == 1 ? 8 : 3;
   int64_t i = i0;
-  for (; i + ROWS <= i1; i += ROWS)
-    project_tile<T, ROWS, RANKS>(M, S, U, cols, accumulate, i, k);
+  for (; i + ROWS <= i1; i += ROWS) project_tile<T, ROWS, RANKS>(M, S, U, cols, accumulate, i, k);
   for (; i < i1; ++i) project_tile<T, 1, RANKS>(M, S, U, cols, accumulate, i, k);
 }
 
