@@ -164,7 +164,7 @@ template <class T>
 int64_t samples_per_pass(const RlsFilter<T>& f) {
   const double growth = std::fabs(std::log(f.decay / f.forgetting));
   const double most = growth > 0 ? std::log(kMostGrowth) / growth : double(kMostSamples);
-  const int64_t wanted = std::clamp<int64_t>(f.n / 8, 1, kMostSamples);
+  const int64_t wanted = std::clamp<int64_t>(f.n / 4, 4, kMostSamples);
   return std::max<int64_t>(1, int64_t(std::min(most, double(wanted))));
 }
 
