@@ -15,9 +15,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Throws std::runtime_error (RuntimeError in Python) with the streamed message.
-#define RLS_CHECK(cond, ...)                                        \
-  do {                                                              \
-    if (!(cond)) [[unlikely]]                                       \
+#define RLS_CHECK(cond, ...)                                         \
+  do {                                                               \
+    if (!(cond)) [[unlikely]]                                        \
       throw std::runtime_error(::rlscuda::concatenate(__VA_ARGS__)); \
   } while (0)
 
@@ -34,7 +34,8 @@ inline std::string shape_of(const Tensor& t) {
   return text + "]";
 }
 
-inline void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> expected) {
+inline void check_shape(const char* name, const Tensor& t,
+                        std::initializer_list<int64_t> expected) {
   bool same = t.dim() == static_cast<int64_t>(expected.size());
   std::string text;
   int64_t i = 0;

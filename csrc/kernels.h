@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "patch_geometry.h"
+
 namespace rlscuda {
 
 // Arguments of one `rls_update_` on a batch of matrices.
@@ -22,6 +24,47 @@ struct RlsUpdate {
 template <class T>
 void rls_update_cpu(const RlsUpdate<T>& args);
 
+// Where the elements of one output row of a parameter lie: [C, kh, kw] by strides, or dense.
+struct RowLayout {
+  int64_t size[3], stride[3], row_stride;
+  bool dense;
+};
+
+// Arguments of one weight update; `second_moment` selects the adaptive form.
+template <class T>
+struct WeightStep {
+  void* weight;       // [rows, n] of the parameter's dtype, updated in place
+  void* bias;         // [rows] or null, likewise
+  T* product;         // [rows, n (+ 1)]: G P; completed in place
+  const T* grad;      // [rows, n]: G (adaptive form)
+  const T* bias_row;  // P[n, :] of each group, or null where the product is complete
+  int64_t bias_row_stride;
+  const void* grad_bias;  // [rows] of the parameter's dtype, or null
+  const T* h;             // [groups] or null; a row whose h is not finite is left alone
+  T* first_moment;        // [rows, n (+ 1)] or null
+  T* second_moment;       // [rows] or null
+  RowLayout layout;
+  int64_t rows, rows_per_group, n;
+  double lr, momentum, beta2, weight_decay, eps, correction1, correction2;
+  bool divide_by_h;
+};
+template <class T, class W>
+void weight_step_cpu(const WeightStep<T>& args);
+
+// Whether an element has all bits of the exponent mask set.
+template <class Bits>
+bool nonfinite_cpu(const void* x, Bits exponent_mask, int64_t count);
+
+// Summaries of the im2col matrix of x; out is [groups, row_size()], or [groups, rank, row_size()].
+template <class T>
+void patch_mean_cpu(const T* x, const PatchGeometry& geometry, Accumulate<T>* out);
+template <class T>
+void patch_sketch_cpu(const T* x, const PatchGeometry& geometry, const PatchDraw& draw,
+                      Accumulate<T>* out);
+// keys [rank]: the hash by which each image was chosen.
+template <class T>
+void patch_sample_cpu(const T* x, const PatchGeometry& geometry, const PatchDraw& draw,
+                      Accumulate<T>* out, int64_t* keys);
 // Arguments of one call of the streaming filter: a series of samples in their order.
 template <class T>
 struct RlsFilter {

@@ -2,10 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 
+#include "build_info.h"
 #include "kernels.h"
 #include "ops.h"
 #include "parallel.h"
 #include "rls_filter.h"
+#include "rls_math.h"
 
 namespace rlscuda {
 namespace {
@@ -27,16 +29,41 @@ STABLE_TORCH_LIBRARY(rlscuda, m) {
       "rls_update_(Tensor(a!) P, Tensor s, float forgetting, float gain, float decay, "
       "float diffusion, float initial_scale, Tensor(b!)? power, Tensor(c!)? health, "
       "Tensor? found_inf) -> (Tensor, Tensor)");
+  m.def("nonfinite(Tensor[] tensors) -> Tensor");
+  m.def(
+      "weight_step_(Tensor(a!) weight, Tensor(b!)? bias, Tensor(c!) product, Tensor? bias_row, "
+      "Tensor? grad_bias, Tensor? h, Tensor(d!)? momentum_buffer, float lr, float momentum, "
+      "float weight_decay, bool divide_by_h) -> ()");
+  m.def(
+      "adaptive_weight_step_(Tensor(a!) weight, Tensor(b!)? bias, Tensor(c!) product, Tensor grad, "
+      "Tensor? bias_row, Tensor? grad_bias, Tensor? h, Tensor(d!) first_moment, Tensor(e!) "
+      "second_moment, "
+      "float lr, float beta1, float beta2, float weight_decay, float eps, int step) -> ()");
+#define PATCH_ARGS                                                              \
+  "(Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, " \
+  "int groups, str padding_mode, bool ones"
+  m.def("patch_mean" PATCH_ARGS ") -> Tensor");
+  m.def("patch_sketch" PATCH_ARGS ", int rank, int seed, int offset) -> Tensor");
+  m.def("patch_sample" PATCH_ARGS ", int rank, int seed, int offset) -> (Tensor, Tensor)");
+#undef PATCH_ARGS
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rlscuda, CPU, m) {
   m.impl("rls_update_", TORCH_BOX(&rlscuda::rls_update_));
+  m.impl("nonfinite", TORCH_BOX(&rlscuda::nonfinite));
+  m.impl("weight_step_", TORCH_BOX(&rlscuda::weight_step_));
+  m.impl("adaptive_weight_step_", TORCH_BOX(&rlscuda::adaptive_weight_step_));
+  m.impl("patch_mean", TORCH_BOX(&rlscuda::patch_mean));
+  m.impl("patch_sketch", TORCH_BOX(&rlscuda::patch_sketch));
+  m.impl("patch_sample", TORCH_BOX(&rlscuda::patch_sample));
 }
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled half of rlscuda: loading it registers torch.ops.rlscuda.*";
   rlscuda::bind_rls_filter(m);
   m.attr("source_hash") = RLSCUDA_SOURCE_HASH;
+  m.attr("cuda_archs") = RLSCUDA_CUDA_ARCHS;
+  m.attr("health_slots") = int(rlscuda::kHealthSlots);
   m.attr("simd") = rlscuda::simd_level();
 #ifdef RLSCUDA_WITH_CUDA
   m.attr("cuda_runtime") = rlscuda::cuda_runtime_version();

@@ -18,4 +18,32 @@ std::tuple<Tensor, Tensor> rls_update_(Tensor P, const Tensor& S, double forgett
                                        const std::optional<Tensor>& health,
                                        const std::optional<Tensor>& found_inf);
 
+Tensor nonfinite(std::vector<Tensor> tensors);
+
+void weight_step_(Tensor weight, std::optional<Tensor> bias, Tensor product,
+                  const std::optional<Tensor>& bias_row, const std::optional<Tensor>& grad_bias,
+                  const std::optional<Tensor>& h, std::optional<Tensor> momentum_buffer, double lr,
+                  double momentum, double weight_decay, bool divide_by_h);
+
+void adaptive_weight_step_(Tensor weight, std::optional<Tensor> bias, Tensor product,
+                           const Tensor& grad, const std::optional<Tensor>& bias_row,
+                           const std::optional<Tensor>& grad_bias, const std::optional<Tensor>& h,
+                           Tensor first_moment, Tensor second_moment, double lr, double beta1,
+                           double beta2, double weight_decay, double eps, int64_t step);
+
+Tensor patch_mean(const Tensor& x, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
+                  std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                  std::string padding_mode, bool ones);
+
+Tensor patch_sketch(const Tensor& x, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
+                    std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                    std::string padding_mode, bool ones, int64_t rank, int64_t seed,
+                    int64_t offset);
+
+std::tuple<Tensor, Tensor> patch_sample(const Tensor& x, std::vector<int64_t> kernel_size,
+                                        std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                        std::vector<int64_t> dilation, int64_t groups,
+                                        std::string padding_mode, bool ones, int64_t rank,
+                                        int64_t seed, int64_t offset);
+
 }  // namespace rlscuda

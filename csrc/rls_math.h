@@ -2,16 +2,17 @@
 //
 //   n        fan-in: columns of the im2col matrix of a layer, + 1 for a bias
 //   c        outputs of the layer
-//   P        inverse autocorrelation matrix [n, n] of the layer's input, symmetric positive definite
-//   S        input summary [r, n]: the r rows by which a minibatch enters P
-//   U        P S^T, kept as rows [r, n]; for r = 1 the vector u of the papers
-//   H        lambda I + (kappa / r) S U^T [r, r]; for r = 1 the scalar h of the papers
-//   lambda   forgetting factor, (0, 1]             kappa   gain of a new observation, > 0
-//   power    running mean of the squared input, by which a summary is normalised
-//   decay, diffusion   P <- decay P + diffusion I after the update: shrinkage towards P_0 or the
+//   P        inverse autocorrelation matrix [n, n] of the layer's input, symmetric positive
+//   definite S        input summary [r, n]: the r rows by which a minibatch enters P U        P
+//   S^T, kept as rows [r, n]; for r = 1 the vector u of the papers H        lambda I + (kappa / r)
+//   S U^T [r, r]; for r = 1 the scalar h of the papers lambda   forgetting factor, (0, 1] kappa
+//   gain of a new observation, > 0 power    running mean of the squared input, by which a summary
+//   is normalised decay, diffusion   P <- decay P + diffusion I after the update: shrinkage towards
+//   P_0 or the
 //                      random-walk drift of a Kalman filter
 //
-// One update (Sherman-Morrison-Woodbury of R <- lambda R + (kappa / r) S^T S, then decay, diffusion):
+// One update (Sherman-Morrison-Woodbury of R <- lambda R + (kappa / r) S^T S, then decay,
+// diffusion):
 //   P <- (decay / lambda) (P - V^T V) + diffusion I,   V = sqrt(kappa / r) L^-1 U,   H = L L^T.
 // V_i V_j is the same number for (i, j) and (j, i), so P stays symmetric to the bit.
 #pragma once

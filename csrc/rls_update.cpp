@@ -12,8 +12,8 @@ std::tuple<Tensor, Tensor> launch(Tensor& P, const Tensor& S, bool batched, RlsU
                                   const std::optional<Tensor>& power,
                                   const std::optional<Tensor>& health) {
   Tensor U = new_tensor(S, S.sizes(), S.scalar_type());
-  Tensor h = batched ? new_tensor(P, {args.batch}, P.scalar_type())
-                     : new_tensor(P, {}, P.scalar_type());
+  Tensor h =
+      batched ? new_tensor(P, {args.batch}, P.scalar_type()) : new_tensor(P, {}, P.scalar_type());
   args.P = static_cast<T*>(P.mutable_data_ptr());
   args.S = static_cast<const T*>(S.const_data_ptr());
   args.U = static_cast<T*>(U.mutable_data_ptr());

@@ -39,8 +39,8 @@ ALWAYS_INLINE void store(T* to, const Vec<T>& v) {
 #endif
 ALWAYS_INLINE float sum(const Vec<float>& v) {
 #ifdef HAS_SHUFFLE
-  const auto four = __builtin_shufflevector(v, v, 0, 1, 2, 3) +
-                    __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  const auto four =
+      __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
   const auto two = four + __builtin_shufflevector(four, four, 2, 3, 2, 3);
   return two[0] + two[1];
 #else

@@ -1,9 +1,32 @@
-"""Recursive-least-squares training for PyTorch."""
+"""Recursive-least-squares training for PyTorch: fused kernels, a drop-in optimizer, streaming filters."""
 
 import torch  # noqa: F401  (its libraries must be loaded before the extension)
 
-from rlscuda import _C  # noqa: F401
+from rlscuda import _C
 from rlscuda.filter import RLSFilter
+from rlscuda.optimizer import RLSOptimizer
 from rlscuda.regressor import RLSRegressor
 
-__all__ = ["RLSFilter", "RLSRegressor"]
+__version__ = "0.1.0"
+__all__ = ["RLSFilter", "RLSOptimizer", "RLSRegressor", "build_info"]
+
+
+def build_info() -> dict:
+    """What was built and what runs here.
+
+    Returns:
+        `version`; `torch`, the version at hand; `abi`, the oldest torch it runs with; `cuda`, the
+        toolkit of the CUDA kernels or None where none were built; `simd`, the level that the CPU
+        kernels dispatch to; `threads`; `source_hash`, of the kernel sources.
+    """
+    cuda = _C.cuda_runtime
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "abi": "2.10",
+        "cuda": None if cuda is None else f"{cuda // 1000}.{cuda % 1000 // 10}",
+        "cuda_archs": _C.cuda_archs,
+        "simd": _C.simd,
+        "threads": torch.get_num_threads(),
+        "source_hash": _C.source_hash,
+    }

@@ -10,6 +10,8 @@
 #include "parallel.h"
 #include "rls_kernels.h"
 #include "rls_math.h"
+#include "simd.h"
+#include "symmetric_project.h"
 
 namespace rlscuda {
 
@@ -20,6 +22,14 @@ SIMD_CLONES void project_rows(const float* P, const float* S, float* U, int64_t 
 SIMD_CLONES void project_rows(const double* P, const double* S, double* U, int64_t n, int64_t r,
                               int64_t i0, int64_t i1) {
   project<double>({P, n}, {S, n}, {U, n}, n, r, i0, i1);
+}
+SIMD_CLONES void symmetric_rows(const float* P, const float* s, float* u, int64_t n, int64_t i0,
+                                int64_t i1) {
+  symmetric_bands(P, s, u, n, i0, i1);
+}
+SIMD_CLONES void symmetric_rows(const double* P, const double* s, double* u, int64_t n, int64_t i0,
+                                int64_t i1) {
+  symmetric_bands(P, s, u, n, i0, i1);
 }
 SIMD_CLONES void update_rows(float* P, const float* V, int64_t n, int64_t r, float scale,
                              float diffusion, int64_t i0, int64_t i1) {
@@ -53,14 +63,14 @@ void update_matrix(const RlsUpdate<T>& args, int64_t b, double* health) {
 
   double gain = args.gain / double(r);
   if (args.power) {
-    const double power = (1 - args.gain) * args.power[b] + args.gain * square / double(r * n);
+    const double seen = square / double(r * n), before = args.power[b];
+    const double power = before > 0 ? (1 - args.gain) * before + args.gain * seen : seen;
     args.power[b] = T(power);
     gain = power > 0 ? gain / power : 0;
   }
 
   const int64_t grain = std::max<int64_t>(8, 65536 / (n * r) + 1);
-  parallel_for(0, n, grain,
-               [&](int64_t i0, int64_t i1) { project_rows(P, S, U, n, r, i0, i1); });
+  parallel_for(0, n, grain, [&](int64_t i0, int64_t i1) { project_rows(P, S, U, n, r, i0, i1); });
 
   std::vector<double> H(r * r);
   double trace = 0;

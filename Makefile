@@ -1,0 +1,34 @@
+# Thin: each target is what a reader could type. The environment is made once, in .venv.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: demo test lint bench wheel clean
+
+demo: .venv/installed
+	$(BIN)/rlscuda train --model lenet5 --data mnist5k --optimizer rls,sgd,adam --epochs 8 --out runs/demo --overwrite
+
+test: .venv/installed
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+bench: .venv/installed
+	$(BIN)/rlscuda bench
+
+wheel: .venv/installed
+	$(BIN)/python -m pip wheel . --no-build-isolation --no-deps -w dist
+
+.venv/installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy ninja pybind11
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info rlscuda/*.so

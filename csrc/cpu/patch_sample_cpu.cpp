@@ -1,0 +1,54 @@
+// patch_sample on the CPU: row j is the patch of the image whose hash is the least of stream j, at
+// the position that a second hash names. Merging two batches is keeping the row of the lesser hash.
+#include "counter_rng.h"
+#include "half.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace rlscuda {
+
+template <class T>
+void patch_sample_cpu(const T* x, const PatchGeometry& g, const PatchDraw& draw, Accumulate<T>* out,
+                      int64_t* keys) {
+  constexpr int64_t kGrain = 16384;  // hashes and elements below which a thread is not worth waking
+  const int64_t work = g.images + g.channels * g.taps();
+  parallel_for(0, draw.rank, kGrain / work + 1, [&](int64_t k0, int64_t k1) {
+    for (int64_t k = k0; k < k1; ++k) {
+      const uint64_t key = stream_key(draw.seed, Purpose::kImage, k);
+      int64_t image = 0, least = INT64_MAX;
+      for (int64_t b = 0; b < g.images; ++b) {
+        const int64_t hash = random_int63(key, draw.offset + b);
+        if (hash < least) least = hash, image = b;
+      }
+      keys[k] = least;
+      const uint64_t place = stream_key(draw.seed, Purpose::kPosition, k);
+      const int64_t position = random_int63(place, draw.offset + image) % g.positions();
+      const int64_t oh = position / g.out_w, ow = position % g.out_w;
+      for (int64_t c = 0; c < g.channels; ++c) {
+        const T* from = x + image * g.stride_n + c * g.stride_c;
+        Accumulate<T>* to = out + g.out_offset(c, k, draw.rank);
+        for (int64_t i = 0; i < g.kernel_h; ++i) {
+          const int64_t h = g.source_h(oh, i);
+          for (int64_t j = 0; j < g.kernel_w; ++j, ++to) {
+            const int64_t w = g.source_w(ow, j);
+            *to = h < 0 || w < 0 ? 0
+                                 : to_compute<Accumulate<T>>(from[h * g.stride_h + w * g.stride_w]);
+          }
+        }
+      }
+      for (int64_t group = 0; group < g.groups && g.ones; ++group)
+        out[(group * draw.rank + k + 1) * g.row_size() - 1] = 1;
+    }
+  });
+}
+
+template void patch_sample_cpu(const float*, const PatchGeometry&, const PatchDraw&, float*,
+                               int64_t*);
+template void patch_sample_cpu(const double*, const PatchGeometry&, const PatchDraw&, double*,
+                               int64_t*);
+template void patch_sample_cpu(const BFloat16*, const PatchGeometry&, const PatchDraw&, float*,
+                               int64_t*);
+template void patch_sample_cpu(const Half*, const PatchGeometry&, const PatchDraw&, float*,
+                               int64_t*);
+
+}  // namespace rlscuda

@@ -1,0 +1,379 @@
+// patch_sketch on the CPU, without im2col:
+//
+//   sketch[k, c, i, j] = 1/sqrt(R) sum_b sum_oh <x[b, c, source_h(oh, i), :], E[k, b, j, oh, :]>
+//   E[k, b, j, oh, w] = the sum of the signs of the rows (b, oh, ow) with source_w(ow, j) = w
+//
+// so that the work is inner products of dense lines of x with lines of signs, which all channels
+// share. At stride 1 the E of all j are one line of signs between zeros, read at shifted places;
+// otherwise they are built, which serves every stride, dilation and padding mode. Lines of x are
+// read where they lie if w is dense (rows) or the channels are (pixels); narrow dense planes are
+// taken as one line each (every tap has its own E then); the rest is converted image by image.
+// A task is a chunk of the images and a block of the channels. Both depend on the shape alone and
+// are reduced in order, so the result does not depend on the number of threads.
+#include <vector>
+
+#include "counter_rng.h"
+#include "kernels.h"
+#include "parallel.h"
+#include "simd_convert.h"
+#include "sketch_tiles.h"
+
+namespace rlscuda {
+
+// The signs of rows [row, row + count) as +-1; writes whole groups of 64.
+template <class A>
+ALWAYS_INLINE void expand(uint64_t key, int64_t row, int64_t count, A* to) {
+  typedef std::conditional_t<sizeof(A) == 4, uint32_t, uint64_t> Bits;
+  constexpr int W = kLanes<A>;
+  const Vec<A> one = Vec<A>{} + A(1);
+  Vec<Bits> lane;
+  for (int k = 0; k < W; ++k) lane[k] = Bits(k);
+  const int shift = int(row & 63);
+  int64_t word = row >> 6;
+  uint64_t low = random_bits(key, word);
+  for (int64_t e = 0; e < count; e += 64, to += 64) {
+    uint64_t bits = low;
+    if (shift || e + 64 < count) low = random_bits(key, ++word);
+    if (shift) bits = bits >> shift | low << (64 - shift);
+    for (int v = 0; v < 64; v += W) {
+      const Vec<Bits> sign = ((Vec<Bits>{} + Bits(bits >> v)) >> lane) << (8 * sizeof(A) - 1);
+      store(to + v, reinterpret_cast<Vec<A>>(reinterpret_cast<Vec<Bits>>(one) | sign));
+    }
+  }
+}
+
+#define SKETCH_KERNELS(A)                                                          \
+  SIMD_CLONES void sketch_rows(const SketchTile<A>& tile) { tile.dots(); }         \
+  SIMD_CLONES void sketch_pixels(const SketchTile<A>& tile) { tile.pixel_sums(); } \
+  SIMD_CLONES void expand_signs(uint64_t key, int64_t row, int64_t count, A* to) { \
+    expand(key, row, count, to);                                                   \
+  }
+SKETCH_KERNELS(float)
+SKETCH_KERNELS(double)
+#undef SKETCH_KERNELS
+
+#define CONVERT_RUN(T)                                                                            \
+  SIMD_CLONES void convert_run(const T* from, int64_t count, float* to) {                         \
+    int64_t e = 0;                                                                                \
+    for (; e + kLanes<float> <= count; e += kLanes<float>) store(to + e, load_compute(from + e)); \
+    for (; e < count; ++e) to[e] = to_compute<float>(from[e]);                                    \
+  }
+CONVERT_RUN(BFloat16)
+CONVERT_RUN(Half)
+#undef CONVERT_RUN
+
+namespace {
+
+constexpr int64_t kSigns = 4096;     // elements of E that stay in the L1 cache
+constexpr int64_t kChannels = 64;    // of a block
+constexpr int64_t kTasks = 64;       // wanted
+constexpr int64_t kGrain = 1 << 18;  // multiply-adds below which a task is not worth its while
+constexpr int64_t kLinearRows = 64;  // rows of a Linear input that are taken as one image
+constexpr int64_t kFlat = 1 << 14;   // elements of E of an image up to which a plane is one line
+
+template <class T>
+void convert(const T* from, int64_t count, Accumulate<T>* to) {
+  if constexpr (sizeof(T) == sizeof(Accumulate<T>)) {
+    std::copy_n(from, count, to);
+  } else {
+    convert_run(from, count, to);
+  }
+}
+
+template <class T>
+class Sketch {
+  using A = Accumulate<T>;
+  static constexpr int64_t kLane = kLanes<A>;
+
+ public:
+  Sketch(const T* x, const PatchGeometry& geometry, const PatchDraw& draw)
+      : x_(x), g_(geometry), draw_(draw) {
+    total_ = g_.images * g_.positions();
+    last_width_ = g_.width;
+    merge_plane();
+    choose_layout();
+    choose_signs();
+    blocks_ = (g_.channels + kChannels - 1) / kChannels;
+    const int64_t work = total_ * g_.channels * g_.taps() * draw_.rank;
+    const int64_t wanted = std::min(kTasks, work / kGrain + 1);
+    chunks_ = std::clamp<int64_t>(wanted / blocks_, 1, g_.images);
+    size_ = draw_.rank * g_.channels * g_.taps();
+  }
+
+  void run(A* out) const {
+    thread_local std::vector<A> scratch;
+    thread_local std::vector<double> sign_sums;
+    scratch.assign(chunks_ * size_, A(0));
+    sign_sums.assign(chunks_ * draw_.rank, 0.0);
+    A* partial = scratch.data();
+    double* ones = sign_sums.data();
+    const int64_t work = total_ * g_.channels * g_.taps() * draw_.rank / (chunks_ * blocks_);
+    parallel_for(0, chunks_ * blocks_, kGrain / (work + 1) + 1, [&](int64_t first, int64_t last) {
+      for (int64_t task = first; task < last; ++task) {
+        const int64_t q = task / blocks_, block = task % blocks_;
+        const int64_t b0 = q * g_.images / chunks_, b1 = (q + 1) * g_.images / chunks_;
+        Task(*this, partial + q * size_, block).run(b0, b1);
+        if (g_.ones && block == 0) sum_signs(b0, b1, ones + q * draw_.rank);
+      }
+    });
+    const double scale = 1 / std::sqrt(double(total_));
+    const int64_t n = g_.columns(), rows = g_.groups * draw_.rank;
+    parallel_for(0, rows, kGrain / (n * chunks_) + 1, [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row) {
+        const int64_t group = row / draw_.rank, k = row % draw_.rank;
+        const A* from = partial + (k * g_.groups + group) * n;
+        A* to = out + row * g_.row_size();
+        for (int64_t q = 1; q < chunks_; ++q)
+          for (int64_t e = 0; e < n; ++e) partial[from - partial + e] += from[q * size_ + e];
+        for (int64_t e = 0; e < n; ++e) to[e] = A(scale) * from[e];
+        if (!g_.ones) continue;
+        double sum = 0;
+        for (int64_t q = 0; q < chunks_; ++q) sum += ones[q * draw_.rank + k];
+        to[n] = A(scale * sum);
+      }
+    });
+  }
+
+ private:
+  // One tap that covers the input exactly: a Linear layer's rows become the pixels of an image, and
+  // a dense plane becomes one line.
+  void merge_plane() {
+    const bool whole = g_.taps() == 1 && g_.step_h == 1 && g_.step_w == 1 &&
+                       g_.out_h == g_.height && g_.out_w == g_.width;
+    if (!whole) return;
+    const int64_t plane = g_.height * g_.width;
+    if (plane == 1) {
+      g_.width = g_.out_w = kLinearRows;
+      g_.stride_w = g_.stride_n;
+      g_.stride_n *= kLinearRows;
+      last_width_ = (g_.images - 1) % kLinearRows + 1;
+      g_.images = (g_.images - 1) / kLinearRows + 1;
+    } else if (g_.stride_h == g_.width * g_.stride_w) {
+      g_.height = g_.out_h = 1;
+      g_.width = g_.out_w = last_width_ = plane;
+    }
+  }
+
+  void choose_layout() {
+    const bool same = sizeof(T) == sizeof(A);
+    const bool many = g_.channels >= kLane, dense_c = g_.stride_c == 1, dense_w = g_.stride_w == 1;
+    const int64_t plane = g_.height * g_.width;
+    length_ = g_.width;
+    if (same && many && dense_c) {
+      pixels_ = true;
+    } else if (same && dense_w && g_.width >= kLane && last_width_ == g_.width) {
+      // rows where they lie
+    } else if (same && dense_w && g_.stride_h == g_.width && plane >= kLane &&
+               last_width_ == g_.width && plane * g_.taps() <= kFlat) {
+      flat_ = true;
+      length_ = plane;
+    } else {
+      copied_ = true;
+      pixels_ = many && (dense_c || g_.width < kLane);
+      if (!pixels_) length_ = (g_.width + kLane - 1) / kLane * kLane;
+    }
+  }
+
+  void choose_signs() {
+    const int64_t reach = (g_.kernel_w - 1) * g_.dilation_w;
+    const bool inside = g_.pad_w == 0 && g_.out_w + reach <= g_.width;
+    shifted_ = !flat_ && g_.step_w == 1 && (g_.padding == Padding::kZeros || inside);
+    lead_ = shifted_ ? std::max<int64_t>(0, reach - g_.pad_w) : 0;
+    planes_ = flat_ ? g_.taps() : shifted_ ? 1 : g_.kernel_w;
+    sign_stride_ = shifted_ ? lead_ + std::max(g_.pad_w + length_, g_.out_w) : length_;
+    band_ = flat_ ? g_.out_h : std::clamp<int64_t>(kSigns / (planes_ * sign_stride_), 1, g_.out_h);
+    sign_size_ = flat_ ? planes_ * length_ : planes_ * band_ * sign_stride_;
+    rank_step_ = std::clamp<int64_t>(kSigns / sign_size_, 1, draw_.rank);
+    batch_ = band_ < g_.out_h
+                 ? 1
+                 : std::clamp<int64_t>(kSigns / (sign_size_ * rank_step_), 1, g_.images);
+  }
+
+  void sum_signs(int64_t b0, int64_t b1, double* sums) const {
+    const int64_t first = b0 * g_.positions(), end = std::min(b1 * g_.positions(), total_);
+    for (int64_t k = 0; k < draw_.rank; ++k) {
+      const uint64_t key = stream_key(draw_.seed, Purpose::kSign, k);
+      int64_t negative = 0;
+      for (int64_t row = first; row < end; row += 64) {
+        const int64_t rest = end - row;
+        const uint64_t bits = sign_bits(key, draw_.offset + row);
+        negative += __builtin_popcountll(rest < 64 ? bits & ((uint64_t(1) << rest) - 1) : bits);
+      }
+      sums[k] = double(end - first - 2 * negative);
+    }
+  }
+
+  // One block of the channels over one chunk of the images.
+  class Task {
+   public:
+    Task(const Sketch& sketch, A* partial, int64_t block)
+        : s_(sketch), g_(sketch.g_), c0_(block * g_.channels / sketch.blocks_) {
+      channels_ = (block + 1) * g_.channels / s_.blocks_ - c0_;
+      out_ = partial + c0_ * g_.taps();
+    }
+
+    void run(int64_t b0, int64_t b1) const {
+      thread_local std::vector<A> copy, signs, row;
+      thread_local std::vector<SketchLine<A>> lines;
+      thread_local std::vector<int64_t> offsets;
+      signs.resize(s_.sign_size_ * s_.rank_step_ * s_.batch_);
+      row.resize((s_.band_ * g_.out_w / 64 + 1) * 64);
+      lines.resize(s_.batch_ * s_.band_);
+      offsets.resize(2 * s_.rank_step_ * g_.taps());
+      if (s_.copied_) copy.resize(s_.batch_ * copy_size());
+      for (int64_t b = b0; b < b1; b += s_.batch_) {
+        const int64_t images = std::min(s_.batch_, b1 - b);
+        const A* from = nullptr;
+        if (s_.copied_) {
+          for (int64_t m = 0; m < images; ++m) copy_image(b + m, copy.data() + m * copy_size());
+          from = copy.data();
+        } else {
+          from = reinterpret_cast<const A*>(s_.x_) + b * g_.stride_n + c0_ * g_.stride_c;
+        }
+        for (int64_t o = 0; o < g_.out_h; o += s_.band_) {
+          const int64_t o_end = std::min(o + s_.band_, g_.out_h);
+          for (int64_t k = 0; k < s_.draw_.rank; k += s_.rank_step_) {
+            const int64_t ranks = std::min(s_.rank_step_, s_.draw_.rank - k);
+            for (int64_t r = 0; r < ranks; ++r)
+              for (int64_t m = 0; m < images; ++m)
+                place_signs(k + r, b + m, o, o_end, row.data(),
+                            signs.data() + (r * s_.batch_ + m) * s_.sign_size_);
+            multiply(from, signs.data(), lines.data(), offsets.data(), k, ranks, b, images, o,
+                     o_end);
+          }
+        }
+      }
+    }
+
+   private:
+    // The copy of an image is [H, W, channels] for pixels, [channels, H, length] for rows.
+    int64_t copy_size() const {
+      return g_.height * channels_ * (s_.pixels_ ? g_.width : s_.length_);
+    }
+
+    int64_t width(int64_t b) const { return b + 1 < g_.images ? g_.width : s_.last_width_; }
+
+    void copy_image(int64_t b, A* to) const {
+      const T* image = s_.x_ + b * g_.stride_n + c0_ * g_.stride_c;
+      const int64_t pixels = width(b);
+      for (int64_t h = 0; h < g_.height; ++h) {
+        const T* from = image + h * g_.stride_h;
+        if (s_.pixels_ && g_.stride_c == 1) {
+          for (int64_t w = 0; w < pixels; ++w)
+            convert(from + w * g_.stride_w, channels_, to + (h * g_.width + w) * channels_);
+          continue;
+        }
+        for (int64_t c = 0; c < channels_; ++c) {
+          const T* line = from + c * g_.stride_c;
+          A* dense = to + (c * g_.height + h) * s_.length_;
+          if (s_.pixels_) {
+            for (int64_t w = 0; w < pixels; ++w)
+              to[(h * g_.width + w) * channels_ + c] = to_compute<A>(line[w * g_.stride_w]);
+            continue;
+          }
+          if (g_.stride_w == 1) {
+            convert(line, pixels, dense);
+          } else {
+            for (int64_t w = 0; w < pixels; ++w) dense[w] = to_compute<A>(line[w * g_.stride_w]);
+          }
+          std::fill(dense + pixels, dense + s_.length_, A(0));
+        }
+      }
+    }
+
+    // E of rank row k and image b for output rows [o, o_end).
+    void place_signs(int64_t k, int64_t b, int64_t o, int64_t o_end, A* row, A* to) const {
+      const uint64_t key = stream_key(s_.draw_.seed, Purpose::kSign, k);
+      expand_signs(key, s_.draw_.offset + b * g_.positions() + o * g_.out_w, (o_end - o) * g_.out_w,
+                   row);
+      std::fill_n(to, s_.sign_size_, A(0));
+      for (int64_t oh = o; oh < o_end; ++oh, row += g_.out_w) {
+        if (s_.shifted_) {
+          std::copy_n(row, g_.out_w, to + (oh - o) * s_.sign_stride_ + s_.lead_);
+          continue;
+        }
+        for (int64_t tap = 0; tap < s_.planes_; ++tap) {
+          const int64_t j = tap % g_.kernel_w,
+                        h = s_.flat_ ? g_.source_h(oh, tap / g_.kernel_w) : 0;
+          if (h < 0) continue;
+          A* line = s_.flat_ ? to + tap * s_.length_ + h * g_.width
+                             : to + (tap * s_.band_ + oh - o) * s_.sign_stride_;
+          for (int64_t ow = 0; ow < g_.out_w; ++ow)
+            if (const int64_t w = g_.source_w(ow, j); w >= 0) line[w] += row[ow];
+        }
+      }
+    }
+
+    void multiply(const A* x, const A* signs, SketchLine<A>* lines, int64_t* offsets, int64_t k,
+                  int64_t ranks, int64_t b, int64_t images, int64_t o, int64_t o_end) const {
+      const int64_t per_rank = s_.flat_ ? g_.taps() : g_.kernel_w;
+      int64_t* out_offsets = offsets + ranks * per_rank;
+      for (int64_t r = 0; r < ranks; ++r) {
+        for (int64_t j = 0; j < per_rank; ++j) {
+          const int64_t shift = s_.shifted_ ? s_.lead_ + g_.pad_w - j * g_.dilation_w
+                                : s_.flat_  ? j * s_.length_
+                                            : j * s_.band_ * s_.sign_stride_;
+          offsets[r * per_rank + j] = r * s_.batch_ * s_.sign_size_ + shift;
+          out_offsets[r * per_rank + j] = (k + r) * g_.channels * g_.taps() + j;
+        }
+      }
+      const int64_t stride_n = s_.copied_ ? copy_size() : g_.stride_n;
+      const int64_t line = s_.pixels_ ? g_.width * channels_ : s_.length_;
+      const int64_t stride_h = s_.copied_ ? line : g_.stride_h;
+      SketchTile<A> tile{lines,     0,         offsets, out_offsets, ranks * per_rank,
+                         channels_, g_.taps(), 0,       nullptr};
+      tile.stride = s_.copied_   ? (s_.pixels_ ? channels_ : g_.height * s_.length_)
+                    : s_.pixels_ ? g_.stride_w
+                                 : g_.stride_c;
+      for (int64_t i = 0; i < (s_.flat_ ? 1 : g_.kernel_h); ++i) {
+        tile.line_count = 0;
+        tile.out = out_ + i * g_.kernel_w;
+        for (int64_t m = 0; m < images; ++m) {
+          const A* image = x + m * stride_n;
+          const A* image_signs = signs + m * s_.sign_size_;
+          const int64_t length = s_.pixels_ ? width(b + m) : s_.length_;
+          if (s_.flat_) {
+            lines[tile.line_count++] = {image, image_signs, length};
+            continue;
+          }
+          for (int64_t oh = o; oh < o_end; ++oh)
+            if (const int64_t h = g_.source_h(oh, i); h >= 0)
+              lines[tile.line_count++] = {image + h * stride_h,
+                                          image_signs + (oh - o) * s_.sign_stride_, length};
+        }
+        if (tile.line_count == 0) continue;
+        s_.pixels_ ? sketch_pixels(tile) : sketch_rows(tile);
+      }
+    }
+
+    const Sketch& s_;
+    const PatchGeometry& g_;
+    int64_t c0_, channels_;
+    A* out_;
+  };
+
+  const T* x_;
+  PatchGeometry g_;
+  PatchDraw draw_;
+  int64_t total_, last_width_;  // rows; pixels of a line of the last image
+  bool pixels_ = false, flat_ = false, copied_ = false, shifted_ = false;
+  int64_t length_;                                   // of a line of x
+  int64_t planes_, lead_, sign_stride_, sign_size_;  // E of an image: planes of lines
+  int64_t band_, rank_step_, batch_;                 // output rows, rank rows, images at a time
+  int64_t blocks_, chunks_, size_;  // of channels, of images; of one partial result
+};
+
+}  // namespace
+
+template <class T>
+void patch_sketch_cpu(const T* x, const PatchGeometry& geometry, const PatchDraw& draw,
+                      Accumulate<T>* out) {
+  Sketch<T>(x, geometry, draw).run(out);
+}
+
+template void patch_sketch_cpu(const float*, const PatchGeometry&, const PatchDraw&, float*);
+template void patch_sketch_cpu(const double*, const PatchGeometry&, const PatchDraw&, double*);
+template void patch_sketch_cpu(const BFloat16*, const PatchGeometry&, const PatchDraw&, float*);
+template void patch_sketch_cpu(const Half*, const PatchGeometry&, const PatchDraw&, float*);
+
+}  // namespace rlscuda

@@ -1,0 +1,71 @@
+// u = P s for a symmetric P that does not fit the near caches: only its lower triangle is read.
+//
+// An element P[i, j], j < i, serves u[i] and u[j]. Rows are cut into kChunks chunks of about equal
+// area, whatever the number of threads, each with a private u, added up in order: the result does
+// not depend on the threads.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace rlscuda {
+
+// Adds to u the part of P s that the rows [i, i + ROWS) of the lower triangle make.
+template <class T, int ROWS>
+ALWAYS_INLINE void symmetric_band(const T* P, const T* s, T* u, int64_t n, int64_t i) {
+  constexpr int W = kLanes<T>;
+  const T* rows = P + i * n;
+  Vec<T> acc[ROWS] = {};
+  T tail[ROWS] = {};
+  int64_t j = 0;
+  for (; j + W <= i; j += W) {
+    const Vec<T> sj = load(s + j);
+    Vec<T> uj = load(u + j);
+    for (int a = 0; a < ROWS; ++a) {
+      const Vec<T> p = load(rows + a * n + j);
+      acc[a] += p * sj;
+      uj += p * s[i + a];
+    }
+    store(u + j, uj);
+  }
+  for (int a = 0; a < ROWS; ++a) {
+    for (int64_t k = j; k < i + a; ++k) {
+      tail[a] += rows[a * n + k] * s[k];
+      u[k] += rows[a * n + k] * s[i + a];
+    }
+    u[i + a] += rows[a * n + i + a] * s[i + a];
+  }
+  for (int a = 0; a < ROWS; ++a) u[i + a] += tail[a] + sum(acc[a]);
+}
+
+template <class T>
+ALWAYS_INLINE void symmetric_bands(const T* P, const T* s, T* u, int64_t n, int64_t i0,
+                                   int64_t i1) {
+  int64_t i = i0;
+  for (; i + 4 <= i1; i += 4) symmetric_band<T, 4>(P, s, u, n, i);
+  for (; i < i1; ++i) symmetric_band<T, 1>(P, s, u, n, i);
+}
+
+// Calls rows(P, s, u, n, i0, i1), a SIMD clone of symmetric_bands, over all chunks.
+template <class T, class Rows>
+void symmetric_project(const T* P, const T* s, T* u, int64_t n, const Rows& rows) {
+  constexpr int64_t kChunks = 16;
+  thread_local std::vector<T> scratch;
+  scratch.assign(kChunks * n, T(0));
+  T* partial = scratch.data();
+  const auto edge = [n](int64_t c) { return int64_t(double(n) * std::sqrt(double(c) / kChunks)); };
+  parallel_for(0, kChunks, 1, [&](int64_t c0, int64_t c1) {
+    for (int64_t c = c0; c < c1; ++c) rows(P, s, partial + c * n, n, edge(c), edge(c + 1));
+  });
+  std::fill_n(u, n, T(0));
+  for (int64_t c = 0; c < kChunks; ++c) {
+    const T* part = partial + c * n;
+    for (int64_t j = 0; j < edge(c + 1); ++j) u[j] += part[j];
+  }
+}
+
+}  // namespace rlscuda

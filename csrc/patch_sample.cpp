@@ -1,0 +1,26 @@
+// patch_sample: checks, dtype dispatch, launch.
+#include "kernels.h"
+#include "ops.h"
+#include "patch_checks.h"
+
+namespace rlscuda {
+
+std::tuple<Tensor, Tensor> patch_sample(const Tensor& x, std::vector<int64_t> kernel_size,
+                                        std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                        std::vector<int64_t> dilation, int64_t groups,
+                                        std::string padding_mode, bool ones, int64_t rank,
+                                        int64_t seed, int64_t offset) {
+  check_patch_input(x);
+  const PatchGeometry g =
+      patch_geometry(x, kernel_size, stride, padding, dilation, groups, padding_mode, ones);
+  const PatchDraw draw = patch_draw(rank, seed, offset);
+  Tensor rows = new_tensor(x, {g.groups, rank, g.row_size()}, summary_dtype(x));
+  Tensor keys = new_tensor(x, {rank}, ScalarType::Long);
+  dispatch_element(x, [&]<class T>(const T* data) {
+    patch_sample_cpu(data, g, draw, static_cast<Accumulate<T>*>(rows.mutable_data_ptr()),
+                     static_cast<int64_t*>(keys.mutable_data_ptr()));
+  });
+  return {rows, keys};
+}
+
+}  // namespace rlscuda

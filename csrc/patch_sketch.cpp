@@ -1,0 +1,24 @@
+// patch_sketch: checks, dtype dispatch, launch.
+#include "kernels.h"
+#include "ops.h"
+#include "patch_checks.h"
+
+namespace rlscuda {
+
+Tensor patch_sketch(const Tensor& x, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
+                    std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                    std::string padding_mode, bool ones, int64_t rank, int64_t seed,
+                    int64_t offset) {
+  check_patch_input(x);
+  const Tensor input = walkable(x);
+  const PatchGeometry g =
+      patch_geometry(input, kernel_size, stride, padding, dilation, groups, padding_mode, ones);
+  const PatchDraw draw = patch_draw(rank, seed, offset);
+  Tensor rows = new_tensor(x, {g.groups, rank, g.row_size()}, summary_dtype(x));
+  dispatch_element(input, [&]<class T>(const T* data) {
+    patch_sketch_cpu(data, g, draw, static_cast<Accumulate<T>*>(rows.mutable_data_ptr()));
+  });
+  return rows;
+}
+
+}  // namespace rlscuda

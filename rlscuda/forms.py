@@ -1,0 +1,177 @@
+"""The three forms of the RLS rule: their constants, their validation and one layer's step.
+
+paper     W <- W - (lr / h) G P_old    (Zhang et al. 2021, Yu et al. 2022), with momentum
+natural   W <- W - lr G P_new          likewise
+adaptive  D = G P_new;  per output row v <- b2 v + (1 - b2) sum(D o G);
+          M <- b1 M + (1 - b1) D;  W <- W - lr M^ / (sqrt(v^) + eps), P drifting to A^(-1/2)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlscuda.layers import SUMMARIES, Layer
+from rlscuda.staging import Stage, factors_agree
+
+_ops = torch.ops.rlscuda
+
+FORMS: dict[str, dict[str, Any]] = {
+    "adaptive": {
+        "lr": 0.1, "forgetting": 1.0, "gain": 0.01, "momentum": 0.9, "weight_decay": 0.05,
+        "rank": 16, "summary": "sample", "drift": 0.3, "fallback_lr": 0.01,
+    },
+    "paper": {
+        "lr": 0.3, "forgetting": 1.0, "gain": 0.1, "momentum": 0.0, "weight_decay": 0.0,
+        "rank": 1, "summary": "mean", "drift": None, "fallback_lr": 1e-3,
+    },
+    "natural": {
+        "lr": 0.3, "forgetting": 1.0, "gain": 0.01, "momentum": 0.0, "weight_decay": 0.0,
+        "rank": 1, "summary": "sketch", "drift": None, "fallback_lr": 1e-3,
+    },
+}  # fmt: skip
+_COMMON: dict[str, Any] = {
+    "shrinkage": None, "initial_scale": 1.0, "beta2": 0.99, "eps": 1e-8, "seed": 0, "dtype": None,
+}  # fmt: skip
+
+
+def _require(ok: bool, name: str, expected: str, value: Any) -> None:
+    if not ok:
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def _real(value: Any) -> float:
+    """`value` as a float, NaN where it is no number, so that every range check fails."""
+    return float(value) if isinstance(value, (int, float, Tensor)) else math.nan
+
+
+def resolve_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Fills in the constants of the chosen form and checks every value.
+
+    Args:
+        given: Options by name; None stands for the form's own constant.
+
+    Raises:
+        ValueError: An option is out of its range.
+    """
+    form = given.get("form", "adaptive")
+    _require(form in FORMS, "form", " | ".join(FORMS), form)
+    chosen = {name: value for name, value in given.items() if value is not None}
+    o = {**_COMMON, **FORMS[form], **chosen, "form": form}
+    _require(0 <= _real(o["lr"]) < math.inf, "lr", ">= 0 and finite", o["lr"])
+    _require(0 < _real(o["forgetting"]) <= 1, "forgetting", "in (0, 1]", o["forgetting"])
+    _require(0 < _real(o["gain"]) < math.inf, "gain", "> 0", o["gain"])
+    _require(0 <= _real(o["momentum"]) < 1, "momentum", "in [0, 1)", o["momentum"])
+    _require(0 <= _real(o["beta2"]) < 1, "beta2", "in [0, 1)", o["beta2"])
+    _require(_real(o["eps"]) > 0, "eps", "> 0", o["eps"])
+    _require(_real(o["weight_decay"]) >= 0, "weight_decay", ">= 0", o["weight_decay"])
+    _require(isinstance(o["rank"], int) and o["rank"] >= 1, "rank", "an int >= 1", o["rank"])
+    _require(o["summary"] in SUMMARIES, "summary", " | ".join(SUMMARIES), o["summary"])
+    _require(0 < _real(o["initial_scale"]) < math.inf, "initial_scale", "> 0", o["initial_scale"])
+    _require(_real(o["fallback_lr"]) >= 0, "fallback_lr", ">= 0", o["fallback_lr"])
+    _require(isinstance(o["seed"], int), "seed", "an int", o["seed"])
+    _require(o["dtype"] in (None, torch.float32, torch.float64), "dtype",
+             "None, torch.float32 or torch.float64", o["dtype"])  # fmt: skip
+    if o["shrinkage"] is None:
+        o["shrinkage"] = min(1.0, 2 * (1 - o["forgetting"]))
+    _require(0 <= _real(o["shrinkage"]) <= 1, "shrinkage", "in [0, 1]", o["shrinkage"])
+    if o["drift"] is not None:
+        _require(_real(o["drift"]) >= 0, "drift", "None or >= 0", o["drift"])
+        _require(o["drift"] <= 1, "drift", "at most 1, or P could turn negative", o["drift"])
+    return o
+
+
+def gain_at(group: dict[str, Any], updates: int) -> float:
+    """kappa_t: the adaptive form starts as a plain average, 1/(t+1), and ends at `gain`."""
+    if group["form"] != "adaptive":
+        return group["gain"]
+    return max(group["gain"], 1 / (updates + 1))
+
+
+def update_matrix(
+    group: dict[str, Any], state: dict[str, Any], S: Tensor, gain: float, found_inf: Tensor
+) -> Tensor:
+    """The rank-r update of `P` in place; returns h, NaN where the update was refused."""
+    decay, diffusion = 1 - group["shrinkage"], group["shrinkage"] * group["initial_scale"]
+    if group["drift"]:
+        keep = 1 - gain * group["drift"]
+        decay, diffusion = decay * keep, diffusion * keep + gain
+    _, h = _ops.rls_update_(
+        state["P"], S, group["forgetting"], gain, decay, diffusion, group["initial_scale"],
+        state.get("power"), state["health"], found_inf,
+    )  # fmt: skip
+    return h
+
+
+def gradient_product(
+    layer: Layer, stage: Stage, P: Tensor, G: Tensor, out: Tensor
+) -> Tensor | None:
+    """Writes G P into `out` [c, n].
+
+    Through the factors of G where that is the cheaper way and they are provably the whole
+    gradient. Otherwise a bias' part is left out, for the weight step to add.
+
+    Returns:
+        The row of `P` [n] or [groups, n] that the bias' part takes, or None where `out` is
+        complete.
+    """
+    factors = stage.factors
+    if factors is not None and factors.intact() and factors_agree(factors, G):
+        n = factors.x.shape[1]
+        projected = torch.addmm(P[n], factors.x, P[:n]) if layer.bias else factors.x @ P
+        torch.mm(factors.delta.t(), projected, out=out)
+        return None
+    n = G.shape[1]
+    if layer.groups == 1:
+        torch.mm(G, P[:n], out=out)
+    else:
+        split = (layer.groups, G.shape[0] // layer.groups)
+        torch.bmm(G.view(*split, n), P[:, :n], out=out.view(*split, layer.fan_in))
+    return P[..., n, :] if layer.bias else None
+
+
+def may_factor(layer: Layer, x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the factored product (P X^T) delta is possible and takes fewer operations than G P.
+
+    That is N (n + c) < n c for N input rows.
+    """
+    if layer.weight.dim() != 2 or layer.shared or not x.dtype == layer.weight.dtype == dtype:
+        return False
+    outputs, n = layer.weight.shape
+    return x.numel() // n * (n + outputs) < n * outputs
+
+
+def move_weight(
+    layer: Layer,
+    group: dict[str, Any],
+    state: dict[str, Any],
+    G: Tensor,
+    product: Tensor,
+    bias_row: Tensor | None,
+    h: Tensor | None,
+    gain: float,
+) -> None:
+    """Everything of the weight update that follows the product, in one fused pass."""
+    weight, *rest = layer.parameters()
+    bias = rest[0] if rest else None
+    grad_bias = None
+    if bias is not None:
+        frozen = bias.grad is None
+        grad_bias = torch.zeros_like(bias) if frozen else bias.grad
+        bias = bias.clone() if frozen else bias
+    lr, decay = float(group["lr"]), group["weight_decay"]
+    if group["form"] == "adaptive":
+        # P is still far from the input's statistics while its gain is large: warm up with it
+        _ops.adaptive_weight_step_(
+            weight, bias, product, G, bias_row, grad_bias, h, state["first_moment"],
+            state["second_moment"], lr * group["gain"] / gain, group["momentum"], group["beta2"],
+            decay, group["eps"], int(state["step"]),
+        )  # fmt: skip
+    else:
+        _ops.weight_step_(
+            weight, bias, product, bias_row, grad_bias, h, state.get("momentum_buffer"), lr,
+            group["momentum"], decay, group["form"] == "paper",
+        )  # fmt: skip

@@ -1,0 +1,257 @@
+"""The operators as functions: argument checks and docstrings over `torch.ops.rlscuda`.
+
+Nothing here records gradients: inputs are detached, matrices and weights change in place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlscuda._patches import (
+    patch_mean,
+    patch_sample,
+    patch_sketch,
+    row_mean,
+    row_sample,
+    row_sketch,
+)
+
+__all__ = [
+    "adaptive_weight_step_",
+    "nonfinite",
+    "patch_mean",
+    "patch_sample",
+    "patch_sketch",
+    "rls_update_",
+    "row_mean",
+    "row_sample",
+    "row_sketch",
+    "weight_step_",
+]
+
+_ops = torch.ops.rlscuda
+_MATRIX_DTYPES = (torch.float32, torch.float64)
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def rls_update_(
+    P: Tensor,
+    s: Tensor,
+    forgetting: float = 1.0,
+    gain: float = 1.0,
+    *,
+    decay: float = 1.0,
+    diffusion: float = 0.0,
+    initial_scale: float = 1.0,
+    power: Tensor | None = None,
+    health: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Updates inverse autocorrelation matrices in place by r rows, bit-symmetrically.
+
+    With :math:`U = P S^T` and :math:`H = \lambda I + (\kappa/r) S U`,
+
+    .. math:: P \leftarrow \frac{decay}{\lambda}
+              \left(P - \tfrac{\kappa}{r} U H^{-1} U^T\right) + diffusion \cdot I
+
+    which at decay 1 and diffusion 0 is the inverse of :math:`\lambda P^{-1} + (\kappa/r) S^T S`
+    (Sherman-Morrison-Woodbury). Where H is not positive definite or not finite, `P` is reset to
+    ``initial_scale * I``; where `s` is not finite, `P` is left as it is.
+
+    Args:
+        P: [n, n] or [b, n, n], float32 or float64, contiguous, symmetric positive definite.
+        s: Rows [n] or [r, n]; [b, r, n] for batched `P`. Of the dtype of `P`.
+        forgetting: Forgetting factor :math:`\lambda` in (0, 1].
+        gain: Gain :math:`\kappa` > 0 of the new rows.
+        decay: Factor on the updated matrix: 1 - mu for shrinkage mu, 1 - kappa delta for drift.
+        diffusion: What is added to its diagonal: mu P_0 for shrinkage, kappa for drift.
+        initial_scale: Diagonal of the matrix after a reset.
+        power: [b] running mean of the squared input; updated with `gain`, and the rows then count
+            as divided by its square root.
+        health: float64 counters [4]: updates, refused, resets, largest h - forgetting.
+        found_inf: One bool; where it is true, the update is refused.
+
+    Returns:
+        `u`, of the shape of `s`, the rows P s before the update, and `h`, [] or [b], the mean of
+        the diagonal of H; NaN where `P` was refused or reset.
+
+    Raises:
+        ValueError: A shape, dtype, device or value is not as above.
+        TypeError: `P` or `s` is not a tensor.
+
+    Example:
+        >>> P = torch.eye(2)
+        >>> u, h = rls_update_(P, torch.tensor([1.0, 2.0]), forgetting=0.5)
+        >>> float(h)
+        5.5
+        >>> P
+        tensor([[ 1.6364, -0.7273],
+                [-0.7273,  0.5455]])
+    """
+    _check_tensor("P", P)
+    _check_tensor("s", s)
+    shape, rows = list(P.shape), list(s.shape)
+    _check(
+        P.dim() in (2, 3) and shape[-1] == shape[-2], f"P must be [n, n] or [b, n, n], got {shape}"
+    )
+    expected = "[b, r, n]" if P.dim() == 3 else "[n] or [r, n]"
+    fits = s.dim() == 3 and rows[0] == shape[0] if P.dim() == 3 else s.dim() in (1, 2)
+    _check(
+        fits and rows[-1] == shape[-1] and (s.dim() == 1 or rows[-2] > 0),
+        f"s must be {expected} with r >= 1 for P {shape}, got {rows}",
+    )
+    _check(P.dtype in _MATRIX_DTYPES, f"P must be float32 or float64, got {P.dtype}")
+    _check(s.dtype == P.dtype, f"s must have the dtype of P, {P.dtype}, got {s.dtype}")
+    _check(s.device == P.device, f"s must be on the device of P, {P.device}, got {s.device}")
+    _check(P.is_contiguous(), f"P must be contiguous, got strides {P.stride()}")
+    _check(0 < forgetting <= 1, f"forgetting must be in (0, 1], got {forgetting}")
+    _check(0 < gain < math.inf, f"gain must be > 0, got {gain}")
+    _check(0 <= decay < math.inf, f"decay must be >= 0, got {decay}")
+    _check(0 <= diffusion < math.inf, f"diffusion must be >= 0, got {diffusion}")
+    _check(0 < initial_scale < math.inf, f"initial_scale must be > 0, got {initial_scale}")
+    with torch.no_grad():
+        return _ops.rls_update_(
+            P, s.detach().contiguous(), forgetting, gain, decay, diffusion, initial_scale,
+            power, health, found_inf,
+        )  # fmt: skip
+
+
+def nonfinite(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether any element of any of the tensors is infinite or NaN.
+
+    Args:
+        tensors: One or more floating-point tensors of any shape.
+
+    Returns:
+        One bool [], on the device of the first.
+
+    Raises:
+        ValueError: No tensor is given, or one is not floating-point.
+    """
+    _check(len(tensors) > 0, "nonfinite expects at least one tensor, got none")
+    for t in tensors:
+        _check(t.is_floating_point(), f"nonfinite expects floating-point tensors, got {t.dtype}")
+    return _ops.nonfinite([t.detach() for t in tensors])
+
+
+def weight_step_(
+    weight: Tensor,
+    product: Tensor,
+    lr: float,
+    *,
+    bias: Tensor | None = None,
+    bias_row: Tensor | None = None,
+    grad_bias: Tensor | None = None,
+    h: Tensor | None = None,
+    momentum_buffer: Tensor | None = None,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    divide_by_h: bool = False,
+) -> None:
+    r"""Moves a weight along ``D = grad @ P``: heavy-ball momentum and decoupled decay, in one pass.
+
+    .. math:: \Psi \leftarrow \alpha\Psi + D / h, \quad W \leftarrow (1 - \eta\,wd) W - \eta\Psi
+
+    Rows whose `h` is not finite are left alone.
+
+    Args:
+        weight: [c, n] or [c, C, kh, kw] in any dense layout; updated in place.
+        product: D [c, n], or [c, n + 1] with a bias; float32 or float64. It is overwritten.
+        lr: Learning rate eta.
+        bias: [c], moved along the last column of D.
+        bias_row: ``P[n]`` [n + 1] or [groups, n + 1], where `product` was made without the bias'
+            part ``grad_bias x P[n]``, which is then added first.
+        grad_bias: [c], needed with `bias_row`.
+        h: [] or [groups], from `rls_update_`.
+        momentum_buffer: Psi, of the shape of D; needed for momentum.
+        momentum: alpha.
+        weight_decay: wd.
+        divide_by_h: Whether D is divided by h (the paper's form).
+
+    Raises:
+        RuntimeError: Shapes or dtypes do not fit one another.
+        ValueError: `momentum` without `momentum_buffer`.
+    """
+    _check(not momentum or momentum_buffer is not None, "momentum needs a momentum_buffer")
+    with torch.no_grad():
+        _ops.weight_step_(
+            weight, bias, product, bias_row, grad_bias, h, momentum_buffer, lr, momentum,
+            weight_decay, divide_by_h,
+        )  # fmt: skip
+
+
+def adaptive_weight_step_(
+    weight: Tensor,
+    product: Tensor,
+    grad: Tensor,
+    first_moment: Tensor,
+    second_moment: Tensor,
+    lr: float,
+    step: int,
+    *,
+    bias: Tensor | None = None,
+    bias_row: Tensor | None = None,
+    grad_bias: Tensor | None = None,
+    h: Tensor | None = None,
+    beta1: float = 0.9,
+    beta2: float = 0.99,
+    weight_decay: float = 0.0,
+    eps: float = 1e-8,
+) -> None:
+    r"""Moves a weight along ``D = grad @ P``, normalised by row, in one pass.
+
+    .. math::
+        v_i \leftarrow \beta_2 v_i + (1 - \beta_2) \textstyle\sum_j D_{ij} G_{ij}, \quad
+        M \leftarrow \beta_1 M + (1 - \beta_1) D, \quad
+        W_i \leftarrow (1 - \eta\,wd) W_i - \eta \hat M_i / (\sqrt{\hat v_i} + \epsilon)
+
+    with both moments corrected for their start at 0. Other arguments as `weight_step_`.
+
+    Args:
+        weight: [c, n] or [c, C, kh, kw] in any dense layout; updated in place.
+        product: D [c, n], or [c, n + 1] with a bias. It is overwritten.
+        grad: G [c, n], contiguous, of the dtype of D.
+        first_moment: M, of the shape of D.
+        second_moment: v [c].
+        lr: Learning rate eta.
+        step: Steps counted from 1.
+        bias: [c].
+        bias_row: See `weight_step_`.
+        grad_bias: [c], needed with `bias`.
+        h: [] or [groups]; rows whose h is not finite are left alone.
+        beta1: Decay of M.
+        beta2: Decay of v.
+        weight_decay: wd.
+        eps: Added to the root.
+
+    Raises:
+        RuntimeError: Shapes or dtypes do not fit one another.
+    """
+    with torch.no_grad():
+        _ops.adaptive_weight_step_(
+            weight, bias, product, grad, bias_row, grad_bias, h, first_moment, second_moment, lr,
+            beta1, beta2, weight_decay, eps, step,
+        )  # fmt: skip
+
+
+@torch.library.register_fake("rlscuda::rls_update_")
+def _(P, s, forgetting, gain, decay, diffusion, initial_scale, power, health, found_inf):
+    return torch.empty_like(s), P.new_empty(P.shape[:-2])
+
+
+@torch.library.register_fake("rlscuda::nonfinite")
+def _(tensors):
+    return tensors[0].new_empty((), dtype=torch.bool)

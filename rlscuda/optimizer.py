@@ -1,0 +1,353 @@
+"""`RLSOptimizer`: second-order training by recursive least squares, as a torch optimizer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rlscuda import forms
+from rlscuda.discovery import Match, discover
+from rlscuda.fallback import Fallback
+from rlscuda.layers import Layer, state_dtype
+from rlscuda.report import Coverage, Health, coverage_of, health_of
+from rlscuda.staging import Factors, ForwardHook, Stage, in_backward, summarise
+from rlscuda.state import check_state, initial_state, restore_dtypes
+
+_ops = torch.ops.rlscuda
+_SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that layers and steps do not share seeds
+
+
+class RLSOptimizer(Optimizer):
+    r"""Trains Linear and Conv2d layers by recursive least squares, and all else by a fallback rule.
+
+    Each covered layer keeps the inverse autocorrelation matrix ``P`` [n, n] of its im2col input
+    rows (n = fan-in, + 1 for the bias), updated by a few rows a minibatch, and moves its weight
+    along ``grad @ P``.
+
+    Args:
+        params: A model, or parameters or parameter groups as for any torch optimizer.
+        lr: Learning rate :math:`\eta` (default: of the form; adaptive 0.1, else 0.3). In a group
+            without a covered layer it is the fallback rule's.
+        model: The model that holds the parameters, where `params` is not the model itself.
+        form: ``"adaptive"`` (default), ``"paper"`` or ``"natural"``; it sets the defaults below.
+        forgetting: Forgetting factor :math:`\lambda` in (0, 1] (1).
+        gain: Gain :math:`\kappa` of a new observation (adaptive .01, paper .1, natural .01).
+        momentum: Momentum :math:`\alpha` in [0, 1) (adaptive .9, else 0).
+        weight_decay: Decoupled weight decay (adaptive .05, else 0).
+        rank: Rows r of one input summary (adaptive 16, else 1).
+        summary: ``"mean"``, ``"sketch"`` or ``"sample"``: how a minibatch enters ``P`` (adaptive
+            sample, paper mean, natural sketch).
+        shrinkage: Pull of ``P`` towards its start, 2 (1 - forgetting) by default, 0 for none.
+        drift: Random-walk drift of ``P`` (adaptive .3, else None).
+        initial_scale: ``P`` starts as this multiple of the identity (1).
+        beta2: Decay of the adaptive form's row second moments (.99).
+        eps: Added to their square root (1e-8).
+        fallback: ``"adamw"`` (default), ``"sgd"``, or a callable that makes a torch optimizer from
+            parameter groups; it trains every parameter that no RLS rule covers.
+        fallback_lr: Its learning rate (adaptive .01, else 1e-3); it follows `lr`'s schedule.
+        include: Names (shell patterns) or modules to which the RLS rule is limited.
+        exclude: Names (shell patterns) or modules that the fallback rule trains.
+        dtype: ``torch.float64`` asks for a float64 ``P``; float64 parameters have it anyway.
+        seed: Of the random signs and draws of ``sketch`` and ``sample``.
+
+    Raises:
+        ValueError: An option is out of its range, or an included module cannot be covered.
+        TypeError: `params` is not what a torch optimizer takes.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 1))
+        >>> opt = RLSOptimizer(model)
+        >>> loss = model(torch.randn(8, 4)).square().mean()
+        >>> loss.backward(); opt.step(); opt.zero_grad()
+
+    Sources: Zhang et al. 2021 (arXiv 2109.03220); Yu et al. 2022 (arXiv 2201.04813).
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable,
+        lr: float | Tensor | None = None,
+        *,
+        model: nn.Module | None = None,
+        form: str = "adaptive",
+        forgetting: float | None = None,
+        gain: float | None = None,
+        momentum: float | None = None,
+        weight_decay: float | None = None,
+        rank: int | None = None,
+        summary: str | None = None,
+        shrinkage: float | None = None,
+        drift: float | None = None,
+        initial_scale: float | None = None,
+        beta2: float | None = None,
+        eps: float | None = None,
+        fallback: str | Callable[[list[dict]], Optimizer] = "adamw",
+        fallback_lr: float | None = None,
+        include: Iterable[str | nn.Module] | None = None,
+        exclude: Iterable[str | nn.Module] = (),
+        dtype: torch.dtype | None = None,
+        seed: int | None = None,
+    ):
+        self._given = {
+            "lr": lr, "form": form, "forgetting": forgetting, "gain": gain, "momentum": momentum,
+            "weight_decay": weight_decay, "rank": rank, "summary": summary, "shrinkage": shrinkage,
+            "drift": drift, "initial_scale": initial_scale, "beta2": beta2, "eps": eps,
+            "fallback_lr": fallback_lr, "dtype": dtype, "seed": seed,
+        }  # fmt: skip
+        defaults = forms.resolve_options(self._given)
+        self._fallback = Fallback(fallback)
+        if isinstance(params, nn.Module):
+            if model is not None and model is not params:
+                raise ValueError("params is a model already: pass no other as model=")
+            model, params = params, params.parameters()
+        self._matches: list[Match] = discover(model, include, exclude) if model is not None else []
+        self._layers: dict[nn.Parameter, Layer] = {}
+        self._stages: dict[nn.Parameter, Stage] = {}
+        self._workspace: dict[torch.dtype, Tensor] = {}
+        super().__init__(params, defaults)
+        if model is not None and not self._layers:
+            warnings.warn("no layer of the model is covered: the fallback rule trains everything, "
+                          "see coverage()", stacklevel=2)  # fmt: skip
+        self._observe_modules()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; options it does not set are those of the constructor.
+
+        Raises:
+            ValueError: An option is out of its range, or a parameter is in another group already.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
+        own = {name: value for name, value in param_group.items() if name != "params"}
+        merged = {**self._given, **own}
+        group = {**param_group, **forms.resolve_options(merged)}
+        super().add_param_group(group)
+        members = set(group["params"])
+        covered = False
+        for match in self._matches:
+            if match.bind(members):
+                covered = True
+                owner = self._layers.setdefault(match.module.weight, match.layer)
+                match.layer.bias = owner.bias  # one P for all modules that share the weight
+                self._stages.setdefault(match.module.weight, Stage())
+        if covered:
+            lr = float(group["lr"])
+            group["fallback_ratio"] = group["fallback_lr"] / (
+                lr or forms.FORMS[group["form"]]["lr"]
+            )
+            group["fallback_weight_decay"] = 0.0
+        else:
+            if merged["lr"] is None:
+                group["lr"] = group["fallback_lr"]
+            group["fallback_ratio"] = 1.0
+            group["fallback_weight_decay"] = merged["weight_decay"] or 0.0
+        self._fallback.reset()
+
+        self._index_groups()
+
+    def _index_groups(self) -> None:
+        """Whose options a covered weight follows; again whenever the groups are new objects."""
+        self._group_of = {
+            p: group for group in self.param_groups for p in group["params"] if p in self._layers
+        }
+        self._fallback.reset()
+
+    # -- staging ----------------------------------------------------------------------------------
+
+    def _observe_modules(self) -> None:
+        for match in self._matches:
+            if match.layer is not None:
+                hook = ForwardHook(match.layer, self._observe)
+                match.module.register_forward_hook(hook, with_kwargs=True)
+
+    @torch.compiler.disable
+    def _observe(self, layer: Layer, x: Tensor, output: Tensor) -> None:
+        """Summarises the input of one forward, to be committed when its gradient comes."""
+        weight = layer.weight
+        group = self._group_of.get(weight)
+        if group is None or not weight.requires_grad or x.numel() == 0:
+            return
+        stage = self._stages[weight]
+        if weight.grad is None and stage.calls and not in_backward():
+            stage.clear()  # the gradient was dropped, and so was the step
+        x = x.detach()
+        images = layer.images(x)
+        seed = group["seed"] + _SEED_STRIDE * (1 + layer.index + (self._steps_of(weight) << 16))
+        summary = summarise(
+            layer, images, group["summary"], group["rank"], seed & (2**63 - 1),
+            (stage.images, stage.rows),
+        )  # fmt: skip
+        stage.images += images.shape[0]
+        stage.rows += images.shape[0] * layer.positions(images)
+        rows = None
+        if forms.may_factor(layer, x, state_dtype(weight, group["dtype"])):
+            rows = x.reshape(-1, x.shape[-1])
+        pending = True
+
+        def commit(gradient: Tensor) -> None:
+            nonlocal pending
+            if pending:
+                factors = None
+                if rows is not None and weight.grad is None and gradient.dtype == rows.dtype:
+                    factors = Factors(rows, gradient.reshape(len(rows), -1), rows._version)
+                stage.commit(summary, factors)
+                pending = False
+
+        output.register_hook(commit)
+
+    def _steps_of(self, weight: nn.Parameter) -> int:
+        state = self.state.get(weight)
+        return int(state["step"]) if state else 0
+
+    # -- the step ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every parameter that has a gradient.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            TypeError: `closure` is not callable.
+        """
+        if closure is not None and not callable(closure):
+            raise TypeError(f"closure must be callable, got {type(closure).__name__}")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for weight, layer in self._layers.items():
+            if weight.grad is not None:
+                self._step_layer(layer, self._group_of[weight], self._stages[weight])
+            self._stages[weight].clear()
+        covered = {p for layer in self._layers.values() for p in layer.parameters()}
+        self._fallback.step(self.param_groups, covered, self.state)
+        return loss
+
+    def _step_layer(self, layer: Layer, group: dict[str, Any], stage: Stage) -> None:
+        weight = layer.weight
+        state = self._ensure_state(layer, group)
+        P, updates = state["P"], int(state["updates"])
+        state["step"] += 1
+        gradients = [p.grad for p in layer.parameters() if p.grad is not None]
+        found_inf = _ops.nonfinite(gradients)
+        G = weight.grad.reshape(weight.shape[0], -1).to(P.dtype).contiguous()
+        product = self._scratch(P.dtype, weight.shape[0] * layer.fan_in).view(-1, layer.fan_in)
+        gain = forms.gain_at(group, updates)
+
+        if group["form"] == "paper":  # along the old P, divided by the h of its update
+            bias_row = forms.gradient_product(layer, stage, P, G, product)
+            bias_row = bias_row if bias_row is None else bias_row.clone()
+            h = self._update_matrix(layer, group, state, stage, gain, found_inf)
+        else:
+            h = self._update_matrix(layer, group, state, stage, gain, found_inf)
+            bias_row = forms.gradient_product(layer, stage, P, G, product)
+        forms.move_weight(layer, group, state, G, product, bias_row, h, gain)
+
+    def _update_matrix(self, layer, group, state, stage, gain, found_inf) -> Tensor:
+        """Updates `P` with what is staged; returns h, NaN where the layer must not move."""
+        P = state["P"]
+        if stage.summary is None:
+            state["missing"] += 1
+            nan = P.new_full((), float("nan"))
+            return torch.where(found_inf, nan, nan.new_full((), group["forgetting"]))
+        state["updates"] += 1
+        rows = stage.summary.rows.to(P.dtype)
+        return forms.update_matrix(
+            group, state, rows if layer.groups > 1 else rows[0], gain, found_inf
+        )
+
+    def _scratch(self, dtype: torch.dtype, numel: int) -> Tensor:
+        """A buffer for one product, reused by all layers."""
+        buffer = self._workspace.get(dtype)
+        if buffer is None or buffer.numel() < numel:
+            device = self.param_groups[0]["params"][0].device
+            buffer = self._workspace[dtype] = torch.empty(numel, dtype=dtype, device=device)
+        return buffer[:numel]
+
+    def _ensure_state(self, layer: Layer, group: dict[str, Any]) -> dict[str, Any]:
+        state = self.state[layer.weight]
+        if "P" not in state:
+            state.update(initial_state(layer, group))
+        return state
+
+    # -- what users look at -----------------------------------------------------------------------
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients, and with them what was staged for the step."""
+        super().zero_grad(set_to_none)
+        for stage in self._stages.values():
+            stage.clear()
+
+    def _find(self, layer: nn.Module | str) -> Layer:
+        for match in self._matches:
+            if match.module is layer or match.name == layer:
+                if match.layer is None or match.module.weight not in self._layers:
+                    reason = match.reason or "its weight is in no parameter group"
+                    raise ValueError(
+                        f"{match.name!r} has no inverse autocorrelation matrix: {reason}"
+                    )
+                return self._layers[match.module.weight]
+        raise ValueError(f"{layer!r} is no layer of the optimizer's model")
+
+    def inverse_autocorrelation(self, layer: nn.Module | str) -> Tensor:
+        """The live matrix `P` of a layer, without a copy.
+
+        Args:
+            layer: The module, or its qualified name.
+
+        Returns:
+            [n, n], or [groups, n, n] for a grouped convolution; the last row and column are the
+            bias' where the layer has one.
+
+        Raises:
+            ValueError: The RLS rule does not cover it.
+        """
+        found = self._find(layer)
+        return self._ensure_state(found, self._group_of[found.weight])["P"]
+
+    def coverage(self) -> Coverage:
+        """How each module of the model is trained, why, and the bytes of its `P`."""
+        members = {p for group in self.param_groups for p in group["params"]}
+        return coverage_of(self._matches, self._group_of, members)
+
+    def health(self) -> Health:
+        """The health of every `P`; reads counters from the device, so it waits for it."""
+        return Health(
+            (layer.name, health_of(state["P"], state["health"], int(state["missing"])))
+            for layer, state in ((la, self.state.get(w)) for w, la in self._layers.items())
+            if state
+        )
+
+    # -- persistence ------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state, keeping the dtype of `P` whatever that of the parameters.
+
+        Raises:
+            ValueError: The state is not of an optimizer over these parameters; nothing is changed.
+        """
+        check_state(state_dict, self.param_groups, self._layers)
+        super().load_state_dict(state_dict)
+        restore_dtypes(self.state, state_dict, self.param_groups, self._layers)
+
+    def __getstate__(self):
+        own = {name: self.__dict__[name] for name in ("_given", "_fallback", "_matches", "_layers")}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if "_layers" in state:  # unpickled or deep-copied, not load_state_dict
+            self._stages = {weight: Stage() for weight in self._layers}
+            self._workspace = {}
+            self._observe_modules()
+        self._index_groups()

@@ -1,0 +1,125 @@
+"""The specification of every operator in plain PyTorch, exact in float64.
+
+Written for reading: explicit inverses and loops over groups, nothing in place. The compiled
+operators are tested against these functions, and a reader may take them as the definition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlscuda._reference_patches import patch_mean, patch_rows, patch_sample, patch_sketch
+
+__all__ = [
+    "AdaptiveStep",
+    "adaptive_weight_step",
+    "patch_mean",
+    "patch_rows",
+    "patch_sample",
+    "patch_sketch",
+    "rls_update",
+    "weight_step",
+]
+
+
+def rls_update(
+    P: Tensor,
+    S: Tensor,
+    forgetting: float = 1.0,
+    gain: float = 1.0,
+    decay: float = 1.0,
+    diffusion: float = 0.0,
+    initial_scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One update of one matrix.
+
+    Args:
+        P: [n, n].
+        S: [r, n].
+        forgetting: lambda.
+        gain: kappa.
+        decay: Factor on the result.
+        diffusion: Added to its diagonal.
+        initial_scale: Diagonal after a reset.
+
+    Returns:
+        The new P [n, n], U = S P [r, n], and h [], the mean of the diagonal of H.
+    """
+    r, n = S.shape
+    identity = torch.eye(n, dtype=P.dtype)
+    nan = torch.tensor(float("nan"), dtype=P.dtype)
+    if not torch.isfinite(S).all():
+        return P.clone(), torch.zeros_like(S), nan
+    U = S @ P
+    H = forgetting * torch.eye(r, dtype=P.dtype) + gain / r * S @ U.T
+    if not torch.isfinite(H).all() or torch.linalg.cholesky_ex(H).info != 0:
+        return initial_scale * identity, U, nan
+    updated = (P - gain / r * U.T @ torch.linalg.solve(H, U)) / forgetting
+    return decay * updated + diffusion * identity, U, H.diagonal().mean()
+
+
+def weight_step(
+    W: Tensor,
+    D: Tensor,
+    lr: float,
+    momentum_buffer: Tensor | None = None,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    h: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The paper's and the natural weight step.
+
+    Args:
+        W: [c, n], a bias as its last column.
+        D: The product G P [c, n].
+        lr: eta.
+        momentum_buffer: Psi [c, n], zeros if None.
+        momentum: alpha.
+        weight_decay: wd.
+        h: Divides D in the paper's form, [c] or [].
+
+    Returns:
+        The new W and Psi.
+    """
+    before = torch.zeros_like(D) if momentum_buffer is None else momentum_buffer
+    buffer = momentum * before + (D if h is None else D / h.reshape(-1, 1))
+    return (1 - lr * weight_decay) * W - lr * buffer, buffer
+
+
+@dataclass
+class AdaptiveStep:
+    """The constants of the adaptive weight step."""
+
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.99
+    weight_decay: float = 0.0
+    eps: float = 1e-8
+
+
+def adaptive_weight_step(
+    W: Tensor, D: Tensor, G: Tensor, M: Tensor, v: Tensor, step: int, constants: AdaptiveStep
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The adaptive weight step.
+
+    Args:
+        W: [c, n], a bias as its last column.
+        D: The product G P [c, n].
+        G: Gradient [c, n].
+        M: First moment [c, n].
+        v: Second moment of each row [c].
+        step: Counted from 1.
+        constants: See `AdaptiveStep`.
+
+    Returns:
+        The new W, M and v.
+    """
+    k = constants
+    v = k.beta2 * v + (1 - k.beta2) * (D * G).sum(1)
+    M = k.beta1 * M + (1 - k.beta1) * D
+    root = (v.clamp(min=0) / (1 - k.beta2**step)).sqrt() + k.eps
+    move = M / (1 - k.beta1**step) / root[:, None]
+    return (1 - k.lr * k.weight_decay) * W - k.lr * move, M, v
