@@ -5,6 +5,8 @@ from numpy.typing import NDArray
 source_hash: str
 simd: str
 cuda_runtime: int | None
+cuda_archs: str
+health_slots: int
 
 def rls_filter_run(
     P: NDArray[Any],

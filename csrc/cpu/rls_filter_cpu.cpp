@@ -14,7 +14,7 @@
 // results do not depend on the number of threads.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <cstdint>
 #include <vector>
 
 #include "kernels.h"
@@ -164,16 +164,17 @@ template <class T>
 int64_t samples_per_pass(const RlsFilter<T>& f) {
   const double growth = std::fabs(std::log(f.decay / f.forgetting));
   const double most = growth > 0 ? std::log(kMostGrowth) / growth : double(kMostSamples);
-  const int64_t wanted = std::clamp<int64_t>(f.n / 8, 1, kMostSamples);
+  const int64_t wanted = std::clamp<int64_t>(f.n / 4, 4, kMostSamples);
   return std::max<int64_t>(1, int64_t(std::min(most, double(wanted))));
 }
 
-// Rows of T, each on a cache line of its own.
+// Rows of T, each on cache lines of its own; the odd number of lines keeps the rows of a column
+// apart in the cache, which a power of two would not.
 template <class T>
 class Buffer {
  public:
   Buffer(int64_t rows, int64_t cols)
-      : stride_((cols + kLine - 1) / kLine * kLine), memory_(rows * stride_ + kLine) {}
+      : stride_(((cols + kLine - 1) / kLine | 1) * kLine), memory_(rows * stride_ + kLine) {}
   Rows<T> rows() {
     const auto address = reinterpret_cast<uintptr_t>(memory_.data());
     return {memory_.data() + (-address % 64) / sizeof(T), stride_};
@@ -185,6 +186,15 @@ class Buffer {
   std::vector<T> memory_;
 };
 
+template <class T>
+void copy_sample(const RlsFilter<T>& f, int64_t sample, T* to) {
+  const T* x = f.X + sample * f.x_stride[0];
+  if (f.x_stride[1] == 1)
+    std::copy_n(x, f.n, to);
+  else
+    for (int64_t j = 0; j < f.n; ++j) to[j] = x[j * f.x_stride[1]];
+}
+
 }  // namespace
 
 template <class T>
@@ -192,25 +202,21 @@ int64_t rls_filter_cpu(const RlsFilter<T>& f) {
   const int64_t most = std::min(samples_per_pass(f), f.samples);
   Buffer<T> factors[2] = {{most, f.n}, {most, f.n}};
   Buffer<T> errors[2] = {{most, f.n_out}, {most, f.n_out}};
-  Buffer<T> weights(1, most), gathered(f.x_stride[1] == 1 ? 0 : most, f.n);
+  Buffer<T> inputs(most, f.n), weights(1, most);
 
   FilterPass<T> on_P{{f.P, f.n}, f.n, f.n}, on_W{{f.W, f.n}, f.n_out, f.n};
   on_W.scale = T(1);
   int64_t resets = 0;
   for (int64_t first = 0, turn = 0;; turn ^= 1) {
     const int64_t count = std::min(most, f.samples - first);
-    FilterBlock<T> block{{f.X + first * f.x_stride[0], f.x_stride[0]},
-                         factors[turn].rows(),
-                         errors[turn].rows(),
-                         weights.rows().data,
-                         first,
-                         count};
-    if (f.x_stride[1] != 1) {
-      const Rows<T> copy = gathered.rows();
-      for (int64_t t = 0; t < count; ++t)
-        for (int64_t j = 0; j < f.n; ++j) copy[t][j] = block.X[t][j * f.x_stride[1]];
-      block.X = {copy.data, copy.stride};
-    }
+    const Rows<T> X = inputs.rows();
+    for (int64_t t = 0; t < count; ++t) copy_sample(f, first + t, X[t]);
+    const FilterBlock<T> block{{X.data, X.stride},
+                               factors[turn].rows(),
+                               errors[turn].rows(),
+                               weights.rows().data,
+                               first,
+                               count};
     on_P.S = on_W.S = block.X;
     on_P.U = block.V;
     on_W.U = block.E;
