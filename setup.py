@@ -17,7 +17,15 @@ from setuptools import setup
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent.resolve()
-OPS = ["nonfinite", "patch_mean", "patch_sample", "patch_sketch", "rls_filter", "rls_update"]
+OPS = [
+    "factors_agree",
+    "nonfinite",
+    "patch_mean",
+    "patch_sample",
+    "patch_sketch",
+    "rls_filter",
+    "rls_update",
+]
 OPS += ["weight_step"]
 CPU_SOURCES = [f"csrc/{op}.cpp" for op in ["library", *OPS]]
 CPU_SOURCES += [f"csrc/cpu/{op}_cpu.cpp" for op in OPS]

@@ -53,6 +53,11 @@ struct WeightStep {
 template <class T, class W>
 void weight_step_cpu(const WeightStep<T>& args);
 
+// Whether delta^T x [outputs, n] is grad, probed with one vector.
+template <class T>
+bool factors_agree_cpu(const T* grad, const T* x, const T* delta, int64_t rows, int64_t outputs,
+                       int64_t n);
+
 // Whether an element has all bits of the exponent mask set.
 template <class Bits>
 bool nonfinite_cpu(const void* x, Bits exponent_mask, int64_t count);

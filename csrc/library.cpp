@@ -29,6 +29,7 @@ STABLE_TORCH_LIBRARY(rlscuda, m) {
       "rls_update_(Tensor(a!) P, Tensor s, float forgetting, float gain, float decay, "
       "float diffusion, float initial_scale, Tensor(b!)? power, Tensor(c!)? health, "
       "Tensor? found_inf, Tensor? projection, Tensor(d!)? projected) -> (Tensor, Tensor)");
+  m.def("factors_agree(Tensor grad, Tensor x, Tensor delta) -> bool");
   m.def("nonfinite(Tensor[] tensors) -> Tensor");
   m.def(
       "weight_step_(Tensor(a!) weight, Tensor(b!)? bias, Tensor(c!) product, Tensor? bias_row, "
@@ -50,6 +51,7 @@ STABLE_TORCH_LIBRARY(rlscuda, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(rlscuda, CPU, m) {
   m.impl("rls_update_", TORCH_BOX(&rlscuda::rls_update_));
+  m.impl("factors_agree", TORCH_BOX(&rlscuda::factors_agree));
   m.impl("nonfinite", TORCH_BOX(&rlscuda::nonfinite));
   m.impl("weight_step_", TORCH_BOX(&rlscuda::weight_step_));
   m.impl("adaptive_weight_step_", TORCH_BOX(&rlscuda::adaptive_weight_step_));

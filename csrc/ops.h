@@ -20,6 +20,8 @@ std::tuple<Tensor, Tensor> rls_update_(Tensor P, const Tensor& S, double forgett
                                        const std::optional<Tensor>& projection,
                                        std::optional<Tensor> projected);
 
+bool factors_agree(const Tensor& grad, const Tensor& x, const Tensor& delta);
+
 Tensor nonfinite(std::vector<Tensor> tensors);
 
 void weight_step_(Tensor weight, std::optional<Tensor> bias, Tensor product,

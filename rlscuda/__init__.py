@@ -1,4 +1,4 @@
-"""Recursive-least-squares training for PyTorch: fused kernels, a drop-in optimizer, streaming filters."""
+"""Recursive least squares for PyTorch: fused kernels, a drop-in optimizer, streaming filters."""
 
 import torch  # noqa: F401  (its libraries must be loaded before the extension)
 

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from rlscuda.layers import SUMMARIES, Layer
-from rlscuda.staging import Stage, factors_agree
+from rlscuda.staging import Stage
 
-_ops = torch.ops.rlscuda
+_rls_update = torch.ops.rlscuda.rls_update_.default
+_weight_step = torch.ops.rlscuda.weight_step_.default
+_adaptive_weight_step = torch.ops.rlscuda.adaptive_weight_step_.default
 
 FORMS: dict[str, dict[str, Any]] = {
     "adaptive": {
@@ -92,39 +94,42 @@ def gain_at(group: dict[str, Any], updates: int) -> float:
 
 
 def update_matrix(
-    group: dict[str, Any], state: dict[str, Any], S: Tensor, gain: float, found_inf: Tensor
+    group: dict[str, Any],
+    state: dict[str, Any],
+    S: Tensor,
+    gain: float,
+    found_inf: Tensor,
+    projection: Tensor | None = None,
+    projected: Tensor | None = None,
 ) -> Tensor:
-    """The rank-r update of `P` in place; returns h, NaN where the update was refused."""
-    decay, diffusion = 1 - group["shrinkage"], group["shrinkage"] * group["initial_scale"]
-    if group["drift"]:
-        keep = 1 - gain * group["drift"]
-        decay, diffusion = decay * keep, diffusion * keep + gain
-    _, h = _ops.rls_update_(
+    """The rank-r update of `P` in place; returns h, NaN where the update was refused.
+
+    `projected` are rows X P, turned into rows of the new `P` but for its diffusion.
+    """
+    decay, diffusion = decay_and_diffusion(group, gain)
+    _, h = _rls_update(
         state["P"], S, group["forgetting"], gain, decay, diffusion, group["initial_scale"],
-        state.get("power"), state["health"], found_inf,
+        state.get("power"), state["health"], found_inf, projection, projected,
     )  # fmt: skip
     return h
 
 
-def gradient_product(
-    layer: Layer, stage: Stage, P: Tensor, G: Tensor, out: Tensor
-) -> Tensor | None:
-    """Writes G P into `out` [c, n].
+def decay_and_diffusion(group: dict[str, Any], gain: float) -> tuple[float, float]:
+    """P <- decay P + diffusion I after each update: shrinkage towards the start, then drift."""
+    decay, diffusion = 1 - group["shrinkage"], group["shrinkage"] * group["initial_scale"]
+    if group["drift"]:
+        keep = 1 - gain * group["drift"]
+        decay, diffusion = decay * keep, diffusion * keep + gain
+    return decay, diffusion
 
-    Through the factors of G where that is the cheaper way and they are provably the whole
-    gradient. Otherwise a bias' part is left out, for the weight step to add.
+
+def product(layer: Layer, P: Tensor, G: Tensor, out: Tensor) -> Tensor | None:
+    """Writes G P into `out` [c, n], without a bias' part.
 
     Returns:
-        The row of `P` [n] or [groups, n] that the bias' part takes, or None where `out` is
-        complete.
+        The row of `P` [n] or [groups, n] that the bias' part takes, for the weight step to add.
     """
-    factors = stage.factors
-    if factors is not None and factors.intact() and factors_agree(factors, G):
-        n = factors.x.shape[1]
-        projected = torch.addmm(P[n], factors.x, P[:n]) if layer.bias else factors.x @ P
-        torch.mm(factors.delta.t(), projected, out=out)
-        return None
-    n = G.shape[1]
+    n = layer.columns
     if layer.groups == 1:
         torch.mm(G, P[:n], out=out)
     else:
@@ -133,15 +138,46 @@ def gradient_product(
     return P[..., n, :] if layer.bias else None
 
 
+def factored_step(
+    layer: Layer, group: dict[str, Any], state: dict[str, Any], stage: Stage, gain: float,
+    found_inf: Tensor, out: Tensor,
+) -> Tensor:  # fmt: skip
+    """Update of `P` and product through the factors of the gradient: (X P)^T delta.
+
+    X P, which the product needs, also holds what the update needs where the summary is the mean of
+    the rows X; and it is turned from the old P to the new one by the thin factors of the update.
+
+    Returns:
+        h of the update; `out` [c, n] is complete, bias included.
+    """
+    P, n, factors = state["P"], layer.columns, stage.factors
+    X = factors.x
+    projected = torch.addmm(P[n], X, P[:n]) if layer.bias else X @ P
+    projection = None
+    if group["summary"] == "mean" and group["rank"] == 1:
+        projection = projected.mean(0, keepdim=True)
+    S = stage.summary.rows[0]
+    if group["form"] == "paper":
+        h = update_matrix(group, state, S, gain, found_inf, projection)
+    else:
+        h = update_matrix(group, state, S, gain, found_inf, projection, projected)
+        _, diffusion = decay_and_diffusion(group, gain)
+        projected[:, :n].add_(X, alpha=diffusion)
+        if layer.bias:
+            projected[:, n].add_(diffusion)
+    torch.mm(factors.delta.t(), projected, out=out)
+    return h
+
+
 def may_factor(layer: Layer, x: Tensor, dtype: torch.dtype) -> bool:
     """Whether the factored product (P X^T) delta is possible and takes fewer operations than G P.
 
-    That is N (n + c) < n c for N input rows.
+    That is N (n + c) < n c for N input rows, asked for with a margin that pays for the probe.
     """
     if layer.weight.dim() != 2 or layer.shared or not x.dtype == layer.weight.dtype == dtype:
         return False
     outputs, n = layer.weight.shape
-    return x.numel() // n * (n + outputs) < n * outputs
+    return 2 * (x.numel() // n) * (n + outputs) < n * outputs
 
 
 def move_weight(
@@ -165,13 +201,13 @@ def move_weight(
     lr, decay = float(group["lr"]), group["weight_decay"]
     if group["form"] == "adaptive":
         # P is still far from the input's statistics while its gain is large: warm up with it
-        _ops.adaptive_weight_step_(
+        _adaptive_weight_step(
             weight, bias, product, G, bias_row, grad_bias, h, state["first_moment"],
             state["second_moment"], lr * group["gain"] / gain, group["momentum"], group["beta2"],
             decay, group["eps"], state["step"],
         )  # fmt: skip
     else:
-        _ops.weight_step_(
+        _weight_step(
             weight, bias, product, bias_row, grad_bias, h, state.get("momentum_buffer"), lr,
             group["momentum"], decay, group["form"] == "paper",
         )  # fmt: skip

@@ -22,6 +22,7 @@ from rlscuda._patches import (
 
 __all__ = [
     "adaptive_weight_step_",
+    "factors_agree",
     "nonfinite",
     "patch_mean",
     "patch_sample",
@@ -59,6 +60,8 @@ def rls_update_(
     power: Tensor | None = None,
     health: Tensor | None = None,
     found_inf: Tensor | None = None,
+    projection: Tensor | None = None,
+    projected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Updates inverse autocorrelation matrices in place by r rows, bit-symmetrically.
 
@@ -83,6 +86,9 @@ def rls_update_(
             as divided by its square root.
         health: float64 counters [4]: updates, refused, resets, largest h - forgetting.
         found_inf: One bool; where it is true, the update is refused.
+        projection: S P [r, n], where it is known already; for one matrix.
+        projected: Rows X P [N, n], in place: they become X (P_new - diffusion I), except where
+            the update is refused or `P` reset; for one matrix.
 
     Returns:
         `u`, of the shape of `s`, the rows P s before the update, and `h`, [] or [b], the mean of
@@ -125,8 +131,25 @@ def rls_update_(
     with torch.no_grad():
         return _ops.rls_update_(
             P, s.detach().contiguous(), forgetting, gain, decay, diffusion, initial_scale,
-            power, health, found_inf,
+            power, health, found_inf, projection, projected,
         )  # fmt: skip
+
+
+def factors_agree(grad: Tensor, x: Tensor, delta: Tensor) -> bool:
+    """Whether ``delta.T @ x`` is the whole gradient, probed with one fixed vector.
+
+    A penalty on the weight, or another use of it, adds to `grad` what the factors do not hold.
+    Agreement also says that `grad` is finite.
+
+    Args:
+        grad: [c, n], float32 or float64, contiguous.
+        x: Input rows [N, n], likewise.
+        delta: Gradient of the output [N, c], likewise.
+
+    Raises:
+        RuntimeError: Shapes or dtypes do not fit one another.
+    """
+    return _ops.factors_agree(grad.detach(), x.detach(), delta.detach())
 
 
 def nonfinite(tensors: Sequence[Tensor]) -> Tensor:
@@ -248,10 +271,16 @@ def adaptive_weight_step_(
 
 
 @torch.library.register_fake("rlscuda::rls_update_")
-def _(P, s, forgetting, gain, decay, diffusion, initial_scale, power, health, found_inf):
+def _(P, s, forgetting, gain, decay, diffusion, initial_scale, power, health, found_inf,
+      projection, projected):  # fmt: skip
     return torch.empty_like(s), P.new_empty(P.shape[:-2])
 
 
 @torch.library.register_fake("rlscuda::nonfinite")
 def _(tensors):
     return tensors[0].new_empty((), dtype=torch.bool)
+
+
+@torch.library.register_fake("rlscuda::factors_agree")
+def _(grad, x, delta):
+    return True

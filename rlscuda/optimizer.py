@@ -18,7 +18,8 @@ from rlscuda.report import Coverage, Health, coverage_of, health_of
 from rlscuda.staging import Factors, ForwardHook, Stage, in_backward, summarise
 from rlscuda.state import check_state, initial_state, restore_dtypes
 
-_ops = torch.ops.rlscuda
+_nonfinite = torch.ops.rlscuda.nonfinite.default
+_factors_agree = torch.ops.rlscuda.factors_agree.default
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that layers and steps do not share seeds
 
 
@@ -233,24 +234,28 @@ class RLSOptimizer(Optimizer):
         return loss
 
     def _step_layer(self, layer: Layer, group: dict[str, Any], stage: Stage) -> None:
-        weight = layer.weight
-        state = self._ensure_state(layer, group)
-        P, updates = state["P"], state["updates"]
+        weight, state = layer.weight, self._ensure_state(layer, group)
+        P, gain = state["P"], forms.gain_at(group, state["updates"])
         state["step"] += 1
+        G = weight.grad if weight.dim() == 2 else weight.grad.reshape(weight.shape[0], -1)
+        if G.dtype != P.dtype or not G.is_contiguous():
+            G = G.to(P.dtype).contiguous()
+        D = self._scratch(P.dtype, weight.shape[0] * layer.fan_in).view(-1, layer.fan_in)
         gradients = [p.grad for p in layer.parameters() if p.grad is not None]
-        found_inf = _ops.nonfinite(gradients)
-        G = weight.grad.reshape(weight.shape[0], -1).to(P.dtype).contiguous()
-        product = self._scratch(P.dtype, weight.shape[0] * layer.fan_in).view(-1, layer.fan_in)
-        gain = forms.gain_at(group, updates)
 
-        if group["form"] == "paper":  # along the old P, divided by the h of its update
-            bias_row = forms.gradient_product(layer, stage, P, G, product)
+        factors, bias_row = stage.factors, None
+        if factors is not None and factors.intact() and _factors_agree(G, factors.x, factors.delta):
+            found_inf = _nonfinite(gradients[1:]) if gradients[1:] else None
+            h = forms.factored_step(layer, group, state, stage, gain, found_inf, D)
+            state["updates"] += 1
+        elif group["form"] == "paper":  # along the old P, divided by the h of its update
+            bias_row = forms.product(layer, P, G, D)
             bias_row = bias_row if bias_row is None else bias_row.clone()
-            h = self._update_matrix(layer, group, state, stage, gain, found_inf)
+            h = self._update_matrix(layer, group, state, stage, gain, _nonfinite(gradients))
         else:
-            h = self._update_matrix(layer, group, state, stage, gain, found_inf)
-            bias_row = forms.gradient_product(layer, stage, P, G, product)
-        forms.move_weight(layer, group, state, G, product, bias_row, h, gain)
+            h = self._update_matrix(layer, group, state, stage, gain, _nonfinite(gradients))
+            bias_row = forms.product(layer, P, G, D)
+        forms.move_weight(layer, group, state, G, D, bias_row, h, gain)
 
     def _update_matrix(self, layer, group, state, stage, gain, found_inf) -> Tensor:
         """Updates `P` with what is staged; returns h, NaN where the layer must not move."""
@@ -261,9 +266,8 @@ class RLSOptimizer(Optimizer):
             return torch.where(found_inf, nan, nan.new_full((), group["forgetting"]))
         state["updates"] += 1
         rows = stage.summary.rows.to(P.dtype)
-        return forms.update_matrix(
-            group, state, rows if layer.groups > 1 else rows[0], gain, found_inf
-        )
+        rows = rows if layer.groups > 1 else rows[0]
+        return forms.update_matrix(group, state, rows, gain, found_inf)
 
     def _scratch(self, dtype: torch.dtype, numel: int) -> Tensor:
         """A buffer for one product, reused by all layers."""

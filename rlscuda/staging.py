@@ -79,7 +79,8 @@ def summarise(
         return Summary(kind, rows, [n * positions])
     slices = [images[(k - offset[0]) % rank :: rank] for k in range(rank)]
     means = [
-        _ops.patch_mean.default(part, *layer.geometry, bias) if part.shape[0] else None for part in slices
+        _ops.patch_mean.default(part, *layer.geometry, bias) if part.shape[0] else None
+        for part in slices
     ]
     filled = next(m for m in means if m is not None)
     rows = torch.stack([torch.zeros_like(filled) if m is None else m for m in means], dim=1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rlscuda import _C
 from rlscuda.layers import Layer, state_dtype
 
+
 def initial_state(layer: Layer, group: dict[str, Any]) -> dict[str, Any]:
     """A layer's entries before its first step.
 

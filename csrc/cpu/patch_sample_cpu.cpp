@@ -36,8 +36,8 @@ void gather(const T* x, const PatchGeometry& g, int64_t oh, int64_t ow, int64_t 
 }  // namespace
 
 template <class T>
-void patch_sample_cpu(const T* x, const PatchGeometry& g, const PatchDraw& draw,
-                      Accumulate<T>* out, int64_t* keys) {
+void patch_sample_cpu(const T* x, const PatchGeometry& g, const PatchDraw& draw, Accumulate<T>* out,
+                      int64_t* keys) {
   constexpr int64_t kGrain = 16384;  // hashes and elements below which a thread is not worth waking
   const int64_t work = g.images + g.channels * g.taps();
   parallel_for(0, draw.rank, kGrain / work + 1, [&](int64_t k0, int64_t k1) {

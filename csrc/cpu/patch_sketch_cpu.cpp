@@ -20,22 +20,21 @@
 
 namespace rlscuda {
 
-#define SKETCH_KERNELS(A)                                                            \
-  SIMD_CLONES void sketch_rows(const SketchTile<A>& tile) { tile.dots(); }           \
-  SIMD_CLONES void sketch_pixels(const SketchTile<A>& tile) { tile.pixel_sums(); }   \
-  SIMD_CLONES void expand_signs(uint64_t key, int64_t row, int64_t count, A* to) {   \
-    expand(key, row, count, to);                                                     \
+#define SKETCH_KERNELS(A)                                                          \
+  SIMD_CLONES void sketch_rows(const SketchTile<A>& tile) { tile.dots(); }         \
+  SIMD_CLONES void sketch_pixels(const SketchTile<A>& tile) { tile.pixel_sums(); } \
+  SIMD_CLONES void expand_signs(uint64_t key, int64_t row, int64_t count, A* to) { \
+    expand(key, row, count, to);                                                   \
   }
 SKETCH_KERNELS(float)
 SKETCH_KERNELS(double)
 #undef SKETCH_KERNELS
 
-#define CONVERT_RUN(T)                                                               \
-  SIMD_CLONES void convert_run(const T* from, int64_t count, float* to) {            \
-    int64_t e = 0;                                                                   \
-    for (; e + kLanes<float> <= count; e += kLanes<float>)                           \
-      store(to + e, load_compute(from + e));                                         \
-    for (; e < count; ++e) to[e] = to_compute<float>(from[e]);                       \
+#define CONVERT_RUN(T)                                                                            \
+  SIMD_CLONES void convert_run(const T* from, int64_t count, float* to) {                         \
+    int64_t e = 0;                                                                                \
+    for (; e + kLanes<float> <= count; e += kLanes<float>) store(to + e, load_compute(from + e)); \
+    for (; e < count; ++e) to[e] = to_compute<float>(from[e]);                                    \
   }
 CONVERT_RUN(BFloat16)
 CONVERT_RUN(Half)
@@ -75,11 +74,9 @@ class Sketch {
     source_h_.resize(g_.kernel_h * g_.out_h);
     source_w_.resize(g_.kernel_w * g_.out_w);
     for (int64_t i = 0; i < g_.kernel_h; ++i)
-      for (int64_t oh = 0; oh < g_.out_h; ++oh)
-        source_h_[i * g_.out_h + oh] = g_.source_h(oh, i);
+      for (int64_t oh = 0; oh < g_.out_h; ++oh) source_h_[i * g_.out_h + oh] = g_.source_h(oh, i);
     for (int64_t j = 0; j < g_.kernel_w; ++j)
-      for (int64_t ow = 0; ow < g_.out_w; ++ow)
-        source_w_[j * g_.out_w + ow] = g_.source_w(ow, j);
+      for (int64_t ow = 0; ow < g_.out_w; ++ow) source_w_[j * g_.out_w + ow] = g_.source_w(ow, j);
   }
 
   void run(A* out) const {
@@ -89,14 +86,15 @@ class Sketch {
     sign_sums.assign(chunks_ * draw_.rank, 0.0);
     A* partial = scratch.data();
     double* ones = sign_sums.data();
-    parallel_for(0, chunks_ * blocks_, kGrain / (work_ / (chunks_ * blocks_) + 1) + 1, [&](int64_t first, int64_t last) {
-      for (int64_t task = first; task < last; ++task) {
-        const int64_t q = task / blocks_, block = task % blocks_;
-        const int64_t b0 = q * g_.images / chunks_, b1 = (q + 1) * g_.images / chunks_;
-        Task(*this, partial + q * size_, block).run(b0, b1);
-        if (g_.ones && block == 0) sum_signs(b0, b1, ones + q * draw_.rank);
-      }
-    });
+    parallel_for(0, chunks_ * blocks_, kGrain / (work_ / (chunks_ * blocks_) + 1) + 1,
+                 [&](int64_t first, int64_t last) {
+                   for (int64_t task = first; task < last; ++task) {
+                     const int64_t q = task / blocks_, block = task % blocks_;
+                     const int64_t b0 = q * g_.images / chunks_, b1 = (q + 1) * g_.images / chunks_;
+                     Task(*this, partial + q * size_, block).run(b0, b1);
+                     if (g_.ones && block == 0) sum_signs(b0, b1, ones + q * draw_.rank);
+                   }
+                 });
     const double scale = 1 / std::sqrt(double(total_));
     const int64_t n = g_.channels * g_.taps();
     parallel_for(0, draw_.rank, kGrain / (n * chunks_) + 1, [&](int64_t first, int64_t last) {
@@ -148,8 +146,8 @@ class Sketch {
       pixels_ = true;
     } else if (same && dense_w && g_.width >= kLane && last_width_ == g_.width) {
       // rows where they lie
-    } else if (same && dense_w && g_.stride_h == g_.width && plane >= kLane && last_width_ == g_.width &&
-               plane * g_.taps() <= kFar) {
+    } else if (same && dense_w && g_.stride_h == g_.width && plane >= kLane &&
+               last_width_ == g_.width && plane * g_.taps() <= kFar) {
       flat_ = true;
       length_ = plane;
     } else {
@@ -178,7 +176,8 @@ class Sketch {
     batch_ = least;  // a tile should see as many elements as pay for its sums
     if (band_ < g_.out_h) return;
     const int64_t block = g_.channels / blocks_ * g_.height * g_.width;
-    batch_ = std::min({kNear / (sign_size_ * rank_step_), 2 * kNear / (line * lines), kFar / block});
+    batch_ =
+        std::min({kNear / (sign_size_ * rank_step_), 2 * kNear / (line * lines), kFar / block});
     batch_ = std::clamp(batch_, least, g_.images);
   }
 
@@ -288,8 +287,8 @@ class Sketch {
     // E of rank row k and image b for output rows [o, o_end).
     void place_signs(int64_t k, int64_t b, int64_t o, int64_t o_end, A* row, A* to) const {
       const uint64_t key = stream_key(s_.draw_.seed, Purpose::kSign, k);
-      expand_signs(key, s_.draw_.offset + b * g_.positions() + o * g_.out_w,
-                   (o_end - o) * g_.out_w, row);
+      expand_signs(key, s_.draw_.offset + b * g_.positions() + o * g_.out_w, (o_end - o) * g_.out_w,
+                   row);
       std::fill_n(to, s_.sign_size_, A(0));
       for (int64_t oh = o; oh < o_end; ++oh, row += g_.out_w) {
         if (s_.shifted_) {
@@ -333,7 +332,7 @@ class Sketch {
       tile.columns = ranks * per_rank, tile.channels = channels_;
       tile.out_row = g_.kernel_w * (s_.pixels_ ? g_.channels : 1);
       tile.out_channel = s_.pixels_ ? 1 : g_.taps();
-      tile.stride = s_.copied_ ? (s_.pixels_ ? channels_ : g_.height * s_.length_)
+      tile.stride = s_.copied_   ? (s_.pixels_ ? channels_ : g_.height * s_.length_)
                     : s_.pixels_ ? g_.stride_w
                                  : g_.stride_c;
       tile.out = out_;
@@ -368,14 +367,14 @@ class Sketch {
   const T* x_;
   PatchGeometry g_;
   PatchDraw draw_;
-  int64_t total_, last_width_;                     // rows; pixels of a line of the last image
+  int64_t total_, last_width_;  // rows; pixels of a line of the last image
   bool pixels_ = false, flat_ = false, copied_ = false, shifted_ = false;
-  int64_t length_;                                 // of a line of x
+  int64_t length_;                                   // of a line of x
   int64_t planes_, lead_, sign_stride_, sign_size_;  // E of an image: planes of lines
-  int64_t band_, rank_step_, batch_;               // output rows, rank rows, images at a time
-  int64_t blocks_, chunks_;                        // of channels, of images
-  int64_t size_, work_;                            // of one partial result; multiply-adds in all
-  std::vector<int64_t> source_h_, source_w_;       // [kernel_h, out_h], [kernel_w, out_w]
+  int64_t band_, rank_step_, batch_;                 // output rows, rank rows, images at a time
+  int64_t blocks_, chunks_;                          // of channels, of images
+  int64_t size_, work_;                              // of one partial result; multiply-adds in all
+  std::vector<int64_t> source_h_, source_w_;         // [kernel_h, out_h], [kernel_w, out_w]
 };
 
 }  // namespace
