@@ -18,7 +18,7 @@ from rlscuda.cli import main
 from rlscuda.cli import train as train_module
 from rlscuda.cli.config import RunConfig
 from rlscuda.cli.data import Dataset
-from rlscuda.cli.optimizers import build_optimizer, build_scheduler, settings_of
+from rlscuda.cli.optimizers import build_optimizer, build_scheduler
 from rlscuda.cli.runfolder import COLUMNS
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -271,12 +271,16 @@ def test_the_default_folder_is_named_after_model_and_data(folder, capsys):
 # Options that reach the optimizers
 
 
-def test_settings_are_defaults_and_overrides():
+def test_each_optimizer_gets_its_own_overrides():
     config = RunConfig(optimizer="rls,sgd,adam", lr="rls=0.2,adam=0.01", weight_decay="sgd=0")
-    assert (settings_of(config, "rls").lr, settings_of(config, "rls").weight_decay) == (0.2, 0.05)
-    assert (settings_of(config, "sgd").lr, settings_of(config, "sgd").weight_decay) == (0.05, 0)
-    assert settings_of(config, "adam").lr == 0.01
-    assert settings_of(RunConfig(optimizer="sgd", lr="0.3"), "sgd").lr == 0.3
+
+    def settings(name):
+        defaults = build_optimizer(config, name, nn.Linear(2, 2)).defaults
+        return defaults["lr"], defaults["weight_decay"]
+
+    assert settings("rls") == (0.2, 0.05)
+    assert settings("sgd") == (0.05, 0)
+    assert settings("adam") == (0.01, 0)
 
 
 @pytest.mark.parametrize("name", ["rls", "sgd", "adam"])

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from torch import nn
 
 import rlscuda
@@ -18,7 +19,6 @@ from rlscuda.cli.data import Dataset, load_dataset
 from rlscuda.cli.display import StepBar, result_table
 from rlscuda.cli.errors import UserError
 from rlscuda.cli.execution import Execution
-from rlscuda.cli.optimizers import settings_of
 from rlscuda.cli.plots import plot_run
 from rlscuda.cli.runfolder import RunFolder
 from rlscuda.cli.training import Trainer, evaluate
@@ -40,9 +40,10 @@ class Run:
         self.config, self.folder, self.console = config, folder, console
         self.checkpoint_every = execution.checkpoint_every
         self.device = execution.prepare()
-        self.data: Dataset = load_dataset(
-            config.data, config.val_fraction, config.image_size, execution.cache
-        ).to(self.device)
+        with console.status(f"reading {config.data}"):
+            self.data: Dataset = load_dataset(
+                config.data, config.val_fraction, config.image_size, execution.cache
+            ).to(self.device)
         self.fingerprint = config.fingerprint(self.data.fingerprint)
 
     @property
@@ -88,13 +89,13 @@ class Run:
         self.folder.write_summary({"title": self.title, "results": results})
         show_run(self.folder, self.console)
 
-    def write_config(self) -> None:
-        """Write ``config.json``: the options and all that they were resolved to."""
+    def write_config(self, settings: dict[str, dict[str, float]]) -> None:
+        """Write ``config.json``: the options, the data, the machine.
+
+        Args:
+            settings: what each optimizer's step size and weight decay were resolved to.
+        """
         data = self.data
-        settings = {
-            name: dataclasses.asdict(settings_of(self.config, name))
-            for name in self.config.optimizers
-        }
         self.folder.write_config(
             {
                 "options": dataclasses.asdict(self.config),
@@ -141,8 +142,8 @@ class Run:
     def _print_head(self) -> None:
         data = self.data
         self.console.print(
-            f"[bold]{self.title}[/bold], seed {self.config.seed}, {self.config.schedule} schedule, "
-            f"{self.device}\n"
+            f"[bold]{escape(self.title)}[/bold], seed {self.config.seed}, "
+            f"{self.config.schedule} schedule, {self.device}\n"
             f"{len(data.train)} training and {len(data.val)} validation images of shape "
             f"{list(data.shape)}, {data.classes} classes\ntest: {data.notes}",
             highlight=False,
@@ -151,8 +152,10 @@ class Run:
 
     def _print_start(self, trainer: Trainer) -> None:
         total = trainer.steps_per_epoch * self.config.epochs
-        settings = settings_of(self.config, trainer.name)
-        text = f"\n{trainer.name}: lr {settings.lr:g}, weight decay {settings.weight_decay:g}"
+        settings = ", ".join(
+            f"{option.replace('_', ' ')} {value:g}" for option, value in trainer.settings.items()
+        )
+        text = f"\n{trainer.name}: {settings}"
         if trainer.name == "rls":
             text += f", {self.config.form} form"
         if trainer.finished:
@@ -163,7 +166,7 @@ class Run:
                 f"{trainer.steps_per_epoch} steps ({trainer.steps_done} of {total} in all)"
             )
         self.console.print(text, highlight=False)
-        if trainer.name == "rls" and not trainer.finished:
+        if isinstance(trainer.optimizer, rlscuda.RLSOptimizer) and not trainer.finished:
             self.console.print(str(trainer.optimizer.coverage()), highlight=False, markup=False)
 
 
@@ -179,10 +182,12 @@ def start(
     folder = RunFolder(out)
     folder.check_new(overwrite)
     run = Run(config, execution, folder, console)
+    settings = {}
     for name in config.optimizers:
-        Trainer(config, name, run.data, folder.checkpoint(name), run.fingerprint)
+        trainer = Trainer(config, name, run.data, folder.checkpoint(name), run.fingerprint)
+        settings[name] = trainer.settings
     folder.clear()
-    run.write_config()
+    run.write_config(settings)
     run.train()
 
 

@@ -73,6 +73,11 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
 
     @property
+    def settings(self) -> dict[str, float]:
+        """Step size and weight decay that the optimizer was built with, before any schedule."""
+        return {option: self.optimizer.defaults[option] for option in ("lr", "weight_decay")}
+
+    @property
     def finished(self) -> bool:
         """Whether all epochs are done, or the loss is not finite any more."""
         return self.epoch >= self.config.epochs or self.diverged
