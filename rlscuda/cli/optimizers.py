@@ -21,7 +21,7 @@ def build_optimizer(config: RunConfig, name: str, model: nn.Module) -> Optimizer
 
     What the command line does not set is the default above, or that of the RLS form. Adam with
     decoupled weight decay is AdamW; with none, AdamW is Adam. PyTorch's 1e-3 for Adam is too small
-    for a few epochs of a small network: LeNet-5 on 3,600 digits ended a point lower with it.
+    for a few epochs of a small network: LeNet-5 on 3,600 digits ended two points lower with it.
     """
     given: dict[str, Any] = {
         option: values[name]
