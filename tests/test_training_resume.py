@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 from cli_common import call, snapshot, subprocess_environment, write_npz
 from torch import Tensor
 
-from rlscuda.cli import atomic
+from rlscuda.cli import atomic, main
 from rlscuda.cli import train as train_module
 from rlscuda.cli.checkpoint import load_checkpoint, save_checkpoint
 from rlscuda.cli.config import OPTIMIZERS, RunConfig
@@ -50,19 +51,27 @@ EPOCHS, BATCH, STEPS = 3, 9, 9  # 81 training images: 9 steps an epoch
 TIMES = {"seconds", "epoch_seconds"}
 
 
+def enter(folder: Path, patch: pytest.MonkeyPatch) -> Path:
+    """Put a data set and a model into ``folder`` and make it the current one."""
+    (folder / "killable.py").write_text(MODEL)
+    write_npz(folder / "data.npz")
+    patch.chdir(folder)
+    patch.syspath_prepend(str(folder))
+    patch.delitem(sys.modules, "killable", raising=False)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The current folder, with a data set and a model; the thread count is put back."""
-    threads = torch.get_num_threads()
-    (tmp_path / "killable.py").write_text(MODEL)
-    write_npz(tmp_path / "data.npz")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "killable", raising=False)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    torch.set_num_threads(1)
-    yield tmp_path
-    torch.set_num_threads(threads)
-    sys.modules.pop("killable", None)
+    return enter(tmp_path, monkeypatch)
 
 
 def arguments(out: str, optimizers: str = "rls,sgd,adam", every: int = 2) -> list[str]:
@@ -217,17 +226,26 @@ def test_every_random_stream_is_captured():
 # Checkpoints that cannot be used
 
 
-@pytest.fixture
-def stopped(folder, monkeypatch, capsys):
-    """A run of SGD and Adam that is trained but not finished, with good checkpoints."""
-    with monkeypatch.context() as patch:
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory):
+    """A run of SGD and Adam, trained but interrupted before its test, made once."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = enter(tmp_path_factory.mktemp("trained"), patch)
         patch.setattr(train_module, "plot_run", interrupt)
-        assert call(capsys, *arguments("run", "sgd,adam"))[0] == 130
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments("run", "sgd,adam", every=0))
+        assert stopped.value.code == 130
     return folder / "run"
 
 
 def interrupt(*arguments: object) -> None:
     raise KeyboardInterrupt
+
+
+@pytest.fixture
+def stopped(folder, trained_run):
+    """That run, copied to ``run``."""
+    return Path(shutil.copytree(trained_run, folder / "run"))
 
 
 def truncate(path: Path) -> None:
