@@ -165,9 +165,10 @@ class Run:
                 f": resumed in epoch {trainer.epoch + 1} after {trainer.step} of "
                 f"{trainer.steps_per_epoch} steps ({trainer.steps_done} of {total} in all)"
             )
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=True)
         if isinstance(trainer.optimizer, rlscuda.RLSOptimizer) and not trainer.finished:
-            self.console.print(str(trainer.optimizer.coverage()), highlight=False, markup=False)
+            coverage = str(trainer.optimizer.coverage())
+            self.console.print(coverage, highlight=False, markup=False, soft_wrap=True)
 
 
 def start(
