@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import sys
+from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
@@ -38,30 +39,34 @@ def lenet5(shape: ImageShape, classes: int) -> nn.Module:
         ((side + 2 * padding - 4) // 2 - 4) // 2 for side in (shape.height, shape.width)
     )
     return nn.Sequential(
-        nn.Conv2d(shape.channels, 6, 5, padding=padding),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(6, 16, 5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(16 * height * width, 120),
-        nn.ReLU(),
-        nn.Linear(120, 84),
-        nn.ReLU(),
-        nn.Linear(84, classes),
+        OrderedDict(
+            conv1=nn.Conv2d(shape.channels, 6, 5, padding=padding),
+            relu1=nn.ReLU(),
+            pool1=nn.MaxPool2d(2),
+            conv2=nn.Conv2d(6, 16, 5),
+            relu2=nn.ReLU(),
+            pool2=nn.MaxPool2d(2),
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(16 * height * width, 120),
+            relu3=nn.ReLU(),
+            fc2=nn.Linear(120, 84),
+            relu4=nn.ReLU(),
+            fc3=nn.Linear(84, classes),
+        )
     )
 
 
 def mlp(shape: ImageShape, classes: int) -> nn.Module:
     """Multilayer perceptron with hidden layers of 300 and 100 ReLU units (784-300-100-10)."""
     return nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(shape.channels * shape.height * shape.width, 300),
-        nn.ReLU(),
-        nn.Linear(300, 100),
-        nn.ReLU(),
-        nn.Linear(100, classes),
+        OrderedDict(
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(shape.channels * shape.height * shape.width, 300),
+            relu1=nn.ReLU(),
+            fc2=nn.Linear(300, 100),
+            relu2=nn.ReLU(),
+            fc3=nn.Linear(100, classes),
+        )
     )
 
 
@@ -88,18 +93,18 @@ class ResidualBlock(nn.Module):
 
 def resnet20(shape: ImageShape, classes: int) -> nn.Module:
     """ResNet-20 for small images (He et al. 2016, section 4.2), with 1 × 1 projections."""
-    layers: list[nn.Module] = [
-        nn.Conv2d(shape.channels, 16, 3, padding=1, bias=False),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-    ]
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        conv=nn.Conv2d(shape.channels, 16, 3, padding=1, bias=False),
+        bn=nn.BatchNorm2d(16),
+        relu=nn.ReLU(),
+    )
     c_in = 16
-    for c_out, first_stride in ((16, 1), (32, 2), (64, 2)):
-        for stride in (first_stride, 1, 1):
-            layers.append(ResidualBlock(c_in, c_out, stride))
+    for stage, (c_out, first_stride) in enumerate(((16, 1), (32, 2), (64, 2)), 1):
+        for block, stride in enumerate((first_stride, 1, 1), 1):
+            layers[f"block{stage}{block}"] = ResidualBlock(c_in, c_out, stride)
             c_in = c_out
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c_in, classes)]
-    return nn.Sequential(*layers)
+    layers.update(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(c_in, classes))
+    return nn.Sequential(layers)
 
 
 def vgg16(shape: ImageShape, classes: int) -> nn.Module:
@@ -107,27 +112,26 @@ def vgg16(shape: ImageShape, classes: int) -> nn.Module:
 
     Pooling rounds up, so that 28 × 28 images keep a pixel to the end.
     """
-    layers: list[nn.Module] = []
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
     c_in = shape.channels
-    for widths in ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3):
-        for c_out in widths:
-            layers += [
-                nn.Conv2d(c_in, c_out, 3, padding=1, bias=False),
-                nn.BatchNorm2d(c_out),
-                nn.ReLU(),
-            ]
+    for stage, widths in enumerate(((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3), 1):
+        for number, c_out in enumerate(widths, 1):
+            name = f"{stage}{number}"
+            layers[f"conv{name}"] = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
+            layers[f"bn{name}"] = nn.BatchNorm2d(c_out)
+            layers[f"relu{name}"] = nn.ReLU()
             c_in = c_out
-        layers.append(nn.MaxPool2d(2, ceil_mode=True))
-    layers += [
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(512, 512),
-        nn.ReLU(),
-        nn.Linear(512, 512),
-        nn.ReLU(),
-        nn.Linear(512, classes),
-    ]
-    return nn.Sequential(*layers)
+        layers[f"pool{stage}"] = nn.MaxPool2d(2, ceil_mode=True)
+    layers.update(
+        pool=nn.AdaptiveAvgPool2d(1),
+        flatten=nn.Flatten(),
+        fc1=nn.Linear(512, 512),
+        relu1=nn.ReLU(),
+        fc2=nn.Linear(512, 512),
+        relu2=nn.ReLU(),
+        fc3=nn.Linear(512, classes),
+    )
+    return nn.Sequential(layers)
 
 
 MODELS = {"lenet5": lenet5, "mlp": mlp, "resnet20": resnet20, "vgg16": vgg16}
