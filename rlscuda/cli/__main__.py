@@ -1,0 +1,5 @@
+"""``python -m rlscuda.cli`` is the command ``rlscuda``."""
+
+from rlscuda.cli import main
+
+main()

@@ -1,0 +1,88 @@
+"""Checkpoint files: one per optimizer, read with ``torch.load(weights_only=True)``."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlscuda.cli.atomic import write_atomically
+from rlscuda.cli.errors import UserError
+
+FORMAT = "rlscuda-checkpoint"
+VERSION = 1
+KEYS = frozenset({"format", "version", "run", "optimizer_name", "training"})
+
+
+def save_checkpoint(path: Path, run: str, optimizer_name: str, training: dict[str, Any]) -> None:
+    """Write a checkpoint atomically.
+
+    Args:
+        path: the file to replace.
+        run: fingerprint of the run, see :meth:`rlscuda.cli.config.RunConfig.fingerprint`.
+        optimizer_name: ``rls``, ``sgd`` or ``adam``.
+        training: :meth:`rlscuda.cli.training.Trainer.state_dict`.
+    """
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "run": run,
+        "optimizer_name": optimizer_name,
+        "training": training,
+    }
+    write_atomically(path, lambda stream: torch.save(document, stream))
+
+
+def load_checkpoint(path: Path, run: str, optimizer_name: str) -> dict[str, Any]:
+    """Read a checkpoint and check that it belongs to this run.
+
+    Returns:
+        the ``training`` part, its tensors on the CPU.
+
+    Raises:
+        UserError: the file is truncated, is no checkpoint of this program, or belongs to another
+            run or optimizer. Nothing is written.
+    """
+    document = _read(path)
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise UserError(f"{path} is not an rlscuda checkpoint; nothing was overwritten")
+    if document.get("version") != VERSION or not document.keys() >= KEYS:
+        raise UserError(
+            f"{path} is a checkpoint of format version {document.get('version')}, expected "
+            f"{VERSION}; nothing was overwritten"
+        )
+    if document["optimizer_name"] != optimizer_name:
+        raise UserError(
+            f"{path} holds a run of the optimizer {document['optimizer_name']}, expected "
+            f"{optimizer_name}; nothing was overwritten"
+        )
+    if document["run"] != run:
+        raise UserError(
+            f"{path} belongs to another run (fingerprint {document['run'][:12]}, this run's "
+            f"config.json and data give {run[:12]}); nothing was overwritten"
+        )
+    return document["training"]
+
+
+def _read(path: Path) -> Any:
+    try:
+        with open(path, "rb") as stream:
+            return torch.load(stream, map_location="cpu", weights_only=True)
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        OSError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{path} cannot be read as a checkpoint: it is truncated or was not written by "
+            f"rlscuda ({reason[0][:120]}); nothing was overwritten"
+        ) from None

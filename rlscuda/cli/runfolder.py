@@ -1,0 +1,164 @@
+"""The folder of a run: which files it holds, and when it may be written."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rlscuda.cli.atomic import write_text
+from rlscuda.cli.errors import UserError
+
+FORMAT = "rlscuda-run"
+VERSION = 1
+COLUMNS = (
+    "optimizer",
+    "epoch",
+    "steps",
+    "train_loss",
+    "val_loss",
+    "val_accuracy",
+    "seconds",
+    "lr",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Paths and files of one run.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """Options, data and versions of the run."""
+        return self.path / "config.json"
+
+    @property
+    def metrics_csv(self) -> Path:
+        """One line an optimizer and epoch."""
+        return self.path / "metrics.csv"
+
+    @property
+    def metrics_json(self) -> Path:
+        """The same, as a list."""
+        return self.path / "metrics.json"
+
+    @property
+    def summary(self) -> Path:
+        """Final test accuracy and timings; written once, at the end."""
+        return self.path / "summary.json"
+
+    @property
+    def plot(self) -> Path:
+        """Loss and accuracy by epoch and by second."""
+        return self.path / "curves.png"
+
+    def checkpoint(self, optimizer: str) -> Path:
+        """The checkpoint of one optimizer."""
+        return self.path / "checkpoints" / f"{optimizer}.pt"
+
+    def files(self) -> list[Path]:
+        """Every file of the run that exists."""
+        named = [self.config, self.metrics_csv, self.metrics_json, self.summary, self.plot]
+        checkpoints = sorted((self.path / "checkpoints").glob("*.pt"))
+        return [path for path in named if path.is_file()] + checkpoints
+
+    def check_new(self, overwrite: bool) -> None:
+        """Check that a new run may be put here; touch nothing.
+
+        Raises:
+            UserError: the folder holds a run and ``overwrite`` is False, or holds something that
+                is no run.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--out {self.path} is a file, expected a folder")
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return
+        if not self.config.is_file():
+            raise UserError(
+                f"--out {self.path} is not empty and holds no run of rlscuda (no config.json); "
+                "choose another folder"
+            )
+        self.read_config()
+        if not overwrite:
+            raise UserError(
+                f"--out {self.path} already holds a run: --resume continues it, --overwrite "
+                "replaces it"
+            )
+
+    def clear(self) -> None:
+        """Delete the files of the run that is here, config.json last."""
+        for path in reversed(self.files()):
+            path.unlink()
+
+    def read_config(self) -> dict[str, Any]:
+        """Read ``config.json``.
+
+        Raises:
+            UserError: there is none, or it is not one of this program's.
+        """
+        if not self.config.is_file():
+            raise UserError(f"nothing to resume in {self.path}: {self.config} does not exist")
+        document = _read_json(self.config)
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise UserError(f"{self.config} is not the config of a run of rlscuda")
+        if document.get("version") != VERSION:
+            raise UserError(
+                f"{self.config} has format version {document.get('version')}, expected {VERSION}"
+            )
+        return document
+
+    def write_config(self, document: dict[str, Any]) -> None:
+        """Write ``config.json``."""
+        self._write_json(self.config, {"format": FORMAT, "version": VERSION, **document})
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """Read ``summary.json``; None while the run is not finished."""
+        return _read_json(self.summary) if self.summary.is_file() else None
+
+    def write_summary(self, document: dict[str, Any]) -> None:
+        """Write ``summary.json``."""
+        self._write_json(self.summary, document)
+
+    def write_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """Write ``metrics.csv`` and ``metrics.json``: one row an optimizer and epoch."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.metrics_csv, text.getvalue())
+        self._write_json(self.metrics_json, rows)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Read ``metrics.json``; NaN and infinity come back as None."""
+        return _read_json(self.metrics_json)
+
+    def _write_json(self, path: Path, document: Any) -> None:
+        write_text(path, json.dumps(_without_nan(document), indent=2, allow_nan=False) + "\n")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def _without_nan(document: Any) -> Any:
+    """The document with null where a number is NaN or infinite, which JSON cannot say."""
+    if isinstance(document, dict):
+        return {key: _without_nan(value) for key, value in document.items()}
+    if isinstance(document, list | tuple):
+        return [_without_nan(value) for value in document]
+    if isinstance(document, float) and not math.isfinite(document):
+        return None
+    return document

@@ -1,0 +1,225 @@
+"""The training loop of one optimizer, resumable to the bit from any step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rlscuda.cli.checkpoint import save_checkpoint
+from rlscuda.cli.config import RunConfig
+from rlscuda.cli.data import Dataset, Split
+from rlscuda.cli.errors import UserError
+from rlscuda.cli.models import build_model
+from rlscuda.cli.optimizers import build_optimizer, build_scheduler
+from rlscuda.cli.rng import capture_rng, restore_rng, seed_everything
+
+EVALUATION_BATCH = 500
+OnStep = Callable[["Trainer", Tensor], None]
+
+
+class Trainer:
+    """Model, optimizer, schedule, data order and position of one optimizer's training.
+
+    Two trainers with the same config start from the same weights and see the same images in the
+    same order, whatever their optimizer.
+
+    Args:
+        config: the run.
+        name: ``rls``, ``sgd`` or ``adam``.
+        data: the data set, on the device to train on.
+        checkpoint: the checkpoint file, written after each epoch.
+        run: fingerprint of the run, kept in the checkpoint.
+        checkpoint_every: also write the checkpoint after every so many steps; 0 for never.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        name: str,
+        data: Dataset,
+        checkpoint: Path,
+        run: str,
+        checkpoint_every: int = 0,
+    ):
+        self.config, self.name, self.data = config, name, data
+        self.device = device = data.train.images.device
+        self.checkpoint, self.run, self.checkpoint_every = checkpoint, run, checkpoint_every
+        self.steps_per_epoch = len(data.train) // config.batch_size
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"--batch-size must be at most the {len(data.train)} training images, got "
+                f"{config.batch_size}"
+            )
+        seed_everything(config.seed)
+        self.model = build_model(config.model, data.shape, data.classes).to(device)
+        seed_everything(config.seed)
+        self.shuffler = torch.Generator().manual_seed(config.seed)
+        self.optimizer = build_optimizer(config, name, self.model)
+        self.scheduler = build_scheduler(
+            config, self.optimizer, self.steps_per_epoch * config.epochs
+        )
+        self.epoch = 0  # finished epochs
+        self.step = 0  # finished steps of the epoch in progress
+        self.order: Tensor | None = None  # [N] int64, rows of the epoch in progress
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.epoch_seconds = 0.0
+        self.history: list[dict[str, Any]] = []
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """Step size and weight decay that the optimizer was built with, before any schedule."""
+        return {option: self.optimizer.defaults[option] for option in ("lr", "weight_decay")}
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or the loss is not finite any more."""
+        return self.epoch >= self.config.epochs or self.diverged
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the last epoch's mean training loss is NaN or infinite."""
+        return bool(self.history) and not math.isfinite(self.history[-1]["train_loss"])
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps since the start of the run."""
+        return self.epoch * self.steps_per_epoch + self.step
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training up to the last finished epoch, validation not counted."""
+        return self.history[-1]["seconds"] if self.history else 0.0
+
+    def epochs(self, on_step: OnStep | None = None) -> Iterator[dict[str, Any]]:
+        """Train from the present position to the end, one epoch an iteration.
+
+        The checkpoint holds an epoch before the epoch is yielded.
+
+        Args:
+            on_step: called after each step with the trainer and the loss, still on its device.
+
+        Yields:
+            the epoch's row, see :data:`rlscuda.cli.runfolder.COLUMNS`.
+        """
+        while not self.finished:
+            self._finish_epoch(on_step)
+            loss, accuracy = evaluate(self.model, self.data, self.data.val)
+            row = {
+                "optimizer": self.name,
+                "epoch": self.epoch + 1,
+                "steps": self.steps_done,
+                "train_loss": float(self.loss_sum) / self.steps_per_epoch,
+                "val_loss": loss,
+                "val_accuracy": accuracy,
+                "seconds": self.seconds + self.epoch_seconds,
+                "lr": self.scheduler.get_last_lr()[0],
+            }
+            self.history.append(row)
+            self.epoch, self.step, self.order = self.epoch + 1, 0, None
+            self.save()
+            yield row
+
+    def _finish_epoch(self, on_step: OnStep | None) -> None:
+        """Take the remaining steps of the epoch in progress, or all steps of a new one."""
+        if self.order is None:
+            self.order = torch.randperm(len(self.data.train), generator=self.shuffler)
+            self.loss_sum.zero_()
+            self.epoch_seconds = 0.0
+        order = self.order.to(self.device)
+        self.model.train()
+        started = self._clock()
+        size = self.config.batch_size
+        for start in range(self.step * size, self.steps_per_epoch * size, size):
+            loss = self._train_step(order[start : start + size])
+            self.step += 1
+            if on_step is not None:
+                on_step(self, loss)
+            due = self.checkpoint_every and self.steps_done % self.checkpoint_every == 0
+            if due and self.step < self.steps_per_epoch:
+                self.epoch_seconds += self._clock() - started
+                self.save()
+                started = self._clock()
+        self.epoch_seconds += self._clock() - started
+
+    def _train_step(self, rows: Tensor) -> Tensor:
+        images = self.data.normalise(self.data.train.images[rows])
+        self.optimizer.zero_grad()
+        loss = F.cross_entropy(self.model(images), self.data.train.labels[rows])
+        loss.backward()
+        self.optimizer.step()
+        self.scheduler.step()
+        loss = loss.detach()
+        self.loss_sum += loss
+        return loss
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def save(self) -> None:
+        """Replace the checkpoint by the present state."""
+        save_checkpoint(self.checkpoint, self.run, self.name, self.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next step depends on, and the history that led here."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "rng": capture_rng(self.device),
+            "shuffler": self.shuffler.get_state(),
+            "order": self.order,
+            "epoch": self.epoch,
+            "step": self.step,
+            "loss_sum": self.loss_sum,
+            "epoch_seconds": self.epoch_seconds,
+            "history": self.history,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to the position that :meth:`state_dict` described.
+
+        Raises:
+            UserError: the model or the optimizer is not the one that was saved.
+        """
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{self.checkpoint} does not fit the model {self.config.model} as it is now: "
+                f"{error}; nothing was overwritten"
+            ) from None
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.shuffler.set_state(state["shuffler"])
+        self.order = state["order"]
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.loss_sum.copy_(state["loss_sum"])
+        self.epoch_seconds = state["epoch_seconds"]
+        self.history = list(state["history"])
+        restore_rng(state["rng"], self.device)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Dataset, split: Split) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy (in [0, 1]) of ``model``, in eval mode, on ``split``."""
+    was_training = model.training
+    model.eval()
+    loss = torch.zeros((), dtype=torch.float64, device=split.labels.device)
+    correct = torch.zeros((), dtype=torch.int64, device=split.labels.device)
+    for images, labels in zip(
+        split.images.split(EVALUATION_BATCH), split.labels.split(EVALUATION_BATCH), strict=True
+    ):
+        logits = model(data.normalise(images))
+        loss += F.cross_entropy(logits, labels, reduction="sum")
+        correct += (logits.argmax(1) == labels).sum()
+    model.train(was_training)
+    return float(loss) / len(split), int(correct) / len(split)

@@ -1,0 +1,58 @@
+"""Small data sets and a way to call the command line, shared by its tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import rlscuda
+from rlscuda.cli import main
+
+ROOT = Path(rlscuda.__file__).resolve().parents[1]
+
+
+def make_images(count: int, side: int = 8, classes: int = 3, seed: int = 0):
+    """Images [count, side, side] uint8, a bright block by class on noise, and labels [count]."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % classes
+    images = rng.integers(0, 120, (count, side, side), dtype=np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        image[:, label * side // classes : (label + 1) * side // classes] += 100
+    return images, labels.astype(np.uint8)
+
+
+def write_npz(path: Path, count: int = 90, test: int = 30, **arrays) -> Path:
+    """An archive of ``count`` training and ``test`` test images; keyword arrays replace keys."""
+    x_train, y_train = make_images(count)
+    keys = {"x_train": x_train, "y_train": y_train}
+    if test:
+        keys["x_test"], keys["y_test"] = make_images(test, seed=1)
+    np.savez(path, **{**keys, **arrays})
+    return path
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Run the command line in this process; exit status, stdout and stderr."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return int(stopped.value.code or 0), captured.out, captured.err
+
+
+def subprocess_environment(**extra: str) -> dict[str, str]:
+    """The environment for a child process that imports the package under test."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, **extra}
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file under ``folder`` and its bytes."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
