@@ -16,9 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-FORMS = ("paper", "natural", "adaptive")
-SUMMARIES = ("mean", "sketch", "sample")
-
 
 class EagerRLS(torch.optim.Optimizer):
     """Train the Linear and Conv2d layers of ``model`` by recursive least squares.
@@ -33,7 +30,7 @@ class EagerRLS(torch.optim.Optimizer):
         summary: ``mean``, ``sketch`` or ``sample``; by default ``sample`` for the adaptive form.
         momentum: α, or β₁ of the adaptive form.
         beta2: β₂ of the squared row norm (adaptive form).
-        weight_decay: Decoupled: W is multiplied by 1 - lr · weight_decay.
+        weight_decay: Decoupled: W ← (1 - lr · weight_decay) W.
         shrinkage: μ of P ← (1 - μ) P + μ P₀, by default 2 (1 - λ).
         drift: δ of P ← (1 - κδ) P + κ I (adaptive form).
         initial_scale: P₀ = initial_scale · I.
@@ -66,8 +63,8 @@ class EagerRLS(torch.optim.Optimizer):
     ):
         summary = summary or ("sample" if form == "adaptive" else "mean")
         for name, value, known in (
-            ("form", form, FORMS),
-            ("summary", summary, SUMMARIES),
+            ("form", form, ("paper", "natural", "adaptive")),
+            ("summary", summary, ("mean", "sketch", "sample")),
             ("fallback", fallback, ("adamw", "sgd")),
         ):
             if value not in known:
@@ -86,14 +83,11 @@ class EagerRLS(torch.optim.Optimizer):
         groups = [{"params": own, "lr": lr}]
         self.inner = None
         if others:
-            groups.append(
-                {"params": others, "lr": 0.1 * lr if fallback_lr is None else fallback_lr}
-            )
-            self.inner = (
-                torch.optim.AdamW(others, weight_decay=0.0)
-                if fallback == "adamw"
-                else torch.optim.SGD(others, momentum=0.9)
-            )
+            fallback_lr = 0.1 * lr if fallback_lr is None else fallback_lr
+            groups.append({"params": others, "lr": fallback_lr})
+            rule = torch.optim.AdamW if fallback == "adamw" else torch.optim.SGD
+            extra = {"weight_decay": 0.0} if fallback == "adamw" else {"momentum": 0.9}
+            self.inner = rule(others, lr=fallback_lr, **extra)
         super().__init__(groups, {"lr": lr})
         for m in self.layers:
             m.register_forward_pre_hook(self._stage)
@@ -136,7 +130,11 @@ class EagerRLS(torch.optim.Optimizer):
             state["M"] = torch.zeros_like(g)
             state["t"] = 0
         if self.form == "adaptive":
-            delta = self._adaptive(state, s, g, lr)
+            # While its gain is large P is close to a multiple of I, and steps along the mean input
+            # kill ReLUs: the step grows as the gain falls.
+            kappa = max(self.gain, 1 / (state["t"] + 1))
+            lr *= self.gain / kappa
+            delta = self._adaptive(state, s, g, lr, kappa)
         else:
             delta = self._plain(state, s, g, lr)
         state["t"] += 1
@@ -154,39 +152,27 @@ class EagerRLS(torch.optim.Optimizer):
         step = g @ p if step is None else step.div_(h)
         return state["M"].mul_(self.momentum).add_(step, alpha=-lr)
 
-    def _adaptive(self, state: dict, s: Tensor, g: Tensor, lr: float) -> Tensor:
+    def _adaptive(self, state: dict, s: Tensor, g: Tensor, lr: float, kappa: float) -> Tensor:
         """Adaptive form; returns the change of the weights without decay."""
         t, p, m = state["t"], state["P"], state["M"]
-        kappa = max(self.gain, 1 / (t + 1))
         square = s.square().mean()
         if t == 0:
             state["scale"] = torch.zeros_like(square)
             state["v"] = torch.zeros_like(g[:, 0])
         scale = state["scale"].lerp_(square, kappa)
-        # An input that has been zero so far has nothing to be scaled by.
         s = s * scale.clamp(min=torch.finfo(s.dtype).tiny).rsqrt()
         rls_update(p, s, kappa, 1.0, 1 - kappa * self.drift, kappa)
         d = g @ p
         v = state["v"].mul_(self.beta2).add_((d * g).sum(1), alpha=1 - self.beta2)
         m.lerp_(d, 1 - self.momentum)
         norm = v.div(1 - self.beta2 ** (t + 1)).sqrt_().add_(1e-8)
-        # M is not corrected for its start at zero: the first P are still close to a multiple of I,
-        # whose steps along the mean input kill ReLUs, and the lag of M keeps them small.
-        return m * (-lr / norm)[:, None]
+        return m * (-lr / (1 - self.momentum ** (t + 1)) / norm)[:, None]
 
 
 def rls_update(
     p: Tensor, s: Tensor, gain: float, forgetting: float, keep: float, drift: float
 ) -> Tensor:
-    """P ← keep · (inverse of λ P⁻¹ + (κ/r) SᵀS) + drift · I in place; return h.
-
-    Args:
-        p: P, [n, n] symmetric positive definite.
-        s: S, [r, n].
-        gain: κ.
-        forgetting: λ.
-        keep: Factor of the updated matrix.
-        drift: Multiple of I added after it.
+    """P ← keep · (inverse of λ P⁻¹ + (κ/r) SᵀS) + drift · I in place, for p [n, n] and s [r, n].
 
     Returns:
         h = λ + κ · mean over the rows of s P sᵀ, a scalar tensor.
@@ -234,7 +220,7 @@ def _linear_rows(layer, x, summary, rank, generator):
 
 
 def _slice_means(x: Tensor, rank: int) -> Tensor:
-    return torch.stack([c.mean(0) for c in x.tensor_split(rank)])
+    return torch.stack([x[k::rank].mean(0) for k in range(rank)])
 
 
 def _conv_rows(layer, x, summary, rank, generator):

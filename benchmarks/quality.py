@@ -26,11 +26,10 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import tasks
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-import tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, SEEDS, TUNE_SEED, TUNE_EPOCHS = 64, (0, 1, 2), 100, 2
@@ -50,19 +49,20 @@ OPTIMIZERS = {
 }
 
 
-def make_optimizer(name: str, impl: str, net: nn.Module, settings: dict) -> torch.optim.Optimizer:
-    """Build the named optimizer; ``impl`` is ``rlscuda`` or ``eager`` and concerns RLS only."""
-    if name == "sgd":
+def make_optimizer(job: dict, impl: str, net: nn.Module) -> torch.optim.Optimizer:
+    """Build the optimizer of a job; ``impl``, for RLS, is ``rlscuda`` or ``eager``."""
+    settings = job["settings"]
+    if job["optimizer"] == "sgd":
         return torch.optim.SGD(net.parameters(), **settings)
-    if name == "adam":
+    if job["optimizer"] == "adam":
         return torch.optim.Adam(net.parameters(), **settings)
     if impl == "eager":
         from eager_rls import EagerRLS
 
-        return EagerRLS(net, **settings)
+        return EagerRLS(net, seed=job["seed"], **settings)
     from rlscuda import RLSOptimizer
 
-    return RLSOptimizer(net, **settings)
+    return RLSOptimizer(net, seed=job["seed"], **settings)
 
 
 @lru_cache(maxsize=1)
@@ -86,7 +86,7 @@ def train(job: dict, impl: str, folder: str) -> dict:
     fit, read = data["train"], data["validation" if job["phase"] == "tune" else "test"]
     torch.manual_seed(job["seed"])
     net = task.build()
-    optimizer = make_optimizer(job["optimizer"], impl, net, job["settings"])
+    optimizer = make_optimizer(job, impl, net)
     steps = len(fit.y) // BATCH
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, job["epochs"] * steps)
     order = torch.Generator().manual_seed(job["seed"])

@@ -51,7 +51,7 @@ def small_cnn() -> nn.Module:
 def cifar_cnn(norm: bool = False) -> nn.Module:
     """Three 3 x 3 convolutions, each pooled, and two linear layers; ``norm`` adds batch norm."""
     layers: list[nn.Module] = []
-    channels = (3, 32, 64, 64)
+    channels = (3, 24, 48, 64)
     for a, b in zip(channels, channels[1:], strict=False):
         layers.append(nn.Conv2d(a, b, 3, padding=1, bias=not norm))
         layers += [nn.BatchNorm2d(b)] if norm else []
