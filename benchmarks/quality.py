@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rlscuda import RLSOptimizer
+import rlscuda
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, SEEDS, TUNE_SEED, TUNE_EPOCHS = 64, (0, 1, 2), 100, 2
@@ -46,7 +46,7 @@ PLAIN = {"momentum": 0.9, "weight_decay": 0.0, "fallback": "adamw", "fallback_lr
 OPTIMIZERS = {
     "rls_default": ("RLS default", {}, ()),
     "rls_adaptive": ("RLS adaptive", {"form": "adaptive"}, (0.025, 0.05, 0.1, 0.2)),
-    "rls_paper": ("RLS paper", PAPER | PLAIN, (0.0125, 0.025, 0.05, 0.1)),
+    "rls_paper": ("RLS paper", PAPER | PLAIN, (0.025, 0.05, 0.1, 0.2)),
     "rls_natural": ("RLS natural", NATURAL | PLAIN, (0.0125, 0.025, 0.05, 0.1)),
     "sgd": ("SGD+momentum", {"momentum": 0.9, "weight_decay": 5e-4}, (0.01, 0.03, 0.1, 0.3)),
     "adam": ("Adam", {}, (3e-4, 1e-3, 3e-3, 1e-2)),
@@ -58,7 +58,7 @@ def make_optimizer(job: dict, net: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(net.parameters(), **job["settings"])
     if job["optimizer"] == "adam":
         return torch.optim.Adam(net.parameters(), **job["settings"])
-    return RLSOptimizer(net, seed=job["seed"], **job["settings"])
+    return rlscuda.RLSOptimizer(net, seed=job["seed"], **job["settings"])
 
 
 @lru_cache(maxsize=1)
@@ -178,6 +178,8 @@ def environment() -> dict:
         "threads_per_run": 1,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "rlscuda": rlscuda.__version__,
+        "source_hash": rlscuda.build_info()["source_hash"],
         "numpy": np.__version__,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
