@@ -28,6 +28,8 @@ def refusal(module: nn.Module) -> str | None:
         return "its weight is not a plain parameter (parametrised or masked)"
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "its weight has no shape yet: run one batch through a lazy module first"
+    if weight.numel() == 0:
+        return "its weight has no elements"
     if not weight.is_floating_point() or weight.is_sparse:
         return f"its weight is {weight.dtype}, {weight.layout}"
     return None
@@ -43,6 +45,8 @@ class Layer:
         index: Place among the model's layers; part of the seed of its random signs.
         bias: Whether the bias is a column of ones inside `P`.
         shared: Whether other modules use the same weight.
+        weight: The weight [c, n] or [c, C/groups, kh, kw], which a mask put on later leaves here.
+        bias_parameter: The bias [c], or None.
     """
 
     name: str
@@ -50,10 +54,13 @@ class Layer:
     index: int
     bias: bool
     shared: bool = False
+    weight: nn.Parameter = field(init=False)
+    bias_parameter: nn.Parameter | None = field(init=False)
     geometry: tuple = field(init=False)
 
     def __post_init__(self):
         m = self.module
+        self.weight, self.bias_parameter = m.weight, m._parameters.get("bias")
         if isinstance(m, nn.Linear):
             self.geometry = ([1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1, "zeros")
             return
@@ -66,11 +73,6 @@ class Layer:
             list(m.kernel_size), list(m.stride), [left, right, top, bottom],
             list(m.dilation), m.groups, m.padding_mode,
         )  # fmt: skip
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The weight [c, n] or [c, C/groups, kh, kw]."""
-        return self.module.weight
 
     @property
     def groups(self) -> int:
@@ -90,7 +92,7 @@ class Layer:
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that one step of this layer moves."""
-        return [self.weight, self.module.bias] if self.bias else [self.weight]
+        return [self.weight, self.bias_parameter] if self.bias else [self.weight]
 
     def images(self, x: Tensor) -> Tensor:
         """The layer's input as [N, C, H, W] without a copy where its strides allow."""
