@@ -9,6 +9,7 @@ adaptive  D = G P_new;  per output row v <- b2 v + (1 - b2) sum(D o G);
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ FORMS: dict[str, dict[str, Any]] = {
 _COMMON: dict[str, Any] = {
     "shrinkage": None, "initial_scale": 1.0, "beta2": 0.99, "eps": 1e-8, "seed": 0, "dtype": None,
 }  # fmt: skip
+OPTIONS = frozenset({"form", "fallback_ratio", "fallback_weight_decay", *_COMMON, *FORMS["paper"]})
 
 
 def _require(ok: bool, name: str, expected: str, value: Any) -> None:
@@ -45,7 +47,7 @@ def _require(ok: bool, name: str, expected: str, value: Any) -> None:
 
 def _real(value: Any) -> float:
     """`value` as a float, NaN where it is no number, so that every range check fails."""
-    return float(value) if isinstance(value, (int, float, Tensor)) else math.nan
+    return float(value) if isinstance(value, (Real, Tensor)) else math.nan
 
 
 def resolve_options(given: dict[str, Any]) -> dict[str, Any]:
@@ -58,20 +60,27 @@ def resolve_options(given: dict[str, Any]) -> dict[str, Any]:
         ValueError: An option is out of its range.
     """
     form = given.get("form", "adaptive")
-    _require(form in FORMS, "form", " | ".join(FORMS), form)
+    _require(isinstance(form, str) and form in FORMS, "form", " | ".join(FORMS), form)
     chosen = {name: value for name, value in given.items() if value is not None}
     o = {**_COMMON, **FORMS[form], **chosen, "form": form}
+    if isinstance(o["lr"], Tensor) and o["lr"].numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got {list(o['lr'].shape)}")
     _require(0 <= _real(o["lr"]) < math.inf, "lr", ">= 0 and finite", o["lr"])
     _require(0 < _real(o["forgetting"]) <= 1, "forgetting", "in (0, 1]", o["forgetting"])
-    _require(0 < _real(o["gain"]) < math.inf, "gain", "> 0", o["gain"])
+    _require(0 < _real(o["gain"]) < math.inf, "gain", "> 0 and finite", o["gain"])
+    if form == "adaptive":
+        _require(o["gain"] <= 1, "gain", "at most 1 in the adaptive form, an average", o["gain"])
     _require(0 <= _real(o["momentum"]) < 1, "momentum", "in [0, 1)", o["momentum"])
     _require(0 <= _real(o["beta2"]) < 1, "beta2", "in [0, 1)", o["beta2"])
-    _require(_real(o["eps"]) > 0, "eps", "> 0", o["eps"])
-    _require(_real(o["weight_decay"]) >= 0, "weight_decay", ">= 0", o["weight_decay"])
+    _require(0 < _real(o["eps"]) < math.inf, "eps", "> 0 and finite", o["eps"])
+    _require(0 <= _real(o["weight_decay"]) < math.inf, "weight_decay", ">= 0 and finite",
+             o["weight_decay"])  # fmt: skip
     _require(isinstance(o["rank"], int) and o["rank"] >= 1, "rank", "an int >= 1", o["rank"])
     _require(o["summary"] in SUMMARIES, "summary", " | ".join(SUMMARIES), o["summary"])
-    _require(0 < _real(o["initial_scale"]) < math.inf, "initial_scale", "> 0", o["initial_scale"])
-    _require(_real(o["fallback_lr"]) >= 0, "fallback_lr", ">= 0", o["fallback_lr"])
+    _require(0 < _real(o["initial_scale"]) < math.inf, "initial_scale", "> 0 and finite",
+             o["initial_scale"])  # fmt: skip
+    _require(0 <= _real(o["fallback_lr"]) < math.inf, "fallback_lr", ">= 0 and finite",
+             o["fallback_lr"])  # fmt: skip
     _require(isinstance(o["seed"], int), "seed", "an int", o["seed"])
     _require(o["dtype"] in (None, torch.float32, torch.float64), "dtype",
              "None, torch.float32 or torch.float64", o["dtype"])  # fmt: skip
@@ -80,7 +89,9 @@ def resolve_options(given: dict[str, Any]) -> dict[str, Any]:
     _require(0 <= _real(o["shrinkage"]) <= 1, "shrinkage", "in [0, 1]", o["shrinkage"])
     if o["drift"] is not None:
         _require(_real(o["drift"]) >= 0, "drift", "None or >= 0", o["drift"])
-        _require(o["drift"] <= 1, "drift", "at most 1, or P could turn negative", o["drift"])
+        most = 1 / gain_at(o, 0)  # P keeps the part 1 - gain * drift of itself
+        _require(o["drift"] <= most, "drift", f"at most {most:g}, or P could turn negative",
+                 o["drift"])  # fmt: skip
     return o
 
 
@@ -89,6 +100,14 @@ def gain_at(group: dict[str, Any], updates: int) -> float:
     if group["form"] != "adaptive":
         return group["gain"]
     return max(group["gain"], 1 / (updates + 1))
+
+
+def overshoots(group: dict[str, Any]) -> bool:
+    """Whether a step along one row may go beyond twice the way to its minimum (the paper's form).
+
+    There the error shrinks by 1 - (lr / gain) (h - forgetting) / h.
+    """
+    return group["form"] == "paper" and float(group["lr"]) > 2 * group["gain"]
 
 
 def update_matrix(
@@ -119,7 +138,9 @@ def gradient_product(
         complete.
     """
     factors = stage.factors
-    if factors is not None and factors.intact() and factors_agree(factors, G):
+    grad_bias = layer.bias_parameter.grad if layer.bias_parameter is not None else None
+    known = factors is not None and factors.intact() and (grad_bias is not None or not layer.bias)
+    if known and factors_agree(factors, G, grad_bias if layer.bias else None):
         n = factors.x.shape[1]
         projected = torch.addmm(P[n], factors.x, P[:n]) if layer.bias else factors.x @ P
         torch.mm(factors.delta.t(), projected, out=out)
@@ -168,10 +189,13 @@ def move_weight(
         _ops.adaptive_weight_step_(
             weight, bias, product, G, bias_row, grad_bias, h, state["first_moment"],
             state["second_moment"], lr * group["gain"] / gain, group["momentum"], group["beta2"],
-            decay, group["eps"], int(state["step"]),
+            decay, group["eps"], state["step"],
         )  # fmt: skip
     else:
+        buffer = state.get("momentum_buffer")
+        if buffer is None and group["momentum"]:  # a scheduler turned momentum on
+            buffer = state["momentum_buffer"] = torch.zeros_like(product)
         _ops.weight_step_(
-            weight, bias, product, bias_row, grad_bias, h, state.get("momentum_buffer"), lr,
-            group["momentum"], decay, group["form"] == "paper",
+            weight, bias, product, bias_row, grad_bias, h, buffer, lr, group["momentum"], decay,
+            group["form"] == "paper",
         )  # fmt: skip

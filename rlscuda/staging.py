@@ -7,13 +7,13 @@ unused branch) stages nothing, and one that is counts once.
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from rlscuda.layers import Layer
 
@@ -27,7 +27,7 @@ class Summary:
     Attributes:
         kind: `mean`, `sketch` or `sample`.
         rows: [groups, r, n].
-        count: Rows summarised; for `mean` of each slice [r].
+        count: Rows summarised [r]; for `mean`, of each slice.
         keys: For `sample`, the [r] keys by which each row was drawn.
     """
 
@@ -35,6 +35,11 @@ class Summary:
     rows: Tensor
     count: list[int]
     keys: Tensor | None = None
+
+    @property
+    def total(self) -> int:
+        """Rows summarised."""
+        return sum(self.count) if self.kind == "mean" else self.count[0]
 
     def merge(self, other: Summary) -> Summary:
         """The summary of the rows of both."""
@@ -55,7 +60,7 @@ class Summary:
 
 
 def summarise(
-    layer: Layer, images: Tensor, kind: str, rank: int, seed: int, offset: tuple[int, int]
+    layer: Layer, images: Tensor, kind: str, rank: int, seed: int, offset: int
 ) -> Summary:
     """Summarises the input of a layer.
 
@@ -65,20 +70,20 @@ def summarise(
         kind: `mean`, `sketch` or `sample`.
         rank: Rows of the summary.
         seed: Seed of the random signs or draws.
-        offset: Images and im2col rows that this step has seen before.
+        offset: What this step has seen before: im2col rows for `sketch`, else images.
     """
     bias = layer.bias
     n, positions = images.shape[0], layer.positions(images)
     if kind == "sketch":
-        rows = _ops.patch_sketch(images, *layer.geometry, bias, rank, seed, offset[1])
+        rows = _ops.patch_sketch(images, *layer.geometry, bias, rank, seed, offset)
         return Summary(kind, rows, [n * positions] * rank)
     if kind == "sample":
-        rows, keys = _ops.patch_sample(images, *layer.geometry, bias, rank, seed, offset[0])
-        return Summary(kind, rows, [n] * rank, keys)
+        rows, keys = _ops.patch_sample(images, *layer.geometry, bias, rank, seed, offset)
+        return Summary(kind, rows, [n * positions] * rank, keys)
     if rank == 1:
         rows = _ops.patch_mean(images, *layer.geometry, bias).unsqueeze(1)
         return Summary(kind, rows, [n * positions])
-    slices = [images[(k - offset[0]) % rank :: rank] for k in range(rank)]
+    slices = [images[(k - offset) % rank :: rank] for k in range(rank)]
     means = [
         _ops.patch_mean(part, *layer.geometry, bias) if part.shape[0] else None for part in slices
     ]
@@ -107,21 +112,43 @@ class Factors:
 
 
 class Stage:
-    """What one layer has staged for the next step."""
+    """What one layer has staged for the next step.
+
+    Attributes:
+        summary: Of every differentiated forward since the last `clear`, or None.
+        calls: How many there were.
+        factors: Of the only one, where they were kept.
+        generation: Counts the calls of `clear`, so that a forward counts once between two.
+    """
 
     def __init__(self):
+        self.generation = 0
         self.clear()
 
     def clear(self) -> None:
         """Forgets everything staged."""
         self.summary: Summary | None = None
         self.calls = 0
-        self.images = self.rows = 0
         self.factors: Factors | None = None
+        self.generation += 1
+        self._seen = self._ahead = 0
 
-    def commit(self, summary: Summary, factors: Factors | None) -> None:
-        """Takes in the summary of one differentiated forward."""
+    def reserve(self, size: int, recomputed: bool) -> int:
+        """The offset, among all that a step sees, of a forward of `size` images or rows.
+
+        A forward inside a backward pass recomputes a checkpointed segment: whether it is to count
+        besides the first run shows only when its gradient comes, so it reserves nothing for good.
+        """
+        offset = max(self._ahead, self._seen) if recomputed else self._seen
+        self._ahead = offset + size
+        if not recomputed:
+            self._seen = self._ahead
+        return offset
+
+    def commit(self, summary: Summary, end: int, factors: Factors | None) -> None:
+        """Takes in the summary of one differentiated forward, which ends at offset `end`."""
         self.summary = summary if self.summary is None else self.summary.merge(summary)
+        self._seen = max(self._seen, end)
         self.calls += 1
         self.factors = factors if self.calls == 1 else None
 
@@ -138,6 +165,7 @@ class ForwardHook:
         self._layer = weakref.ref(layer) if layer is not None else lambda: None
         self._observe = weakref.WeakMethod(observe) if observe is not None else lambda: None
 
+    @torch.compiler.disable(reason="RLSOptimizer reads the layer's input here")
     def __call__(self, module, args, kwargs, output):
         """Passes on a forward that may be differentiated."""
         layer, observe = self._layer(), self._observe()
@@ -153,20 +181,41 @@ class ForwardHook:
         return ForwardHook, ()
 
 
+def remove_all(handles: Iterable[RemovableHandle]) -> None:
+    """Removes hooks."""
+    for handle in handles:
+        handle.remove()
+
+
+def summarisable(x: Tensor, output: Tensor) -> bool:
+    """Whether an input is a plain dense tensor with elements, outside of `torch.func` transforms.
+
+    What a transform such as `vmap` passes through the layers means nothing after it has returned.
+    """
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return x.layout == torch.strided and x.numel() > 0 and not (wrapped(x) or wrapped(output))
+
+
 def in_backward() -> bool:
     """Whether the autograd engine runs on this thread (a checkpointed segment is recomputed)."""
     return torch._C._current_graph_task_id() != -1
 
 
-def factors_agree(factors: Factors, grad: Tensor) -> bool:
-    """Whether delta^T x is the whole gradient, probed with one fixed vector.
+def factors_agree(factors: Factors, grad: Tensor, grad_bias: Tensor | None) -> bool:
+    """Whether delta^T [x, 1] is the whole gradient, but for rounding.
 
-    A penalty on the weight or another use of it adds to `grad` what the factors do not hold.
+    A penalty on a parameter, another use of it, clipping and the like leave a gradient that the
+    factors do not hold. Both are multiplied with one fixed vector, and each output is compared on
+    the scale of its own summands: rounding stays below 0.7 of its unit there.
     """
-    n = factors.x.shape[1]
+    x, delta = factors.x, factors.delta
+    n = x.shape[1]
     probe = torch.arange(1, n + 1, dtype=grad.dtype, device=grad.device).mul_(0.7548776662466927)
     probe = probe.frac_().sub_(0.5)
-    expected = torch.mv(factors.delta.t(), torch.mv(factors.x, probe))
-    error = torch.mv(grad, probe).sub_(expected)
-    return bool(error.abs().max() <= 64 * math.sqrt(n) * torch.finfo(grad.dtype).eps
-                * expected.abs().max())  # fmt: skip
+    seen, along = torch.mv(grad, probe), torch.mv(x, probe)
+    scale = torch.linalg.vector_norm(x, dim=1) * torch.linalg.vector_norm(probe)
+    if grad_bias is not None:
+        seen, along, scale = seen + 0.5 * grad_bias, along + 0.5, scale + 0.5
+    error = seen.sub_(torch.mv(delta.t(), along)).abs_()
+    bound = torch.mv(delta.abs().t(), scale).mul_(4 * torch.finfo(grad.dtype).eps)
+    return bool((error <= bound).all())
