@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(BIN)/rlscuda train --model lenet5 --data mnist5k --optimizer rls,sgd,adam --epochs 8 --out runs/demo --overwrite
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -53,10 +53,10 @@ struct WeightStep {
 template <class T, class W>
 void weight_step_cpu(const WeightStep<T>& args);
 
-// Whether delta^T x [outputs, n] is grad, probed with one vector.
+// Whether delta^T [x, 1] is [grad, grad_bias], probed with one vector.
 template <class T>
-bool factors_agree_cpu(const T* grad, const T* x, const T* delta, int64_t rows, int64_t outputs,
-                       int64_t n);
+bool factors_agree_cpu(const T* grad, const T* x, const T* delta, const T* grad_bias, int64_t rows,
+                       int64_t outputs, int64_t n);
 
 // Whether an element has all bits of the exponent mask set.
 template <class Bits>

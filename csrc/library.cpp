@@ -29,7 +29,7 @@ STABLE_TORCH_LIBRARY(rlscuda, m) {
       "rls_update_(Tensor(a!) P, Tensor s, float forgetting, float gain, float decay, "
       "float diffusion, float initial_scale, Tensor(b!)? power, Tensor(c!)? health, "
       "Tensor? found_inf, Tensor? projection, Tensor(d!)? projected) -> (Tensor, Tensor)");
-  m.def("factors_agree(Tensor grad, Tensor x, Tensor delta) -> bool");
+  m.def("factors_agree(Tensor grad, Tensor x, Tensor delta, Tensor? grad_bias) -> bool");
   m.def("nonfinite(Tensor[] tensors) -> Tensor");
   m.def(
       "weight_step_(Tensor(a!) weight, Tensor(b!)? bias, Tensor(c!) product, Tensor? bias_row, "

@@ -20,7 +20,8 @@ std::tuple<Tensor, Tensor> rls_update_(Tensor P, const Tensor& S, double forgett
                                        const std::optional<Tensor>& projection,
                                        std::optional<Tensor> projected);
 
-bool factors_agree(const Tensor& grad, const Tensor& x, const Tensor& delta);
+bool factors_agree(const Tensor& grad, const Tensor& x, const Tensor& delta,
+                   const std::optional<Tensor>& grad_bias);
 
 Tensor nonfinite(std::vector<Tensor> tensors);
 

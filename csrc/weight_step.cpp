@@ -34,7 +34,11 @@ WeightStep<T> common_args(const Tensor& weight, const std::optional<Tensor>& bia
             ", ", columns, "], got ", shape_of(product));
   WeightStep<T> args{};
   args.rows_per_group = rows;
-  if (bias) check_shape("bias", *bias, {rows}), check_same_dtype("bias", *bias, "weight", weight);
+  if (bias) {
+    check_shape("bias", *bias, {rows});
+    check_same_dtype("bias", *bias, "weight", weight);
+    check_contiguous("bias", *bias);
+  }
   if (grad_bias) {
     check_shape("grad_bias", *grad_bias, {rows});
     check_same_dtype("grad_bias", *grad_bias, "weight", weight);

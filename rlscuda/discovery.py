@@ -10,6 +10,8 @@ from torch import nn
 
 from rlscuda.layers import Layer, refusal
 
+_Users = dict[int, list[tuple[str, nn.Module]]]  # id of a parameter -> the modules that hold it
+
 
 @dataclass(eq=False)
 class Match:
@@ -19,77 +21,105 @@ class Match:
     module: nn.Module
     layer: Layer | None
     reason: str
+    bias_fits: bool = False
 
     def bind(self, members: set[nn.Parameter]) -> bool:
         """Whether the weight is among `members`; the bias joins `P` if it is there too."""
-        if self.layer is None or self.module.weight not in members:
+        if self.layer is None or self.layer.weight not in members:
             return False
-        bias = self.module.bias
-        self.layer.bias = bias is not None and bias.requires_grad and bias in members
+        bias = self.layer.bias_parameter
+        self.layer.bias = self.bias_fits and bias.requires_grad and bias in members
         return True
 
 
-def _selector(wanted: Iterable[str | nn.Module], option: str, model: nn.Module):
-    """A predicate (name, module) for a list of shell patterns and modules."""
-    if isinstance(wanted, (str, nn.Module)):
-        wanted = [wanted]
-    wanted = list(wanted)
-    named = dict(model.named_modules())
-    for item in wanted:
-        if isinstance(item, nn.Module):
-            found = any(module is item for module in named.values())
-        elif isinstance(item, str):
-            found = any(fnmatchcase(name, item) for name in named)
-        else:
+def _covers(item: str | nn.Module, name: str, module: nn.Module) -> bool:
+    return module is item if isinstance(item, nn.Module) else fnmatchcase(name, item)
+
+
+def _selection(
+    wanted: Iterable[str | nn.Module], option: str, model: nn.Module
+) -> list[tuple[str | nn.Module, set[nn.Module]]]:
+    """Each shell pattern or module of a list, with the modules it names and all inside them."""
+    chosen = []
+    for item in [wanted] if isinstance(wanted, (str, nn.Module)) else wanted:
+        if not isinstance(item, (str, nn.Module)):
             raise TypeError(f"{option} takes names and modules, got {type(item).__name__}")
-        if not found:
+        hits = [m for name, m in model.named_modules() if _covers(item, name, m)]
+        if not hits:
             raise ValueError(f"{option} names {item!r}, which the model does not have")
+        chosen.append((item, {inner for hit in hits for inner in hit.modules()}))
+    return chosen
 
-    def selected(name: str, module: nn.Module) -> bool:
-        return any(
-            module is item if isinstance(item, nn.Module) else fnmatchcase(name, item)
-            for item in wanted
-        )
 
-    return selected
+def _reasons(
+    model: nn.Module, users: _Users, included: set[nn.Module] | None, excluded: set[nn.Module]
+) -> dict[nn.Module, str]:
+    """Why each module with parameters of its own is not to be covered; '' where it is."""
+    reasons: dict[nn.Module, str] = {}
+    for module in model.modules():
+        if module._parameters:
+            reason = refusal(module) or ""
+            if not reason and included is not None and module not in included:
+                reason = "not in include"
+            if not reason and module in excluded:
+                reason = "excluded"
+            reasons[module] = reason
+    alone = dict(reasons)
+    for module, reason in alone.items():
+        if reason:
+            continue
+        for name, other in users[id(module.weight)]:
+            if alone[other]:
+                reasons[module] = f"its weight is also that of {name!r}: {alone[other]}"
+            elif getattr(other, "groups", 1) != getattr(module, "groups", 1):
+                reasons[module] = f"its weight is also that of {name!r}, in other groups"
+    return reasons
+
+
+def _bias_fits(module: nn.Linear | nn.Conv2d, users: _Users) -> bool:
+    """Whether the bias belongs to the weight alone, so that it may be a column of its rows."""
+    bias, weight = module._parameters.get("bias"), module.weight
+    if bias is None or (bias.dtype, bias.device) != (weight.dtype, weight.device):
+        return False
+    holders = [{id(m) for _, m in users[id(p)]} for p in (weight, bias)]
+    return holders[0] == holders[1] and bias.is_contiguous()
 
 
 def discover(
     model: nn.Module,
     include: Iterable[str | nn.Module] | None,
-    exclude: Iterable[str | nn.Module],
+    exclude: Iterable[str | nn.Module] | None,
 ) -> list[Match]:
     """Every module of `model` with parameters of its own, and its layer or the reason for none.
 
+    A name or module in `include` or `exclude` stands for everything inside it.
+
     Raises:
-        ValueError: A name or module is not in the model, or an included module cannot be covered.
+        ValueError: A name or module is not in the model, or nothing included by it can be covered.
     """
-    included = None if include is None else _selector(include, "include", model)
-    excluded = _selector(exclude, "exclude", model)
-    users: dict[int, list[tuple[str, nn.Module]]] = {}
+    wanted = None if include is None else _selection(include, "include", model)
+    included = None if wanted is None else {m for _, inside in wanted for m in inside}
+    unwanted = [] if exclude is None else _selection(exclude, "exclude", model)
+    excluded = {m for _, inside in unwanted for m in inside}
+    users: _Users = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 users.setdefault(id(parameter), []).append((name, module))
+    reasons = _reasons(model, users, included, excluded)
+    for item, inside in wanted or ():
+        found = [reason for m, reason in reasons.items() if m in inside]
+        if all(found):
+            why = found[0] if found else "it has no parameters"
+            raise ValueError(f"include names {item!r}, which RLS cannot train: {why}")
     matches: list[Match] = []
     for name, module in model.named_modules():
-        if not module._parameters:
+        if module not in reasons:
             continue
-        reason = refusal(module)
-        if reason is None:
-            others = [n for n, m in users[id(module.weight)] if refusal(m) is not None]
-            if others:
-                reason = f"its weight is also that of {others[0]!r}, which no RLS rule covers"
-        wanted = included is None or included(name, module)
-        if included is not None and wanted and reason is not None:
-            raise ValueError(f"include names {name!r}, which RLS cannot train: {reason}")
-        if reason is None and not wanted:
-            reason = "not in include"
-        elif reason is None and excluded(name, module):
-            reason = "excluded"
-        layer = None
-        if reason is None:
+        match = Match(name, module, None, reasons[module])
+        if not match.reason:
             shared = len(users[id(module.weight)]) > 1
-            layer = Layer(name, module, index=len(matches), bias=False, shared=shared)
-        matches.append(Match(name, module, layer, reason or ""))
+            match.layer = Layer(name, module, index=len(matches), bias=False, shared=shared)
+            match.bias_fits = _bias_fits(module, users)
+        matches.append(match)
     return matches

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-RULES = ("adamw", "sgd")
+ENTRIES = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}
 
 
 class Fallback:
@@ -25,18 +25,24 @@ class Fallback:
 
     def __init__(self, rule: str | Callable[[list[dict]], Optimizer]):
         if isinstance(rule, str):
-            if rule not in RULES:
+            if rule not in ENTRIES:
                 raise ValueError(
-                    f"fallback must be {' | '.join(RULES)} or a callable, got {rule!r}"
+                    f"fallback must be {' | '.join(ENTRIES)} or a callable, got {rule!r}"
                 )
         elif not callable(rule):
             raise TypeError(f"fallback must be a name or a callable, got {type(rule).__name__}")
         self.rule = rule
         self.reset()
 
+    @property
+    def entries(self) -> set[str] | None:
+        """What the rule keeps in the state of a parameter; None where that is unknown."""
+        return ENTRIES[self.rule] if isinstance(self.rule, str) else None
+
     def reset(self) -> None:
         """Forgets the inner optimizer, since the groups have changed."""
         self._inner: Optimizer | None = None
+        self._covered: set[nn.Parameter] | None = None
 
     def __getstate__(self):
         return {"rule": self.rule}
@@ -46,32 +52,46 @@ class Fallback:
         self.reset()
 
     def _make(self, groups: list[dict[str, Any]]) -> Optimizer:
-        if callable(self.rule):
-            return self.rule(groups)
         if self.rule == "sgd":
             return SGD(groups, lr=1e-3, momentum=0.9)
-        tensors = [p for group in groups for p in group["params"]]
-        fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in tensors)
-        return AdamW(groups, lr=1e-3, fused=fused or None)
+        if self.rule == "adamw":
+            tensors = [p for group in groups for p in group["params"]]
+            fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in tensors)
+            return AdamW(groups, lr=1e-3, fused=fused or None)
+        inner = self.rule(groups)
+        if not isinstance(inner, Optimizer):
+            raise TypeError(f"fallback must return a torch optimizer, got {type(inner).__name__}")
+        if [len(g["params"]) for g in inner.param_groups] != [len(g["params"]) for g in groups]:
+            raise ValueError("fallback must return an optimizer over the groups that it is given")
+        return inner
+
+    def prepare(self, groups: list[dict[str, Any]], covered: set[nn.Parameter]) -> None:
+        """Makes the inner optimizer for every parameter of `groups` outside `covered`.
+
+        Raises:
+            TypeError: The callable did not make an optimizer.
+            ValueError: It made one over other groups.
+        """
+        if covered == self._covered:
+            return
+        inner_groups = [
+            {
+                "params": [p for p in group["params"] if p not in covered],
+                "lr": float(group["lr"]) * group["fallback_ratio"],
+                "weight_decay": group["fallback_weight_decay"],
+            }
+            for group in groups
+        ]
+        trains = any(group["params"] for group in inner_groups)
+        self._inner = self._make(inner_groups) if trains else None
+        self._covered = covered
 
     @torch.no_grad()
-    def step(self, groups: Iterable[dict], covered: set[nn.Parameter], state: Any) -> None:
-        """One step for every parameter of `groups` outside `covered`, at its group's rate."""
-        groups = list(groups)
-        rates = [float(group["lr"]) * group["fallback_ratio"] for group in groups]
+    def step(self, groups: list[dict[str, Any]], state: Any) -> None:
+        """One step of the inner optimizer, each group at its rate."""
         if self._inner is None:
-            inner_groups = [
-                {
-                    "params": [p for p in group["params"] if p not in covered],
-                    "lr": rate,
-                    "weight_decay": group["fallback_weight_decay"],
-                }
-                for group, rate in zip(groups, rates)
-            ]
-            if not any(group["params"] for group in inner_groups):
-                return
-            self._inner = self._make(inner_groups)
+            return
         self._inner.state = state
-        for group, rate in zip(self._inner.param_groups, rates):
-            group["lr"] = rate
+        for inner, group in zip(self._inner.param_groups, groups):
+            inner["lr"] = float(group["lr"]) * group["fallback_ratio"]
         self._inner.step()

@@ -9,6 +9,7 @@ adaptive  D = G P_new;  per output row v <- b2 v + (1 - b2) sum(D o G);
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ FORMS: dict[str, dict[str, Any]] = {
 _COMMON: dict[str, Any] = {
     "shrinkage": None, "initial_scale": 1.0, "beta2": 0.99, "eps": 1e-8, "seed": 0, "dtype": None,
 }  # fmt: skip
+OPTIONS = frozenset({"form", "fallback_ratio", "fallback_weight_decay", *_COMMON, *FORMS["paper"]})
 
 
 def _require(ok: bool, name: str, expected: str, value: Any) -> None:
@@ -47,7 +49,7 @@ def _require(ok: bool, name: str, expected: str, value: Any) -> None:
 
 def _real(value: Any) -> float:
     """`value` as a float, NaN where it is no number, so that every range check fails."""
-    return float(value) if isinstance(value, (int, float, Tensor)) else math.nan
+    return float(value) if isinstance(value, (Real, Tensor)) else math.nan
 
 
 def resolve_options(given: dict[str, Any]) -> dict[str, Any]:
@@ -60,20 +62,27 @@ def resolve_options(given: dict[str, Any]) -> dict[str, Any]:
         ValueError: An option is out of its range.
     """
     form = given.get("form", "adaptive")
-    _require(form in FORMS, "form", " | ".join(FORMS), form)
+    _require(isinstance(form, str) and form in FORMS, "form", " | ".join(FORMS), form)
     chosen = {name: value for name, value in given.items() if value is not None}
     o = {**_COMMON, **FORMS[form], **chosen, "form": form}
+    if isinstance(o["lr"], Tensor) and o["lr"].numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got {list(o['lr'].shape)}")
     _require(0 <= _real(o["lr"]) < math.inf, "lr", ">= 0 and finite", o["lr"])
     _require(0 < _real(o["forgetting"]) <= 1, "forgetting", "in (0, 1]", o["forgetting"])
-    _require(0 < _real(o["gain"]) < math.inf, "gain", "> 0", o["gain"])
+    _require(0 < _real(o["gain"]) < math.inf, "gain", "> 0 and finite", o["gain"])
+    if form == "adaptive":
+        _require(o["gain"] <= 1, "gain", "at most 1 in the adaptive form, an average", o["gain"])
     _require(0 <= _real(o["momentum"]) < 1, "momentum", "in [0, 1)", o["momentum"])
     _require(0 <= _real(o["beta2"]) < 1, "beta2", "in [0, 1)", o["beta2"])
-    _require(_real(o["eps"]) > 0, "eps", "> 0", o["eps"])
-    _require(_real(o["weight_decay"]) >= 0, "weight_decay", ">= 0", o["weight_decay"])
+    _require(0 < _real(o["eps"]) < math.inf, "eps", "> 0 and finite", o["eps"])
+    _require(0 <= _real(o["weight_decay"]) < math.inf, "weight_decay", ">= 0 and finite",
+             o["weight_decay"])  # fmt: skip
     _require(isinstance(o["rank"], int) and o["rank"] >= 1, "rank", "an int >= 1", o["rank"])
     _require(o["summary"] in SUMMARIES, "summary", " | ".join(SUMMARIES), o["summary"])
-    _require(0 < _real(o["initial_scale"]) < math.inf, "initial_scale", "> 0", o["initial_scale"])
-    _require(_real(o["fallback_lr"]) >= 0, "fallback_lr", ">= 0", o["fallback_lr"])
+    _require(0 < _real(o["initial_scale"]) < math.inf, "initial_scale", "> 0 and finite",
+             o["initial_scale"])  # fmt: skip
+    _require(0 <= _real(o["fallback_lr"]) < math.inf, "fallback_lr", ">= 0 and finite",
+             o["fallback_lr"])  # fmt: skip
     _require(isinstance(o["seed"], int), "seed", "an int", o["seed"])
     _require(o["dtype"] in (None, torch.float32, torch.float64), "dtype",
              "None, torch.float32 or torch.float64", o["dtype"])  # fmt: skip
@@ -82,7 +91,9 @@ def resolve_options(given: dict[str, Any]) -> dict[str, Any]:
     _require(0 <= _real(o["shrinkage"]) <= 1, "shrinkage", "in [0, 1]", o["shrinkage"])
     if o["drift"] is not None:
         _require(_real(o["drift"]) >= 0, "drift", "None or >= 0", o["drift"])
-        _require(o["drift"] <= 1, "drift", "at most 1, or P could turn negative", o["drift"])
+        most = 1 / gain_at(o, 0)  # P keeps the part 1 - gain * drift of itself
+        _require(o["drift"] <= most, "drift", f"at most {most:g}, or P could turn negative",
+                 o["drift"])  # fmt: skip
     return o
 
 
@@ -93,12 +104,20 @@ def gain_at(group: dict[str, Any], updates: int) -> float:
     return max(group["gain"], 1 / (updates + 1))
 
 
+def overshoots(group: dict[str, Any]) -> bool:
+    """Whether a step along one row may go beyond twice the way to its minimum (the paper's form).
+
+    There the error shrinks by 1 - (lr / gain) (h - forgetting) / h.
+    """
+    return group["form"] == "paper" and float(group["lr"]) > 2 * group["gain"]
+
+
 def update_matrix(
     group: dict[str, Any],
     state: dict[str, Any],
     S: Tensor,
     gain: float,
-    found_inf: Tensor,
+    found_inf: Tensor | None,
     projection: Tensor | None = None,
     projected: Tensor | None = None,
 ) -> Tensor:
@@ -139,9 +158,13 @@ def product(layer: Layer, P: Tensor, G: Tensor, out: Tensor) -> Tensor | None:
 
 
 def factored_step(
-    layer: Layer, group: dict[str, Any], state: dict[str, Any], stage: Stage, gain: float,
-    found_inf: Tensor, out: Tensor,
-) -> Tensor:  # fmt: skip
+    layer: Layer,
+    group: dict[str, Any],
+    state: dict[str, Any],
+    stage: Stage,
+    gain: float,
+    out: Tensor,
+) -> Tensor:
     """Update of `P` and product through the factors of the gradient: (X P)^T delta.
 
     X P, which the product needs, also holds what the update needs where the summary is the mean of
@@ -158,9 +181,9 @@ def factored_step(
         projection = projected.mean(0, keepdim=True)
     S = stage.summary.rows[0]
     if group["form"] == "paper":
-        h = update_matrix(group, state, S, gain, found_inf, projection)
+        h = update_matrix(group, state, S, gain, None, projection)
     else:
-        h = update_matrix(group, state, S, gain, found_inf, projection, projected)
+        h = update_matrix(group, state, S, gain, None, projection, projected)
         _, diffusion = decay_and_diffusion(group, gain)
         projected[:, :n].add_(X, alpha=diffusion)
         if layer.bias:
@@ -207,7 +230,10 @@ def move_weight(
             decay, group["eps"], state["step"],
         )  # fmt: skip
     else:
+        buffer = state.get("momentum_buffer")
+        if buffer is None and group["momentum"]:  # a scheduler turned momentum on
+            buffer = state["momentum_buffer"] = torch.zeros_like(product)
         _weight_step(
-            weight, bias, product, bias_row, grad_bias, h, state.get("momentum_buffer"), lr,
-            group["momentum"], decay, group["form"] == "paper",
+            weight, bias, product, bias_row, grad_bias, h, buffer, lr, group["momentum"], decay,
+            group["form"] == "paper",
         )  # fmt: skip

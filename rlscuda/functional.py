@@ -135,8 +135,8 @@ def rls_update_(
         )  # fmt: skip
 
 
-def factors_agree(grad: Tensor, x: Tensor, delta: Tensor) -> bool:
-    """Whether ``delta.T @ x`` is the whole gradient, probed with one fixed vector.
+def factors_agree(grad: Tensor, x: Tensor, delta: Tensor, grad_bias: Tensor | None = None) -> bool:
+    """Whether ``delta.T @ [x, 1]`` is the whole gradient, probed with one fixed vector.
 
     A penalty on the weight, or another use of it, adds to `grad` what the factors do not hold.
     Agreement also says that `grad` is finite.
@@ -145,11 +145,12 @@ def factors_agree(grad: Tensor, x: Tensor, delta: Tensor) -> bool:
         grad: [c, n], float32 or float64, contiguous.
         x: Input rows [N, n], likewise.
         delta: Gradient of the output [N, c], likewise.
+        grad_bias: [c], where a bias takes part.
 
     Raises:
         RuntimeError: Shapes or dtypes do not fit one another.
     """
-    return _ops.factors_agree(grad.detach(), x.detach(), delta.detach())
+    return _ops.factors_agree(grad.detach(), x.detach(), delta.detach(), grad_bias)
 
 
 def nonfinite(tensors: Sequence[Tensor]) -> Tensor:
@@ -282,5 +283,5 @@ def _(tensors):
 
 
 @torch.library.register_fake("rlscuda::factors_agree")
-def _(grad, x, delta):
+def _(grad, x, delta, grad_bias):
     return True

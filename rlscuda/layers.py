@@ -28,6 +28,8 @@ def refusal(module: nn.Module) -> str | None:
         return "its weight is not a plain parameter (parametrised or masked)"
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "its weight has no shape yet: run one batch through a lazy module first"
+    if weight.numel() == 0:
+        return "its weight has no elements"
     if not weight.is_floating_point() or weight.is_sparse:
         return f"its weight is {weight.dtype}, {weight.layout}"
     return None
@@ -43,7 +45,8 @@ class Layer:
         index: Place among the model's layers; part of the seed of its random signs.
         bias: Whether the bias is a column of ones inside `P`.
         shared: Whether other modules use the same weight.
-        weight: The weight [c, n] or [c, C/groups, kh, kw].
+        weight: The weight [c, n] or [c, C/groups, kh, kw], which a mask put on later leaves here.
+        bias_parameter: The bias [c], or None.
         columns: Fan-in without the bias.
         geometry: Kernel size, stride, padding (left, right, top, bottom), dilation, groups and
             padding mode, as the operators take them; a Linear is a 1 x 1 convolution.
@@ -55,12 +58,13 @@ class Layer:
     bias: bool
     shared: bool = False
     weight: nn.Parameter = field(init=False)
+    bias_parameter: nn.Parameter | None = field(init=False)
     columns: int = field(init=False)
     geometry: tuple = field(init=False)
 
     def __post_init__(self):
         m = self.module
-        self.weight = m.weight
+        self.weight, self.bias_parameter = m.weight, m._parameters.get("bias")
         self.columns = m.weight.numel() // max(1, m.weight.shape[0])
         if isinstance(m, nn.Linear):
             self.geometry = ([1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1, "zeros")
@@ -93,7 +97,7 @@ class Layer:
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that one step of this layer moves."""
-        return [self.weight, self.module.bias] if self.bias else [self.weight]
+        return [self.weight, self.bias_parameter] if self.bias else [self.weight]
 
     def images(self, x: Tensor) -> Tensor:
         """The layer's input as [N, C, H, W] without a copy where its strides allow."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,11 +17,18 @@ from rlscuda.discovery import Match, discover
 from rlscuda.fallback import Fallback
 from rlscuda.layers import Layer, state_dtype
 from rlscuda.report import Coverage, Health, coverage_of, health_of
-from rlscuda.staging import Factors, ForwardHook, Stage, in_backward, summarise
+from rlscuda.staging import (
+    Factors,
+    ForwardHook,
+    Stage,
+    in_backward,
+    remove_all,
+    summarisable,
+    summarise,
+)
 from rlscuda.state import check_state, initial_state, restore_dtypes
 
 _nonfinite = torch.ops.rlscuda.nonfinite.default
-_factors_agree = torch.ops.rlscuda.factors_agree.default
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that layers and steps do not share seeds
 
 
@@ -32,8 +41,8 @@ class RLSOptimizer(Optimizer):
 
     Args:
         params: A model, or parameters or parameter groups as for any torch optimizer.
-        lr: Learning rate :math:`\eta` (default: of the form; adaptive 0.1, else 0.3). In a group
-            without a covered layer it is the fallback rule's.
+        lr: Learning rate :math:`\eta` (default: of the form; adaptive 0.1, else 0.3). Without a
+            model, or set by a group without a covered layer, it is the fallback rule's own.
         model: The model that holds the parameters, where `params` is not the model itself.
         form: ``"adaptive"`` (default), ``"paper"`` or ``"natural"``; it sets the defaults below.
         forgetting: Forgetting factor :math:`\lambda` in (0, 1] (1).
@@ -90,7 +99,7 @@ class RLSOptimizer(Optimizer):
         fallback: str | Callable[[list[dict]], Optimizer] = "adamw",
         fallback_lr: float | None = None,
         include: Iterable[str | nn.Module] | None = None,
-        exclude: Iterable[str | nn.Module] = (),
+        exclude: Iterable[str | nn.Module] | None = None,
         dtype: torch.dtype | None = None,
         seed: int | None = None,
     ):
@@ -106,15 +115,20 @@ class RLSOptimizer(Optimizer):
             if model is not None and model is not params:
                 raise ValueError("params is a model already: pass no other as model=")
             model, params = params, params.parameters()
-        self._matches: list[Match] = discover(model, include, exclude) if model is not None else []
+        self._matches: list[Match] = []
+        if model is not None:
+            self._matches = discover(getattr(model, "_orig_mod", model), include, exclude)
+        elif include is not None or exclude is not None:
+            raise ValueError("include and exclude choose among the layers of a model: pass model=")
+        self._warned = False
         self._layers: dict[nn.Parameter, Layer] = {}
         self._stages: dict[nn.Parameter, Stage] = {}
-        self._workspace: dict[torch.dtype, Tensor] = {}
         super().__init__(params, defaults)
         if model is not None and not self._layers:
             warnings.warn("no layer of the model is covered: the fallback rule trains everything, "
                           "see coverage()", stacklevel=2)  # fmt: skip
-        self._observe_modules()
+        self._fallback.prepare(self.param_groups, self._covered())
+        self._attach()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; options it does not set are those of the constructor.
@@ -131,24 +145,18 @@ class RLSOptimizer(Optimizer):
         members = set(group["params"])
         covered = False
         for match in self._matches:
-            if match.bind(members):
+            if match.layer is not None and match.bind(members):
                 covered = True
-                owner = self._layers.setdefault(match.module.weight, match.layer)
-                match.layer.bias = owner.bias  # one P for all modules that share the weight
-                self._stages.setdefault(match.module.weight, Stage())
-        if covered:
-            lr = float(group["lr"])
-            group["fallback_ratio"] = group["fallback_lr"] / (
-                lr or forms.FORMS[group["form"]]["lr"]
-            )
-            group["fallback_weight_decay"] = 0.0
+                self._layers.setdefault(match.layer.weight, match.layer)
+                self._stages.setdefault(match.layer.weight, Stage())
+        group["fallback_weight_decay"] = 0.0 if covered else merged["weight_decay"] or 0.0
+        layers = any(match.layer is not None for match in self._matches)
+        if covered or (layers and own.get("lr") is None):  # lr is that of the layers
+            lr = float(group["lr"]) or forms.FORMS[group["form"]]["lr"]
+            group["fallback_ratio"] = group["fallback_lr"] / lr
         else:
-            if merged["lr"] is None:
-                group["lr"] = group["fallback_lr"]
+            group["lr"] = group["fallback_lr"] if merged["lr"] is None else group["lr"]
             group["fallback_ratio"] = 1.0
-            group["fallback_weight_decay"] = merged["weight_decay"] or 0.0
-        self._fallback.reset()
-
         self._index_groups()
 
     def _index_groups(self) -> None:
@@ -160,43 +168,50 @@ class RLSOptimizer(Optimizer):
 
     # -- staging ----------------------------------------------------------------------------------
 
-    def _observe_modules(self) -> None:
-        for match in self._matches:
-            if match.layer is not None:
-                hook = ForwardHook(match.layer, self._observe)
-                match.module.register_forward_hook(hook, with_kwargs=True)
+    def _attach(self) -> None:
+        """What a new object needs besides its saved parts: hooks, that end with it, and buffers."""
+        self._workspace: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        observed = [match for match in self._matches if match.layer is not None]
+        handles = [
+            match.module.register_forward_hook(
+                ForwardHook(match.layer, self._observe), prepend=True, with_kwargs=True
+            )
+            for match in observed
+        ]
+        weakref.finalize(self, remove_all, handles).atexit = False
+        if handles and "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # what was compiled without the hooks would never call them
 
     def _observe(self, layer: Layer, x: Tensor, output: Tensor) -> None:
         """Summarises the input of one forward, to be committed when its gradient comes."""
         weight = layer.weight
         group = self._group_of.get(weight)
-        if group is None or not weight.requires_grad or x.numel() == 0:
+        if group is None or not weight.requires_grad or not summarisable(x, output):
             return
         stage = self._stages[weight]
         if weight.grad is None and stage.calls and not in_backward():
             stage.clear()  # the gradient was dropped, and so was the step
         x = x.detach()
         images = layer.images(x)
+        size = images.shape[0] * (layer.positions(images) if group["summary"] == "sketch" else 1)
+        offset = stage.reserve(size, in_backward())
         seed = group["seed"] + _SEED_STRIDE * (1 + layer.index + (self._steps_of(weight) << 16))
         summary = summarise(
-            layer, images, group["summary"], group["rank"], seed & (2**63 - 1),
-            (stage.images, stage.rows),
-        )  # fmt: skip
-        stage.images += images.shape[0]
-        stage.rows += images.shape[0] * layer.positions(images)
-        rows = None
+            layer, images, group["summary"], group["rank"], seed & (2**63 - 1), offset
+        )
+        rows, version, counted = None, 0, 0
         if forms.may_factor(layer, x, state_dtype(weight, group["dtype"])):
             rows = x.reshape(-1, x.shape[-1])
-        pending = True
+            version = rows._version
 
-        def commit(gradient: Tensor) -> None:
-            nonlocal pending
-            if pending:
-                factors = None
-                if rows is not None and weight.grad is None and gradient.dtype == rows.dtype:
-                    factors = Factors(rows, gradient.reshape(len(rows), -1), rows._version)
-                stage.commit(summary, factors)
-                pending = False
+        def commit(gradient: Tensor | None) -> None:
+            nonlocal counted
+            if gradient is None or counted == stage.generation:
+                return
+            counted, factors = stage.generation, None
+            if rows is not None and weight.grad is None and gradient.dtype == rows.dtype:
+                factors = Factors(rows, gradient.reshape(len(rows), -1), version)
+            stage.commit(summary, offset + size, factors)
 
         output.register_hook(commit)
 
@@ -225,13 +240,22 @@ class RLSOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._fallback.prepare(self.param_groups, self._covered())
         for weight, layer in self._layers.items():
             if weight.grad is not None:
                 self._step_layer(layer, self._group_of[weight], self._stages[weight])
             self._stages[weight].clear()
-        covered = {p for layer in self._layers.values() for p in layer.parameters()}
-        self._fallback.step(self.param_groups, covered, self.state)
+        self._fallback.step(self.param_groups, self.state)
         return loss
+
+    def _covered(self) -> set[nn.Parameter]:
+        """What the RLS rule moves: weights, and biases in `P` unless their weight is frozen."""
+        return {
+            p
+            for weight, layer in self._layers.items()
+            for p in layer.parameters()
+            if p is weight or weight.grad is not None or p.grad is None
+        }
 
     def _step_layer(self, layer: Layer, group: dict[str, Any], stage: Stage) -> None:
         weight, state = layer.weight, self._ensure_state(layer, group)
@@ -240,13 +264,12 @@ class RLSOptimizer(Optimizer):
         G = weight.grad if weight.dim() == 2 else weight.grad.reshape(weight.shape[0], -1)
         if G.dtype != P.dtype or not G.is_contiguous():
             G = G.to(P.dtype).contiguous()
-        D = self._scratch(P.dtype, weight.shape[0] * layer.fan_in).view(-1, layer.fan_in)
+        D = self._scratch(P, weight.shape[0] * layer.fan_in).view(-1, layer.fan_in)
         gradients = [p.grad for p in layer.parameters() if p.grad is not None]
 
-        factors, bias_row = stage.factors, None
-        if factors is not None and factors.intact() and _factors_agree(G, factors.x, factors.delta):
-            found_inf = _nonfinite(gradients[1:]) if gradients[1:] else None
-            h = forms.factored_step(layer, group, state, stage, gain, found_inf, D)
+        bias_row = None
+        if stage.factors is not None and stage.factors.agree(layer, G):  # and so G is finite
+            h = forms.factored_step(layer, group, state, stage, gain, D)
             state["updates"] += 1
         elif group["form"] == "paper":  # along the old P, divided by the h of its update
             bias_row = forms.product(layer, P, G, D)
@@ -265,16 +288,22 @@ class RLSOptimizer(Optimizer):
             nan = P.new_full((), float("nan"))
             return torch.where(found_inf, nan, nan.new_full((), group["forgetting"]))
         state["updates"] += 1
+        if stage.summary.total == 1 and not self._warned and forms.overshoots(group):
+            self._warned = True
+            warnings.warn(
+                f"one input row a step and lr {float(group['lr']):g} above twice the gain "
+                f"{group['gain']:g}: least squares diverges there, choose lr <= 2 * gain",
+                stacklevel=6,
+            )
         rows = stage.summary.rows.to(P.dtype)
         rows = rows if layer.groups > 1 else rows[0]
         return forms.update_matrix(group, state, rows, gain, found_inf)
 
-    def _scratch(self, dtype: torch.dtype, numel: int) -> Tensor:
+    def _scratch(self, P: Tensor, numel: int) -> Tensor:
         """A buffer for one product, reused by all layers."""
-        buffer = self._workspace.get(dtype)
+        buffer = self._workspace.get((P.dtype, P.device))
         if buffer is None or buffer.numel() < numel:
-            device = self.param_groups[0]["params"][0].device
-            buffer = self._workspace[dtype] = torch.empty(numel, dtype=dtype, device=device)
+            buffer = self._workspace[P.dtype, P.device] = P.new_empty(numel)
         return buffer[:numel]
 
     def _ensure_state(self, layer: Layer, group: dict[str, Any]) -> dict[str, Any]:
@@ -294,12 +323,12 @@ class RLSOptimizer(Optimizer):
     def _find(self, layer: nn.Module | str) -> Layer:
         for match in self._matches:
             if match.module is layer or match.name == layer:
-                if match.layer is None or match.module.weight not in self._layers:
+                if match.layer is None or match.layer.weight not in self._layers:
                     reason = match.reason or "its weight is in no parameter group"
                     raise ValueError(
                         f"{match.name!r} has no inverse autocorrelation matrix: {reason}"
                     )
-                return self._layers[match.module.weight]
+                return self._layers[match.layer.weight]
         raise ValueError(f"{layer!r} is no layer of the optimizer's model")
 
     def inverse_autocorrelation(self, layer: nn.Module | str) -> Tensor:
@@ -339,18 +368,31 @@ class RLSOptimizer(Optimizer):
         Raises:
             ValueError: The state is not of an optimizer over these parameters; nothing is changed.
         """
-        check_state(state_dict, self.param_groups, self._layers)
-        super().load_state_dict(state_dict)
-        restore_dtypes(self.state, state_dict, self.param_groups, self._layers)
+        given: dict[str, Any] = {}
+
+        def check(_, state_dict):  # after the user's hooks, which may replace the state
+            check_state(state_dict, self.param_groups, self._layers, self._fallback.entries)
+            given.update(state_dict)
+
+        def restore(_):
+            restore_dtypes(self.state, given, self.param_groups, self._layers)
+
+        hooks = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            remove_all(hooks)
 
     def __getstate__(self):
-        own = {name: self.__dict__[name] for name in ("_given", "_fallback", "_matches", "_layers")}
-        return {**super().__getstate__(), **own}
+        own = ("_given", "_fallback", "_matches", "_layers", "_warned")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def __setstate__(self, state):
         super().__setstate__(state)
         if "_layers" in state:  # unpickled or deep-copied, not load_state_dict
             self._stages = {weight: Stage() for weight in self._layers}
-            self._workspace = {}
-            self._observe_modules()
+            self._attach()
         self._index_groups()

@@ -18,7 +18,7 @@ class CoverageRow:
     """How one module of the model is trained.
 
     Attributes:
-        name: Qualified name of the module, or of parameters outside the model.
+        name: Qualified name of the module; "(parameters)" for parameters outside the model.
         kind: Class of the module.
         status: `exact` (RLS), `fallback`, or `refused`: not trained by this optimizer at all.
         why: The reason where it is not `exact`.
@@ -87,6 +87,14 @@ def coverage_of(
             rows.append(
                 CoverageRow(match.name, kind, "exact", why, layer.fan_in, layer.groups, size)
             )
+    known = {p for match in matches for p in match.module._parameters.values() if p is not None}
+    known |= group_of.keys()  # a mask put on later takes its weight out of its module
+    outside = members - known
+    if outside:
+        why = (
+            f"{len(outside)} parameters of no module of the model" if matches else "no model given"
+        )
+        rows.append(CoverageRow("(parameters)", "Parameter", "fallback", why))
     return rows
 
 

@@ -8,11 +8,12 @@ unused branch) stages nothing, and one that is counts once.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from rlscuda.layers import Layer
 
@@ -26,7 +27,7 @@ class Summary:
     Attributes:
         kind: `mean`, `sketch` or `sample`.
         rows: [groups, r, n].
-        count: Rows summarised; for `mean` of each slice [r].
+        count: Rows summarised [r]; for `mean`, of each slice.
         keys: For `sample`, the [r] keys by which each row was drawn.
     """
 
@@ -34,6 +35,11 @@ class Summary:
     rows: Tensor
     count: list[int]
     keys: Tensor | None = None
+
+    @property
+    def total(self) -> int:
+        """Rows summarised."""
+        return sum(self.count) if self.kind == "mean" else self.count[0]
 
     def merge(self, other: Summary) -> Summary:
         """The summary of the rows of both."""
@@ -54,7 +60,7 @@ class Summary:
 
 
 def summarise(
-    layer: Layer, images: Tensor, kind: str, rank: int, seed: int, offset: tuple[int, int]
+    layer: Layer, images: Tensor, kind: str, rank: int, seed: int, offset: int
 ) -> Summary:
     """Summarises the input of a layer.
 
@@ -64,20 +70,20 @@ def summarise(
         kind: `mean`, `sketch` or `sample`.
         rank: Rows of the summary.
         seed: Seed of the random signs or draws.
-        offset: Images and im2col rows that this step has seen before.
+        offset: What this step has seen before: im2col rows for `sketch`, else images.
     """
     bias = layer.bias
     n, positions = images.shape[0], layer.positions(images)
     if kind == "sketch":
-        rows = _ops.patch_sketch.default(images, *layer.geometry, bias, rank, seed, offset[1])
+        rows = _ops.patch_sketch.default(images, *layer.geometry, bias, rank, seed, offset)
         return Summary(kind, rows, [n * positions] * rank)
     if kind == "sample":
-        rows, keys = _ops.patch_sample.default(images, *layer.geometry, bias, rank, seed, offset[0])
-        return Summary(kind, rows, [n] * rank, keys)
+        rows, keys = _ops.patch_sample.default(images, *layer.geometry, bias, rank, seed, offset)
+        return Summary(kind, rows, [n * positions] * rank, keys)
     if rank == 1:
         rows = _ops.patch_mean.default(images, *layer.geometry, bias).unsqueeze(1)
         return Summary(kind, rows, [n * positions])
-    slices = [images[(k - offset[0]) % rank :: rank] for k in range(rank)]
+    slices = [images[(k - offset) % rank :: rank] for k in range(rank)]
     means = [
         _ops.patch_mean.default(part, *layer.geometry, bias) if part.shape[0] else None
         for part in slices
@@ -101,27 +107,58 @@ class Factors:
     delta: Tensor
     version: int
 
-    def intact(self) -> bool:
-        """Whether the input is still what the forward saw."""
-        return self.x._version == self.version
+    def agree(self, layer: Layer, grad: Tensor) -> bool:
+        """Whether the input is what the forward saw, and delta^T [x, 1] still the whole gradient.
+
+        A penalty on a parameter, another use of it, clipping and the like leave a gradient that
+        the factors do not hold.
+        """
+        if self.x._version != self.version:
+            return False
+        grad_bias = layer.bias_parameter.grad if layer.bias else None
+        if layer.bias and grad_bias is None:
+            return False
+        return _ops.factors_agree.default(grad, self.x, self.delta.contiguous(), grad_bias)
 
 
 class Stage:
-    """What one layer has staged for the next step."""
+    """What one layer has staged for the next step.
+
+    Attributes:
+        summary: Of every differentiated forward since the last `clear`, or None.
+        calls: How many there were.
+        factors: Of the only one, where they were kept.
+        generation: Counts the calls of `clear`, so that a forward counts once between two.
+    """
 
     def __init__(self):
+        self.generation = 0
         self.clear()
 
     def clear(self) -> None:
         """Forgets everything staged."""
         self.summary: Summary | None = None
         self.calls = 0
-        self.images = self.rows = 0
         self.factors: Factors | None = None
+        self.generation += 1
+        self._seen = self._ahead = 0
 
-    def commit(self, summary: Summary, factors: Factors | None) -> None:
-        """Takes in the summary of one differentiated forward."""
+    def reserve(self, size: int, recomputed: bool) -> int:
+        """The offset, among all that a step sees, of a forward of `size` images or rows.
+
+        A forward inside a backward pass recomputes a checkpointed segment: whether it is to count
+        besides the first run shows only when its gradient comes, so it reserves nothing for good.
+        """
+        offset = max(self._ahead, self._seen) if recomputed else self._seen
+        self._ahead = offset + size
+        if not recomputed:
+            self._seen = self._ahead
+        return offset
+
+    def commit(self, summary: Summary, end: int, factors: Factors | None) -> None:
+        """Takes in the summary of one differentiated forward, which ends at offset `end`."""
         self.summary = summary if self.summary is None else self.summary.merge(summary)
+        self._seen = max(self._seen, end)
         self.calls += 1
         self.factors = factors if self.calls == 1 else None
 
@@ -140,12 +177,20 @@ class ForwardHook:
 
     def __call__(self, module, args, kwargs, output):
         """Passes on a forward that may be differentiated."""
+        if torch.compiler.is_compiling():
+            self._break_graph(module, args, kwargs, output)
+        else:
+            self._observe_forward(module, args, kwargs, output)
+
+    @torch.compiler.disable(reason="RLSOptimizer reads the layer's input here")
+    def _break_graph(self, module, args, kwargs, output):
+        self._observe_forward(module, args, kwargs, output)
+
+    def _observe_forward(self, module, args, kwargs, output):
         layer, observe = self._layer(), self._observe()
         if observe is None or layer.module is not module:
             return
         if module.training and output.requires_grad:
-            if torch.compiler.is_compiling():  # the tracer must not follow: break the graph here
-                observe = torch.compiler.disable(observe)
             observe(layer, args[0] if args else kwargs["input"], output)
 
     def __deepcopy__(self, memo):
@@ -153,6 +198,21 @@ class ForwardHook:
 
     def __reduce__(self):
         return ForwardHook, ()
+
+
+def remove_all(handles: Iterable[RemovableHandle]) -> None:
+    """Removes hooks."""
+    for handle in handles:
+        handle.remove()
+
+
+def summarisable(x: Tensor, output: Tensor) -> bool:
+    """Whether an input is a plain dense tensor with elements, outside of `torch.func` transforms.
+
+    What a transform such as `vmap` passes through the layers means nothing after it has returned.
+    """
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return x.layout == torch.strided and x.numel() > 0 and not (wrapped(x) or wrapped(output))
 
 
 def in_backward() -> bool:

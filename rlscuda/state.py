@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlscuda import _C
+from rlscuda.forms import OPTIONS
 from rlscuda.layers import Layer, state_dtype
+
+_COUNTERS = ("step", "updates", "missing")
+_DTYPES = (torch.float32, torch.float64)
+
+
+def _shapes(layer: Layer, form: str) -> dict[str, tuple[int, ...]]:
+    """The tensors that every state of a layer holds, besides its counters."""
+    rows = layer.weight.shape[0]
+    shapes: dict[str, tuple[int, ...]] = {"P": layer.matrix_shape, "health": (_C.health_slots,)}
+    if form == "adaptive":
+        shapes["power"] = (layer.groups,)
+        shapes["first_moment"] = (rows, layer.fan_in)
+        shapes["second_moment"] = (rows,)
+    return shapes
 
 
 def initial_state(layer: Layer, group: dict[str, Any]) -> dict[str, Any]:
@@ -18,27 +33,15 @@ def initial_state(layer: Layer, group: dict[str, Any]) -> dict[str, Any]:
     `P` [n, n] or [groups, n, n]; `step`, `updates` and `missing` count on the host; `health` are
     the counters that kernels keep; `power` [groups] and moments where the form has them.
     """
-    weight = layer.weight
-    dtype = state_dtype(weight, group["dtype"])
-
-    def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=weight.device)
-
-    P = torch.eye(layer.fan_in, dtype=dtype, device=weight.device).mul_(group["initial_scale"])
-    state: dict[str, Any] = {
-        "step": 0,
-        "updates": 0,
-        "missing": 0,
-        "P": P if layer.groups == 1 else P.repeat(layer.groups, 1, 1),
-        "health": zeros(_C.health_slots, dtype=torch.float64),
-    }
-    outputs = weight.shape[0]
-    if group["form"] == "adaptive":
-        state["power"] = zeros(layer.groups)
-        state["first_moment"] = zeros(outputs, layer.fan_in)
-        state["second_moment"] = zeros(outputs)
-    elif group["momentum"]:
-        state["momentum_buffer"] = zeros(outputs, layer.fan_in)
+    device, dtype = layer.weight.device, state_dtype(layer.weight, group["dtype"])
+    state: dict[str, Any] = dict.fromkeys(_COUNTERS, 0)
+    for name, shape in _shapes(layer, group["form"]).items():
+        kind = torch.float64 if name == "health" else dtype
+        state[name] = torch.zeros(shape, dtype=kind, device=device)
+    torch.diagonal(state["P"], dim1=-2, dim2=-1).fill_(group["initial_scale"])
+    if group["form"] != "adaptive" and group["momentum"]:
+        shape = (layer.weight.shape[0], layer.fan_in)
+        state["momentum_buffer"] = torch.zeros(shape, dtype=dtype, device=device)
     return state
 
 
@@ -57,30 +60,66 @@ def check_state(
     state_dict: Mapping[str, Any],
     groups: list[dict[str, Any]],
     layers: Mapping[nn.Parameter, Layer],
+    fallback_entries: Set[str] | None,
 ) -> None:
-    """Raises ValueError where a saved state is not one of these groups and layers."""
+    """Raises ValueError where a saved state is not one of these groups, layers and fallback rule.
+
+    Args:
+        state_dict: The saved state.
+        groups: The groups of the optimizer.
+        layers: Its covered weights.
+        fallback_entries: What its fallback rule keeps for a parameter; None where unknown.
+    """
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         raise ValueError("state_dict must have the keys 'state' and 'param_groups'")
     sizes = [len(group["params"]) for group in state_dict["param_groups"]]
     expected = [len(group["params"]) for group in groups]
     if sizes != expected:
         raise ValueError(f"state_dict must have groups of {expected} parameters, got {sizes}")
+    forms = {}
     for saved, group in zip(state_dict["param_groups"], groups):
-        if "fallback_ratio" not in saved:
+        if not saved.keys() >= OPTIONS:
             raise ValueError("state_dict is not that of an RLSOptimizer: its groups have no "
-                             "'fallback_ratio'")  # fmt: skip
-        if (saved["form"], saved["momentum"] > 0) != (group["form"], group["momentum"] > 0):
-            raise ValueError(f"state_dict is of form {saved['form']!r} with momentum "
-                             f"{saved['momentum']}, the optimizer of {group['form']!r} with "
-                             f"{group['momentum']}")  # fmt: skip
+                             f"{sorted(OPTIONS - saved.keys())}")  # fmt: skip
+        if saved["form"] != group["form"]:
+            raise ValueError(f"state_dict is of form {saved['form']!r}, the optimizer of "
+                             f"{group['form']!r}")  # fmt: skip
+        forms.update(dict.fromkeys(group["params"], group["form"]))
     for parameter, entries in _entries(state_dict, groups):
         layer = layers.get(parameter)
         if (layer is not None) != ("P" in entries):
             name = layer.name if layer is not None else "a fallback parameter"
             raise ValueError(f"state_dict and optimizer disagree on whether {name} has a matrix P")
-        if layer is not None and tuple(entries["P"].shape) != layer.matrix_shape:
-            raise ValueError(f"P of {layer.name!r} must be {list(layer.matrix_shape)}, got "
-                             f"{list(entries['P'].shape)} in state_dict")  # fmt: skip
+        if layer is not None:
+            _check_layer(layer, forms[parameter], entries)
+            continue
+        if fallback_entries is not None and entries and entries.keys() != fallback_entries:
+            raise ValueError(f"state_dict has fallback entries {sorted(entries)}, the fallback "
+                             f"rule keeps {sorted(fallback_entries)}")  # fmt: skip
+        for name in entries.keys() & {"exp_avg", "exp_avg_sq", "momentum_buffer"}:
+            value = entries[name]
+            if fallback_entries and value is not None and value.shape != parameter.shape:
+                raise ValueError(f"{name} must be {list(parameter.shape)}, got "
+                                 f"{list(value.shape)} in state_dict")  # fmt: skip
+
+
+def _check_layer(layer: Layer, form: str, entries: Mapping[str, Any]) -> None:
+    where = f"of {layer.name!r} in state_dict"
+    for name in _COUNTERS:
+        if not isinstance(entries.get(name), int):
+            raise ValueError(f"{name} {where} must be an int, got {entries.get(name)!r}")
+    shapes = _shapes(layer, form)
+    if "momentum_buffer" in entries:
+        shapes["momentum_buffer"] = (layer.weight.shape[0], layer.fan_in)
+    for name, shape in shapes.items():
+        value = entries.get(name)
+        if not isinstance(value, Tensor) or value.shape != shape:
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name} {where} must be {list(shape)}, got {got}")
+        wanted = torch.float64 if name == "health" else entries["P"].dtype
+        if value.dtype != wanted or wanted not in _DTYPES:
+            raise ValueError(f"{name} {where} must be float32 or float64, as P is, got "
+                             f"{value.dtype}")  # fmt: skip
 
 
 def restore_dtypes(
