@@ -139,9 +139,7 @@ def test_convolution_is_a_linear_layer_on_unfolded_rows(number, case):
         (conv(x) - target).square().mean().backward()
         of_conv.step()
         wanted = target.unflatten(1, (conv.groups, -1)).permute(1, 0, 3, 4, 2).flatten(1, 3)
-        for linear, optimizer, rows, goal in zip(
-            linears, of_linears, unfolded(conv, x), wanted
-        ):
+        for linear, optimizer, rows, goal in zip(linears, of_linears, unfolded(conv, x), wanted):
             optimizer.zero_grad()
             ((linear(rows) - goal).square().sum() / target.numel()).backward()
             if options.get("summary") == "mean" and options["rank"] > 1:
