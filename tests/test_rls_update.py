@@ -262,3 +262,12 @@ def test_compiles_without_a_graph_break():
     assert torch.equal(eager, compiled)
     for a, b in zip(actual, expected):
         assert torch.equal(a, b)
+
+
+def test_autograd_notices_the_change():
+    P = random_spd(4).requires_grad_()
+    s = torch.randn(4).double()
+    energy = (s @ P @ P @ s).sum()
+    RF.rls_update_(P, s)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        energy.backward()

@@ -321,3 +321,18 @@ def test_nonfinite_in_a_large_tensor_on_many_threads():
 def test_nonfinite_errors(tensors, message):
     with pytest.raises(ValueError, match=message):
         RF.nonfinite(tensors)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_autograd_notices_the_change(adaptive):
+    p = Problem((4, 3), torch.float32, torch.float32)
+    x = torch.randn(5, 3, requires_grad=True)
+    output = torch.nn.functional.linear(x, p.weight.requires_grad_(), p.bias)
+    if adaptive:
+        v = torch.zeros(4)
+        RF.adaptive_weight_step_(p.weight, p.product, p.grad, p.buffer, v, 0.1, 1, bias=p.bias,
+                                 bias_row=p.bias_row, grad_bias=p.grad_bias)  # fmt: skip
+    else:
+        p.step(lr=0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
