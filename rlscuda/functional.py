@@ -48,6 +48,11 @@ def _check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
+def _changed(*tensors: Tensor | None) -> None:
+    """Tells autograd what an operator has written, so that a graph that needs the old notices."""
+    torch.autograd.graph.increment_version([t for t in tensors if t is not None])
+
+
 def rls_update_(
     P: Tensor,
     s: Tensor,
@@ -129,10 +134,12 @@ def rls_update_(
     _check(0 <= diffusion < math.inf, f"diffusion must be >= 0, got {diffusion}")
     _check(0 < initial_scale < math.inf, f"initial_scale must be > 0, got {initial_scale}")
     with torch.no_grad():
-        return _ops.rls_update_(
+        result = _ops.rls_update_(
             P, s.detach().contiguous(), forgetting, gain, decay, diffusion, initial_scale,
             power, health, found_inf, projection, projected,
         )  # fmt: skip
+    _changed(P, power, health)
+    return result
 
 
 def factors_agree(grad: Tensor, x: Tensor, delta: Tensor, grad_bias: Tensor | None = None) -> bool:
@@ -215,6 +222,7 @@ def weight_step_(
             weight, bias, product, bias_row, grad_bias, h, momentum_buffer, lr, momentum,
             weight_decay, divide_by_h,
         )  # fmt: skip
+    _changed(weight, bias, product, momentum_buffer)
 
 
 def adaptive_weight_step_(
@@ -269,6 +277,7 @@ def adaptive_weight_step_(
             weight, bias, product, grad, bias_row, grad_bias, h, first_moment, second_moment, lr,
             beta1, beta2, weight_decay, eps, step,
         )  # fmt: skip
+    _changed(weight, bias, product, first_moment, second_moment)
 
 
 @torch.library.register_fake("rlscuda::rls_update_")

@@ -241,10 +241,13 @@ class RLSOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._fallback.prepare(self.param_groups, self._covered())
+        moved: list[Tensor] = []
         for weight, layer in self._layers.items():
             if weight.grad is not None:
                 self._step_layer(layer, self._group_of[weight], self._stages[weight])
+                moved += layer.parameters()
             self._stages[weight].clear()
+        torch.autograd.graph.increment_version(moved)  # a graph that needs the old ones notices
         self._fallback.step(self.param_groups, self.state)
         return loss
 

@@ -1,0 +1,338 @@
+"""weight_step_, adaptive_weight_step_ and nonfinite against their specification, and errors."""
+
+import math
+
+import pytest
+import torch
+from conftest import TOLERANCE, random_spd
+
+import rlscuda.functional as RF
+from rlscuda import reference
+
+PAIRS = [
+    (torch.float32, torch.float32), (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16), (torch.float64, torch.float64),
+    (torch.float64, torch.float32), (torch.float64, torch.bfloat16),
+]  # fmt: skip
+SHAPES = {
+    "linear": (5, 7), "one": (1, 1), "row": (1, 33), "column": (17, 1), "wide": (3, 130),
+    "conv": (6, 2, 3, 3), "pointwise": (4, 9, 1, 1),
+}  # fmt: skip
+
+
+class Problem:
+    """A weight step's arguments, and the same as float64 matrices [c, n (+ 1)] per group."""
+
+    def __init__(self, shape, compute, storage, bias=True, groups=1, last=False, seed=0):
+        torch.manual_seed(seed)
+        self.groups, c = groups, shape[0]
+        self.weight = torch.randn(shape).to(storage)
+        if last:
+            self.weight = self.weight.to(memory_format=torch.channels_last)
+        n = self.weight[0].numel()
+        self.bias = torch.randn(c).to(storage) if bias else None
+        self.grad = torch.randn(c, n, dtype=compute)
+        self.grad_bias = torch.randn(c).to(storage) if bias else None
+        self.P = random_spd(groups, n + bias, dtype=compute)
+        self.columns = n + bias
+        self.h = 1 + torch.rand(groups, dtype=compute)
+        self.buffer = torch.randn(c, self.columns, dtype=compute)
+        # W and G with the bias as their last column, D = G P
+        self.W = self.matrix(self.weight.flatten(1), self.bias)
+        self.G = self.matrix(self.grad, self.grad_bias)
+        self.D = (self.G.view(groups, -1, self.columns) @ self.P.double()).flatten(0, 1)
+        parts = self.grad.view(groups, -1, n) @ self.P[:, :n]
+        self.product = parts.flatten(0, 1)
+        self.bias_row = self.P[:, n] if bias else None
+
+    def matrix(self, weight, bias):
+        columns = [weight] if bias is None else [weight, bias[:, None].to(weight.dtype)]
+        return torch.cat(columns, 1).double().clone()
+
+    def step(self, **options):
+        RF.weight_step_(
+            self.weight, self.product, bias=self.bias, bias_row=self.bias_row,
+            grad_bias=self.grad_bias, **options,
+        )  # fmt: skip
+
+    def check(self, expected):
+        actual = self.matrix(self.weight.flatten(1), self.bias)
+        rtol, atol = TOLERANCE[self.weight.dtype]
+        torch.testing.assert_close(actual, expected, rtol=2 * rtol, atol=10 * atol)
+
+
+@pytest.mark.parametrize("compute, storage", PAIRS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("momentum, divide", [(0.0, True), (0.8, True), (0.8, False)])
+def test_weight_step(compute, storage, shape, bias, momentum, divide):
+    p = Problem(SHAPES[shape], compute, storage, bias)
+    buffer = p.buffer.clone() if momentum else None
+    p.step(lr=0.3, momentum=momentum, weight_decay=0.1, h=p.h, divide_by_h=divide,
+           momentum_buffer=buffer)  # fmt: skip
+    expected, moved = reference.weight_step(
+        p.W, p.D, 0.3, p.buffer.double() if momentum else None, momentum, 0.1,
+        p.h.double() if divide else None,
+    )  # fmt: skip
+    p.check(expected)
+    if momentum:
+        rtol, atol = TOLERANCE[compute]
+        torch.testing.assert_close(buffer.double(), moved, rtol=5 * rtol, atol=20 * atol)
+
+
+@pytest.mark.parametrize("compute, storage", PAIRS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_adaptive_weight_step(compute, storage, shape, bias):
+    p = Problem(SHAPES[shape], compute, storage, bias)
+    M, v = p.buffer.clone(), torch.rand(p.W.shape[0], dtype=compute)
+    constants = reference.AdaptiveStep(0.05, 0.9, 0.99, 0.1, 1e-8)
+    expected, first, second = reference.adaptive_weight_step(
+        p.W, p.D, p.G, M.double(), v.double(), 3, constants
+    )
+    RF.adaptive_weight_step_(
+        p.weight, p.product, p.grad, M, v, 0.05, 3, bias=p.bias, bias_row=p.bias_row,
+        grad_bias=p.grad_bias, h=p.h, beta1=0.9, beta2=0.99, weight_decay=0.1, eps=1e-8,
+    )  # fmt: skip
+    p.check(expected)
+    rtol, atol = TOLERANCE[compute]
+    torch.testing.assert_close(M.double(), first, rtol=5 * rtol, atol=20 * atol)
+    torch.testing.assert_close(v.double(), second, rtol=5 * rtol, atol=20 * atol)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_groups_have_their_own_matrix_and_h(adaptive, bias):
+    p = Problem((6, 2, 3, 3), torch.float64, torch.float64, bias, groups=3)
+    if adaptive:
+        M, v = p.buffer.clone(), torch.rand(6).double()
+        expected = reference.adaptive_weight_step(
+            p.W, p.D, p.G, M, v, 1, reference.AdaptiveStep(0.05)
+        )[0]
+        RF.adaptive_weight_step_(
+            p.weight, p.product, p.grad, M, v, 0.05, 1, bias=p.bias, bias_row=p.bias_row,
+            grad_bias=p.grad_bias, h=p.h,
+        )  # fmt: skip
+    else:
+        rows_h = p.h.repeat_interleave(2)
+        expected = reference.weight_step(p.W, p.D, 0.3, h=rows_h)[0]
+        p.step(lr=0.3, h=p.h, divide_by_h=True)
+    p.check(expected)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_rows_without_a_finite_h_are_left_alone(adaptive):
+    p = Problem((6, 4), torch.float64, torch.float64, True, groups=3)
+    p.h[1] = math.nan
+    M, v = p.buffer.clone(), torch.rand(6).double()
+    before = [t.clone() for t in (p.weight, p.bias, M, v)]
+    if adaptive:
+        RF.adaptive_weight_step_(
+            p.weight, p.product, p.grad, M, v, 0.05, 1, bias=p.bias, bias_row=p.bias_row,
+            grad_bias=p.grad_bias, h=p.h,
+        )  # fmt: skip
+        after = (p.weight, p.bias, M, v)
+    else:
+        p.step(lr=0.3, h=p.h, momentum_buffer=M, momentum=0.5, weight_decay=0.1)
+        after = (p.weight, p.bias, M)
+    for old, new in zip(before, after):
+        assert torch.equal(old[2:4], new[2:4])
+        assert (old[[0, 1, 4, 5]] != new[[0, 1, 4, 5]]).all()
+
+
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16], ids=str)
+def test_channels_last_weight_stays_so(storage):
+    p = Problem((6, 3, 2, 4), torch.float32, storage, last=True)
+    pointer, strides = p.weight.data_ptr(), p.weight.stride()
+    assert not p.weight.is_contiguous()
+    expected = reference.weight_step(p.W, p.D, 0.3)[0]
+    p.step(lr=0.3)
+    assert (p.weight.data_ptr(), p.weight.stride()) == (pointer, strides)
+    p.check(expected)
+
+
+def test_transposed_weight():
+    p = Problem((6, 5), torch.float32, torch.float32)
+    p.weight = p.weight.t().contiguous().t()
+    expected = reference.weight_step(p.W, p.D, 0.3)[0]
+    p.step(lr=0.3)
+    p.check(expected)
+
+
+def test_complete_product_needs_no_bias_row():
+    p = Problem((6, 5), torch.float64, torch.float64)
+    RF.weight_step_(p.weight, p.D.clone(), 0.3, bias=p.bias)
+    p.check(reference.weight_step(p.W, p.D, 0.3)[0])
+
+
+def test_many_rows_on_many_threads_are_the_same_bits():
+    results = []
+    for threads in (1, 3):
+        p = Problem((300, 257), torch.float32, torch.float32)
+        torch.set_num_threads(threads)
+        try:
+            p.step(lr=0.1, h=p.h, divide_by_h=True)
+        finally:
+            torch.set_num_threads(1)
+        results.append(p.weight)
+    assert torch.equal(*results)
+
+
+def wrong_arguments():
+    f = torch.float32
+    return {
+        "weight must be [c, n] or [c, C, kh, kw], got [4]": {"weight": torch.ones(4)},
+        "product must be [4, 4], got [4, 3]": {"product": torch.ones(4, 3)},
+        "bias must be [4], got [3]": {"bias": torch.ones(3)},
+        "bias must have the dtype of weight": {"bias": torch.ones(4).double()},
+        "bias must be contiguous": {"bias": torch.ones(8)[::2]},
+        "grad_bias must be [4], got [5]": {"grad_bias": torch.ones(5)},
+        "grad_bias must have the dtype of weight": {"grad_bias": torch.ones(4).half()},
+        "grad_bias must be contiguous": {"grad_bias": torch.ones(1).expand(4)},
+        "bias_row must be [4] or a batch of such, got [3]": {"bias_row": torch.ones(3)},
+        "bias_row has 3 groups, which do not divide 4 rows": {"bias_row": torch.ones(3, 4)},
+        "bias_row must have the dtype of product": {"bias_row": torch.ones(4).double()},
+        "bias_row completes the product": {"grad_bias": None},
+        "h has 3 groups, which do not divide 4 rows": {"h": torch.ones(3)},
+        "h must have the dtype of product": {"h": torch.ones(1).double()},
+        "momentum_buffer must have 16 elements, got [4, 3]": {
+            "momentum_buffer": torch.ones(4, 3)},
+        "momentum_buffer must have the dtype of product": {
+            "momentum_buffer": torch.ones(4, 4).double()},
+        "momentum_buffer must be contiguous": {"momentum_buffer": torch.ones(8, 4)[::2]},
+        "product must be float32 or float64": {"product": torch.ones(4, 4, dtype=torch.half)},
+        "weight must be float32, bfloat16 or float16, or float64 with a float64 P": {
+            "weight": torch.ones(4, 3).double(), "bias": torch.ones(4).double(),
+            "grad_bias": torch.ones(4).double(), "bias_row": torch.ones(4, dtype=f)},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("message", wrong_arguments())
+def test_wrong_argument(message):
+    changed = wrong_arguments()[message]
+    arguments = {
+        "weight": torch.ones(4, 3), "product": torch.ones(4, 4), "bias": torch.ones(4),
+        "grad_bias": torch.ones(4), "bias_row": torch.ones(4), "h": torch.ones(1),
+        "momentum_buffer": torch.zeros(4, 4), **changed,
+    }  # fmt: skip
+    before = {k: v.clone() for k, v in arguments.items() if v is not None}
+    with pytest.raises(RuntimeError) as caught:
+        RF.weight_step_(lr=0.1, momentum=0.5, **arguments)
+    assert message in str(caught.value)
+    assert all(torch.equal(arguments[k], v) for k, v in before.items())
+
+
+def test_momentum_without_its_buffer():
+    with pytest.raises(ValueError, match="momentum needs a momentum_buffer"):
+        RF.weight_step_(torch.ones(2, 2), torch.ones(2, 2), 0.1, momentum=0.5)
+
+
+@pytest.mark.parametrize("message, changed", {
+    "step must count from 1, got 0": {"step": 0},
+    "grad must have 12 elements, got [4, 2]": {"grad": torch.ones(4, 2)},
+    "grad must have the dtype of product": {"grad": torch.ones(4, 3).double()},
+    "grad must be contiguous": {"grad": torch.ones(3, 4).t()},
+    "grad_bias is expected where there is a bias": {"bias": torch.ones(4),
+                                                    "product": torch.ones(4, 4),
+                                                    "first_moment": torch.zeros(4, 4)},
+    "first_moment must have 12 elements, got [4]": {"first_moment": torch.zeros(4)},
+    "second_moment must have 4 elements, got [3]": {"second_moment": torch.zeros(3)},
+}.items())  # fmt: skip
+def test_wrong_adaptive_argument(message, changed):
+    arguments = {
+        "weight": torch.ones(4, 3), "product": torch.ones(4, 3), "grad": torch.ones(4, 3),
+        "first_moment": torch.zeros(4, 3), "second_moment": torch.zeros(4), "lr": 0.1, "step": 1,
+        **changed,
+    }  # fmt: skip
+    with pytest.raises(RuntimeError) as caught:
+        RF.adaptive_weight_step_(**arguments)
+    assert message in str(caught.value)
+    assert torch.equal(arguments["weight"], torch.ones(4, 3))
+
+
+def test_opcheck():
+    ops = torch.ops.rlscuda
+    weight, bias, product = torch.ones(4, 3), torch.ones(4), torch.ones(4, 4)
+    torch.library.opcheck(ops.weight_step_.default, (
+        weight, bias, product, torch.ones(4), torch.ones(4), torch.ones(1), torch.zeros(4, 4),
+        0.1, 0.9, 0.1, True,
+    ))  # fmt: skip
+    torch.library.opcheck(ops.adaptive_weight_step_.default, (
+        weight, bias, product, torch.ones(4, 3), torch.ones(4), torch.ones(4), torch.ones(1),
+        torch.zeros(4, 4), torch.ones(4), 0.1, 0.9, 0.99, 0.1, 1e-8, 1,
+    ))  # fmt: skip
+    torch.library.opcheck(ops.nonfinite.default, ([torch.ones(3), torch.ones(2)],))
+
+
+def test_compiles_without_a_graph_break():
+    def step(weight, product, buffer):
+        RF.weight_step_(weight, product, 0.1, momentum_buffer=buffer, momentum=0.9)
+        return weight.sum() + RF.nonfinite([weight])
+
+    def arguments():
+        return torch.ones(4, 3), torch.full((4, 3), 2.0), torch.zeros(4, 3)
+
+    eager, compiled = arguments(), arguments()
+    expected = step(*eager)
+    assert expected == torch.compile(step, fullgraph=True, backend="aot_eager")(*compiled)
+    assert all(torch.equal(a, b) for a, b in zip(eager, compiled))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16],
+                         ids=str)  # fmt: skip
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
+def test_nonfinite_finds_one_element_anywhere(dtype, bad):
+    extreme = torch.finfo(dtype)
+    for size in (1, 7, 64, 1001):
+        fine = torch.full((size,), extreme.max, dtype=dtype)
+        fine[::2] = extreme.tiny
+        assert not RF.nonfinite([torch.zeros(3), fine])
+        for place in {0, size // 2, size - 1}:
+            x = fine.clone()
+            x[place] = bad
+            assert RF.nonfinite([fine, x, torch.ones(2, dtype=torch.float64)])
+
+
+def test_nonfinite_of_strided_and_empty_tensors():
+    x = torch.ones(4, 6)
+    x[1, 1] = math.inf
+    assert not RF.nonfinite([x[::2], x[:, ::2], torch.empty(0)])
+    assert RF.nonfinite([x[:, 1::2]]) and RF.nonfinite([x.t()])
+    result = RF.nonfinite([x])
+    assert result.dtype == torch.bool and result.shape == ()
+
+
+def test_nonfinite_in_a_large_tensor_on_many_threads():
+    x = torch.zeros(1_000_000)
+    torch.set_num_threads(3)
+    try:
+        assert not RF.nonfinite([x])
+        x[777_777] = math.nan
+        assert RF.nonfinite([x])
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("tensors, message", [
+    ([], "nonfinite expects at least one tensor, got none"),
+    ([torch.ones(2, dtype=torch.int64)],
+     "nonfinite expects floating-point tensors, got torch.int64"),
+])  # fmt: skip
+def test_nonfinite_errors(tensors, message):
+    with pytest.raises(ValueError, match=message):
+        RF.nonfinite(tensors)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_autograd_notices_the_change(adaptive):
+    p = Problem((4, 3), torch.float32, torch.float32)
+    x = torch.randn(5, 3, requires_grad=True)
+    output = torch.nn.functional.linear(x, p.weight.requires_grad_(), p.bias)
+    if adaptive:
+        v = torch.zeros(4)
+        RF.adaptive_weight_step_(p.weight, p.product, p.grad, p.buffer, v, 0.1, 1, bias=p.bias,
+                                 bias_row=p.bias_row, grad_bias=p.grad_bias)  # fmt: skip
+    else:
+        p.step(lr=0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
