@@ -4,9 +4,9 @@
 chosen images.
 """
 
-import cases
 import patches
 import pytest
+import shapes
 import torch
 import torch.nn.functional as F
 
@@ -31,21 +31,19 @@ def eager_sample(x, case):
     return columns[torch.arange(RANK), :, place]
 
 
-@pytest.mark.parametrize("case", cases.PATCHES, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", shapes.PATCHES, ids=lambda c: c.name)
 def test_patch_sample(race, case):
     x = case.tensor()
 
     def ours():
-        return functional.patch_sample(
-            x, case.kernel, padding=case.padding, rank=RANK, seed=SEED
-        )
+        return functional.patch_sample(x, case.kernel, padding=case.padding, rank=RANK, seed=SEED)
 
     rows, keys = ours()
     expected = reference.patch_sample(x, *case.geometry, rank=RANK, seed=SEED)
     torch.testing.assert_close(rows.double(), expected[0], rtol=0, atol=0)
     assert torch.equal(keys, expected[1])
 
-    wide, first = case.shape == cases.WIDE, case is cases.PATCHES[0]
+    wide, first = case.shape == shapes.WIDE, case is shapes.PATCHES[0]
     lanes = {"ours": ours, "eager": lambda: eager_sample(x, case)}
     if first or not wide:
         lanes["unfold"] = lambda: unfold_sample(x, case)

@@ -5,9 +5,9 @@ Eager, rank 1, is the best formulation there is: u = P s by `mv`, h = λ + κ s�
 something else; it shows what the two passes over P alone cost.
 """
 
-import cases
 import eager_rls
 import pytest
+import shapes
 import torch
 
 from rlscuda import functional, reference
@@ -68,7 +68,7 @@ def baseline(case):
     return eager
 
 
-@pytest.mark.parametrize("case", cases.UPDATES, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", shapes.UPDATES, ids=lambda c: c.name)
 def test_rls_update(race, case):
     if case.n <= 1024:
         assert_right(case)

@@ -6,8 +6,8 @@ with its dense structures, refreshed at every step as RLS is. Rates are small, s
 trained on noise for hundreds of steps stays finite.
 """
 
-import cases
 import pytest
+import shapes
 import torch
 import torch.nn.functional as F
 from eager_rls import EagerRLS
@@ -18,12 +18,11 @@ from rlscuda import RLSOptimizer
 from rlscuda.cli.models import ImageShape, build_model
 
 LR = 1e-3
-BASELINE = "Adam"
 OPTIMIZERS = {
     "RLS paper, mean": lambda m: RLSOptimizer(m, lr=LR, form="paper"),
     "RLS paper, sketch": lambda m: RLSOptimizer(m, lr=LR, form="paper", summary="sketch"),
     "RLS adaptive": lambda m: RLSOptimizer(m, lr=LR),
-    BASELINE: lambda m: torch.optim.Adam(m.parameters(), lr=LR, fused=True),
+    shapes.BASELINE: lambda m: torch.optim.Adam(m.parameters(), lr=LR, fused=True),
     "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=LR, momentum=0.9),
     "eager RLS paper, mean": lambda m: EagerRLS(m, form="paper", lr=LR),
     "eager RLS adaptive": lambda m: EagerRLS(m, lr=LR),
@@ -70,20 +69,20 @@ def assert_right(case):
         assert losses[-1] < losses[0], (options, losses)
 
 
-@pytest.mark.parametrize("case", cases.TRAININGS, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", shapes.TRAININGS, ids=lambda c: c.name)
 def test_training_step(race, case):
     assert_right(case)
     lanes = {name: Trainer(case, make, case.batch) for name, make in OPTIMIZERS.items()}
     targets = {
-        f"RLS paper, mean / {BASELINE}": case.paper_target,
-        f"RLS paper, sketch / {BASELINE}": case.paper_target,
-        f"RLS adaptive / {BASELINE}": case.adaptive_target,
+        f"RLS paper, mean / {shapes.BASELINE}": case.paper_target,
+        f"RLS paper, sketch / {shapes.BASELINE}": case.paper_target,
+        f"RLS adaptive / {shapes.BASELINE}": case.adaptive_target,
     }
     race(
         case.name,
         lanes,
         targets=targets,
-        ratios=[f"{name} / {BASELINE}" for name in OPTIMIZERS if name != BASELINE],
+        ratios=[f"{name} / {shapes.BASELINE}" for name in OPTIMIZERS if name != shapes.BASELINE],
         rounds=case.rounds,
         sample_seconds=0.02,
         every=SLOW,

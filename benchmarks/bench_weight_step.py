@@ -4,8 +4,8 @@
 and product` adds the vendor's GEMM, the same for both, at the rate shown in the facts.
 """
 
-import cases
 import pytest
+import shapes
 import torch
 
 from rlscuda import functional, reference
@@ -86,7 +86,7 @@ def specified(form, p):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("case", cases.WEIGHTS, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", shapes.WEIGHTS, ids=lambda c: c.name)
 def test_weight_step(race, case, form):
     fused, eager = FORMS[form]
     p, q = Problem(case), Problem(case)
@@ -108,4 +108,5 @@ def test_weight_step(race, case, form):
         lanes,
         ratios=["step / eager step", "product and step / eager product and step"],
         facts={"product_flop": 2 * case.outputs * case.inputs * (case.inputs + 1)},
+        rounds=8 if case.inputs > 2000 else 20,
     )

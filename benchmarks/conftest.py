@@ -14,9 +14,9 @@ from pathlib import Path
 import environment
 import harness
 import pytest
+import shapes
 
 RESULTS = Path(__file__).parent / "results"
-SCHEMA = 1
 _LINE = "race"
 _MACHINE = pytest.StashKey[dict]()
 _CEILINGS = pytest.StashKey[dict]()
@@ -76,8 +76,8 @@ def race(benchmark, request, ceilings) -> Callable[..., harness.Race]:
 
     Its arguments: `case`, a name; `lanes`, callables by name, the first being ours; `targets`, the
     largest ratio to reach by `"lane / lane"`; `ratios`, further pairs `"lane / lane"` to report;
-    `traffic`, bytes, adds the lane `copy floor`, a copy of as many bytes; `facts`, whatever else
-    belongs to the case; `rounds`, `sample_seconds`, `every`: see `harness.Race`.
+    `traffic`, bytes, adds the lane `shapes.FLOOR`, a copy of as many bytes; `facts`, whatever else
+    belongs to the case; `rounds`, `sample_seconds`, `every`, `work`: see `harness.Race`.
     """
     file = request.node.path
 
@@ -92,11 +92,12 @@ def race(benchmark, request, ceilings) -> Callable[..., harness.Race]:
         rounds: int = 20,
         sample_seconds: float = 2e-3,
         every: dict[str, int] | None = None,
+        work: dict[str, float] | None = None,
     ) -> harness.Race:
         targets = targets or {}
         if traffic is not None:
-            lanes = {**lanes, "copy floor": harness.copy_lane(traffic)}
-        contest = harness.Race(lanes, sample_seconds, every)
+            lanes = {**lanes, shapes.FLOOR: harness.copy_lane(traffic)}
+        contest = harness.Race(lanes, sample_seconds, every, work)
         benchmark.pedantic(contest.round, rounds=rounds)
         ours = next(iter(lanes))
         pairs = [*targets, *(ratios or []), *(f"{ours} / {name}" for name in lanes if name != ours)]
@@ -144,7 +145,7 @@ def pytest_sessionfinish(session):
             reporter.write_line(f"\n{name}: not the whole file ran and passed, results not written")
             continue
         document = {
-            "schema": SCHEMA,
+            "schema": shapes.SCHEMA,
             "name": name,
             "date": time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()),
             "source_hash": environment.built_hash(),

@@ -26,6 +26,7 @@ class Race:
         lanes: What to time, by name; each callable must leave its inputs fit for another call.
         sample_seconds: A lane that takes less is repeated until one sample lasts that long.
         every: Lanes too slow for every round: name -> the number of rounds between two samples.
+        work: Lanes that do only a part of the work in one call: name -> that part, in (0, 1].
     """
 
     def __init__(
@@ -33,9 +34,11 @@ class Race:
         lanes: dict[str, Lane],
         sample_seconds: float = 2e-3,
         every: dict[str, int] | None = None,
+        work: dict[str, float] | None = None,
     ):
         self.lanes = lanes
         self.every = every or {}
+        self.work = work or {}
         self.rounds = 0
         self.samples: dict[str, dict[int, float]] = {name: {} for name in lanes}
         self.repeats = {name: _repeats(run, sample_seconds) for name, run in lanes.items()}
@@ -49,14 +52,15 @@ class Race:
         try:
             for name in names[first:] + names[:first]:
                 if self.rounds % self.every.get(name, 1) == 0:
-                    self.samples[name][self.rounds] = _sample(self.lanes[name], self.repeats[name])
+                    seconds = _sample(self.lanes[name], self.repeats[name])
+                    self.samples[name][self.rounds] = seconds / self.work.get(name, 1)
         finally:
             if collecting:
                 gc.enable()
         self.rounds += 1
 
     def seconds(self, name: str) -> dict[str, float]:
-        """The best and the median time of one call of a lane."""
+        """The best and the median time in which a lane does the work."""
         times = self.samples[name].values()
         return {"best": min(times), "median": statistics.median(times)}
 

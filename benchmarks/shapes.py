@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SCHEMA = 1  # of results/*.json
+FLOOR = "copy floor"  # the lane that copies as many bytes as the case moves at least
+BASELINE = "Adam"  # what training steps are multiples of
+
 
 @dataclass(frozen=True)
 class UpdateCase:
