@@ -1,0 +1,135 @@
+"""Timing on a shared, noisy machine: candidates race in alternating rounds, and ratios are kept.
+
+A ratio of two times taken minutes apart says as much about the neighbours as about the code. Here
+every round times every lane once, in rotating order, so that each round yields one ratio under
+nearly the same conditions. Reported are the median of these per-round ratios and the ratio of the
+best times; on a quiet machine the two agree.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+Lane = Callable[[], object]
+
+
+class Race:
+    """Times of several callables, taken in alternating rounds.
+
+    Args:
+        lanes: What to time, by name; each callable must leave its inputs fit for another call.
+        sample_seconds: A lane that takes less is repeated until one sample lasts that long.
+        every: Lanes too slow for every round: name -> the number of rounds between two samples.
+        work: Lanes that do only a part of the work in one call: name -> that part, in (0, 1].
+    """
+
+    def __init__(
+        self,
+        lanes: dict[str, Lane],
+        sample_seconds: float = 2e-3,
+        every: dict[str, int] | None = None,
+        work: dict[str, float] | None = None,
+    ):
+        self.lanes = lanes
+        self.every = every or {}
+        self.work = work or {}
+        self.rounds = 0
+        self.samples: dict[str, dict[int, float]] = {name: {} for name in lanes}
+        self.repeats = {name: _repeats(run, sample_seconds) for name, run in lanes.items()}
+
+    def round(self) -> None:
+        """Times every lane once."""
+        names = list(self.lanes)
+        first = self.rounds % len(names)
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            for name in names[first:] + names[:first]:
+                if self.rounds % self.every.get(name, 1) == 0:
+                    seconds = _sample(self.lanes[name], self.repeats[name])
+                    self.samples[name][self.rounds] = seconds / self.work.get(name, 1)
+        finally:
+            if collecting:
+                gc.enable()
+        self.rounds += 1
+
+    def seconds(self, name: str) -> dict[str, float]:
+        """The best and the median time in which a lane does the work."""
+        times = self.samples[name].values()
+        return {"best": min(times), "median": statistics.median(times)}
+
+    def ratio(self, name: str, baseline: str) -> dict[str, float]:
+        """Time of a lane / time of another: median of the rounds' ratios, ratio of best times."""
+        ours, theirs = self.samples[name], self.samples[baseline]
+        common = [ours[k] / theirs[k] for k in ours if k in theirs]
+        best = self.seconds(name)["best"] / self.seconds(baseline)["best"]
+        return {"median": statistics.median(common), "best": best}
+
+
+def _sample(run: Lane, repeats: int) -> float:
+    start = time.perf_counter_ns()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter_ns() - start) / repeats * 1e-9
+
+
+def _repeats(run: Lane, sample_seconds: float) -> int:
+    """Calls that fill one sample, after at least one call to warm up."""
+    run()
+    repeats = 1
+    while (one := _sample(run, repeats)) * repeats < sample_seconds / 2 and repeats < 4096:
+        repeats *= 2
+    return max(1, min(4096, round(sample_seconds / one)))
+
+
+def copy_lane(traffic: float) -> Lane:
+    """A copy that reads and writes `traffic` bytes together: the floor of a memory-bound kernel."""
+    source = torch.ones(max(1, int(traffic) // 8))
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def ceilings() -> dict[str, float]:
+    """What this machine reaches now: copy bandwidth in GB/s and float32 GEMM rate in GFLOP/s."""
+    traffic, n = 256 << 20, 1024
+    a, b, c = (torch.ones(n, n) for _ in range(3))
+    race = Race({"copy": copy_lane(traffic), "gemm": lambda: torch.mm(a, b, out=c)})
+    for _ in range(6):
+        race.round()
+    return {
+        "copy_gb_s": traffic / race.seconds("copy")["best"] / 1e9,
+        "gemm_gflop_s": 2 * n**3 / race.seconds("gemm")["best"] / 1e9,
+    }
+
+
+def tensor_bytes(run: Lane) -> int:
+    """Bytes that torch's allocators hand out during one call, freed or not."""
+    run()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    events = profile.profiler.kineto_results.events()
+    return sum(e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0)
+
+
+def peak_bytes(run: Lane) -> int | None:
+    """Growth of the process' peak resident memory in one call, by the page; None off Linux."""
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    run()
+    try:
+        reset.write_text("5")
+    except OSError:
+        return None
+
+    def field(name: str) -> int:
+        line = next(x for x in status.read_text().splitlines() if x.startswith(name))
+        return int(line.split()[1]) * 1024
+
+    before = field("VmRSS")
+    run()
+    return max(0, field("VmHWM") - before)

@@ -1,0 +1,156 @@
+"""Markdown tables of benchmarks/results/*.json, printed or written into a README.
+
+    python benchmarks/tables.py                      # every result there is
+    python benchmarks/tables.py rls_update           # one
+    python benchmarks/tables.py --readme README.md   # between the README's markers, in place
+
+The markers of a table are `<!-- table:NAME -->` and `<!-- /table -->`. NAME.cuda is the table of
+the same benchmark on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import environment
+import quality
+import shapes
+
+RESULTS = Path(__file__).resolve().parent / "results"
+MARKED = re.compile(r"(<!-- table:([\w.]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+NOT_MEASURED = "Not measured yet.\n"
+READING = (
+    "Ratios of times from one run, in alternating rounds: the median over the rounds, and after a "
+    "slash the ratio of the best times where the two differ by more than 5 %. "
+    "Bold: the target is missed."
+)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A GitHub table; the first row is its header, figures are set right."""
+    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
+    lines = [rows[0], rule, *rows[1:]]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def ratio_cell(record: dict, pair: str) -> str:
+    """`0.48`, `0.48 / 0.52` where best times say otherwise, with the target where there is one."""
+    ratio = record["ratios"].get(pair)
+    if ratio is None:
+        return ""
+    text = f"{ratio['median']:.3g}"
+    if abs(ratio["best"] / ratio["median"] - 1) > 0.05:
+        text += f" / {ratio['best']:.3g}"
+    if "target" not in ratio:
+        return text
+    if ratio["median"] > ratio["target"]:
+        text = f"**{text}**"
+    return f"{text} (≤ {ratio['target']:g})"
+
+
+def microseconds(record: dict, lane: str) -> str:
+    """The best time of a lane, in a unit that reads well."""
+    if lane not in record["microseconds"]:
+        return ""
+    value = record["microseconds"][lane]["best"]
+    for unit, size in (("s", 1e6), ("ms", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.3g} µs"
+
+
+def ordered(items: Iterable[str]) -> list[str]:
+    """Without repetition, in order of first appearance."""
+    return list(dict.fromkeys(items))
+
+
+def by_ratio(document: dict) -> str:
+    """One row a case: the best time of our lane, then every ratio."""
+    records = document["cases"]
+    pairs = ordered(pair for r in records for pair in r["ratios"])
+    ours = next(iter(records[0]["microseconds"]))
+    rows = [["case", ours, *pairs]]
+    for r in records:
+        rows.append([r["case"], microseconds(r, ours), *(ratio_cell(r, pair) for pair in pairs)])
+    return markdown(rows)
+
+
+def training_step(document: dict) -> str:
+    """One row an optimizer, one column a model: the step as a multiple of fused Adam's."""
+    records = document["cases"]
+    rows = [["one training step / fused Adam's", *(r["case"] for r in records)]]
+    for lane in records[0]["microseconds"]:
+        cells = [ratio_cell(r, f"{lane} / {shapes.BASELINE}") for r in records]
+        if lane == shapes.BASELINE:
+            cells = [f"1 ({microseconds(r, lane)})" for r in records]
+        rows.append([lane, *cells])
+    return markdown(rows)
+
+
+def provenance(document: dict) -> str:
+    """Where, when and with what a result was measured, and whether it still holds."""
+    machine, versions, ceilings = (document[k] for k in ("machine", "versions", "ceilings"))
+    library = ", ".join(f"{name} {version}" for name, version in versions.items())
+    text = (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, SIMD level "
+        f"{machine['simd']}, load {machine['load_at_start']} at the start; copy "
+        f"{ceilings['copy_gb_s']:.3g} GB/s, float32 GEMM {ceilings['gemm_gflop_s']:.3g} GFLOP/s; "
+        f"{library}; kernels {document['source_hash']}; {document['date'][:10]}."
+    )
+    now = environment.tree_hash()
+    if document["source_hash"] != now:
+        text += f" **Stale: the kernel sources have changed since, to {now}.**"
+    return text
+
+
+def render(name: str, results: Path) -> str:
+    """The table of one result, or a line that says it is not measured yet.
+
+    Raises:
+        ValueError: The result was written in another schema.
+    """
+    path = results / f"{name}.json"
+    if not path.is_file():
+        return NOT_MEASURED
+    if name == "quality":
+        return quality.report(path) + "\n"
+    document = json.loads(path.read_text())
+    if document.get("schema") != shapes.SCHEMA:
+        raise ValueError(f"{path} must have schema {shapes.SCHEMA}, got {document.get('schema')}")
+    layout: Callable[[dict], str] = by_ratio
+    if name.removesuffix(".cuda") == "training_step":
+        layout = training_step
+    return f"{layout(document)}\n{READING} {provenance(document)}\n"
+
+
+def update(readme: Path, results: Path) -> list[str]:
+    """Writes every marked table of a README in place; returns their names."""
+    text = readme.read_text()
+    names = [found[1] for found in MARKED.findall(text)]
+    filled = MARKED.sub(lambda m: f"{m[1]}\n{render(m[2], results)}\n{m[3]}", text)
+    readme.write_text(filled)
+    return names
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the tables of the named results, or of all; with --readme also writes them there."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="stems such as rls_update; all there are if none")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--readme", type=Path, help="a file whose marked tables to write in place")
+    args = parser.parse_args(argv)
+    if args.readme is not None:
+        print(f"{args.readme}: {', '.join(update(args.readme, args.results)) or 'no markers'}")
+        return
+    for name in args.names or sorted(p.stem for p in args.results.glob("*.json")):
+        print(f"### {name}\n\n{render(name, args.results)}")
+    if not any(args.results.glob("*.cuda.json")):
+        print(f"### On a GPU\n\n{NOT_MEASURED}")
+
+
+if __name__ == "__main__":
+    main()
