@@ -78,7 +78,7 @@ def test_higher_ranks_stay_symmetric_and_definite(rank):
         RF.rls_update_(P, X.clamp(min=0), **options_for(0.99))
     assert torch.equal(P, P.T)
     eigenvalues = torch.linalg.eigvalsh(P.double())
-    assert 0 < eigenvalues.min() and eigenvalues.max() <= 2.0
+    assert eigenvalues.min() > 0 and eigenvalues.max() <= 2.0
 
 
 def test_without_a_bound_dead_inputs_wind_up_and_are_reset():
