@@ -47,7 +47,7 @@ OPTIMIZERS = {
     "rls_default": ("RLS default", {}, ()),
     "rls_adaptive": ("RLS adaptive", {"form": "adaptive"}, (0.025, 0.05, 0.1, 0.2)),
     "rls_paper": ("RLS paper", PAPER | PLAIN, (0.025, 0.05, 0.1, 0.2)),
-    "rls_natural": ("RLS natural", NATURAL | PLAIN, (0.0125, 0.025, 0.05, 0.1)),
+    "rls_natural": ("RLS natural", NATURAL | PLAIN, (0.025, 0.05, 0.1, 0.2)),
     "sgd": ("SGD+momentum", {"momentum": 0.9, "weight_decay": 5e-4}, (0.01, 0.03, 0.1, 0.3)),
     "adam": ("Adam", {}, (3e-4, 1e-3, 3e-3, 1e-2)),
 }

@@ -56,6 +56,5 @@ def test_training_agrees_with_the_eager_oracle(settings):
     for layer, mirror in zip(net, twin, strict=True):
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             ours = pairs[0][1].inverse_autocorrelation(layer)
-            torch.testing.assert_close(
-                P, pairs[1][1].state[mirror.weight]["P"], rtol=1e-10, atol=1e-12
-            )
+            theirs = pairs[1][1].state[mirror.weight]["P"]
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
