@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ SUMMARIES = ("mean", "sketch", "sample")
 
 def refusal(module: nn.Module) -> str | None:
     """Why the RLS rule cannot train `module`, or None where it can."""
-    kind = type(module)
+    kind: Any = type(module)
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "MultiheadAttention uses its weight without calling it"
     if isinstance(module, nn.Linear):
@@ -64,7 +65,7 @@ class Layer:
 
     def __post_init__(self):
         m = self.module
-        self.weight, self.bias_parameter = m.weight, m._parameters.get("bias")
+        self.weight, self.bias_parameter = cast(nn.Parameter, m.weight), m._parameters.get("bias")
         self.columns = m.weight.numel() // max(1, m.weight.shape[0])
         if isinstance(m, nn.Linear):
             self.geometry = ([1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1, "zeros")
@@ -97,7 +98,9 @@ class Layer:
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that one step of this layer moves."""
-        return [self.weight, self.bias_parameter] if self.bias else [self.weight]
+        return (
+            [self.weight, cast(nn.Parameter, self.bias_parameter)] if self.bias else [self.weight]
+        )
 
     def images(self, x: Tensor) -> Tensor:
         """The layer's input as [N, C, H, W] without a copy where its strides allow."""
