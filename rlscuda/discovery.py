@@ -28,7 +28,8 @@ class Match:
         if self.layer is None or self.layer.weight not in members:
             return False
         bias = self.layer.bias_parameter
-        self.layer.bias = self.bias_fits and bias.requires_grad and bias in members
+        fits = self.bias_fits and bias is not None and bias.requires_grad
+        self.layer.bias = fits and bias in members
         return True
 
 

@@ -54,7 +54,7 @@ class Fallback:
     def _make(self, groups: list[dict[str, Any]]) -> Optimizer:
         if self.rule == "sgd":
             return SGD(groups, lr=1e-3, momentum=0.9)
-        if self.rule == "adamw":
+        if isinstance(self.rule, str):
             tensors = [p for group in groups for p in group["params"]]
             fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in tensors)
             return AdamW(groups, lr=1e-3, fused=fused or None)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlscuda.layers import SUMMARIES, Layer
-from rlscuda.staging import Stage
+from rlscuda.staging import Factors, Summary
 
 _rls_update = torch.ops.rlscuda.rls_update_.default
 _weight_step = torch.ops.rlscuda.weight_step_.default
@@ -161,7 +161,8 @@ def factored_step(
     layer: Layer,
     group: dict[str, Any],
     state: dict[str, Any],
-    stage: Stage,
+    summary: Summary,
+    factors: Factors,
     gain: float,
     out: Tensor,
 ) -> Tensor:
@@ -173,13 +174,12 @@ def factored_step(
     Returns:
         h of the update; `out` [c, n] is complete, bias included.
     """
-    P, n, factors = state["P"], layer.columns, stage.factors
-    X = factors.x
+    P, n, X = state["P"], layer.columns, factors.x
     projected = torch.addmm(P[n], X, P[:n]) if layer.bias else X @ P
     projection = None
     if group["summary"] == "mean" and group["rank"] == 1:
         projection = projected.mean(0, keepdim=True)
-    S = stage.summary.rows[0]
+    S = summary.rows[0]
     if group["form"] == "paper":
         h = update_matrix(group, state, S, gain, None, projection)
     else:
@@ -214,9 +214,8 @@ def move_weight(
     gain: float,
 ) -> None:
     """Everything of the weight update that follows the product, in one fused pass."""
-    weight, *rest = layer.parameters()
-    bias = rest[0] if rest else None
-    grad_bias = None
+    bias: Tensor | None = layer.bias_parameter if layer.bias else None
+    grad_bias, weight = None, layer.weight
     if bias is not None:
         frozen = bias.grad is None
         grad_bias = torch.zeros_like(bias) if frozen else bias.grad

@@ -166,8 +166,6 @@ class RLSOptimizer(Optimizer):
         }
         self._fallback.reset()
 
-    # -- staging ----------------------------------------------------------------------------------
-
     def _attach(self) -> None:
         """What a new object needs besides its saved parts: hooks, that end with it, and buffers."""
         self._workspace: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -244,7 +242,7 @@ class RLSOptimizer(Optimizer):
         moved: list[Tensor] = []
         for weight, layer in self._layers.items():
             if weight.grad is not None:
-                self._step_layer(layer, self._group_of[weight], self._stages[weight])
+                self._step_layer(layer, weight.grad, self._group_of[weight], self._stages[weight])
                 moved += layer.parameters()
             self._stages[weight].clear()
         torch.autograd.graph.increment_version(moved)  # a graph that needs the old ones notices
@@ -260,19 +258,19 @@ class RLSOptimizer(Optimizer):
             if p is weight or weight.grad is not None or p.grad is None
         }
 
-    def _step_layer(self, layer: Layer, group: dict[str, Any], stage: Stage) -> None:
+    def _step_layer(self, layer: Layer, G: Tensor, group: dict[str, Any], stage: Stage) -> None:
         weight, state = layer.weight, self._ensure_state(layer, group)
         P, gain = state["P"], forms.gain_at(group, state["updates"])
         state["step"] += 1
-        G = weight.grad if weight.dim() == 2 else weight.grad.reshape(weight.shape[0], -1)
+        G = G if G.dim() == 2 else G.reshape(G.shape[0], -1)
         if G.dtype != P.dtype or not G.is_contiguous():
             G = G.to(P.dtype).contiguous()
         D = self._scratch(P, weight.shape[0] * layer.fan_in).view(-1, layer.fan_in)
         gradients = [p.grad for p in layer.parameters() if p.grad is not None]
 
-        bias_row = None
-        if stage.factors is not None and stage.factors.agree(layer, G):  # and so G is finite
-            h = forms.factored_step(layer, group, state, stage, gain, D)
+        bias_row, summary, factors = None, stage.summary, stage.factors
+        if summary is not None and factors is not None and factors.agree(layer, G):
+            h = forms.factored_step(layer, group, state, summary, factors, gain, D)
             state["updates"] += 1
         elif group["form"] == "paper":  # along the old P, divided by the h of its update
             bias_row = forms.product(layer, P, G, D)

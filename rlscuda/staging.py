@@ -44,7 +44,7 @@ class Summary:
     def merge(self, other: Summary) -> Summary:
         """The summary of the rows of both."""
         count = [a + b for a, b in zip(self.count, other.count)]
-        if self.kind == "sample":
+        if self.keys is not None and other.keys is not None:
             first = self.keys <= other.keys
             rows = torch.where(first[:, None], self.rows, other.rows)
             return Summary("sample", rows, count, torch.minimum(self.keys, other.keys))
@@ -115,8 +115,9 @@ class Factors:
         """
         if self.x._version != self.version:
             return False
-        grad_bias = layer.bias_parameter.grad if layer.bias else None
-        if layer.bias and grad_bias is None:
+        bias = layer.bias_parameter if layer.bias else None
+        grad_bias = None if bias is None else bias.grad
+        if bias is not None and grad_bias is None:
             return False
         return _ops.factors_agree.default(grad, self.x, self.delta.contiguous(), grad_bias)
 
@@ -188,7 +189,7 @@ class ForwardHook:
 
     def _observe_forward(self, module, args, kwargs, output):
         layer, observe = self._layer(), self._observe()
-        if observe is None or layer.module is not module:
+        if layer is None or observe is None or layer.module is not module:
             return
         if module.training and output.requires_grad:
             observe(layer, args[0] if args else kwargs["input"], output)

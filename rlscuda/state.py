@@ -123,7 +123,7 @@ def _check_layer(layer: Layer, form: str, entries: Mapping[str, Any]) -> None:
 
 
 def restore_dtypes(
-    state: dict[nn.Parameter, dict[str, Any]],
+    state: Mapping[Any, dict[str, Any]],
     state_dict: Mapping[str, Any],
     groups: list[dict[str, Any]],
     layers: Mapping[nn.Parameter, Layer],
