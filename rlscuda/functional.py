@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 _ops = torch.ops.rlscuda
+_rls_update = _ops.rls_update_.default
 _MATRIX_DTYPES = (torch.float32, torch.float64)
 
 
@@ -112,6 +113,40 @@ def rls_update_(
         tensor([[ 1.6364, -0.7273],
                 [-0.7273,  0.5455]])
     """
+    options = (forgetting, gain, decay, diffusion, initial_scale)
+    if not _update_fits(P, s, *options):
+        _explain_update(P, s, *options)
+    if s.requires_grad or not s.is_contiguous():
+        s = s.detach().contiguous()
+    result = _rls_update(P, s, *options, power, health, found_inf, projection, projected)
+    _changed(P, power, health)
+    return result
+
+
+def _update_fits(P, s, forgetting, gain, decay, diffusion, initial_scale) -> bool:
+    """The checks of `rls_update_` in one expression, without the words for what may be wrong."""
+    return (
+        isinstance(P, Tensor)
+        and isinstance(s, Tensor)
+        and P.dim() in (2, 3)
+        and P.shape[-1] == P.shape[-2]
+        and (s.dim() == 3 and s.shape[0] == P.shape[0] if P.dim() == 3 else s.dim() in (1, 2))
+        and s.shape[-1] == P.shape[-1]
+        and (s.dim() == 1 or s.shape[-2] > 0)
+        and P.dtype in _MATRIX_DTYPES
+        and s.dtype == P.dtype
+        and s.device == P.device
+        and P.is_contiguous()
+        and 0 < forgetting <= 1
+        and 0 < gain < math.inf
+        and 0 <= decay < math.inf
+        and 0 <= diffusion < math.inf
+        and 0 < initial_scale < math.inf
+    )
+
+
+def _explain_update(P, s, forgetting, gain, decay, diffusion, initial_scale) -> None:
+    """Raises what `_update_fits` found wrong."""
     _check_tensor("P", P)
     _check_tensor("s", s)
     shape, rows = list(P.shape), list(s.shape)
@@ -133,13 +168,6 @@ def rls_update_(
     _check(0 <= decay < math.inf, f"decay must be >= 0, got {decay}")
     _check(0 <= diffusion < math.inf, f"diffusion must be >= 0, got {diffusion}")
     _check(0 < initial_scale < math.inf, f"initial_scale must be > 0, got {initial_scale}")
-    with torch.no_grad():
-        result = _ops.rls_update_(
-            P, s.detach().contiguous(), forgetting, gain, decay, diffusion, initial_scale,
-            power, health, found_inf, projection, projected,
-        )  # fmt: skip
-    _changed(P, power, health)
-    return result
 
 
 def factors_agree(grad: Tensor, x: Tensor, delta: Tensor, grad_bias: Tensor | None = None) -> bool:
