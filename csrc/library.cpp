@@ -44,8 +44,8 @@ STABLE_TORCH_LIBRARY(rlscuda, m) {
   "(Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, " \
   "int groups, str padding_mode, bool ones"
   m.def("patch_mean" PATCH_ARGS ") -> Tensor");
-  m.def("patch_sketch" PATCH_ARGS ", int rank, int seed, int offset) -> Tensor");
-  m.def("patch_sample" PATCH_ARGS ", int rank, int seed, int offset) -> (Tensor, Tensor)");
+  m.def("patch_sketch" PATCH_ARGS ", int rank, SymInt seed, SymInt offset) -> Tensor");
+  m.def("patch_sample" PATCH_ARGS ", int rank, SymInt seed, SymInt offset) -> (Tensor, Tensor)");
 #undef PATCH_ARGS
 }
 

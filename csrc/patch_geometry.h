@@ -34,11 +34,6 @@ struct PatchGeometry {
   RLS_HOST_DEVICE int64_t columns() const { return channels / groups * taps(); }
   // Elements of one row of the result, its column of ones included.
   RLS_HOST_DEVICE int64_t row_size() const { return columns() + ones; }
-  // Where column 0 of channel c of row k lies in a result [groups, rank, row_size].
-  RLS_HOST_DEVICE int64_t out_offset(int64_t c, int64_t k, int64_t rank) const {
-    const int64_t per_group = channels / groups, g = c / per_group;
-    return (g * rank + k) * row_size() + (c - g * per_group) * taps();
-  }
   RLS_HOST_DEVICE int64_t source_h(int64_t oh, int64_t i) const {
     return source(oh * step_h - pad_h + i * dilation_h, height);
   }

@@ -32,6 +32,25 @@ def test_compiles_without_a_graph_break():
             torch.testing.assert_close(a, b)
 
 
+def test_a_new_seed_does_not_compile_again():
+    compilations = []
+
+    def backend(graph, _):
+        compilations.append(graph)
+        return graph
+
+    def summaries(x, seed, offset):
+        sketch = RF.patch_sketch(x, 3, rank=2, seed=seed, offset=offset)
+        return sketch, *RF.row_sample(x, 2, seed, offset=offset)
+
+    compiled = torch.compile(summaries, fullgraph=True, backend=backend)
+    for step in range(5):
+        for a, b in zip(compiled(X, step + 7, 9 * step), summaries(X, step + 7, 9 * step),
+                        strict=True):  # fmt: skip
+            assert torch.equal(a, b)
+    assert len(compilations) <= 2  # with the numbers as constants, then as symbols
+
+
 def test_gradients_do_not_flow_into_the_summary():
     x = X.clone().requires_grad_()
     results = [

@@ -53,6 +53,7 @@ def test_expanded_batch(case):
     check(one.expand(6, -1, -1, -1), case, ones=False)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
 def test_convolution_sees_the_rows_of_the_specification():
     for case in CASES:
         x = case.input(torch.float64)

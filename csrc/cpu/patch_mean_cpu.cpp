@@ -177,8 +177,9 @@ ALWAYS_INLINE void contract_rows(const A* t, const PatchGeometry& g, const A* ro
             for (int64_t k = 0; k < count; ++k) total[k] += weight * from[k];
           }
         }
-        A* to = out + g.out_offset(c, 0, 1) + i * g.kernel_w + j;
-        int64_t rest = per_group - c % per_group;  // channels of the group from here on
+        const int64_t group = c / per_group, place = c - group * per_group;
+        A* to = out + group * g.row_size() + place * g.taps() + i * g.kernel_w + j;
+        int64_t rest = per_group - place;  // channels of the group from here on
         for (int64_t k = 0; k < count; ++k, to += g.taps()) {
           if (rest-- == 0) to += g.ones, rest = per_group - 1;
           *to = scale * total[k];

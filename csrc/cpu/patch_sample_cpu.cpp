@@ -27,8 +27,13 @@ void gather(const T* x, const PatchGeometry& g, int64_t oh, int64_t ow, int64_t 
   const int64_t* offset = taps.data();
   for (int64_t group = 0; group < g.groups; ++group) {
     A* to = out + (group * rank + k) * g.row_size();
-    for (int64_t c = 0; c < per_group; ++c, x += g.stride_c)
-      for (int64_t t = 0; t < count; ++t) *to++ = offset[t] < 0 ? 0 : to_compute<A>(x[offset[t]]);
+    if (count == 1 && g.stride_c == 1 && offset[0] >= 0) {  // a row of a Linear input, or a pixel
+      for (int64_t c = 0; c < per_group; ++c) to[c] = to_compute<A>(x[offset[0] + c]);
+      x += per_group, to += per_group;
+    } else {
+      for (int64_t c = 0; c < per_group; ++c, x += g.stride_c)
+        for (int64_t t = 0; t < count; ++t) *to++ = offset[t] < 0 ? 0 : to_compute<A>(x[offset[t]]);
+    }
     if (g.ones) *to = 1;
   }
 }

@@ -102,17 +102,17 @@ class Sketch {
         A* total = partial + k * n;
         for (int64_t q = 1; q < chunks_; ++q)
           for (int64_t e = 0; e < n; ++e) total[e] += total[q * size_ + e];
-        for (int64_t c = 0; c < g_.channels; ++c) {
-          A* to = out + g_.out_offset(c, k, draw_.rank);
-          const A* from = pixels_ ? total + c : total + c * g_.taps();
-          const int64_t step = pixels_ ? g_.channels : 1;
-          for (int64_t t = 0; t < g_.taps(); ++t) to[t] = A(scale) * from[t * step];
-        }
-        if (!g_.ones) continue;
         double sum = 0;
         for (int64_t q = 0; q < chunks_; ++q) sum += ones[q * draw_.rank + k];
-        for (int64_t group = 0; group < g_.groups; ++group)
-          out[(group * draw_.rank + k + 1) * g_.row_size() - 1] = A(scale * sum);
+        const int64_t taps = g_.taps(), per_group = g_.channels / g_.groups;
+        for (int64_t group = 0; group < g_.groups; ++group) {
+          A* to = out + (group * draw_.rank + k) * g_.row_size();
+          const A* from = total + group * per_group * (pixels_ ? 1 : taps);
+          for (int64_t c = 0; c < per_group; ++c)
+            for (int64_t t = 0; t < taps; ++t)
+              *to++ = A(scale) * (pixels_ ? from[t * g_.channels + c] : from[c * taps + t]);
+          if (g_.ones) *to = A(scale * sum);
+        }
       }
     });
   }
