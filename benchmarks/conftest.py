@@ -75,7 +75,7 @@ def race(benchmark, request, ceilings) -> Callable[..., harness.Race]:
     """A function that times one case.
 
     Its arguments: `case`, a name; `lanes`, callables by name, the first being ours; `targets`, the
-    largest ratio to reach by `"lane / lane"`; `ratios`, further pairs `"lane / lane"` to report;
+    largest ratio to reach by `"lane / lane"`; `ratios`, further pairs `"lane / lane"` to report, by default ours to every other;
     `traffic`, bytes, adds the lane `shapes.FLOOR`, a copy of as many bytes; `facts`, whatever else
     belongs to the case; `rounds`, `sample_seconds`, `every`, `work`: see `harness.Race`.
     """
@@ -99,8 +99,8 @@ def race(benchmark, request, ceilings) -> Callable[..., harness.Race]:
             lanes = {**lanes, shapes.FLOOR: harness.copy_lane(traffic)}
         contest = harness.Race(lanes, sample_seconds, every, work)
         benchmark.pedantic(contest.round, rounds=rounds)
-        ours = next(iter(lanes))
-        pairs = [*targets, *(ratios or []), *(f"{ours} / {name}" for name in lanes if name != ours)]
+        first, *others = lanes
+        pairs = [*targets, *(ratios or (f"{first} / {name}" for name in others))]
         record = {"case": case, **({"facts": facts} if facts else {})}
         record["rounds"] = contest.rounds
         record["microseconds"] = {
@@ -153,7 +153,8 @@ def pytest_sessionfinish(session):
             "versions": environment.versions(),
             "ceilings": {k: _round(v) for k, v in session.config.stash[_CEILINGS].items()},
         }
-        head = json.dumps(document, indent=2).removesuffix("\n}")
-        body = ",\n".join(f"    {json.dumps(record)}" for record in records)
+        head = json.dumps(document, indent=2, ensure_ascii=False).removesuffix("\n}")
+        body = ",\n".join(f"    {json.dumps(record, ensure_ascii=False)}" for record in records)
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(f'{head},\n  "cases": [\n{body}\n  ]\n}}\n')
+        text = f'{head},\n  "cases": [\n{body}\n  ]\n}}\n'
+        (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")

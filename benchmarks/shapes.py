@@ -113,7 +113,7 @@ class TrainingCase:
 
 
 TRAININGS = [
-    TrainingCase("MLP 784-300-100-10, batch 64", "mlp", (1, 28, 28), 64, 2.0, 2.5, 24),
-    TrainingCase("LeNet-5, batch 128", "lenet5", (1, 28, 28), 128, 1.15, 1.25, 24),
+    TrainingCase("MLP 784-300-100-10, batch 64", "mlp", (1, 28, 28), 64, 2.0, 2.5, 120),
+    TrainingCase("LeNet-5, batch 128", "lenet5", (1, 28, 28), 128, 1.15, 1.25, 40),
     TrainingCase("ResNet-20, 32 × 32, batch 128", "resnet20", (3, 32, 32), 128, 1.15, 1.25, 6),
 ]

@@ -118,7 +118,7 @@ def render(name: str, results: Path) -> str:
         return NOT_MEASURED
     if name == "quality":
         return quality.report(path) + "\n"
-    document = json.loads(path.read_text())
+    document = json.loads(path.read_text(encoding="utf-8"))
     if document.get("schema") != shapes.SCHEMA:
         raise ValueError(f"{path} must have schema {shapes.SCHEMA}, got {document.get('schema')}")
     layout: Callable[[dict], str] = by_ratio
@@ -129,10 +129,10 @@ def render(name: str, results: Path) -> str:
 
 def update(readme: Path, results: Path) -> list[str]:
     """Writes every marked table of a README in place; returns their names."""
-    text = readme.read_text()
+    text = readme.read_text(encoding="utf-8")
     names = [found[1] for found in MARKED.findall(text)]
     filled = MARKED.sub(lambda m: f"{m[1]}\n{render(m[2], results)}\n{m[3]}", text)
-    readme.write_text(filled)
+    readme.write_text(filled, encoding="utf-8")
     return names
 
 
