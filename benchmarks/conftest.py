@@ -75,7 +75,8 @@ def race(benchmark, request, ceilings) -> Callable[..., harness.Race]:
     """A function that times one case.
 
     Its arguments: `case`, a name; `lanes`, callables by name, the first being ours; `targets`, the
-    largest ratio to reach by `"lane / lane"`; `ratios`, further pairs `"lane / lane"` to report, by default ours to every other;
+    largest ratio to reach by `"lane / lane"`; `ratios`, further
+    pairs `"lane / lane"` to report, by default ours to every other;
     `traffic`, bytes, adds the lane `shapes.FLOOR`, a copy of as many bytes; `facts`, whatever else
     belongs to the case; `rounds`, `sample_seconds`, `every`, `work`: see `harness.Race`.
     """
