@@ -175,7 +175,11 @@ def factored_step(
         h of the update; `out` [c, n] is complete, bias included.
     """
     P, n, X = state["P"], layer.columns, factors.x
-    projected = torch.addmm(P[n], X, P[:n]) if layer.bias else X @ P
+    projected = P.new_empty(len(X), layer.fan_in)  # given as out=, which autocast leaves alone
+    if layer.bias:
+        torch.addmm(P[n], X, P[:n], out=projected)
+    else:
+        torch.mm(X, P, out=projected)
     projection = None
     if group["summary"] == "mean" and group["rank"] == 1:
         projection = projected.mean(0, keepdim=True)

@@ -199,7 +199,7 @@ class RLSOptimizer(Optimizer):
         )
         rows, version, counted = None, 0, 0
         if forms.may_factor(layer, x, state_dtype(weight, group["dtype"])):
-            rows = x.reshape(-1, x.shape[-1])
+            rows = x.reshape(-1, x.shape[-1]).contiguous()
             version = rows._version
 
         def commit(gradient: Tensor | None) -> None:
