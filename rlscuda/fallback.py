@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
+IN_P = {"in_P": True}  # the state of a bias whose moments are its weight's: none may have no state
 ENTRIES = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}
 
 
@@ -65,7 +66,7 @@ class Fallback:
             raise ValueError("fallback must return an optimizer over the groups that it is given")
         return inner
 
-    def prepare(self, groups: list[dict[str, Any]], covered: set[nn.Parameter]) -> None:
+    def prepare(self, groups: list[dict[str, Any]], covered: set[nn.Parameter], state: Any) -> None:
         """Makes the inner optimizer for every parameter of `groups` outside `covered`.
 
         Raises:
@@ -82,6 +83,9 @@ class Fallback:
             }
             for group in groups
         ]
+        for parameter in (p for group in inner_groups for p in group["params"]):
+            if state.get(parameter) == IN_P:  # its weight has been frozen
+                del state[parameter]
         trains = any(group["params"] for group in inner_groups)
         self._inner = self._make(inner_groups) if trains else None
         self._covered = covered

@@ -104,14 +104,6 @@ def gain_at(group: dict[str, Any], updates: int) -> float:
     return max(group["gain"], 1 / (updates + 1))
 
 
-def overshoots(group: dict[str, Any]) -> bool:
-    """Whether a step along one row may go beyond twice the way to its minimum (the paper's form).
-
-    There the error shrinks by 1 - (lr / gain) (h - forgetting) / h.
-    """
-    return group["form"] == "paper" and float(group["lr"]) > 2 * group["gain"]
-
-
 def update_matrix(
     group: dict[str, Any],
     state: dict[str, Any],

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from rlscuda import forms
 from rlscuda.discovery import Match, discover
-from rlscuda.fallback import Fallback
+from rlscuda.fallback import IN_P, Fallback
 from rlscuda.layers import Layer, state_dtype
 from rlscuda.report import Coverage, Health, coverage_of, health_of
 from rlscuda.staging import (
@@ -26,10 +26,14 @@ from rlscuda.staging import (
     summarisable,
     summarise,
 )
-from rlscuda.state import check_state, initial_state, restore_dtypes
+from rlscuda.state import guarded_load, initial_state
 
 _nonfinite = torch.ops.rlscuda.nonfinite.default
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that layers and steps do not share seeds
+_OVERSHOOT = (
+    "one input row a step and lr {lr} above twice the gain {gain}: the step can go beyond the "
+    "minimum and diverge, choose lr <= 2 * gain"
+)
 
 
 class RLSOptimizer(Optimizer):
@@ -127,7 +131,7 @@ class RLSOptimizer(Optimizer):
         if model is not None and not self._layers:
             warnings.warn("no layer of the model is covered: the fallback rule trains everything, "
                           "see coverage()", stacklevel=2)  # fmt: skip
-        self._fallback.prepare(self.param_groups, self._covered())
+        self._fallback.prepare(self.param_groups, self._covered(), self.state)
         self._attach()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -238,11 +242,15 @@ class RLSOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._fallback.prepare(self.param_groups, self._covered())
+        self._fallback.prepare(self.param_groups, self._covered(), self.state)
         moved: list[Tensor] = []
         for weight, layer in self._layers.items():
             if weight.grad is not None:
-                self._step_layer(layer, weight.grad, self._group_of[weight], self._stages[weight])
+                group, stage = self._group_of[weight], self._stages[weight]
+                if not self._warned and stage.overshoots(group):
+                    self._warned = True
+                    warnings.warn(_OVERSHOOT.format(**group), stacklevel=4)
+                self._step_layer(layer, weight.grad, group, stage)
                 moved += layer.parameters()
             self._stages[weight].clear()
         torch.autograd.graph.increment_version(moved)  # a graph that needs the old ones notices
@@ -289,13 +297,6 @@ class RLSOptimizer(Optimizer):
             nan = P.new_full((), float("nan"))
             return torch.where(found_inf, nan, nan.new_full((), group["forgetting"]))
         state["updates"] += 1
-        if stage.summary.total == 1 and not self._warned and forms.overshoots(group):
-            self._warned = True
-            warnings.warn(
-                f"one input row a step and lr {float(group['lr']):g} above twice the gain "
-                f"{group['gain']:g}: least squares diverges there, choose lr <= 2 * gain",
-                stacklevel=6,
-            )
         rows = stage.summary.rows.to(P.dtype)
         rows = rows if layer.groups > 1 else rows[0]
         return forms.update_matrix(group, state, rows, gain, found_inf)
@@ -311,6 +312,8 @@ class RLSOptimizer(Optimizer):
         state = self.state[layer.weight]
         if "P" not in state:
             state.update(initial_state(layer, group))
+            for bias in layer.parameters()[1:]:
+                self.state[bias] = self.state.get(bias) or dict(IN_P)
         return state
 
     # -- what users look at -----------------------------------------------------------------------
@@ -369,23 +372,8 @@ class RLSOptimizer(Optimizer):
         Raises:
             ValueError: The state is not of an optimizer over these parameters; nothing is changed.
         """
-        given: dict[str, Any] = {}
-
-        def check(_, state_dict):  # after the user's hooks, which may replace the state
-            check_state(state_dict, self.param_groups, self._layers, self._fallback.entries)
-            given.update(state_dict)
-
-        def restore(_):
-            restore_dtypes(self.state, given, self.param_groups, self._layers)
-
-        hooks = (
-            self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        )
-        try:
+        with guarded_load(self, self._layers, self._fallback.entries):
             super().load_state_dict(state_dict)
-        finally:
-            remove_all(hooks)
 
     def __getstate__(self):
         own = ("_given", "_fallback", "_matches", "_layers", "_warned")

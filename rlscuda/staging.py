@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,6 +156,14 @@ class Stage:
         if not recomputed:
             self._seen = self._ahead
         return offset
+
+    def overshoots(self, group: dict[str, Any]) -> bool:
+        """Whether the paper's step along one row may go beyond twice the way to its minimum.
+
+        There the error shrinks by 1 - (lr / gain) (h - forgetting) / h.
+        """
+        single = self.summary is not None and self.summary.total == 1
+        return single and group["form"] == "paper" and float(group["lr"]) > 2 * group["gain"]
 
     def commit(self, summary: Summary, end: int, factors: Factors | None) -> None:
         """Takes in the summary of one differentiated forward, which ends at offset `end`."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from rlscuda import _C
+from rlscuda.fallback import IN_P
 from rlscuda.forms import OPTIONS
 from rlscuda.layers import Layer, state_dtype
 
@@ -56,7 +59,7 @@ def _entries(
     ]
 
 
-def check_state(
+def _check_state(
     state_dict: Mapping[str, Any],
     groups: list[dict[str, Any]],
     layers: Mapping[nn.Parameter, Layer],
@@ -93,6 +96,8 @@ def check_state(
         if layer is not None:
             _check_layer(layer, forms[parameter], entries)
             continue
+        if entries == IN_P:
+            continue
         if fallback_entries is not None and entries and entries.keys() != fallback_entries:
             raise ValueError(f"state_dict has fallback entries {sorted(entries)}, the fallback "
                              f"rule keeps {sorted(fallback_entries)}")  # fmt: skip
@@ -122,7 +127,7 @@ def _check_layer(layer: Layer, form: str, entries: Mapping[str, Any]) -> None:
                              f"{value.dtype}")  # fmt: skip
 
 
-def restore_dtypes(
+def _restore_dtypes(
     state: Mapping[Any, dict[str, Any]],
     state_dict: Mapping[str, Any],
     groups: list[dict[str, Any]],
@@ -135,3 +140,34 @@ def restore_dtypes(
                 state[parameter][name] = value.detach().to(parameter.device, copy=True)
             elif state[parameter][name] is value and isinstance(value, Tensor):
                 state[parameter][name] = value.clone()
+
+
+@contextmanager
+def guarded_load(
+    optimizer: Optimizer, layers: Mapping[nn.Parameter, Layer], fallback_entries: Set[str] | None
+) -> Iterator[None]:
+    """Lets `load_state_dict` check a state before it changes anything, and keep its dtypes.
+
+    The check comes after the user's own hooks, which may replace the state.
+
+    Raises:
+        ValueError: The state is not one of the optimizer's groups, layers and fallback rule.
+    """
+    given: dict[str, Any] = {}
+
+    def check(_: Optimizer, state_dict: dict[str, Any]) -> None:
+        _check_state(state_dict, optimizer.param_groups, layers, fallback_entries)
+        given.update(state_dict)
+
+    def restore(_: Optimizer) -> None:
+        _restore_dtypes(optimizer.state, given, optimizer.param_groups, layers)
+
+    hooks = (
+        optimizer.register_load_state_dict_pre_hook(check),
+        optimizer.register_load_state_dict_post_hook(restore, prepend=True),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
