@@ -8,6 +8,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace rlscuda {
 
@@ -55,6 +56,13 @@ inline void check_same_dtype(const char* name, const Tensor& t, const char* othe
                              const Tensor& other) {
   RLS_CHECK(t.scalar_type() == other.scalar_type(), name, " must have the dtype of ", other_name,
             ", got another");
+}
+
+// A list with an entry for each of `count` layers; or none at all, where that is allowed.
+inline void check_list_size(const char* name, const std::vector<Tensor>& list, size_t count,
+                            bool may_be_empty = false) {
+  RLS_CHECK(list.size() == count || (may_be_empty && list.empty()), name, " must have ", count,
+            " tensors, got ", list.size());
 }
 
 // A contiguous tensor of the given shape, uninitialised, on the device of `like`.

@@ -2,29 +2,32 @@
 // All strides are in elements.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "patch_geometry.h"
+#include "rls_math.h"
 
 namespace rlscuda {
 
-// Arguments of one `rls_update_` on a batch of matrices.
+// The update of the matrices of one layer: `batch` of them, the groups of a convolution.
 template <class T>
 struct RlsUpdate {
-  T* P;                 // [batch, n, n], updated in place
-  const T* S;           // [batch, rank, n]
-  T* U;                 // [batch, rank, n], out: the rows P S^T
-  T* h;                 // [batch], out: mean of the diagonal of H, NaN where no update was made
-  T* power;             // [batch] or null, updated in place
-  double* health;       // [kHealthSlots] or null, updated in place
-  const T* projection;  // [rank, n] or null: S P, where the caller knows it
-  T* projected;         // [projected_rows, n] or null: X P in, X P_new less its diffusion out
-  int64_t batch, n, rank, projected_rows;
-  double forgetting, gain, decay, diffusion, initial_scale;
-  bool refuse;  // the caller knows the step to be void: leave P as it is
+  T* P;                   // [batch, n, n], updated in place
+  const T* S;             // [batch, rank, n]; of rank 0 where there is no summary: P stays
+  T* U;                   // [batch, rank, n] or null, out: the rows P S^T
+  T* h;                   // [batch], out: mean of the diagonal of H, NaN where nothing may move
+  T* power;               // [batch] or null, updated in place
+  double* health;         // [kHealthSlots] or null, updated in place
+  const bool* found_inf;  // [] or null: true where the step is void, which leaves P as it is
+  const T* projection;    // [rank, n] or null: S P, where the caller knows it; CPU only
+  T* projected;           // [projected_rows, n] or null: X P in, X P_new out; CPU only
+  const T* projected_x;   // [projected_rows, n or n - 1]: X, without its column of ones
+  int64_t batch, n, rank, projected_rows, projected_columns;
+  UpdateRule rule;
 };
 template <class T>
-void rls_update_cpu(const RlsUpdate<T>& args);
+void rls_update_cpu(const RlsUpdate<T>* layers, int64_t count);
 
 // Where the elements of one output row of a parameter lie: [C, kh, kw] by strides, or dense.
 struct RowLayout {
@@ -32,7 +35,7 @@ struct RowLayout {
   bool dense;
 };
 
-// Arguments of one weight update; `second_moment` selects the adaptive form.
+// The move of one layer's weight; `second_moment` selects the adaptive form.
 template <class T>
 struct WeightStep {
   void* weight;       // [rows, n] of the parameter's dtype, updated in place
@@ -45,13 +48,36 @@ struct WeightStep {
   const T* h;             // [groups] or null; a row whose h is not finite is left alone
   T* first_moment;        // [rows, n (+ 1)] or null
   T* second_moment;       // [rows] or null
+  const double* health;   // [kHealthSlots] or null: counts the steps in place of `step`
+  const float* rate;      // [] or null: multiplies lr
   RowLayout layout;
   int64_t rows, rows_per_group, n;
-  double lr, momentum, beta2, weight_decay, eps, correction1, correction2;
+  double lr, momentum, beta2, weight_decay, eps, step;
+  double gain;  // > 0: lr rises with the gain of an averaging update, lr gain / kappa_t
   bool divide_by_h;
 };
+// W is the dtype of the parameters, the same in all layers.
 template <class T, class W>
-void weight_step_cpu(const WeightStep<T>& args);
+void weight_step_cpu(const WeightStep<T>* layers, int64_t count);
+
+// What a step's place in the series makes of its rate, and the bias corrections of its moments.
+struct StepConstants {
+  double lr, correction1, correction2;
+};
+template <class T>
+RLS_HOST_DEVICE inline StepConstants step_constants(const WeightStep<T>& a) {
+  StepConstants c{a.lr * (a.rate ? double(*a.rate) : 1.0), 1, 1};
+  if (a.health && a.gain > 0) {
+    const double updates = updates_seen(a.health) - 1;  // before the update of this step
+    c.lr *= a.gain / gain_at(a.gain, true, updates > 0 ? updates : 0);
+  }
+  if (a.second_moment) {
+    const double step = a.health ? a.health[kSteps] : a.step;
+    c.correction1 = 1 - pow(a.momentum, step);
+    c.correction2 = 1 - pow(a.beta2, step);
+  }
+  return c;
+}
 
 // Whether delta^T [x, 1] is [grad, grad_bias], probed with one vector.
 template <class T>

@@ -28,7 +28,12 @@ STABLE_TORCH_LIBRARY(rlscuda, m) {
   m.def(
       "rls_update_(Tensor(a!) P, Tensor s, float forgetting, float gain, float decay, "
       "float diffusion, float initial_scale, Tensor(b!)? power, Tensor(c!)? health, "
-      "Tensor? found_inf, Tensor? projection, Tensor(d!)? projected) -> (Tensor, Tensor)");
+      "Tensor? found_inf) -> (Tensor, Tensor)");
+  m.def(
+      "foreach_rls_update_(Tensor(a!)[] P, Tensor[] s, Tensor(b!)[] power, Tensor(c!)[] health, "
+      "Tensor? found_inf, Tensor[] projection, Tensor(d!)[] projected, Tensor[] projected_x, "
+      "float forgetting, float gain, float decay, float diffusion, float drift, "
+      "float initial_scale, bool averaging) -> Tensor");
   m.def("factors_agree(Tensor grad, Tensor x, Tensor delta, Tensor? grad_bias) -> bool");
   m.def("nonfinite(Tensor[] tensors) -> Tensor");
   m.def(
@@ -40,6 +45,12 @@ STABLE_TORCH_LIBRARY(rlscuda, m) {
       "Tensor? bias_row, Tensor? grad_bias, Tensor? h, Tensor(d!) first_moment, Tensor(e!) "
       "second_moment, "
       "float lr, float beta1, float beta2, float weight_decay, float eps, int step) -> ()");
+  m.def(
+      "foreach_weight_step_(Tensor(a!)[] weight, Tensor(b!)[] bias, Tensor(c!)[] product, "
+      "Tensor[] grad, Tensor[] bias_row, Tensor[] grad_bias, Tensor h, int[] groups, "
+      "Tensor(d!)[] first_moment, Tensor(e!)[] second_moment, Tensor[] health, Tensor? rate, "
+      "float lr, float momentum, float beta2, float weight_decay, float eps, float gain, "
+      "bool divide_by_h) -> ()");
 #define PATCH_ARGS                                                              \
   "(Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, " \
   "int groups, str padding_mode, bool ones"
@@ -51,6 +62,8 @@ STABLE_TORCH_LIBRARY(rlscuda, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(rlscuda, CPU, m) {
   m.impl("rls_update_", TORCH_BOX(&rlscuda::rls_update_));
+  m.impl("foreach_rls_update_", TORCH_BOX(&rlscuda::foreach_rls_update_));
+  m.impl("foreach_weight_step_", TORCH_BOX(&rlscuda::foreach_weight_step_));
   m.impl("factors_agree", TORCH_BOX(&rlscuda::factors_agree));
   m.impl("nonfinite", TORCH_BOX(&rlscuda::nonfinite));
   m.impl("weight_step_", TORCH_BOX(&rlscuda::weight_step_));

@@ -16,9 +16,14 @@ std::tuple<Tensor, Tensor> rls_update_(Tensor P, const Tensor& S, double forgett
                                        double decay, double diffusion, double initial_scale,
                                        const std::optional<Tensor>& power,
                                        const std::optional<Tensor>& health,
-                                       const std::optional<Tensor>& found_inf,
-                                       const std::optional<Tensor>& projection,
-                                       std::optional<Tensor> projected);
+                                       const std::optional<Tensor>& found_inf);
+
+Tensor foreach_rls_update_(std::vector<Tensor> P, std::vector<Tensor> S, std::vector<Tensor> power,
+                           std::vector<Tensor> health, const std::optional<Tensor>& found_inf,
+                           std::vector<Tensor> projection, std::vector<Tensor> projected,
+                           std::vector<Tensor> projected_x, double forgetting, double gain,
+                           double decay, double diffusion, double drift, double initial_scale,
+                           bool averaging);
 
 bool factors_agree(const Tensor& grad, const Tensor& x, const Tensor& delta,
                    const std::optional<Tensor>& grad_bias);
@@ -35,6 +40,15 @@ void adaptive_weight_step_(Tensor weight, std::optional<Tensor> bias, Tensor pro
                            const std::optional<Tensor>& grad_bias, const std::optional<Tensor>& h,
                            Tensor first_moment, Tensor second_moment, double lr, double beta1,
                            double beta2, double weight_decay, double eps, int64_t step);
+
+void foreach_weight_step_(std::vector<Tensor> weight, std::vector<Tensor> bias,
+                          std::vector<Tensor> product, std::vector<Tensor> grad,
+                          std::vector<Tensor> bias_row, std::vector<Tensor> grad_bias,
+                          const Tensor& h, std::vector<int64_t> groups,
+                          std::vector<Tensor> first_moment, std::vector<Tensor> second_moment,
+                          std::vector<Tensor> health, const std::optional<Tensor>& rate, double lr,
+                          double momentum, double beta2, double weight_decay, double eps,
+                          double gain, bool divide_by_h);
 
 Tensor patch_mean(const Tensor& x, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
                   std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,

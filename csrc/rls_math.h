@@ -1,17 +1,19 @@
 // The scalar formulas of recursive least squares, shared by host and device, and the glossary.
 //
-//   n        fan-in: columns of the im2col matrix of a layer, + 1 for a bias
-//   c        outputs of the layer
-//   P        inverse autocorrelation matrix [n, n] of the layer's input, symmetric positive
-//   definite S        input summary [r, n]: the r rows by which a minibatch enters P U        P
-//   S^T, kept as rows [r, n]; for r = 1 the vector u of the papers H        lambda I + (kappa / r)
-//   S U^T [r, r]; for r = 1 the scalar h of the papers lambda   forgetting factor, (0, 1] kappa
-//   gain of a new observation, > 0 power    running mean of the squared input, by which a summary
-//   is normalised decay, diffusion   P <- decay P + diffusion I after the update: shrinkage towards
-//   P_0 or the
-//                      random-walk drift of a Kalman filter
+//   n         fan-in: columns of the im2col matrix of a layer, + 1 for a bias
+//   c         outputs of the layer
+//   P         inverse autocorrelation matrix [n, n] of the layer's input, symmetric and positive
+//             definite
+//   S         input summary [r, n]: the r rows by which a minibatch enters P
+//   U         P S^T, kept as rows [r, n]; for r = 1 the vector u of the papers
+//   H         lambda I + (kappa / r) S U^T [r, r]; for r = 1 the scalar h of the papers
+//   lambda    forgetting factor, (0, 1]
+//   kappa     gain of a new observation, > 0
+//   power     running mean of the squared input, by which a summary is normalised
+//   decay, diffusion   P <- decay P + diffusion I after the update: shrinkage towards P_0
+//   drift     delta of the random-walk drift of a Kalman filter: P <- (1 - kappa delta) P + kappa I
 //
-// One update (Sherman-Morrison-Woodbury of R <- lambda R + (kappa / r) S^T S, then decay,
+// One update (Sherman-Morrison-Woodbury of R <- lambda R + (kappa / r) S^T S, then decay and
 // diffusion):
 //   P <- (decay / lambda) (P - V^T V) + diffusion I,   V = sqrt(kappa / r) L^-1 U,   H = L L^T.
 // V_i V_j is the same number for (i, j) and (j, i), so P stays symmetric to the bit.
@@ -28,8 +30,46 @@
 
 namespace rlscuda {
 
-// The slots of a layer's health counters (float64, so that they count exactly).
-enum Health { kUpdates, kRefused, kResets, kLargestGain, kHealthSlots };
+// The slots of a layer's health counters (float64, so that they count exactly). Every group of a
+// convolution counts its own updates, refusals and resets; a step of the layer counts once.
+enum Health {
+  kUpdates,      // updates applied to a matrix
+  kRefused,      // updates refused for a non-finite summary or gradient
+  kResets,       // times that P was set back to its start
+  kLargestGain,  // largest h - lambda
+  kMissing,      // steps with a gradient but no summary
+  kSteps,        // steps of the layer that a non-finite gradient did not void
+  kHealthSlots
+};
+
+// The constants of the updates of a layer.
+struct UpdateRule {
+  double forgetting, gain, decay, diffusion, drift, initial_scale;
+  bool averaging;  // the gain starts as that of a plain average, 1 / (t + 1), and ends at `gain`
+};
+
+// kappa_t after `updates` earlier ones.
+RLS_HOST_DEVICE inline double gain_at(double gain, bool averaging, double updates) {
+  const double average = 1 / (updates + 1);
+  return averaging && average > gain ? average : gain;
+}
+
+// The rule of one update: the gain that its place in the series gives it, drift folded into decay
+// and diffusion.
+RLS_HOST_DEVICE inline UpdateRule rule_at(UpdateRule rule, double updates) {
+  rule.gain = gain_at(rule.gain, rule.averaging, updates);
+  if (rule.drift > 0) {
+    const double keep = 1 - rule.gain * rule.drift;
+    rule.decay *= keep;
+    rule.diffusion = rule.diffusion * keep + rule.gain;
+  }
+  return rule;
+}
+
+// Updates that a layer has seen: its steps, but for those without a summary.
+RLS_HOST_DEVICE inline double updates_seen(const double* health) {
+  return health ? health[kSteps] - health[kMissing] : 0;
+}
 
 // The in-place Cholesky factor of the symmetric [r, r] matrix H (lower triangle, row-major).
 // False where H is not positive definite or not finite.

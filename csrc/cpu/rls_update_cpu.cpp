@@ -3,8 +3,8 @@
 // Two passes over P, each multithreaded by rows and register-blocked (rls_kernels.h), so that P is
 // read twice and written once whatever the rank; the first pass falls away where the caller knows
 // S P. H [r, r] is formed and factored in float64. Rows that the caller has projected on the old P
-// are turned into those of the new one by the same two kernels: X P_new = scale (X P - A^T V),
-// A = sqrt(kappa / r) L^-1 (S P X^T).
+// are turned into those of the new one by the same two kernels: with A = sqrt(kappa / r) L^-1 (S P
+// X^T), X P_new = scale (X P - A^T V) + diffusion X.
 #include <algorithm>
 #include <limits>
 #include <vector>
@@ -62,6 +62,12 @@ ALWAYS_INLINE void substitute(const double* L, const T* U, T* V, int64_t n, int6
   }
 }
 
+// y += factor x.
+template <class T>
+ALWAYS_INLINE void axpy(T* __restrict y, const T* __restrict x, T factor, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) y[j] += factor * x[j];
+}
+
 }  // namespace
 
 #define RLS_UPDATE_CLONES(T)                                                                       \
@@ -74,6 +80,7 @@ ALWAYS_INLINE void substitute(const double* L, const T* U, T* V, int64_t n, int6
                                    double root) {                                                  \
     substitute(L, U, V, n, r, root);                                                               \
   }                                                                                                \
+  SIMD_CLONES void add_scaled(T* y, const T* x, T factor, int64_t n) { axpy(y, x, factor, n); }    \
   SIMD_CLONES void project_rows(Rows<const T> M, Rows<const T> S, Rows<T> U, int64_t n, int64_t r, \
                                 int64_t i0, int64_t i1) {                                          \
     project<T>(M, S, U, n, r, i0, i1);                                                             \
@@ -92,42 +99,59 @@ RLS_UPDATE_CLONES(double)
 
 namespace {
 
-// Rows X P of the old P, [rows, n], become those of the new one (without its diffusion).
+// Rows X P of the old P, [rows, n], become those of the new one.
 template <class T>
-void turn_projected(const RlsUpdate<T>& args, const double* L, const T* V, double root, T scale) {
+void turn_projected(const RlsUpdate<T>& args, const UpdateRule& rule, const double* L, const T* V,
+                    double root) {
   const int64_t n = args.n, r = args.rank, rows = args.projected_rows;
-  std::vector<T> A(r * rows);
+  const int64_t columns = args.projected_columns;
+  thread_local std::vector<T> A;
+  A.resize(r * rows);
   const Rows<T> projected{args.projected, n}, factor{A.data(), rows};
   const int64_t grain = 65536 / (n * r) + 4;
+  const T diffusion = T(rule.diffusion);
   parallel_for(0, rows, grain, [&](int64_t i0, int64_t i1) {
     project_rows(Rows<const T>{args.projected, n}, Rows<const T>{args.S, n}, factor, n, r, i0, i1);
   });
-  substitute_rows(L, A.data(), A.data(), rows, r, root);
+  substitute_rows(L, factor.data, factor.data, rows, r, root);
   parallel_for(0, rows, grain, [&](int64_t i0, int64_t i1) {
-    update_rows(projected, Rows<const T>{A.data(), rows}, Rows<const T>{V, n}, n, r, scale, i0, i1);
+    update_rows(projected, Rows<const T>{factor.data, rows}, Rows<const T>{V, n}, n, r,
+                T(rule.decay / rule.forgetting), i0, i1);
+    for (int64_t i = i0; i < i1; ++i) {
+      add_scaled(projected[i], args.projected_x + i * columns, diffusion, columns);
+      for (int64_t j = columns; j < n; ++j) projected[i][j] += diffusion;
+    }
   });
 }
 
 // The update of one matrix; b is its place in the batch.
 template <class T>
-void update_matrix(const RlsUpdate<T>& args, int64_t b, double* health) {
+void update_matrix(const RlsUpdate<T>& args, const UpdateRule& rule, int64_t b, double* health) {
   const int64_t n = args.n, r = args.rank;
   T* P = args.P + b * n * n;
   const T* S = args.S + b * r * n;
-  T* U = args.U + b * r * n;
+  thread_local std::vector<T> scratch;
+  scratch.resize(2 * r * n);
+  T* V = scratch.data();
+  T* U = args.U ? args.U + b * r * n : V + r * n;
   args.h[b] = std::numeric_limits<T>::quiet_NaN();
 
-  const double square = dot_rows(S, S, r * n);
-  if (args.refuse || !std::isfinite(square)) {
+  const bool refuse = args.found_inf && *args.found_inf;
+  const double square = refuse ? 0 : dot_rows(S, S, r * n);
+  if (refuse || !std::isfinite(square)) {
     std::fill_n(U, r * n, T(0));
     health[kRefused] += 1;
     return;
   }
+  if (r == 0) {
+    args.h[b] = T(rule.forgetting);
+    return;
+  }
 
-  double gain = args.gain / double(r);
+  double gain = rule.gain / double(r);
   if (args.power) {
     const double seen = square / double(r * n), before = args.power[b];
-    const double power = before > 0 ? (1 - args.gain) * before + args.gain * seen : seen;
+    const double power = before > 0 ? (1 - rule.gain) * before + rule.gain * seen : seen;
     args.power[b] = T(power);
     gain = power > 0 ? gain / power : 0;
   }
@@ -144,51 +168,65 @@ void update_matrix(const RlsUpdate<T>& args, int64_t b, double* health) {
     });
   }
 
-  std::vector<double> H(r * r);
-  gram_rows(S, U, H.data(), n, r, gain, args.forgetting);
+  thread_local std::vector<double> H;
+  H.resize(r * r);
+  gram_rows(S, U, H.data(), n, r, gain, rule.forgetting);
   double trace = 0;
   for (int64_t k = 0; k < r; ++k) trace += H[k * r + k];
   if (!cholesky(H.data(), r)) {
     std::fill_n(P, n * n, T(0));
-    for (int64_t i = 0; i < n; ++i) P[i * n + i] = T(args.initial_scale);
+    for (int64_t i = 0; i < n; ++i) P[i * n + i] = T(rule.initial_scale);
     health[kResets] += 1;
     return;
   }
   args.h[b] = T(trace / double(r));
   health[kUpdates] += 1;
-  health[kLargestGain] = std::max(health[kLargestGain], trace / double(r) - args.forgetting);
+  health[kLargestGain] = std::max(health[kLargestGain], trace / double(r) - rule.forgetting);
 
-  thread_local std::vector<T> V;
-  V.resize(r * n);
   const double root = std::sqrt(gain);
-  substitute_rows(H.data(), U, V.data(), n, r, root);
-  const T scale = T(args.decay / args.forgetting), diffusion = T(args.diffusion);
-  const Rows<const T> factor{V.data(), n};
+  substitute_rows(H.data(), U, V, n, r, root);
+  const T scale = T(rule.decay / rule.forgetting), diffusion = T(rule.diffusion);
+  const Rows<const T> factor{V, n};
   parallel_for(0, n, grain, [&](int64_t i0, int64_t i1) {
     update_rows(Rows<T>{P, n}, factor, factor, n, r, scale, i0, i1);
     for (int64_t i = i0; i < i1; ++i) P[i * n + i] += diffusion;
   });
-  if (args.projected) turn_projected(args, H.data(), V.data(), root, scale);
+  if (args.projected) turn_projected(args, rule, H.data(), V, root);
+}
+
+// The matrices of one layer, shared among the threads where each is small.
+template <class T>
+void update_layer(const RlsUpdate<T>& args) {
+  const UpdateRule rule = rule_at(args.rule, updates_seen(args.health));
+  if (args.batch == 1) {
+    double unread[kHealthSlots] = {};
+    update_matrix(args, rule, 0, args.health ? args.health : unread);
+  } else {
+    std::vector<double> counts(args.batch * kHealthSlots, 0.0);
+    const int64_t work = args.n * args.n * args.rank;
+    parallel_for(0, args.batch, 65536 / (work + 1) + 1, [&](int64_t b0, int64_t b1) {
+      for (int64_t b = b0; b < b1; ++b)
+        update_matrix(args, rule, b, counts.data() + b * kHealthSlots);
+    });
+    for (int64_t b = 0; args.health && b < args.batch; ++b) {
+      const double* one = counts.data() + b * kHealthSlots;
+      for (int slot : {kUpdates, kRefused, kResets}) args.health[slot] += one[slot];
+      args.health[kLargestGain] = std::max(args.health[kLargestGain], one[kLargestGain]);
+    }
+  }
+  if (!args.health || (args.found_inf && *args.found_inf)) return;
+  args.health[kSteps] += 1;
+  if (args.rank == 0) args.health[kMissing] += 1;
 }
 
 }  // namespace
 
 template <class T>
-void rls_update_cpu(const RlsUpdate<T>& args) {
-  std::vector<double> health(args.batch * kHealthSlots, 0.0);
-  const int64_t work = args.n * args.n * args.rank;
-  parallel_for(0, args.batch, 65536 / (work + 1) + 1, [&](int64_t b0, int64_t b1) {
-    for (int64_t b = b0; b < b1; ++b) update_matrix(args, b, health.data() + b * kHealthSlots);
-  });
-  if (!args.health) return;
-  for (int64_t b = 0; b < args.batch; ++b) {
-    const double* one = health.data() + b * kHealthSlots;
-    for (int slot : {kUpdates, kRefused, kResets}) args.health[slot] += one[slot];
-    args.health[kLargestGain] = std::max(args.health[kLargestGain], one[kLargestGain]);
-  }
+void rls_update_cpu(const RlsUpdate<T>* layers, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) update_layer(layers[i]);
 }
 
-template void rls_update_cpu<float>(const RlsUpdate<float>&);
-template void rls_update_cpu<double>(const RlsUpdate<double>&);
+template void rls_update_cpu<float>(const RlsUpdate<float>*, int64_t);
+template void rls_update_cpu<double>(const RlsUpdate<double>*, int64_t);
 
 }  // namespace rlscuda

@@ -32,8 +32,9 @@ ALWAYS_INLINE void for_each_weight(const RowLayout& layout, W* weight, int64_t i
 }
 
 template <class T, class W>
-ALWAYS_INLINE void move_row(const WeightStep<T>& a, int64_t i, const T* direction, T rate) {
-  const T keep = T(1 - a.lr * a.weight_decay);
+ALWAYS_INLINE void move_row(const WeightStep<T>& a, const StepConstants& c, int64_t i,
+                            const T* direction, T rate) {
+  const T keep = T(1 - c.lr * a.weight_decay);
   for_each_weight(a.layout, static_cast<W*>(a.weight), i, a.n, [&](W& w, int64_t j) {
     w = to_storage<W>(keep * to_compute<T>(w) - rate * direction[j]);
   });
@@ -53,7 +54,8 @@ ALWAYS_INLINE void complete_row(const WeightStep<T>& a, int64_t i, T* row, int64
 }
 
 template <class T, class W>
-ALWAYS_INLINE void linear_rows(const WeightStep<T>& a, int64_t i0, int64_t i1) {
+ALWAYS_INLINE void linear_rows(const WeightStep<T>& a, const StepConstants& c, int64_t i0,
+                               int64_t i1) {
   const int64_t columns = a.n + (a.bias != nullptr);
   for (int64_t i = i0; i < i1; ++i) {
     const T h = a.h ? a.h[i / a.rows_per_group] : T(1);
@@ -65,15 +67,16 @@ ALWAYS_INLINE void linear_rows(const WeightStep<T>& a, int64_t i0, int64_t i1) {
       T* __restrict moment = a.first_moment + i * columns;
       const T alpha = T(a.momentum);
       for (int64_t j = 0; j < columns; ++j) moment[j] = alpha * moment[j] + scale * row[j];
-      move_row<T, W>(a, i, moment, T(a.lr));
+      move_row<T, W>(a, c, i, moment, T(c.lr));
     } else {
-      move_row<T, W>(a, i, row, T(a.lr) * scale);
+      move_row<T, W>(a, c, i, row, T(c.lr) * scale);
     }
   }
 }
 
 template <class T, class W>
-ALWAYS_INLINE void adaptive_rows(const WeightStep<T>& a, int64_t i0, int64_t i1) {
+ALWAYS_INLINE void adaptive_rows(const WeightStep<T>& a, const StepConstants& c, int64_t i0,
+                                 int64_t i1) {
   constexpr int L = kLanes<T>;
   const int64_t columns = a.n + (a.bias != nullptr);
   for (int64_t i = i0; i < i1; ++i) {
@@ -91,23 +94,25 @@ ALWAYS_INLINE void adaptive_rows(const WeightStep<T>& a, int64_t i0, int64_t i1)
 
     T& second = a.second_moment[i];
     second = T(a.beta2) * second + T(1 - a.beta2) * norm;
-    const T root = std::sqrt(std::max(second, T(0)) / T(a.correction2)) + T(a.eps);
+    const T root = std::sqrt(std::max(second, T(0)) / T(c.correction2)) + T(a.eps);
 
     T* __restrict moment = a.first_moment + i * columns;
     const T beta1 = T(a.momentum), rest = T(1 - a.momentum);
     for (j = 0; j < columns; ++j) moment[j] = beta1 * moment[j] + rest * row[j];
-    move_row<T, W>(a, i, moment, T(a.lr / a.correction1) / root);
+    move_row<T, W>(a, c, i, moment, T(c.lr / c.correction1) / root);
   }
 }
 
 }  // namespace
 
 #define WEIGHT_STEP_ROWS(T, W)                                                                    \
-  SIMD_CLONES void linear_step_rows(const WeightStep<T>& a, int64_t i0, int64_t i1, const W*) {   \
-    linear_rows<T, W>(a, i0, i1);                                                                 \
+  SIMD_CLONES void linear_step_rows(const WeightStep<T>& a, const StepConstants& c, int64_t i0,   \
+                                    int64_t i1, const W*) {                                       \
+    linear_rows<T, W>(a, c, i0, i1);                                                              \
   }                                                                                               \
-  SIMD_CLONES void adaptive_step_rows(const WeightStep<T>& a, int64_t i0, int64_t i1, const W*) { \
-    adaptive_rows<T, W>(a, i0, i1);                                                               \
+  SIMD_CLONES void adaptive_step_rows(const WeightStep<T>& a, const StepConstants& c, int64_t i0, \
+                                      int64_t i1, const W*) {                                     \
+    adaptive_rows<T, W>(a, c, i0, i1);                                                            \
   }
 WEIGHT_STEP_ROWS(float, float)
 WEIGHT_STEP_ROWS(float, BFloat16)
@@ -119,23 +124,27 @@ WEIGHT_STEP_ROWS(double, Half)
 #undef WEIGHT_STEP_ROWS
 
 template <class T, class W>
-void weight_step_cpu(const WeightStep<T>& args) {
-  const int64_t grain = std::max<int64_t>(1, 16384 / (args.n + 1));
-  parallel_for(0, args.rows, grain, [&](int64_t i0, int64_t i1) {
-    if (args.second_moment) {
-      adaptive_step_rows(args, i0, i1, static_cast<const W*>(nullptr));
-    } else {
-      linear_step_rows(args, i0, i1, static_cast<const W*>(nullptr));
-    }
-  });
+void weight_step_cpu(const WeightStep<T>* layers, int64_t count) {
+  for (int64_t l = 0; l < count; ++l) {
+    const WeightStep<T>& a = layers[l];
+    const StepConstants c = step_constants(a);
+    const int64_t grain = std::max<int64_t>(1, 16384 / (a.n + 1));
+    parallel_for(0, a.rows, grain, [&](int64_t i0, int64_t i1) {
+      if (a.second_moment) {
+        adaptive_step_rows(a, c, i0, i1, static_cast<const W*>(nullptr));
+      } else {
+        linear_step_rows(a, c, i0, i1, static_cast<const W*>(nullptr));
+      }
+    });
+  }
 }
 
-template void weight_step_cpu<float, float>(const WeightStep<float>&);
-template void weight_step_cpu<float, BFloat16>(const WeightStep<float>&);
-template void weight_step_cpu<float, Half>(const WeightStep<float>&);
-template void weight_step_cpu<double, double>(const WeightStep<double>&);
-template void weight_step_cpu<double, float>(const WeightStep<double>&);
-template void weight_step_cpu<double, BFloat16>(const WeightStep<double>&);
-template void weight_step_cpu<double, Half>(const WeightStep<double>&);
+template void weight_step_cpu<float, float>(const WeightStep<float>*, int64_t);
+template void weight_step_cpu<float, BFloat16>(const WeightStep<float>*, int64_t);
+template void weight_step_cpu<float, Half>(const WeightStep<float>*, int64_t);
+template void weight_step_cpu<double, double>(const WeightStep<double>*, int64_t);
+template void weight_step_cpu<double, float>(const WeightStep<double>*, int64_t);
+template void weight_step_cpu<double, BFloat16>(const WeightStep<double>*, int64_t);
+template void weight_step_cpu<double, Half>(const WeightStep<double>*, int64_t);
 
 }  // namespace rlscuda
