@@ -1,4 +1,6 @@
 // rls_update_ and foreach_rls_update_: checks, dtype dispatch, launch.
+#include <cmath>
+
 #include "checks.h"
 #include "kernels.h"
 #include "ops.h"
@@ -10,7 +12,13 @@ namespace {
 void check_rule(const UpdateRule& rule) {
   RLS_CHECK(rule.forgetting > 0 && rule.forgetting <= 1, "forgetting must be in (0, 1], got ",
             rule.forgetting);
-  RLS_CHECK(rule.gain > 0, "gain must be > 0, got ", rule.gain);
+  const auto finite = [](double value, double least) { return value >= least && value < INFINITY; };
+  RLS_CHECK(rule.gain > 0 && finite(rule.gain, 0), "gain must be > 0, got ", rule.gain);
+  RLS_CHECK(finite(rule.decay, 0), "decay must be >= 0, got ", rule.decay);
+  RLS_CHECK(finite(rule.diffusion, 0), "diffusion must be >= 0, got ", rule.diffusion);
+  RLS_CHECK(finite(rule.drift, 0), "drift must be >= 0, got ", rule.drift);
+  RLS_CHECK(rule.initial_scale > 0 && finite(rule.initial_scale, 0),
+            "initial_scale must be > 0, got ", rule.initial_scale);
 }
 
 const bool* found_inf_pointer(const std::optional<Tensor>& found_inf) {

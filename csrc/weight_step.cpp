@@ -20,8 +20,9 @@ RowLayout row_layout(const Tensor& weight) {
 }
 
 template <class T>
-void set_groups(WeightStep<T>& args, int64_t rows, int64_t groups) {
-  RLS_CHECK(groups > 0 && rows % groups == 0, groups, " groups do not divide ", rows, " rows");
+void set_groups(WeightStep<T>& args, const char* name, int64_t rows, int64_t groups) {
+  RLS_CHECK(groups > 0 && rows % groups == 0, name, " has ", groups,
+            " groups, which do not divide ", rows, " rows");
   args.rows_per_group = rows / groups;
 }
 
@@ -58,7 +59,7 @@ WeightStep<T> common_args(const Tensor& weight, const Tensor* bias, const Tensor
     check_same_dtype("bias_row", *bias_row, "product", product);
     args.bias_row = static_cast<const T*>(bias_row->const_data_ptr());
     args.bias_row_stride = groups > 1 ? bias_row->stride(0) : 0;
-    set_groups(args, rows, groups);
+    set_groups(args, "bias_row", rows, groups);
   }
   args.weight = weight.mutable_data_ptr();
   args.bias = bias ? bias->mutable_data_ptr() : nullptr;
@@ -80,7 +81,7 @@ template <class T>
 void set_h(WeightStep<T>& args, const std::optional<Tensor>& h, const Tensor& product) {
   if (!h) return;
   args.h = h_pointer<T>(*h, product);
-  set_groups(args, args.rows, h->numel());
+  set_groups(args, "h", args.rows, h->numel());
 }
 
 template <class T>
@@ -203,7 +204,7 @@ void foreach_weight_step_(std::vector<Tensor> weight, std::vector<Tensor> bias,
       check_same_dtype("every product", product[i], "the first", product[0]);
       auto args = common_args<T>(weight[i], given(bias[i]), product[i], given(bias_row[i]),
                                  given(grad_bias[i]));
-      set_groups(args, args.rows, groups[i]);
+      set_groups(args, "h", args.rows, groups[i]);
       args.h = next_h;
       next_h += groups[i];
       h_left -= groups[i];

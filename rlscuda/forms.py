@@ -1,4 +1,4 @@
-"""The three forms of the RLS rule: their constants, their validation and one layer's step.
+"""The three forms of the RLS rule: their constants and their validation.
 
 paper     W <- W - (lr / h) G P_old    (Zhang et al. 2021, Yu et al. 2022), with momentum
 natural   W <- W - lr G P_new          likewise
@@ -15,12 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlscuda.layers import SUMMARIES, Layer
-from rlscuda.staging import Factors, Summary
-
-_rls_update = torch.ops.rlscuda.rls_update_.default
-_weight_step = torch.ops.rlscuda.weight_step_.default
-_adaptive_weight_step = torch.ops.rlscuda.adaptive_weight_step_.default
+from rlscuda.layers import SUMMARIES
 
 FORMS: dict[str, dict[str, Any]] = {
     "adaptive": {
@@ -91,144 +86,8 @@ def resolve_options(given: dict[str, Any]) -> dict[str, Any]:
     _require(0 <= _real(o["shrinkage"]) <= 1, "shrinkage", "in [0, 1]", o["shrinkage"])
     if o["drift"] is not None:
         _require(_real(o["drift"]) >= 0, "drift", "None or >= 0", o["drift"])
-        most = 1 / gain_at(o, 0)  # P keeps the part 1 - gain * drift of itself
+        # P keeps the part 1 - gain * drift of itself; the adaptive form's first gain is 1
+        most = 1.0 if form == "adaptive" else 1 / o["gain"]
         _require(o["drift"] <= most, "drift", f"at most {most:g}, or P could turn negative",
                  o["drift"])  # fmt: skip
     return o
-
-
-def gain_at(group: dict[str, Any], updates: int) -> float:
-    """kappa_t: the adaptive form starts as a plain average, 1/(t+1), and ends at `gain`."""
-    if group["form"] != "adaptive":
-        return group["gain"]
-    return max(group["gain"], 1 / (updates + 1))
-
-
-def update_matrix(
-    group: dict[str, Any],
-    state: dict[str, Any],
-    S: Tensor,
-    gain: float,
-    found_inf: Tensor | None,
-    projection: Tensor | None = None,
-    projected: Tensor | None = None,
-) -> Tensor:
-    """The rank-r update of `P` in place; returns h, NaN where the update was refused.
-
-    `projected` are rows X P, turned into rows of the new `P` but for its diffusion.
-    """
-    decay, diffusion = decay_and_diffusion(group, gain)
-    _, h = _rls_update(
-        state["P"], S, group["forgetting"], gain, decay, diffusion, group["initial_scale"],
-        state.get("power"), state["health"], found_inf, projection, projected,
-    )  # fmt: skip
-    return h
-
-
-def decay_and_diffusion(group: dict[str, Any], gain: float) -> tuple[float, float]:
-    """P <- decay P + diffusion I after each update: shrinkage towards the start, then drift."""
-    decay, diffusion = 1 - group["shrinkage"], group["shrinkage"] * group["initial_scale"]
-    if group["drift"]:
-        keep = 1 - gain * group["drift"]
-        decay, diffusion = decay * keep, diffusion * keep + gain
-    return decay, diffusion
-
-
-def product(layer: Layer, P: Tensor, G: Tensor, out: Tensor) -> Tensor | None:
-    """Writes G P into `out` [c, n], without a bias' part.
-
-    Returns:
-        The row of `P` [n] or [groups, n] that the bias' part takes, for the weight step to add.
-    """
-    n = layer.columns
-    if layer.groups == 1:
-        torch.mm(G, P[:n], out=out)
-    else:
-        split = (layer.groups, G.shape[0] // layer.groups)
-        torch.bmm(G.view(*split, n), P[:, :n], out=out.view(*split, layer.fan_in))
-    return P[..., n, :] if layer.bias else None
-
-
-def factored_step(
-    layer: Layer,
-    group: dict[str, Any],
-    state: dict[str, Any],
-    summary: Summary,
-    factors: Factors,
-    gain: float,
-    out: Tensor,
-) -> Tensor:
-    """Update of `P` and product through the factors of the gradient: (X P)^T delta.
-
-    X P, which the product needs, also holds what the update needs where the summary is the mean of
-    the rows X; and it is turned from the old P to the new one by the thin factors of the update.
-
-    Returns:
-        h of the update; `out` [c, n] is complete, bias included.
-    """
-    P, n, X = state["P"], layer.columns, factors.x
-    projected = P.new_empty(len(X), layer.fan_in)  # given as out=, which autocast leaves alone
-    if layer.bias:
-        torch.addmm(P[n], X, P[:n], out=projected)
-    else:
-        torch.mm(X, P, out=projected)
-    projection = None
-    if group["summary"] == "mean" and group["rank"] == 1:
-        projection = projected.mean(0, keepdim=True)
-    S = summary.rows[0]
-    if group["form"] == "paper":
-        h = update_matrix(group, state, S, gain, None, projection)
-    else:
-        h = update_matrix(group, state, S, gain, None, projection, projected)
-        _, diffusion = decay_and_diffusion(group, gain)
-        projected[:, :n].add_(X, alpha=diffusion)
-        if layer.bias:
-            projected[:, n].add_(diffusion)
-    torch.mm(factors.delta.t(), projected, out=out)
-    return h
-
-
-def may_factor(layer: Layer, x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the factored product (P X^T) delta is possible and takes fewer operations than G P.
-
-    That is N (n + c) < n c for N input rows, asked for with a margin that pays for the probe.
-    """
-    if layer.weight.dim() != 2 or layer.shared or not x.dtype == layer.weight.dtype == dtype:
-        return False
-    outputs, n = layer.weight.shape
-    return 2 * (x.numel() // n) * (n + outputs) < n * outputs
-
-
-def move_weight(
-    layer: Layer,
-    group: dict[str, Any],
-    state: dict[str, Any],
-    G: Tensor,
-    product: Tensor,
-    bias_row: Tensor | None,
-    h: Tensor | None,
-    gain: float,
-) -> None:
-    """Everything of the weight update that follows the product, in one fused pass."""
-    bias: Tensor | None = layer.bias_parameter if layer.bias else None
-    grad_bias, weight = None, layer.weight
-    if bias is not None:
-        frozen = bias.grad is None
-        grad_bias = torch.zeros_like(bias) if frozen else bias.grad
-        bias = bias.clone() if frozen else bias
-    lr, decay = float(group["lr"]), group["weight_decay"]
-    if group["form"] == "adaptive":
-        # P is still far from the input's statistics while its gain is large: warm up with it
-        _adaptive_weight_step(
-            weight, bias, product, G, bias_row, grad_bias, h, state["first_moment"],
-            state["second_moment"], lr * group["gain"] / gain, group["momentum"], group["beta2"],
-            decay, group["eps"], state["step"],
-        )  # fmt: skip
-    else:
-        buffer = state.get("momentum_buffer")
-        if buffer is None and group["momentum"]:  # a scheduler turned momentum on
-            buffer = state["momentum_buffer"] = torch.zeros_like(product)
-        _weight_step(
-            weight, bias, product, bias_row, grad_bias, h, buffer, lr, group["momentum"], decay,
-            group["form"] == "paper",
-        )  # fmt: skip

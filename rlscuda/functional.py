@@ -66,8 +66,6 @@ def rls_update_(
     power: Tensor | None = None,
     health: Tensor | None = None,
     found_inf: Tensor | None = None,
-    projection: Tensor | None = None,
-    projected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Updates inverse autocorrelation matrices in place by r rows, bit-symmetrically.
 
@@ -90,11 +88,8 @@ def rls_update_(
         initial_scale: Diagonal of the matrix after a reset.
         power: [b] running mean of the squared input; updated with `gain`, and the rows then count
             as divided by its square root.
-        health: float64 counters [4]: updates, refused, resets, largest h - forgetting.
+        health: float64 counters [6], see `LayerHealth`.
         found_inf: One bool; where it is true, the update is refused.
-        projection: S P [r, n], where it is known already; for one matrix.
-        projected: Rows X P [N, n], in place: they become X (P_new - diffusion I), except where
-            the update is refused or `P` reset; for one matrix.
 
     Returns:
         `u`, of the shape of `s`, the rows P s before the update, and `h`, [] or [b], the mean of
@@ -114,39 +109,20 @@ def rls_update_(
                 [-0.7273,  0.5455]])
     """
     options = (forgetting, gain, decay, diffusion, initial_scale)
-    if not _update_fits(P, s, *options):
+    try:
+        if s.requires_grad or not s.is_contiguous():
+            s = s.detach().contiguous()
+        _check(s.device == P.device, "s must be on the device of P")  # a fake kernel takes any
+        result = _rls_update(P, s, *options, power, health, found_inf)
+    except Exception:
         _explain_update(P, s, *options)
-    if s.requires_grad or not s.is_contiguous():
-        s = s.detach().contiguous()
-    result = _rls_update(P, s, *options, power, health, found_inf, projection, projected)
+        raise
     _changed(P, power, health)
     return result
 
 
-def _update_fits(P, s, forgetting, gain, decay, diffusion, initial_scale) -> bool:
-    """The checks of `rls_update_` in one expression, without the words for what may be wrong."""
-    return (
-        isinstance(P, Tensor)
-        and isinstance(s, Tensor)
-        and P.dim() in (2, 3)
-        and P.shape[-1] == P.shape[-2]
-        and (s.dim() == 3 and s.shape[0] == P.shape[0] if P.dim() == 3 else s.dim() in (1, 2))
-        and s.shape[-1] == P.shape[-1]
-        and (s.dim() == 1 or s.shape[-2] > 0)
-        and P.dtype in _MATRIX_DTYPES
-        and s.dtype == P.dtype
-        and s.device == P.device
-        and P.is_contiguous()
-        and 0 < forgetting <= 1
-        and 0 < gain < math.inf
-        and 0 <= decay < math.inf
-        and 0 <= diffusion < math.inf
-        and 0 < initial_scale < math.inf
-    )
-
-
 def _explain_update(P, s, forgetting, gain, decay, diffusion, initial_scale) -> None:
-    """Raises what `_update_fits` found wrong."""
+    """Says what is wrong with the arguments of an update that the operator has refused."""
     _check_tensor("P", P)
     _check_tensor("s", s)
     shape, rows = list(P.shape), list(s.shape)
@@ -309,9 +285,13 @@ def adaptive_weight_step_(
 
 
 @torch.library.register_fake("rlscuda::rls_update_")
-def _(P, s, forgetting, gain, decay, diffusion, initial_scale, power, health, found_inf,
-      projection, projected):  # fmt: skip
+def _(P, s, forgetting, gain, decay, diffusion, initial_scale, power, health, found_inf):
     return torch.empty_like(s), P.new_empty(P.shape[:-2])
+
+
+@torch.library.register_fake("rlscuda::foreach_rls_update_")
+def _(P, s, *rest):
+    return P[0].new_empty(sum(p.shape[0] if p.dim() == 3 else 1 for p in P))
 
 
 @torch.library.register_fake("rlscuda::nonfinite")

@@ -22,13 +22,14 @@ from rlscuda.staging import (
     ForwardHook,
     Stage,
     in_backward,
+    may_factor,
     remove_all,
     summarisable,
     summarise,
 )
 from rlscuda.state import guarded_load, initial_state
+from rlscuda.stepping import Move, Workspace, step_layers
 
-_nonfinite = torch.ops.rlscuda.nonfinite.default
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that layers and steps do not share seeds
 _OVERSHOOT = (
     "one input row a step and lr {lr} above twice the gain {gain}: the step can go beyond the "
@@ -172,7 +173,7 @@ class RLSOptimizer(Optimizer):
 
     def _attach(self) -> None:
         """What a new object needs besides its saved parts: hooks, that end with it, and buffers."""
-        self._workspace: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._workspace: Workspace = {}
         observed = [match for match in self._matches if match.layer is not None]
         handles = [
             match.module.register_forward_hook(
@@ -202,7 +203,7 @@ class RLSOptimizer(Optimizer):
             layer, images, group["summary"], group["rank"], seed & (2**63 - 1), offset
         )
         rows, version, counted = None, 0, 0
-        if forms.may_factor(layer, x, state_dtype(weight, group["dtype"])):
+        if may_factor(layer, x, state_dtype(weight, group["dtype"])):
             rows = x.reshape(-1, x.shape[-1]).contiguous()
             version = rows._version
 
@@ -243,17 +244,22 @@ class RLSOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._fallback.prepare(self.param_groups, self._covered(), self.state)
-        moved: list[Tensor] = []
+        moves = []
         for weight, layer in self._layers.items():
+            stage = self._stages[weight]
             if weight.grad is not None:
-                group, stage = self._group_of[weight], self._stages[weight]
+                group = self._group_of[weight]
                 if not self._warned and stage.overshoots(group):
                     self._warned = True
                     warnings.warn(_OVERSHOOT.format(**group), stacklevel=4)
-                self._step_layer(layer, weight.grad, group, stage)
-                moved += layer.parameters()
-            self._stages[weight].clear()
-        torch.autograd.graph.increment_version(moved)  # a graph that needs the old ones notices
+                state = self._ensure_state(layer, group)
+                state["step"] += 1
+                moves.append(Move(layer, group, state, stage.summary, stage.factors))
+            stage.clear()
+        if moves:
+            step_layers(moves, self._workspace)
+        # a graph that needs the old values notices
+        torch.autograd.graph.increment_version([p for m in moves for p in m.layer.parameters()])
         self._fallback.step(self.param_groups, self.state)
         return loss
 
@@ -265,48 +271,6 @@ class RLSOptimizer(Optimizer):
             for p in layer.parameters()
             if p is weight or weight.grad is not None or p.grad is None
         }
-
-    def _step_layer(self, layer: Layer, G: Tensor, group: dict[str, Any], stage: Stage) -> None:
-        weight, state = layer.weight, self._ensure_state(layer, group)
-        P, gain = state["P"], forms.gain_at(group, state["updates"])
-        state["step"] += 1
-        G = G if G.dim() == 2 else G.reshape(G.shape[0], -1)
-        if G.dtype != P.dtype or not G.is_contiguous():
-            G = G.to(P.dtype).contiguous()
-        D = self._scratch(P, weight.shape[0] * layer.fan_in).view(-1, layer.fan_in)
-        gradients = [p.grad for p in layer.parameters() if p.grad is not None]
-
-        bias_row, summary, factors = None, stage.summary, stage.factors
-        if summary is not None and factors is not None and factors.agree(layer, G):
-            h = forms.factored_step(layer, group, state, summary, factors, gain, D)
-            state["updates"] += 1
-        elif group["form"] == "paper":  # along the old P, divided by the h of its update
-            bias_row = forms.product(layer, P, G, D)
-            bias_row = bias_row if bias_row is None else bias_row.clone()
-            h = self._update_matrix(layer, group, state, stage, gain, _nonfinite(gradients))
-        else:
-            h = self._update_matrix(layer, group, state, stage, gain, _nonfinite(gradients))
-            bias_row = forms.product(layer, P, G, D)
-        forms.move_weight(layer, group, state, G, D, bias_row, h, gain)
-
-    def _update_matrix(self, layer, group, state, stage, gain, found_inf) -> Tensor:
-        """Updates `P` with what is staged; returns h, NaN where the layer must not move."""
-        P = state["P"]
-        if stage.summary is None:
-            state["missing"] += 1
-            nan = P.new_full((), float("nan"))
-            return torch.where(found_inf, nan, nan.new_full((), group["forgetting"]))
-        state["updates"] += 1
-        rows = stage.summary.rows.to(P.dtype)
-        rows = rows if layer.groups > 1 else rows[0]
-        return forms.update_matrix(group, state, rows, gain, found_inf)
-
-    def _scratch(self, P: Tensor, numel: int) -> Tensor:
-        """A buffer for one product, reused by all layers."""
-        buffer = self._workspace.get((P.dtype, P.device))
-        if buffer is None or buffer.numel() < numel:
-            buffer = self._workspace[P.dtype, P.device] = P.new_empty(numel)
-        return buffer[:numel]
 
     def _ensure_state(self, layer: Layer, group: dict[str, Any]) -> dict[str, Any]:
         state = self.state[layer.weight]
@@ -359,7 +323,7 @@ class RLSOptimizer(Optimizer):
     def health(self) -> Health:
         """The health of every `P`; reads counters from the device, so it waits for it."""
         return Health(
-            (layer.name, health_of(state["P"], state["health"], state["missing"]))
+            (layer.name, health_of(state["P"], state["health"]))
             for layer, state in ((la, self.state.get(w)) for w, la in self._layers.items())
             if state
         )

@@ -135,10 +135,10 @@ class Health(dict):
         return "\n".join(lines)
 
 
-def health_of(P: Tensor, counters: Tensor, missing: int) -> LayerHealth:
+def health_of(P: Tensor, counters: Tensor) -> LayerHealth:
     """Reads the device's counters; the only place that waits for them."""
-    updates, refused, resets, largest = counters.tolist()
+    updates, refused, resets, largest, missing, _ = counters.tolist()
     trace = torch.diagonal(P, dim1=-2, dim2=-1).sum()
     asymmetry = (P - P.mT).abs().max()
-    return LayerHealth(int(updates), int(refused), int(resets), missing, largest,
+    return LayerHealth(int(updates), int(refused), int(resets), int(missing), largest,
                        float(trace), float(asymmetry))  # fmt: skip

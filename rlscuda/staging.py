@@ -123,6 +123,19 @@ class Factors:
         return _ops.factors_agree.default(grad, self.x, self.delta.contiguous(), grad_bias)
 
 
+def may_factor(layer: Layer, x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the factored product (P X^T) delta is possible and takes fewer operations than G P.
+
+    That is N (n + c) < n c for N input rows, asked for with a margin that pays for the probe.
+    """
+    if x.device.type != "cpu" or layer.weight.dim() != 2 or layer.shared:
+        return False  # elsewhere the probe of the factors would have to be waited for
+    if not x.dtype == layer.weight.dtype == dtype:
+        return False
+    outputs, n = layer.weight.shape
+    return 2 * (x.numel() // n) * (n + outputs) < n * outputs
+
+
 class Stage:
     """What one layer has staged for the next step.
 

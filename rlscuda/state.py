@@ -15,7 +15,6 @@ from rlscuda.fallback import IN_P
 from rlscuda.forms import OPTIONS
 from rlscuda.layers import Layer, state_dtype
 
-_COUNTERS = ("step", "updates", "missing")
 _DTYPES = (torch.float32, torch.float64)
 
 
@@ -33,11 +32,11 @@ def _shapes(layer: Layer, form: str) -> dict[str, tuple[int, ...]]:
 def initial_state(layer: Layer, group: dict[str, Any]) -> dict[str, Any]:
     """A layer's entries before its first step.
 
-    `P` [n, n] or [groups, n, n]; `step`, `updates` and `missing` count on the host; `health` are
-    the counters that kernels keep; `power` [groups] and moments where the form has them.
+    `P` [n, n] or [groups, n, n]; `step` counts on the host, for the random draws; `health` are the
+    counters that the kernels keep and follow; `power` [groups] and moments where the form has them.
     """
     device, dtype = layer.weight.device, state_dtype(layer.weight, group["dtype"])
-    state: dict[str, Any] = dict.fromkeys(_COUNTERS, 0)
+    state: dict[str, Any] = {"step": 0}
     for name, shape in _shapes(layer, group["form"]).items():
         kind = torch.float64 if name == "health" else dtype
         state[name] = torch.zeros(shape, dtype=kind, device=device)
@@ -110,9 +109,8 @@ def _check_state(
 
 def _check_layer(layer: Layer, form: str, entries: Mapping[str, Any]) -> None:
     where = f"of {layer.name!r} in state_dict"
-    for name in _COUNTERS:
-        if not isinstance(entries.get(name), int):
-            raise ValueError(f"{name} {where} must be an int, got {entries.get(name)!r}")
+    if not isinstance(entries.get("step"), int):
+        raise ValueError(f"step {where} must be an int, got {entries.get('step')!r}")
     shapes = _shapes(layer, form)
     if "momentum_buffer" in entries:
         shapes["momentum_buffer"] = (layer.weight.shape[0], layer.fan_in)
