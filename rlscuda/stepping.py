@@ -99,7 +99,7 @@ def step_layers(moves: list[Move], workspace: Workspace) -> None:
 
 
 def _found_inf(moves: list[Move]) -> dict[torch.device, Tensor]:
-    """One bool a device: whether any gradient is infinite or NaN. (Factors that agree are not.)"""
+    """One bool a device: whether any gradient is infinite or NaN. (Factors that agree are not.)."""
     gradients: dict[torch.device, list[Tensor]] = {}
     for move in moves:
         if move.factors is None:
@@ -159,12 +159,11 @@ def _prepare(chunk: list[Move], workspace: Workspace) -> None:
             move.grad = copy
     for move in chunk:
         if move.factors is not None:
-            move.projected = _project(move, workspace)
+            move.projected = _project(move.layer, move.state["P"], move.factors.x, workspace)
 
 
-def _project(move: Move, workspace: Workspace) -> Tensor:
+def _project(layer: Layer, P: Tensor, X: Tensor, workspace: Workspace) -> Tensor:
     """X P [N, fan_in] of the input rows, a bias' column of ones included."""
-    layer, P, X = move.layer, move.state["P"], move.factors.x
     name = f"projected {layer.index}"  # several wait at once
     out = buffer(workspace, name, P, len(X) * layer.fan_in).view(len(X), layer.fan_in)
     if layer.bias:
@@ -184,7 +183,7 @@ def _products(chunk: list[Move], P: Tensor, copy: bool) -> list[Tensor]:
     for i, move in enumerate(chunk):
         layer, matrix = move.layer, move.state["P"]
         n = layer.columns
-        if move.factors is not None:
+        if move.factors is not None and move.projected is not None:
             torch.mm(move.factors.delta.t(), move.projected, out=move.product)
             continue
         if layer.groups == 1:
@@ -201,20 +200,9 @@ def _products(chunk: list[Move], P: Tensor, copy: bool) -> list[Tensor]:
 
 
 def _update_matrices(chunk: list[Move], group: dict[str, Any], found_inf: Tensor | None) -> Tensor:
-    """Updates every `P`; returns h of each matrix, layer after layer, NaN where one may not move."""
+    """Updates every `P`; returns h of each matrix in turn, NaN where the weight may not move."""
     states = [move.state for move in chunk]
-    projection: list[Tensor] = []
-    projected: list[Tensor] = []
-    inputs: list[Tensor] = []
-    if any(move.factors is not None for move in chunk):
-        none = states[0]["P"].new_empty(0)
-        mean = group["summary"] == "mean" and group["rank"] == 1
-        for move in chunk:
-            rows = move.projected
-            turned = rows is not None and group["form"] != "paper"
-            projection.append(rows.mean(0, keepdim=True) if rows is not None and mean else none)
-            projected.append(rows if turned else none)
-            inputs.append(move.factors.x if turned else none)
+    projection, projected, inputs = _projections(chunk, group)
     shrinkage = group["shrinkage"]
     return _rls_update(
         [state["P"] for state in states], [move.rows for move in chunk],
@@ -223,6 +211,34 @@ def _update_matrices(chunk: list[Move], group: dict[str, Any], found_inf: Tensor
         group["forgetting"], group["gain"], 1 - shrinkage, shrinkage * group["initial_scale"],
         group["drift"] or 0.0, group["initial_scale"], group["form"] == "adaptive",
     )  # fmt: skip
+
+
+def _projections(
+    chunk: list[Move], group: dict[str, Any]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """What the update may use of rows X P known already, and what it turns into rows X P_new.
+
+    Returns:
+        S P where the summary is the mean of X; X P; X. No tensors at all without factors, and empty
+        ones for a layer without.
+    """
+    none = chunk[0].product[:0]
+    mean = group["summary"] == "mean" and group["rank"] == 1
+    turns = group["form"] != "paper"
+    if all(move.factors is None for move in chunk):
+        return [], [], []
+    parts = [
+        (
+            move.projected.mean(0, keepdim=True) if mean else none,
+            move.projected if turns else none,
+            move.factors.x if turns else none,
+        )
+        if move.factors is not None and move.projected is not None
+        else (none, none, none)
+        for move in chunk
+    ]
+    projection, projected, inputs = (list(part) for part in zip(*parts))
+    return projection, projected, inputs
 
 
 def _move_weights(
@@ -240,15 +256,17 @@ def _move_weights(
             if "momentum_buffer" not in state:  # a scheduler turned momentum on
                 state["momentum_buffer"] = torch.zeros_like(move.product)
         first = [state["momentum_buffer"] for state in states]
-    lr, rate = group["lr"], None
-    if isinstance(lr, Tensor) and lr.device == h.device and h.is_cuda:
-        lr, rate = 1.0, lr.to(torch.float32)  # read on the device, so that a graph follows it
+    lr, rate = 1.0, None
+    if isinstance(group["lr"], Tensor) and group["lr"].is_cuda and h.is_cuda:
+        rate = group["lr"].to(h.device, torch.float32)  # read there, so that a graph follows it
+    else:
+        lr = float(group["lr"])
     _weight_step(
         [layer.weight for layer in layers], biases, [move.product for move in chunk],
         [move.grad for move in chunk] if adaptive else [], bias_rows, bias_gradients, h,
         [layer.groups for layer in layers], first,
         [state["second_moment"] for state in states] if adaptive else [],
-        [state["health"] for state in states], rate, float(lr), group["momentum"], group["beta2"],
+        [state["health"] for state in states], rate, lr, group["momentum"], group["beta2"],
         group["weight_decay"], group["eps"],
         # P is still far from the input's statistics while its gain is large: warm up with it
         group["gain"] if adaptive else 0.0, group["form"] == "paper",

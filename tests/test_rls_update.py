@@ -108,7 +108,8 @@ def test_zero_rows_leave_the_matrix():
 def test_nonfinite_row_is_refused_for_its_own_matrix(bad):
     P, S = random_spd(3, 4), torch.randn(3, 2, 4).double()
     S[1, 0, 2] = bad
-    before, health, power = P.clone(), torch.zeros(_C.health_slots).double(), torch.ones(3).double()
+    before, health = P.clone(), torch.zeros(_C.health_slots).double()
+    power = torch.ones(3).double()
     u, h = RF.rls_update_(P, S, health=health, power=power)
     assert torch.equal(P[1], before[1]) and not u[1].any() and h[1].isnan()
     assert power[1] == 1 and (power[[0, 2]] != 1).all()
@@ -120,7 +121,8 @@ def test_nonfinite_row_is_refused_for_its_own_matrix(bad):
 
 def test_found_inf_refuses_everything():
     P, S = random_spd(2, 4), torch.randn(2, 1, 4).double()
-    before, health, power = P.clone(), torch.zeros(_C.health_slots).double(), torch.full((2,), 0.5).double()
+    before, health = P.clone(), torch.zeros(_C.health_slots).double()
+    power = torch.full((2,), 0.5).double()
     u, h = RF.rls_update_(P, S, health=health, power=power, found_inf=torch.tensor(True))
     assert torch.equal(P, before) and h.isnan().all() and not u.any()
     assert power.tolist() == [0.5, 0.5] and health.tolist() == [0, 2, 0, 0, 0, 0]
