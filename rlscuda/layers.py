@@ -80,6 +80,24 @@ class Layer:
             list(m.dilation), m.groups, m.padding_mode,
         )  # fmt: skip
 
+    def factors_pay(self, x: Tensor, dtype: torch.dtype | None) -> bool:
+        """Whether the factored product (P X^T) delta is possible and cheaper than G P.
+
+        That is N (n + c) < n c for N input rows, asked for with a margin that pays for the probe
+        of the factors; away from the CPU that probe would have to be waited for.
+
+        Args:
+            x: The input.
+            dtype: That the user asks for `P`, or None.
+        """
+        weight = self.weight
+        if weight.dim() != 2 or self.shared:
+            return False
+        outputs, n = weight.shape
+        if 2 * (x.numel() // n) * (n + outputs) >= n * outputs or x.device.type != "cpu":
+            return False
+        return x.dtype == weight.dtype == state_dtype(weight, dtype)
+
     @property
     def groups(self) -> int:
         """Independent matrices `P`: the groups of a convolution."""

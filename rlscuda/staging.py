@@ -18,10 +18,14 @@ from torch.utils.hooks import RemovableHandle
 
 from rlscuda.layers import Layer
 
-_ops = torch.ops.rlscuda
+_patch_mean = torch.ops.rlscuda.patch_mean.default
+_patch_sketch = torch.ops.rlscuda.patch_sketch.default
+_patch_sample = torch.ops.rlscuda.patch_sample.default
+_factors_agree = torch.ops.rlscuda.factors_agree.default
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
-@dataclass
+@dataclass(slots=True)
 class Summary:
     """The summary of some rows of a layer's im2col matrix, mergeable with that of others.
 
@@ -73,28 +77,23 @@ def summarise(
         seed: Seed of the random signs or draws.
         offset: What this step has seen before: im2col rows for `sketch`, else images.
     """
-    bias = layer.bias
-    n, positions = images.shape[0], layer.positions(images)
+    bias, count = layer.bias, images.shape[0] * layer.positions(images)
     if kind == "sketch":
-        rows = _ops.patch_sketch.default(images, *layer.geometry, bias, rank, seed, offset)
-        return Summary(kind, rows, [n * positions] * rank)
+        rows = _patch_sketch(images, *layer.geometry, bias, rank, seed, offset)
+        return Summary(kind, rows, [count] * rank)
     if kind == "sample":
-        rows, keys = _ops.patch_sample.default(images, *layer.geometry, bias, rank, seed, offset)
-        return Summary(kind, rows, [n * positions] * rank, keys)
+        rows, keys = _patch_sample(images, *layer.geometry, bias, rank, seed, offset)
+        return Summary(kind, rows, [count] * rank, keys)
     if rank == 1:
-        rows = _ops.patch_mean.default(images, *layer.geometry, bias).unsqueeze(1)
-        return Summary(kind, rows, [n * positions])
+        return Summary(kind, _patch_mean(images, *layer.geometry, bias).unsqueeze(1), [count])
     slices = [images[(k - offset) % rank :: rank] for k in range(rank)]
-    means = [
-        _ops.patch_mean.default(part, *layer.geometry, bias) if part.shape[0] else None
-        for part in slices
-    ]
+    means = [_patch_mean(part, *layer.geometry, bias) if part.shape[0] else None for part in slices]
     filled = next(m for m in means if m is not None)
     rows = torch.stack([torch.zeros_like(filled) if m is None else m for m in means], dim=1)
-    return Summary(kind, rows, [part.shape[0] * positions for part in slices])
+    return Summary(kind, rows, [part.shape[0] * layer.positions(part) for part in slices])
 
 
-@dataclass
+@dataclass(slots=True)
 class Factors:
     """The factors of a Linear layer's gradient: G = delta^T x, for the factored product.
 
@@ -120,20 +119,7 @@ class Factors:
         grad_bias = None if bias is None else bias.grad
         if bias is not None and grad_bias is None:
             return False
-        return _ops.factors_agree.default(grad, self.x, self.delta.contiguous(), grad_bias)
-
-
-def may_factor(layer: Layer, x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the factored product (P X^T) delta is possible and takes fewer operations than G P.
-
-    That is N (n + c) < n c for N input rows, asked for with a margin that pays for the probe.
-    """
-    if x.device.type != "cpu" or layer.weight.dim() != 2 or layer.shared:
-        return False  # elsewhere the probe of the factors would have to be waited for
-    if not x.dtype == layer.weight.dtype == dtype:
-        return False
-    outputs, n = layer.weight.shape
-    return 2 * (x.numel() // n) * (n + outputs) < n * outputs
+        return _factors_agree(grad, self.x, self.delta.contiguous(), grad_bias)
 
 
 class Stage:
@@ -234,8 +220,8 @@ def summarisable(x: Tensor, output: Tensor) -> bool:
 
     What a transform such as `vmap` passes through the layers means nothing after it has returned.
     """
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return x.layout == torch.strided and x.numel() > 0 and not (wrapped(x) or wrapped(output))
+    plain = x.layout == torch.strided and x.numel() > 0
+    return plain and not (_is_wrapped(x) or _is_wrapped(output))
 
 
 def in_backward() -> bool:
