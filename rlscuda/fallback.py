@@ -66,6 +66,13 @@ class Fallback:
             raise ValueError("fallback must return an optimizer over the groups that it is given")
         return inner
 
+    @staticmethod
+    def _rate(group: dict[str, Any]) -> float | torch.Tensor:
+        """The rate of the inner optimizer; one on a GPU stays there."""
+        lr = group["lr"]
+        on_gpu = isinstance(lr, torch.Tensor) and lr.is_cuda
+        return (lr if on_gpu else float(lr)) * group["fallback_ratio"]
+
     def prepare(self, groups: list[dict[str, Any]], covered: set[nn.Parameter], state: Any) -> None:
         """Makes the inner optimizer for every parameter of `groups` outside `covered`.
 
@@ -78,7 +85,7 @@ class Fallback:
         inner_groups = [
             {
                 "params": [p for p in group["params"] if p not in covered],
-                "lr": float(group["lr"]) * group["fallback_ratio"],
+                "lr": self._rate(group),
                 "weight_decay": group["fallback_weight_decay"],
             }
             for group in groups
@@ -97,5 +104,5 @@ class Fallback:
             return
         self._inner.state = state
         for inner, group in zip(self._inner.param_groups, groups):
-            inner["lr"] = float(group["lr"]) * group["fallback_ratio"]
+            inner["lr"] = self._rate(group)
         self._inner.step()

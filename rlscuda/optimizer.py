@@ -217,8 +217,9 @@ class RLSOptimizer(Optimizer):
             stage.commit(summary, offset + size, factors)
 
         # what `output.register_hook` does, at half its cost
-        slot = output.output_nr
-        output.grad_fn.register_prehook(commit)
+        slot, node = output.output_nr, output.grad_fn
+        assert node is not None
+        node.register_prehook(commit)
 
     def _steps_of(self, weight: nn.Parameter) -> int:
         state = self.state.get(weight)

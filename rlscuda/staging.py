@@ -55,13 +55,14 @@ class Summary:
             return Summary("sample", rows, count, torch.minimum(self.keys, other.keys))
         power = 1.0 if self.kind == "mean" else 0.5
 
-        def share(part: list[int]) -> Tensor:
-            ratio = [(p / max(c, 1)) ** power for p, c in zip(part, count)]
-            return self.rows.new_tensor(ratio)[:, None]
+        def weighted(rows: Tensor, part: list[int]) -> Tensor:
+            shares = [(p / max(c, 1)) ** power for p, c in zip(part, count)]
+            if len(set(shares)) == 1:  # a number, which a GPU need not wait for
+                return rows * shares[0]
+            return rows * rows.new_tensor(shares)[:, None]
 
-        return Summary(
-            self.kind, self.rows * share(self.count) + other.rows * share(other.count), count
-        )
+        rows = weighted(self.rows, self.count) + weighted(other.rows, other.count)
+        return Summary(self.kind, rows, count)
 
 
 def summarise(
