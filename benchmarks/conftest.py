@@ -1,5 +1,7 @@
 """The `race` fixture: times lanes against one another and writes benchmarks/results/<name>.json.
 
+A file `bench_<name>_cuda.py` times on a GPU and writes <name>.cuda.json; without one it is skipped.
+
 Results are written when every benchmark of a file has run and passed; a partial run (`-k`, `::`,
 `--benchmark-disable`) shows its figures and leaves the file alone.
 """
@@ -15,24 +17,31 @@ import environment
 import harness
 import pytest
 import shapes
+import torch
 
 RESULTS = Path(__file__).parent / "results"
 _LINE = "race"
 _MACHINE = pytest.StashKey[dict]()
-_CEILINGS = pytest.StashKey[dict]()
+_CEILINGS = pytest.StashKey[dict[str, dict]]()  # by device
 # Every file forms one results document, after its stem without `bench_`.
 _documents: dict[str, list[dict]] = {}
 _incomplete: set[str] = set()
 
 
 def _name(path: Path) -> str:
-    return path.stem.removeprefix("bench_")
+    stem = path.stem.removeprefix("bench_")
+    return f"{stem.removesuffix('_cuda')}.cuda" if stem.endswith("_cuda") else stem
+
+
+def _device(name: str) -> str:
+    return "cuda" if name.endswith(".cuda") else "cpu"
 
 
 def pytest_configure(config):
     # One pytest-benchmark round is a round of the whole race: its own table would say nothing.
     config.option.benchmark_quiet = True
     config.stash[_MACHINE] = environment.machine()
+    config.stash[_CEILINGS] = {}
 
 
 def pytest_deselected(items):
@@ -57,8 +66,8 @@ def pytest_report_teststatus(report):
 
 
 @pytest.fixture(scope="session")
-def ceilings(pytestconfig) -> dict[str, float]:
-    """Copy bandwidth [GB/s] and GEMM rate [GFLOP/s], measured in this run."""
+def built() -> None:
+    """Ends the run where the extension is not that of the tree."""
     built, tree = environment.built_hash(), environment.tree_hash()
     if built != tree:
         pytest.exit(
@@ -66,8 +75,17 @@ def ceilings(pytestconfig) -> dict[str, float]:
             f"({tree}): build it again, e.g. pip install -e . --no-build-isolation",
             returncode=2,
         )
-    pytestconfig.stash[_CEILINGS] = harness.ceilings()
-    return pytestconfig.stash[_CEILINGS]
+
+
+@pytest.fixture
+def ceilings(request, built) -> dict[str, float]:
+    """Copy bandwidth [GB/s] and GEMM rate [GFLOP/s] of the file's device, measured in this run."""
+    device, known = _device(_name(request.node.path)), request.config.stash[_CEILINGS]
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if device not in known:
+        known[device] = harness.ceilings(device)
+    return known[device]
 
 
 @pytest.fixture
@@ -81,6 +99,7 @@ def race(benchmark, request, ceilings) -> Callable[..., harness.Race]:
     belongs to the case; `rounds`, `sample_seconds`, `every`, `work`: see `harness.Race`.
     """
     file = request.node.path
+    device = _device(_name(file))
 
     def run(
         case: str,
@@ -97,8 +116,8 @@ def race(benchmark, request, ceilings) -> Callable[..., harness.Race]:
     ) -> harness.Race:
         targets = targets or {}
         if traffic is not None:
-            lanes = {**lanes, shapes.FLOOR: harness.copy_lane(traffic)}
-        contest = harness.Race(lanes, sample_seconds, every, work)
+            lanes = {**lanes, shapes.FLOOR: harness.copy_lane(traffic, device)}
+        contest = harness.Race(lanes, sample_seconds, every, work, harness.waiting(device))
         benchmark.pedantic(contest.round, rounds=rounds)
         first, *others = lanes
         pairs = [*targets, *(ratios or (f"{first} / {name}" for name in others))]
@@ -145,6 +164,7 @@ def pytest_sessionfinish(session):
         if name in _incomplete:
             reporter.write_line(f"\n{name}: not the whole file ran and passed, results not written")
             continue
+        measured = session.config.stash[_CEILINGS][_device(name)]
         document = {
             "schema": shapes.SCHEMA,
             "name": name,
@@ -152,7 +172,9 @@ def pytest_sessionfinish(session):
             "source_hash": environment.built_hash(),
             "machine": session.config.stash[_MACHINE],
             "versions": environment.versions(),
-            "ceilings": {k: _round(v) for k, v in session.config.stash[_CEILINGS].items()},
+            "ceilings": {
+                k: _round(v) for k, v in session.config.stash[_CEILINGS][_device(name)].items()
+            },
         }
         head = json.dumps(document, indent=2, ensure_ascii=False).removesuffix("\n}")
         body = ",\n".join(f"    {json.dumps(record, ensure_ascii=False)}" for record in records)

@@ -28,7 +28,7 @@ def built_hash() -> str:
 
 
 def machine() -> dict:
-    """CPU, cores, threads, SIMD level of the kernels, and how busy the machine is."""
+    """CPU, cores, threads, SIMD level of the kernels, GPU, and how busy the machine is."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -40,6 +40,7 @@ def machine() -> dict:
         "threads": torch.get_num_threads(),
         "simd": rlscuda.build_info()["simd"],
         "system": platform.system(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load_at_start": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
     }
 

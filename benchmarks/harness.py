@@ -27,6 +27,7 @@ class Race:
         sample_seconds: A lane that takes less is repeated until one sample lasts that long.
         every: Lanes too slow for every round: name -> the number of rounds between two samples.
         work: Lanes that do only a part of the work in one call: name -> that part, in (0, 1].
+        finish: Called at the end of each sample: waits for a device that works on its own.
     """
 
     def __init__(
@@ -35,13 +36,15 @@ class Race:
         sample_seconds: float = 2e-3,
         every: dict[str, int] | None = None,
         work: dict[str, float] | None = None,
+        finish: Lane = lambda: None,
     ):
         self.lanes = lanes
+        self.finish = finish
         self.every = every or {}
         self.work = work or {}
         self.rounds = 0
         self.samples: dict[str, dict[int, float]] = {name: {} for name in lanes}
-        self.repeats = {name: _repeats(run, sample_seconds) for name, run in lanes.items()}
+        self.repeats = {name: _repeats(run, sample_seconds, finish) for name, run in lanes.items()}
 
     def round(self) -> None:
         """Times every lane once."""
@@ -52,7 +55,7 @@ class Race:
         try:
             for name in names[first:] + names[:first]:
                 if self.rounds % self.every.get(name, 1) == 0:
-                    seconds = _sample(self.lanes[name], self.repeats[name])
+                    seconds = _sample(self.lanes[name], self.repeats[name], self.finish)
                     self.samples[name][self.rounds] = seconds / self.work.get(name, 1)
         finally:
             if collecting:
@@ -72,35 +75,42 @@ class Race:
         return {"median": statistics.median(common), "best": best}
 
 
-def _sample(run: Lane, repeats: int) -> float:
+def _sample(run: Lane, repeats: int, finish: Lane) -> float:
     start = time.perf_counter_ns()
     for _ in range(repeats):
         run()
+    finish()
     return (time.perf_counter_ns() - start) / repeats * 1e-9
 
 
-def _repeats(run: Lane, sample_seconds: float) -> int:
+def _repeats(run: Lane, sample_seconds: float, finish: Lane) -> int:
     """Calls that fill one sample, after a call to warm up; 1 for what is slow anyhow."""
-    if _sample(run, 1) > 100 * sample_seconds:
+    if _sample(run, 1, finish) > 100 * sample_seconds:
         return 1
     repeats = 1
-    while (one := _sample(run, repeats)) * repeats < sample_seconds / 2 and repeats < 4096:
+    while (one := _sample(run, repeats, finish)) * repeats < sample_seconds / 2 and repeats < 4096:
         repeats *= 2
     return max(1, min(4096, round(sample_seconds / one)))
 
 
-def copy_lane(traffic: float) -> Lane:
+def waiting(device: str) -> Lane:
+    """What waits until a device has done its work."""
+    return torch.cuda.synchronize if device == "cuda" else lambda: None
+
+
+def copy_lane(traffic: float, device: str = "cpu") -> Lane:
     """A copy that reads and writes `traffic` bytes together: the floor of a memory-bound kernel."""
-    source = torch.ones(max(1, int(traffic) // 8))
+    source = torch.ones(max(1, int(traffic) // 8), device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
-def ceilings() -> dict[str, float]:
-    """What this machine reaches now: copy bandwidth in GB/s and float32 GEMM rate in GFLOP/s."""
-    traffic, n = 256 << 20, 1024
-    a, b, c = (torch.ones(n, n) for _ in range(3))
-    race = Race({"copy": copy_lane(traffic), "gemm": lambda: torch.mm(a, b, out=c)})
+def ceilings(device: str = "cpu") -> dict[str, float]:
+    """What a device reaches now: copy bandwidth in GB/s and float32 GEMM rate in GFLOP/s."""
+    traffic, n = (256 << 20, 1024) if device == "cpu" else (4 << 30, 8192)
+    a, b, c = (torch.ones(n, n, device=device) for _ in range(3))
+    lanes = {"copy": copy_lane(traffic, device), "gemm": lambda: torch.mm(a, b, out=c)}
+    race = Race(lanes, finish=waiting(device))
     for _ in range(6):
         race.round()
     return {

@@ -26,13 +26,16 @@ class UpdateCase:
         size = f"[{self.batch}, {self.n}, {self.n}]" if self.batch else f"n = {self.n}"
         return size if self.rank == 1 else f"{size}, r = {self.rank}"
 
-    def tensors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    def tensors(
+        self, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> tuple[Tensor, Tensor]:
         """P near the identity and its rows."""
         generator = torch.Generator().manual_seed(self.n + self.rank)
         lead = (self.batch,) if self.batch else ()
         rank = (self.rank,) if self.batch or self.rank > 1 else ()
         rows = torch.randn(*lead, *rank, self.n, generator=generator, dtype=dtype)
-        return torch.eye(self.n, dtype=dtype).repeat(*lead, 1, 1), rows
+        P = torch.eye(self.n, dtype=dtype, device=device).repeat(*lead, 1, 1)
+        return P, rows.to(device)
 
 
 UPDATES = [
@@ -63,11 +66,11 @@ class PatchCase:
         """Bytes of the input."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
-    def tensor(self) -> Tensor:
+    def tensor(self, device: str = "cpu") -> Tensor:
         """The input, as [N, C, H, W]."""
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(*self.shape, generator=generator).to(self.dtype)
-        x = x if x.dim() == 4 else x[:, :, None, None]
+        x = x.to(device) if x.dim() == 4 else x[:, :, None, None].to(device)
         return x.to(memory_format=torch.channels_last) if self.channels_last else x
 
 

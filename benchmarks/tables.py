@@ -95,11 +95,16 @@ def provenance(document: dict) -> str:
     """Where, when and with what a result was measured, and whether it still holds."""
     machine, versions, ceilings = (document[k] for k in ("machine", "versions", "ceilings"))
     library = ", ".join(f"{name} {version}" for name, version in versions.items())
+    where = machine.get("gpu")
+    if not document["name"].endswith(".cuda"):
+        where = (
+            f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, SIMD level "
+            f"{machine['simd']}, load {machine['load_at_start']} at the start"
+        )
     text = (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, SIMD level "
-        f"{machine['simd']}, load {machine['load_at_start']} at the start; copy "
-        f"{ceilings['copy_gb_s']:.3g} GB/s, float32 GEMM {ceilings['gemm_gflop_s']:.3g} GFLOP/s; "
-        f"{library}; kernels {document['source_hash']}; {document['date'][:10]}."
+        f"{where}; copy {ceilings['copy_gb_s']:.3g} GB/s, float32 GEMM "
+        f"{ceilings['gemm_gflop_s']:.3g} GFLOP/s; {library}; kernels {document['source_hash']}; "
+        f"{document['date'][:10]}."
     )
     now = environment.tree_hash()
     if document["source_hash"] != now:
