@@ -172,9 +172,7 @@ def pytest_sessionfinish(session):
             "source_hash": environment.built_hash(),
             "machine": session.config.stash[_MACHINE],
             "versions": environment.versions(),
-            "ceilings": {
-                k: _round(v) for k, v in session.config.stash[_CEILINGS][_device(name)].items()
-            },
+            "ceilings": {k: _round(v) for k, v in measured.items()},
         }
         head = json.dumps(document, indent=2, ensure_ascii=False).removesuffix("\n}")
         body = ",\n".join(f"    {json.dumps(record, ensure_ascii=False)}" for record in records)

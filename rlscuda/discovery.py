@@ -41,8 +41,9 @@ def _selection(
     wanted: Iterable[str | nn.Module], option: str, model: nn.Module
 ) -> list[tuple[str | nn.Module, set[nn.Module]]]:
     """Each shell pattern or module of a list, with the modules it names and all inside them."""
-    chosen = []
-    for item in [wanted] if isinstance(wanted, (str, nn.Module)) else wanted:
+    chosen: list[tuple[str | nn.Module, set[nn.Module]]] = []
+    several = isinstance(wanted, Iterable) and not isinstance(wanted, (str, nn.Module))
+    for item in wanted if several else [wanted]:
         if not isinstance(item, (str, nn.Module)):
             raise TypeError(f"{option} takes names and modules, got {type(item).__name__}")
         hits = [m for name, m in model.named_modules() if _covers(item, name, m)]

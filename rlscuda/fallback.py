@@ -43,6 +43,7 @@ class Fallback:
     def reset(self) -> None:
         """Forgets the inner optimizer, since the groups have changed."""
         self._inner: Optimizer | None = None
+        self._fusable = False
         self._covered: set[nn.Parameter] | None = None
 
     def __getstate__(self):
@@ -57,8 +58,10 @@ class Fallback:
             return SGD(groups, lr=1e-3, momentum=0.9)
         if isinstance(self.rule, str):
             tensors = [p for group in groups for p in group["params"]]
-            fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in tensors)
-            return AdamW(groups, lr=1e-3, fused=fused or None)
+            self._fusable = all(
+                p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in tensors
+            )
+            return AdamW(groups, lr=1e-3, fused=self._fusable or None)
         inner = self.rule(groups)
         if not isinstance(inner, Optimizer):
             raise TypeError(f"fallback must return a torch optimizer, got {type(inner).__name__}")
@@ -73,6 +76,10 @@ class Fallback:
         on_gpu = isinstance(lr, torch.Tensor) and lr.is_cuda
         return (lr if on_gpu else float(lr)) * group["fallback_ratio"]
 
+    @staticmethod
+    def _decay(group: dict[str, Any]) -> float:
+        return group["weight_decay"] if group["fallback_decays"] else 0.0
+
     def prepare(self, groups: list[dict[str, Any]], covered: set[nn.Parameter], state: Any) -> None:
         """Makes the inner optimizer for every parameter of `groups` outside `covered`.
 
@@ -82,11 +89,11 @@ class Fallback:
         """
         if covered == self._covered:
             return
-        inner_groups = [
+        inner_groups: list[dict[str, Any]] = [
             {
                 "params": [p for p in group["params"] if p not in covered],
                 "lr": self._rate(group),
-                "weight_decay": group["fallback_weight_decay"],
+                "weight_decay": self._decay(group),
             }
             for group in groups
         ]
@@ -104,5 +111,16 @@ class Fallback:
             return
         self._inner.state = state
         for inner, group in zip(self._inner.param_groups, groups):
-            inner["lr"] = self._rate(group)
+            inner["lr"], inner["weight_decay"] = self._rate(group), self._decay(group)
+            if self._fusable:
+                inner["fused"] = _flat(inner["params"]) or None
         self._inner.step()
+
+
+def _flat(parameters: list[nn.Parameter]) -> bool:
+    """Whether all of them and their gradients are contiguous: a fused step ignores strides."""
+    for p in parameters:
+        grad = p.grad
+        if grad is not None and not (p.is_contiguous() and grad.is_contiguous()):
+            return False
+    return True

@@ -34,7 +34,7 @@ FORMS: dict[str, dict[str, Any]] = {
 _COMMON: dict[str, Any] = {
     "shrinkage": None, "initial_scale": 1.0, "beta2": 0.99, "eps": 1e-8, "seed": 0, "dtype": None,
 }  # fmt: skip
-OPTIONS = frozenset({"form", "fallback_ratio", "fallback_weight_decay", *_COMMON, *FORMS["paper"]})
+OPTIONS = frozenset({"form", "fallback_ratio", "fallback_decays", *_COMMON, *FORMS["paper"]})
 
 
 def _require(ok: bool, name: str, expected: str, value: Any) -> None:

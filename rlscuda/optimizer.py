@@ -71,7 +71,7 @@ class RLSOptimizer(Optimizer):
 
     Raises:
         ValueError: An option is out of its range, or an included module cannot be covered.
-        TypeError: `params` is not what a torch optimizer takes.
+        TypeError: `params` is not what a torch optimizer takes, `model` no module.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 1))
@@ -119,6 +119,8 @@ class RLSOptimizer(Optimizer):
             if model is not None and model is not params:
                 raise ValueError("params is a model already: pass no other as model=")
             model, params = params, params.parameters()
+        if not isinstance(model, (nn.Module, type(None))):
+            raise TypeError(f"model must be a module, got {type(model).__name__}")
         self._matches: list[Match] = []
         if model is not None:
             self._matches = discover(getattr(model, "_orig_mod", model), include, exclude)
@@ -153,7 +155,9 @@ class RLSOptimizer(Optimizer):
                 covered = True
                 self._layers.setdefault(match.layer.weight, match.layer)
                 self._stages.setdefault(match.layer.weight, Stage())
-        group["fallback_weight_decay"] = 0.0 if covered else merged["weight_decay"] or 0.0
+        group["fallback_decays"] = not covered  # weight decay is for the layers, if there are any
+        if not covered:
+            group["weight_decay"] = merged["weight_decay"] or 0.0
         layers = any(match.layer is not None for match in self._matches)
         if covered or (layers and own.get("lr") is None):  # lr is that of the layers
             lr = float(group["lr"]) or forms.FORMS[group["form"]]["lr"]
@@ -227,6 +231,7 @@ class RLSOptimizer(Optimizer):
 
     # -- the step ---------------------------------------------------------------------------------
 
+    @torch._disable_dynamo  # unlike torch.compiler.disable, it leaves the import of dynamo to use
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient.
@@ -247,6 +252,7 @@ class RLSOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._fallback.prepare(self.param_groups, self._covered(), self.state)
+        self._fallback.step(self.param_groups, self.state)  # first: it may refuse a gradient
         moves = []
         for weight, layer in self._layers.items():
             stage = self._stages[weight]
@@ -254,7 +260,7 @@ class RLSOptimizer(Optimizer):
                 group = self._group_of[weight]
                 if not self._warned and stage.overshoots(group):
                     self._warned = True
-                    warnings.warn(_OVERSHOOT.format(**group), stacklevel=4)
+                    warnings.warn(_OVERSHOOT.format(**group), stacklevel=5)
                 state = self._ensure_state(layer, group)
                 state["step"] += 1
                 moves.append(Move(layer, group, state, stage.summary, stage.factors))
@@ -263,7 +269,6 @@ class RLSOptimizer(Optimizer):
             step_layers(moves, self._workspace)
         # a graph that needs the old values notices
         torch.autograd.graph.increment_version([p for m in moves for p in m.layer.parameters()])
-        self._fallback.step(self.param_groups, self.state)
         return loss
 
     def _covered(self) -> set[nn.Parameter]:
@@ -281,6 +286,8 @@ class RLSOptimizer(Optimizer):
             state.update(initial_state(layer, group))
             for bias in layer.parameters()[1:]:
                 self.state[bias] = self.state.get(bias) or dict(IN_P)
+        elif layer.weight.dtype == torch.float64 and state["P"].dtype != torch.float64:
+            state.update({k: v.double() for k, v in state.items() if isinstance(v, Tensor)})
         return state
 
     # -- what users look at -----------------------------------------------------------------------

@@ -68,7 +68,9 @@ def coverage_of(
     rows = Coverage()
     for match in matches:
         kind, layer = type(match.module).__name__, match.layer
-        own = [p for p in match.module._parameters.values() if p is not None]
+        own = {p for p in match.module._parameters.values() if p is not None}
+        if layer is not None:
+            own.add(layer.weight)  # a parametrization put on later takes it out of its module
         trained = [p for p in own if p in members and p.requires_grad]
         if not trained:
             frozen = not any(p.requires_grad for p in own)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from rlscuda import RLSOptimizer
+
 TOLERANCE = {  # dtype: (relative, absolute), against a float64 specification
     torch.float64: (1e-10, 1e-12),
     torch.float32: (2e-5, 2e-6),
@@ -55,6 +57,12 @@ def cnn(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(4 * 3 * 3, 3),
     ).to(dtype)
+
+
+def make(params, summary="mean", rank=3, form="natural", **options) -> RLSOptimizer:
+    """An optimizer that moves both weights and `P` visibly in a few steps."""
+    return RLSOptimizer(params, form=form, summary=summary, rank=rank, gain=0.5, lr=0.1,
+                        fallback="sgd", **options)  # fmt: skip
 
 
 def batch(model: nn.Module, size: int = 8, seed: int = 1) -> torch.Tensor:

@@ -2,8 +2,8 @@
 //
 // Three matrix-vector products; G is read once, by rows shared among the threads. The probe z is
 // fixed: fractions of multiples of an irrational number, centred at 0. Each output is compared on
-// the scale of its own summands, sum_m |delta_m| |x_m| |z|. A comparison with NaN fails, so that
-// agreement also says that G is finite.
+// the scale of its own summands, sum_m |delta_m| |x_m| |z|. A comparison with NaN or within
+// an infinite scale fails, so that agreement also says that G, X and delta are finite.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -86,7 +86,8 @@ bool factors_agree_cpu(const T* grad, const T* x, const T* delta, const T* grad_
   const T unit = 4 * std::numeric_limits<T>::epsilon();
   for (int64_t i = 0; i < outputs; ++i) {
     const T seen = actual[i] + (grad_bias ? kBiasProbe * grad_bias[i] : T(0));
-    if (!(std::abs(seen - expected[i]) <= unit * bound[i])) return false;
+    const T allowed = unit * bound[i];
+    if (!(std::abs(seen - expected[i]) <= allowed && std::isfinite(allowed))) return false;
   }
   return true;
 }
