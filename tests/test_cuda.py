@@ -145,6 +145,14 @@ def test_training_is_that_of_the_cpu(build, form, summary, rank):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_one_step_for_the_sanitizer_trains_short(form):
+    first, second = pair(cnn, torch.float32, form=form, lr=0.02)
+    for each in (first, second):
+        train(*each, steps=1)
+    assert_same(first, second, 50)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_float32_and_channels_last(form):
     first, second = pair(cnn, torch.float32, form=form, lr=0.02)
     second[0].to(memory_format=torch.channels_last)
