@@ -72,8 +72,8 @@ start=$SECONDS
 wait "$cpu"
 report "tests on the CPU" $? $((SECONDS - start))
 
-for file in rls_update patch training_step; do
-  step "benchmark $file" 80 "$python" -m pytest -q -p no:cacheprovider "benchmarks/bench_${file}_cuda.py"
+for file in rls_update patch optimizer_step training_step; do
+  step "benchmark $file" 70 "$python" -m pytest -q -p no:cacheprovider "benchmarks/bench_${file}_cuda.py"
 done
 cp benchmarks/results/*.cuda.json "$OUT" 2>/dev/null
 "$python" benchmarks/tables.py $(cd benchmarks/results && ls *.cuda.json 2>/dev/null | sed 's/\.json$//') \

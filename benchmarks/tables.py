@@ -23,11 +23,6 @@ import shapes
 RESULTS = Path(__file__).resolve().parent / "results"
 MARKED = re.compile(r"(<!-- table:([\w.]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 NOT_MEASURED = "Not measured yet.\n"
-READING = (
-    "Ratios of times from one run, in alternating rounds: the median over the rounds, and after a "
-    "slash the ratio of the best times where the two differ by more than 5 %. "
-    "Bold: the target is missed."
-)
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -129,7 +124,7 @@ def render(name: str, results: Path) -> str:
     layout: Callable[[dict], str] = by_ratio
     if name.removesuffix(".cuda") == "training_step":
         layout = training_step
-    return f"{layout(document)}\n{READING} {provenance(document)}\n"
+    return f"{layout(document)}\n{provenance(document)}\n"
 
 
 def update(readme: Path, results: Path) -> list[str]:
