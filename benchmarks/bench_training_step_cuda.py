@@ -1,4 +1,4 @@
-"""Training steps on a GPU as multiples of fused Adam's; TF32 is on for products and convolutions."""
+"""Training steps on a GPU as multiples of fused Adam's; TF32 is on for products."""
 
 import networks
 import pytest
