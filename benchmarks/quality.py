@@ -47,7 +47,7 @@ OPTIMIZERS = {
     "rls_default": ("RLS default", {}, ()),
     "rls_adaptive": ("RLS adaptive", {"form": "adaptive"}, (0.025, 0.05, 0.1, 0.2)),
     "rls_paper": ("RLS paper", PAPER | PLAIN, (0.025, 0.05, 0.1, 0.2)),
-    "rls_natural": ("RLS natural", NATURAL | PLAIN, (0.0125, 0.025, 0.05, 0.1)),
+    "rls_natural": ("RLS natural", NATURAL | PLAIN, (0.025, 0.05, 0.1, 0.2)),
     "sgd": ("SGD+momentum", {"momentum": 0.9, "weight_decay": 5e-4}, (0.01, 0.03, 0.1, 0.3)),
     "adam": ("Adam", {}, (3e-4, 1e-3, 3e-3, 1e-2)),
 }
@@ -237,11 +237,6 @@ def first_accuracy(records: list[dict]) -> str:
     return f"{statistics.mean((r['accuracy'] or [0.0])[0] for r in records):.1f}"
 
 
-def epoch_seconds(records: list[dict]) -> str:
-    values = [s for r in records for s in r["seconds"]]
-    return f"{statistics.median(values):.2f}" if values else ""
-
-
 def chosen_rate(records: list[dict]) -> str:
     return f"{records[0]['settings'].get('lr', 'default')}"
 
@@ -253,7 +248,6 @@ def report(results: Path) -> str:
         ("Test accuracy %, mean ± standard deviation over the seeds:", last_accuracy),
         ("After the first epoch:", first_accuracy),
         ("Chosen learning rate:", chosen_rate),
-        ("Seconds of training an epoch, median, one thread:", epoch_seconds),
     )
     return "\n\n".join(f"{title}\n\n{table(runs, cell)}" for title, cell in parts)
 
