@@ -8,6 +8,7 @@ Environment switches:
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,20 +18,13 @@ from setuptools import setup
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent.resolve()
-OPS = [
-    "factors_agree",
-    "nonfinite",
-    "patch_mean",
-    "patch_sample",
-    "patch_sketch",
-    "rls_filter",
-    "rls_update",
-]
-OPS += ["weight_step"]
-CPU_SOURCES = [f"csrc/{op}.cpp" for op in ["library", *OPS]]
-CPU_SOURCES += [f"csrc/cpu/{op}_cpu.cpp" for op in OPS]
-CUDA_SOURCES = ["csrc/cuda/runtime.cu"]
-ARCHS = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0 8.6 8.9 9.0+PTX").replace(";", " ")
+CPU_OPS = "factors_agree nonfinite patch_mean patch_sample patch_sketch rls_filter rls_update"
+CUDA_OPS = ["nonfinite", "patch_mean", "patch_sample", "patch_sketch", "rls_update", "weight_step"]
+FILES = [name for op in [*CPU_OPS.split(), "weight_step"] for name in (op, f"cpu/{op}_cpu")]
+CPU_SOURCES = [f"csrc/{name}.cpp" for name in ["library", *FILES]]
+CUDA_SOURCES = ["csrc/cuda_call.cpp", *(f"csrc/cuda/{op}.cu" for op in ["runtime", *CUDA_OPS])]
+ARCHS = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0 8.6 8.9 9.0+PTX")  # torch reads it
+OLDEST_NVCC = 12  # the first that compiles C++20
 
 
 def source_hash() -> str:
@@ -42,10 +36,9 @@ def source_hash() -> str:
 
 def cuda_home() -> Path | None:
     """The toolkit of the nvcc on the PATH, or None where CUDA is not to be built."""
-    switch = os.environ.get("RLSCUDA_CUDA", "auto")
+    switch, nvcc = os.environ.get("RLSCUDA_CUDA", "auto"), shutil.which("nvcc")
     if switch not in {"auto", "0", "1"}:
         raise SystemExit(f"RLSCUDA_CUDA must be auto, 0 or 1, got {switch!r}")
-    nvcc = shutil.which("nvcc")
     if switch == "1" and nvcc is None:
         raise SystemExit("RLSCUDA_CUDA=1 needs nvcc on the PATH, and none was found")
     if switch == "0" or nvcc is None:
@@ -53,39 +46,34 @@ def cuda_home() -> Path | None:
     # nvcc may be a wrapper script: its dry run names its own toolkit
     dryrun = [nvcc, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull]
     text = subprocess.run(dryrun, capture_output=True, text=True, check=True).stderr
-    return Path(text.split("TOP=")[1].splitlines()[0]).resolve()
+    version = int(re.search(r"__CUDACC_VER_MAJOR__=(\d+)", text)[1])
+    if version < OLDEST_NVCC:
+        raise SystemExit(f"nvcc must be {OLDEST_NVCC} or newer (or RLSCUDA_CUDA=0), got {version}")
+    return Path(re.search(r"TOP=(.*)", text)[1]).resolve()
 
 
 def extension():
     """The one extension module: operators on the stable ABI of torch 2.10, and its Python side."""
     cuda = cuda_home()
     defines = ["-DNDEBUG", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    defines += ["-DRLSCUDA_WITH_CUDA"] if cuda else []
     generated = ROOT / "build" / "generated"
     generated.mkdir(parents=True, exist_ok=True)
     facts = {"SOURCE_HASH": source_hash(), "CUDA_ARCHS": ARCHS if cuda else ""}
-    lines = [f'#define RLSCUDA_{name} "{value}"\n' for name, value in facts.items()]
-    lines += ["#define RLSCUDA_WITH_CUDA\n"] if cuda else []
-    (generated / "build_info.h").write_text("".join(lines))
-    gencode = []
-    for arch in ARCHS.split():
-        number = arch.removesuffix("+PTX").replace(".", "")
-        codes = [f"sm_{number}"] + [f"compute_{number}"] * arch.endswith("+PTX")
-        gencode += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+    lines = "".join(f'#define RLSCUDA_{name} "{value}"\n' for name, value in facts.items())
+    (generated / "build_info.h").write_text(lines)
     cxx = ["-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi", f"-ffile-prefix-map={ROOT}=."]
-    nvcc = ["-O3", "--cudart=static", *gencode]
     ext = cpp_extension.CppExtension(
         "rlscuda._C",
         CPU_SOURCES + (CUDA_SOURCES if cuda else []),
         include_dirs=[pybind11.get_include(), str(ROOT / "csrc"), str(generated)],
-        extra_compile_args={"cxx": cxx + defines, "nvcc": nvcc + defines},
+        extra_compile_args={"cxx": cxx + defines, "nvcc": ["-O3", "--cudart=static", *defines]},
         extra_link_args=["-Wl,--no-as-needed", "-Wl,-s"],
     )
-    ext.libraries = ["torch", "torch_cpu"]
+    ext.libraries = ["torch", "torch_cpu", *(["cudart_static", "rt", "dl"] if cuda else [])]
     if cuda:
         cpp_extension.CUDA_HOME = str(cuda)  # torch sets it only where it is itself a CUDA build
-        places = ("lib64", "lib", "targets/x86_64-linux/lib")
-        ext.library_dirs += [str(cuda / place) for place in places]
-        ext.libraries += ["cudart_static", "rt", "dl"]
+        ext.library_dirs += [str(cuda / p) for p in ("lib64", "lib", "targets/x86_64-linux/lib")]
     return ext
 
 

@@ -65,6 +65,12 @@ inline void check_list_size(const char* name, const std::vector<Tensor>& list, s
             " tensors, got ", list.size());
 }
 
+inline void check_same_device(const char* name, const Tensor& t, const char* other_name,
+                              const Tensor& other) {
+  RLS_CHECK(t.is_cuda() == other.is_cuda() && t.get_device_index() == other.get_device_index(),
+            name, " must be on the device of ", other_name, ", got another");
+}
+
 // A contiguous tensor of the given shape, uninitialised, on the device of `like`.
 inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
                          ScalarType dtype) {
@@ -82,7 +88,7 @@ inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArr
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       dim, sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-      like.get_device(), &handle));
+      like.get_device_index(), &handle));
   return Tensor(handle);
 }
 

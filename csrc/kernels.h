@@ -8,7 +8,11 @@
 #include "patch_geometry.h"
 #include "rls_math.h"
 
+struct CUstream_st;
+
 namespace rlscuda {
+
+using CudaStream = CUstream_st*;  // cudaStream_t, without the headers of CUDA
 
 // The update of the matrices of one layer: `batch` of them, the groups of a convolution.
 template <class T>
@@ -28,6 +32,12 @@ struct RlsUpdate {
 };
 template <class T>
 void rls_update_cpu(const RlsUpdate<T>* layers, int64_t count);
+// Takes no projection and no projected rows, and ranks up to 64.
+template <class T>
+void rls_update_cuda(const RlsUpdate<T>* layers, int64_t count, void* workspace, CudaStream stream);
+// Bytes that it needs; contents do not matter.
+template <class T>
+int64_t rls_update_workspace_cuda(const RlsUpdate<T>* layers, int64_t count);
 
 // Where the elements of one output row of a parameter lie: [C, kh, kw] by strides, or dense.
 struct RowLayout {
@@ -59,6 +69,8 @@ struct WeightStep {
 // W is the dtype of the parameters, the same in all layers.
 template <class T, class W>
 void weight_step_cpu(const WeightStep<T>* layers, int64_t count);
+template <class T, class W>
+void weight_step_cuda(const WeightStep<T>* layers, int64_t count, CudaStream stream);
 
 // What a step's place in the series makes of its rate, and the bias corrections of its moments.
 struct StepConstants {
@@ -88,6 +100,16 @@ bool factors_agree_cpu(const T* grad, const T* x, const T* delta, const T* grad_
 template <class Bits>
 bool nonfinite_cpu(const void* x, Bits exponent_mask, int64_t count);
 
+// One of the tensors that nonfinite_cuda looks at; bits of an element of `width` bytes.
+struct NonfiniteTensor {
+  const void* data;
+  int64_t count;
+  uint64_t exponent_mask;
+  int32_t width;
+};
+// *found = whether any tensor has such an element; all tensors in one pass.
+void nonfinite_cuda(const NonfiniteTensor* tensors, int64_t count, bool* found, CudaStream stream);
+
 // Summaries of the im2col matrix of x; out is [groups, row_size()], or [groups, rank, row_size()].
 template <class T>
 void patch_mean_cpu(const T* x, const PatchGeometry& geometry, Accumulate<T>* out);
@@ -98,6 +120,21 @@ void patch_sketch_cpu(const T* x, const PatchGeometry& geometry, const PatchDraw
 template <class T>
 void patch_sample_cpu(const T* x, const PatchGeometry& geometry, const PatchDraw& draw,
                       Accumulate<T>* out, int64_t* keys);
+// The same on the GPU; workspace: what patch_mean_workspace and patch_sketch_workspace ask for.
+template <class T>
+int64_t patch_mean_workspace(const T* x, const PatchGeometry& geometry);
+template <class T>
+void patch_mean_cuda(const T* x, const PatchGeometry& geometry, Accumulate<T>* workspace,
+                     Accumulate<T>* out, CudaStream stream);
+template <class T>
+int64_t patch_sketch_workspace(const T* x, const PatchGeometry& geometry, const PatchDraw& draw);
+template <class T>
+void patch_sketch_cuda(const T* x, const PatchGeometry& geometry, const PatchDraw& draw,
+                       Accumulate<T>* workspace, Accumulate<T>* out, CudaStream stream);
+template <class T>
+void patch_sample_cuda(const T* x, const PatchGeometry& geometry, const PatchDraw& draw,
+                       Accumulate<T>* out, int64_t* keys, CudaStream stream);
+
 // Arguments of one call of the streaming filter: a series of samples in their order.
 template <class T>
 struct RlsFilter {

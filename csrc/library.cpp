@@ -73,6 +73,20 @@ STABLE_TORCH_LIBRARY_IMPL(rlscuda, CPU, m) {
   m.impl("patch_sample", TORCH_BOX(&rlscuda::patch_sample));
 }
 
+#ifdef RLSCUDA_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(rlscuda, CUDA, m) {
+  m.impl("rls_update_", TORCH_BOX(&rlscuda::rls_update_));
+  m.impl("foreach_rls_update_", TORCH_BOX(&rlscuda::foreach_rls_update_));
+  m.impl("weight_step_", TORCH_BOX(&rlscuda::weight_step_));
+  m.impl("adaptive_weight_step_", TORCH_BOX(&rlscuda::adaptive_weight_step_));
+  m.impl("foreach_weight_step_", TORCH_BOX(&rlscuda::foreach_weight_step_));
+  m.impl("nonfinite", TORCH_BOX(&rlscuda::nonfinite));
+  m.impl("patch_mean", TORCH_BOX(&rlscuda::patch_mean));
+  m.impl("patch_sketch", TORCH_BOX(&rlscuda::patch_sketch));
+  m.impl("patch_sample", TORCH_BOX(&rlscuda::patch_sample));
+}
+#endif
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled half of rlscuda: loading it registers torch.ops.rlscuda.*";
   rlscuda::bind_rls_filter(m);

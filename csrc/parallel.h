@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "rls_math.h"
+
 // A function so marked is compiled once per SIMD level and dispatched when the library is loaded.
 // It must be a non-template with external linkage; what it calls must be ALWAYS_INLINE.
 #if defined(__x86_64__) && defined(__linux__) && \
@@ -15,7 +17,6 @@
 #define SIMD_CLONES
 #define HAS_SIMD_CLONES 0
 #endif
-#define ALWAYS_INLINE inline __attribute__((always_inline))
 
 namespace rlscuda {
 

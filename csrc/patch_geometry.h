@@ -41,7 +41,8 @@ struct PatchGeometry {
     return source(ow * step_w - pad_w + j * dilation_w, width);
   }
   // The element of a line of `size` elements that stands at `index` of the padded line, or -1.
-  RLS_HOST_DEVICE int64_t source(int64_t index, int64_t size) const {
+  template <class Int>
+  RLS_HOST_DEVICE Int source(Int index, Int size) const {
     if (index >= 0 && index < size) return index;
     switch (padding) {
       case Padding::kReflect:

@@ -1,4 +1,5 @@
 // patch_sample: checks, dtype dispatch, launch.
+#include "cuda_call.h"
 #include "kernels.h"
 #include "ops.h"
 #include "patch_checks.h"
@@ -17,8 +18,11 @@ std::tuple<Tensor, Tensor> patch_sample(const Tensor& x, std::vector<int64_t> ke
   Tensor rows = new_tensor(x, {g.groups, rank, g.row_size()}, summary_dtype(x));
   Tensor keys = new_tensor(x, {rank}, ScalarType::Long);
   dispatch_element(x, [&]<class T>(const T* data) {
-    patch_sample_cpu(data, g, draw, static_cast<Accumulate<T>*>(rows.mutable_data_ptr()),
-                     static_cast<int64_t*>(keys.mutable_data_ptr()));
+    auto* out = static_cast<Accumulate<T>*>(rows.mutable_data_ptr());
+    auto* hashes = static_cast<int64_t*>(keys.mutable_data_ptr());
+    run_on(
+        x, [&] { patch_sample_cpu(data, g, draw, out, hashes); },
+        [&](auto stream) { patch_sample_cuda(data, g, draw, out, hashes, stream); });
   });
   return {rows, keys};
 }

@@ -1,4 +1,5 @@
 // patch_sketch: checks, dtype dispatch, launch.
+#include "cuda_call.h"
 #include "kernels.h"
 #include "ops.h"
 #include "patch_checks.h"
@@ -16,7 +17,15 @@ Tensor patch_sketch(const Tensor& x, std::vector<int64_t> kernel_size, std::vect
   const PatchDraw draw = patch_draw(rank, seed, offset);
   Tensor rows = new_tensor(x, {g.groups, rank, g.row_size()}, summary_dtype(x));
   dispatch_element(input, [&]<class T>(const T* data) {
-    patch_sketch_cpu(data, g, draw, static_cast<Accumulate<T>*>(rows.mutable_data_ptr()));
+    auto* out = static_cast<Accumulate<T>*>(rows.mutable_data_ptr());
+    run_on(
+        x, [&] { patch_sketch_cpu(data, g, draw, out); },
+        [&](auto stream) {
+          Tensor workspace =
+              new_tensor(x, {patch_sketch_workspace(data, g, draw)}, summary_dtype(x));
+          patch_sketch_cuda(data, g, draw,
+                            static_cast<Accumulate<T>*>(workspace.mutable_data_ptr()), out, stream);
+        });
   });
   return rows;
 }

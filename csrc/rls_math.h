@@ -27,6 +27,7 @@
 #else
 #define RLS_HOST_DEVICE
 #endif
+#define ALWAYS_INLINE inline __attribute__((always_inline))
 
 namespace rlscuda {
 

@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "checks.h"
+#include "cuda_call.h"
 #include "kernels.h"
 #include "ops.h"
 #include "rls_math.h"
@@ -21,8 +22,9 @@ void check_rule(const UpdateRule& rule) {
             "initial_scale must be > 0, got ", rule.initial_scale);
 }
 
-const bool* found_inf_pointer(const std::optional<Tensor>& found_inf) {
+const bool* found_inf_pointer(const std::optional<Tensor>& found_inf, const Tensor& P) {
   if (!found_inf) return nullptr;
+  check_same_device("found_inf", *found_inf, "P", P);
   RLS_CHECK(found_inf->numel() == 1 && found_inf->scalar_type() == ScalarType::Bool,
             "found_inf must be one bool, got ", shape_of(*found_inf));
   return static_cast<const bool*>(found_inf->const_data_ptr());
@@ -30,6 +32,7 @@ const bool* found_inf_pointer(const std::optional<Tensor>& found_inf) {
 
 template <class T>
 T* pointer_like(const char* name, const Tensor& t, const Tensor& P) {
+  check_same_device(name, t, "P", P);
   check_same_dtype(name, t, "P", P);
   check_contiguous(name, t);
   return static_cast<T*>(t.mutable_data_ptr());
@@ -61,9 +64,26 @@ RlsUpdate<T> layer_update(const Tensor& P, const Tensor& S, const Tensor* power,
     check_shape("health", *health, {kHealthSlots});
     RLS_CHECK(health->scalar_type() == ScalarType::Double, "health must be float64");
     check_contiguous("health", *health);
+    check_same_device("health", *health, "P", P);
     args.health = static_cast<double*>(health->mutable_data_ptr());
   }
   return args;
+}
+
+// Runs the updates on the device of P.
+template <class T>
+void launch(const Tensor& P, const std::vector<RlsUpdate<T>>& layers) {
+  const auto count = int64_t(layers.size());
+  run_on(
+      P, [&] { rls_update_cpu(layers.data(), count); },
+      [&](auto stream) {
+        for (const auto& layer : layers)
+          RLS_CHECK(!layer.projection && !layer.projected,
+                    "projection and projected are expected only on the CPU");
+        Tensor workspace =
+            new_tensor(P, {rls_update_workspace_cuda(layers.data(), count)}, ScalarType::Byte);
+        rls_update_cuda(layers.data(), count, workspace.mutable_data_ptr(), stream);
+      });
 }
 
 // Calls f with a value of the dtype of P.
@@ -87,13 +107,13 @@ std::tuple<Tensor, Tensor> rls_update_(Tensor P, const Tensor& S, double forgett
     RLS_CHECK(args.rank >= 1, "s must have at least one row, got ", shape_of(S));
     args.rule = {forgetting, gain, decay, diffusion, 0, initial_scale, false};
     check_rule(args.rule);
-    args.found_inf = found_inf_pointer(found_inf);
+    args.found_inf = found_inf_pointer(found_inf, P);
     Tensor U = new_tensor(S, S.sizes(), S.scalar_type());
     Tensor h = P.dim() == 3 ? new_tensor(P, {args.batch}, P.scalar_type())
                             : new_tensor(P, {}, P.scalar_type());
     args.U = static_cast<T*>(U.mutable_data_ptr());
     args.h = static_cast<T*>(h.mutable_data_ptr());
-    rls_update_cpu(&args, 1);
+    launch<T>(P, {args});
     return std::tuple(U, h);
   });
 }
@@ -117,9 +137,10 @@ Tensor foreach_rls_update_(std::vector<Tensor> P, std::vector<Tensor> S, std::ve
     int64_t matrices = 0;
     for (size_t i = 0; i < count; ++i) {
       check_same_dtype("every P", P[i], "the first", P[0]);
+      check_same_device("every P", P[i], "the first", P[0]);
       auto args = layer_update<T>(P[i], S[i], power.empty() ? nullptr : &power[i], &health[i]);
       args.rule = {forgetting, gain, decay, diffusion, drift, initial_scale, averaging};
-      args.found_inf = found_inf_pointer(found_inf);
+      args.found_inf = found_inf_pointer(found_inf, P[0]);
       matrices += args.batch;
       if (!projection.empty() && projection[i].numel() > 0) {
         check_shape("projection", projection[i], {args.rank, args.n});
@@ -145,7 +166,7 @@ Tensor foreach_rls_update_(std::vector<Tensor> P, std::vector<Tensor> S, std::ve
       layer.h = next;
       next += layer.batch;
     }
-    rls_update_cpu(layers.data(), int64_t(count));
+    launch(P[0], layers);
     return h;
   });
 }

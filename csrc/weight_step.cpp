@@ -1,5 +1,6 @@
 // weight_step_, adaptive_weight_step_ and foreach_weight_step_: checks, dtype dispatch, launch.
 #include "checks.h"
+#include "cuda_call.h"
 #include "half.h"
 #include "kernels.h"
 #include "ops.h"
@@ -40,12 +41,15 @@ WeightStep<T> common_args(const Tensor& weight, const Tensor* bias, const Tensor
             ", ", columns, "], got ", shape_of(product));
   WeightStep<T> args{};
   args.rows_per_group = rows;
+  check_same_device("product", product, "weight", weight);
   if (bias) {
+    check_same_device("bias", *bias, "weight", weight);
     check_shape("bias", *bias, {rows});
     check_same_dtype("bias", *bias, "weight", weight);
     check_contiguous("bias", *bias);
   }
   if (grad_bias) {
+    check_same_device("grad_bias", *grad_bias, "weight", weight);
     check_shape("grad_bias", *grad_bias, {rows});
     check_same_dtype("grad_bias", *grad_bias, "weight", weight);
     check_contiguous("grad_bias", *grad_bias);
@@ -56,6 +60,7 @@ WeightStep<T> common_args(const Tensor& weight, const Tensor* bias, const Tensor
     const int64_t groups = bias_row->dim() == 2 ? bias_row->size(0) : 1;
     RLS_CHECK(bias_row->dim() <= 2 && bias_row->size(-1) == columns && bias_row->stride(-1) == 1,
               "bias_row must be [", columns, "] or a batch of such, got ", shape_of(*bias_row));
+    check_same_device("bias_row", *bias_row, "weight", weight);
     check_same_dtype("bias_row", *bias_row, "product", product);
     args.bias_row = static_cast<const T*>(bias_row->const_data_ptr());
     args.bias_row_stride = groups > 1 ? bias_row->stride(0) : 0;
@@ -72,6 +77,7 @@ WeightStep<T> common_args(const Tensor& weight, const Tensor* bias, const Tensor
 
 template <class T>
 const T* h_pointer(const Tensor& h, const Tensor& product) {
+  check_same_device("h", h, "product", product);
   check_same_dtype("h", h, "product", product);
   check_contiguous("h", h);
   return static_cast<const T*>(h.const_data_ptr());
@@ -88,6 +94,7 @@ template <class T>
 T* moment_pointer(const char* name, const Tensor& moment, int64_t numel, const Tensor& product) {
   RLS_CHECK(moment.numel() == numel, name, " must have ", numel, " elements, got ",
             shape_of(moment));
+  check_same_device(name, moment, "product", product);
   check_same_dtype(name, moment, "product", product);
   check_contiguous(name, moment);
   return static_cast<T*>(moment.mutable_data_ptr());
@@ -97,22 +104,30 @@ template <class T>
 const T* grad_pointer(const Tensor& grad, const Tensor& weight, const Tensor& product) {
   RLS_CHECK(grad.numel() == weight.numel(), "grad must have ", weight.numel(), " elements, got ",
             shape_of(grad));
+  check_same_device("grad", grad, "product", product);
   check_same_dtype("grad", grad, "product", product);
   check_contiguous("grad", grad);
   return static_cast<const T*>(grad.const_data_ptr());
+}
+
+template <class W, class T>
+void run(const Tensor& weight, const WeightStep<T>* layers, int64_t count) {
+  run_on(
+      weight, [&] { weight_step_cpu<T, W>(layers, count); },
+      [&](auto stream) { weight_step_cuda<T, W>(layers, count, stream); });
 }
 
 template <class T>
 void launch(const Tensor& weight, const WeightStep<T>* layers, int64_t count) {
   switch (weight.scalar_type()) {
     case ScalarType::Float:
-      return weight_step_cpu<T, float>(layers, count);
+      return run<float>(weight, layers, count);
     case ScalarType::BFloat16:
-      return weight_step_cpu<T, BFloat16>(layers, count);
+      return run<BFloat16>(weight, layers, count);
     case ScalarType::Half:
-      return weight_step_cpu<T, Half>(layers, count);
+      return run<Half>(weight, layers, count);
     case ScalarType::Double:
-      if constexpr (std::is_same_v<T, double>) return weight_step_cpu<T, double>(layers, count);
+      if constexpr (std::is_same_v<T, double>) return run<double>(weight, layers, count);
       [[fallthrough]];
     default:
       RLS_CHECK(false, "weight must be float32, bfloat16 or float16, or float64 with a float64 P");
@@ -192,6 +207,7 @@ void foreach_weight_step_(std::vector<Tensor> weight, std::vector<Tensor> bias,
   if (rate) {
     RLS_CHECK(rate->numel() == 1 && rate->scalar_type() == ScalarType::Float,
               "rate must be one float32, got ", shape_of(*rate));
+    check_same_device("rate", *rate, "the first product", product[0]);
   }
   dispatch_compute(product[0], [&](auto zero) {
     using T = decltype(zero);
@@ -201,6 +217,7 @@ void foreach_weight_step_(std::vector<Tensor> weight, std::vector<Tensor> bias,
     int64_t h_left = h.numel();
     for (size_t i = 0; i < count; ++i) {
       check_same_dtype("every weight", weight[i], "the first", weight[0]);
+      check_same_device("every weight", weight[i], "the first", weight[0]);
       check_same_dtype("every product", product[i], "the first", product[0]);
       auto args = common_args<T>(weight[i], given(bias[i]), product[i], given(bias_row[i]),
                                  given(grad_bias[i]));
@@ -221,6 +238,7 @@ void foreach_weight_step_(std::vector<Tensor> weight, std::vector<Tensor> bias,
       }
       check_shape("health", health[i], {kHealthSlots});
       RLS_CHECK(health[i].scalar_type() == ScalarType::Double, "health must be float64");
+      check_same_device("health", health[i], "weight", weight[i]);
       args.health = static_cast<const double*>(health[i].const_data_ptr());
       args.rate = rate ? static_cast<const float*>(rate->const_data_ptr()) : nullptr;
       args.lr = lr;

@@ -114,6 +114,9 @@ class Fallback:
             inner["lr"], inner["weight_decay"] = self._rate(group), self._decay(group)
             if self._fusable:
                 inner["fused"] = _flat(inner["params"]) or None
+                # a fused step keeps its counters on the device anyhow: it need only be told
+                on_gpu = any(p.is_cuda for p in inner["params"])
+                inner["capturable"] = on_gpu and torch.cuda.is_current_stream_capturing()
         self._inner.step()
 
 
