@@ -1,0 +1,113 @@
+"""Plants bugs in copies of the kernels and demands that executing them on the CPU finds each.
+
+    python tests/cuda_on_cpu/planted_bugs.py [part of a name]
+
+A bug is one replacement in one source file, and the tests that must fail of it. The sources are
+built beside the good ones of run.py, so only the file with the bug is compiled.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from as_cpp import build
+from run import ROOT, TARGET, run
+
+MEAN = ["tests/test_patch_ops.py", "-k", "equals and many_images"]
+LINE = ["tests/test_patch_ops.py", "-k", "equals and 3x3_valid"]
+NONFINITE = ["tests/test_weight_step.py", "-k", "nonfinite_finds"]
+LAYERS = ["tests/test_foreach_ops.py", "-k", "update_of and True-forgetting and float32 or follows"]
+ROWS = ["tests/test_foreach_ops.py", "-k", "step_of_mixed and True and not float16 and not float64"]
+
+
+class Bug(NamedTuple):
+    """One replacement in a kernel's source."""
+
+    name: str
+    path: str
+    good: str
+    bad: str
+    tests: list[str]
+    order: str = "ascending"
+
+
+BUGS = [
+    Bug("off by one: an image too many", "csrc/cuda/patch_mean.cu",
+        "for (; b < end; b += step) {", "for (; b <= end; b += step) {", MEAN),
+    Bug("off by one: the last element of a tensor", "csrc/cuda/nonfinite.cu",
+        "if (tail + threadIdx.x < count)", "if (tail + threadIdx.x + 1 < count)", NONFINITE),
+    Bug("a missing barrier after shared memory is filled", "csrc/cuda/patch_mean.cu",
+        "  __syncthreads();\n  if (plan.side_by_side > 1) {",
+        "  if (plan.side_by_side > 1) {", LINE),
+    Bug("a missing barrier before shared memory is filled again", "csrc/cuda/patch_sketch.cu",
+        "      partial[((part * draw.rank + tile.k) * g.channels + channel) * taps + tile.tap + t]"
+        " = sum;\n    __syncthreads();",
+        "      partial[((part * draw.rank + tile.k) * g.channels + channel) * taps + tile.tap + t]"
+        " = sum;", LINE),
+    Bug("a barrier that some threads skip", "csrc/cuda/patch_sketch.cu",
+        "    __syncthreads();\n    if (!works) continue;",
+        "    if (!works) continue;\n    __syncthreads();", LINE),
+    Bug("a shuffle that some lanes skip", "csrc/cuda/patch_sample.cu",
+        "  Choice best{INT64_MAX, 0};",
+        "  if (threadIdx.x >= images) return {INT64_MAX, 0};\n  Choice best{INT64_MAX, 0};", LINE),
+    Bug("an aligned load of what is not aligned", "csrc/cuda/patch_mean.cu",
+        "reinterpret_cast<uintptr_t>(x) % 16 == 0 &&", "true &&",
+        ["tests/test_patch_ops.py", "-k", "any_memory and 1x1_stride"]),
+    Bug("a workspace that is too small", "csrc/cuda/patch_sketch.cu",
+        "return (plan.parts() * g.channels * g.taps() + plan.chunks) * draw.rank;",
+        "return plan.parts() * g.channels * g.taps() * draw.rank;",
+        ["tests/test_patch_ops.py", "-k", "equals and 3x3_valid and float32"]),
+    Bug("an asymmetric store", "csrc/cuda/rls_tiles.h",
+        "P[(j0 + r) * n + i0 + c] = shared.mirror[c][r];",
+        "P[(j0 + r) * n + i0 + c] = shared.mirror[c][r] * T(1.0000002);", LAYERS),
+    Bug("an asymmetric product", "csrc/cuda/rls_tiles.h", "acc[r][q] -= rows[r] * columns[q];",
+        "acc[r][q] -= rows[r] * T(1.0000001) * columns[q] / T(1.0000001);", LAYERS),
+    Bug("a missing barrier before the mirror image is read", "csrc/cuda/rls_tiles.h",
+        "  __syncthreads();\n  const int warp", "  const int warp", LAYERS),
+    Bug("a missing barrier in the elimination", "csrc/cuda/rls_solve.h",
+        "    }\n    __syncthreads();\n  }\n  return true;", "    }\n  }\n  return true;", LAYERS),
+    Bug("a missing barrier of a warp", "csrc/cuda/rls_solve.h",
+        "      __syncwarp();\n", "", LAYERS),
+    Bug("off by one: the last row of a split", "csrc/cuda/rls_project.h", "j < j1 ? left : 0",
+        "j < j1 - 1 ? left : 0", LAYERS),
+    Bug("a column beyond the matrix", "csrc/cuda/rls_project.h", "if (c < left) v",
+        "if (c <= left) v", LAYERS),
+    Bug("a missing barrier in the sum of a row", "csrc/cuda/weight_step.cu",
+        "sums[threadIdx.x / 32] = x;\n  __syncthreads();", "sums[threadIdx.x / 32] = x;", ROWS),
+]  # fmt: skip
+
+
+def main(part: str = "") -> int:
+    """Builds and runs each bug; the number of those that no test found."""
+    build(ROOT, TARGET)
+    missed = []
+    for bug in (b for b in BUGS if part in b.name):
+        with tempfile.TemporaryDirectory() as directory:
+            root, target = Path(directory) / "sources", Path(directory) / "build"
+            for name in ("csrc", "rlscuda", "tests"):
+                shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("*.so"))
+            shutil.copy(ROOT / "pyproject.toml", root)
+            shutil.copytree(TARGET, target, copy_function=shutil.copy2)
+            text = (root / bug.path).read_text()
+            if text.count(bug.good) != 1:
+                raise SystemExit(f"{bug.name}: {bug.path} must have once: {bug.good}")
+            (root / bug.path).write_text(text.replace(bug.good, bug.bad))
+            build(root, target)
+            output = Path(directory) / "output"
+            with output.open("w") as log:
+                status = run(target, [*bug.tests, "-x", "-s", "--tb=line"], bug.order, stdout=log)
+            lines = output.read_text().splitlines()
+            why = [line for line in lines if "error: " in line.lower()]
+        print(f"{'FOUND ' if status == 1 or status < 0 else 'MISSED'} {bug.name}", flush=True)
+        print(f"       {why[0][:160] if why else lines[-1:]}", flush=True)
+        if not (status == 1 or status < 0):
+            missed.append(bug.name)
+    return len(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

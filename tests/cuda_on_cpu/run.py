@@ -1,0 +1,71 @@
+"""Executes the CUDA kernels on the CPU under the repository's own tests; see README.md.
+
+    python tests/cuda_on_cpu/run.py [pytest arguments]
+
+Without arguments: all shapes and dtypes with threads in ascending order, and a choice of memory
+layouts and operators in the other orders, which a fiber at a time allows in a few minutes. It is a
+step of .ci/run rather than a test of its own, since it compiles the library a second time.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from as_cpp import build
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGET = ROOT / "build" / "cuda_on_cpu"
+PATCHES, WEIGHTS = "tests/test_patch_ops.py", "tests/test_weight_step.py"
+UPDATES, LAYERS = "tests/test_rls_update.py", "tests/test_foreach_ops.py"
+RUNS = [  # order of threads and blocks, pytest arguments
+    ("ascending", [PATCHES, "-k", "equals or rows_of_a_linear or unbatched"]),
+    ("descending", [PATCHES, "-k", "any_memory and (stride_uneven or one_image or circular_same)"]),
+    ("shuffled", [PATCHES, "-k", "equals and (3x3_valid or groups or pixel_batch or wide)"]),
+    ("ascending", [UPDATES, WEIGHTS, "-k", "not opcheck and not compiles and not threads"]),
+    ("descending", [LAYERS, "-k", "not float64"]),
+    ("shuffled", [LAYERS, "-k", "mixed_layers and not float16 or high_ranks or follows"]),
+]
+
+
+def run(target: Path, arguments: list[str], order: str, stdout=None) -> int:
+    """Runs pytest in the built `target` and returns its exit status."""
+    preloaded = [  # the second so that the first finds what it wraps, C++'s throw
+        subprocess.run(
+            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(preloaded),
+        "ASAN_OPTIONS": "detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "CUDA_ON_CPU_ORDER": order,
+        "PYTHONPATH": str(target),
+        "OMP_NUM_THREADS": "1",
+    }
+    plugins = [
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:faulthandler",
+    ]  # whose handler hides that of ASan
+    command = [sys.executable, "-m", "pytest", "-q", *plugins, *arguments]
+    return subprocess.run(
+        command, cwd=target, env=environment, stdout=stdout, stderr=stdout
+    ).returncode
+
+
+def main(arguments: list[str]) -> int:
+    """Builds, then runs the tests asked for; 0 where all pass."""
+    build(ROOT, TARGET)
+    order = os.environ.get("CUDA_ON_CPU_ORDER", "ascending")
+    runs = [(order, arguments)] if arguments else RUNS
+    statuses = [run(TARGET, tests, order) for order, tests in runs]
+    return int(any(statuses))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
