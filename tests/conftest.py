@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -16,6 +18,8 @@ TOLERANCE = {  # dtype: (relative, absolute), against a float64 specification
 }
 
 
+if device := os.environ.get("RLSCUDA_TEST_DEVICE"):  # benchmarks/gpu_check.sh runs tests on CUDA
+    torch.set_default_device(device)
 torch.set_num_threads(1)  # small shapes; what threads change is tested where it is said so
 
 

@@ -9,6 +9,8 @@ import rlscuda
 import rlscuda.functional as RF
 
 EXPECTED = set(RF.__all__) - {"row_mean", "row_sketch", "row_sample"}
+EXPECTED |= {"foreach_rls_update_", "foreach_weight_step_"}
+CPU_ONLY = {"factors_agree"}  # of the factored product, which is the CPU's
 
 
 def main() -> None:
@@ -18,6 +20,8 @@ def main() -> None:
         keys = [k for k in ("CPU", "CUDA") if torch._C._dispatch_has_kernel_for_dispatch_key(
             f"rlscuda::{name}", k)]  # fmt: skip
         assert "CPU" in keys, f"{name} has no CPU kernel"
+        on_gpu = rlscuda.build_info()["cuda"] and name not in CPU_ONLY
+        assert not on_gpu or "CUDA" in keys, f"{name} has no CUDA kernel"
         print(f"{','.join(keys):9} {schema}")
     P = torch.eye(2)
     _, h = RF.rls_update_(P, torch.tensor([1.0, 2.0]), forgetting=0.5)

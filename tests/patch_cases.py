@@ -75,5 +75,6 @@ def layouts(x: Tensor) -> dict[str, Tensor]:
         "slice_of_width": wide[..., w:],
         "slice_of_channels": deep[:, :c],
         "every_other_column": x.repeat_interleave(2, 3)[..., ::2],
+        "odd_address": torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape),
         "transposed": x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
     }

@@ -29,7 +29,7 @@ gpu_only = pytest.mark.skipif(not ON_GPU, reason="is about a GPU's own machinery
 
 
 def test_the_build_has_cuda():
-    assert not ON_GPU or rlscuda.build_info()["cuda_runtime"]
+    assert not ON_GPU or rlscuda.build_info()["cuda"]
 
 
 # -- operators --------------------------------------------------------------------------------

@@ -291,6 +291,7 @@ def test_nonfinite_finds_one_element_anywhere(dtype, bad):
             x = fine.clone()
             x[place] = bad
             assert RF.nonfinite([fine, x, torch.ones(2, dtype=torch.float64)])
+            assert RF.nonfinite([x[1:]]) == (place > 0)  # at an odd address
 
 
 def test_nonfinite_of_strided_and_empty_tensors():
@@ -298,6 +299,10 @@ def test_nonfinite_of_strided_and_empty_tensors():
     x[1, 1] = math.inf
     assert not RF.nonfinite([x[::2], x[:, ::2], torch.empty(0)])
     assert RF.nonfinite([x[:, 1::2]]) and RF.nonfinite([x.t()])
+    image = torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    assert not RF.nonfinite([image, image[:1], torch.ones(3).expand(4, 3)])
+    image[1, 2, 3, 4] = math.nan
+    assert RF.nonfinite([image]) and not RF.nonfinite([image[:1]])
     result = RF.nonfinite([x])
     assert result.dtype == torch.bool and result.shape == ()
 
