@@ -57,7 +57,10 @@ RLSCUDA_CUDA=1 TORCH_CUDA_ARCH_LIST=$arch MAX_JOBS=$(nproc) \
     >"$OUT/cpu_tests.log" 2>&1
 ) &
 cpu=$!
-step "tests on the GPU" 150 "$python" -m pytest -q -p no:cacheprovider -p no:benchmark tests/test_cuda.py
+step "operators on the GPU" 110 env RLSCUDA_TEST_DEVICE=cuda "$python" -m pytest -q \
+  -p no:cacheprovider -p no:benchmark tests/test_rls_update.py tests/test_weight_step.py \
+  tests/test_foreach_ops.py -k 'not (opcheck or compiles or threads or wrong or errors)'
+step "tests on the GPU" 110 "$python" -m pytest -q -p no:cacheprovider -p no:benchmark tests/test_cuda.py
 
 sanitizer=$(command -v compute-sanitizer || ls "$(dirname "$(readlink -f "$(command -v nvcc)")")"/compute-sanitizer \
   /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)
