@@ -28,6 +28,15 @@ pytestmark = pytest.mark.skipif(
 gpu_only = pytest.mark.skipif(not ON_GPU, reason="is about a GPU's own machinery")
 
 
+@pytest.fixture(autouse=True)
+def _no_tf32():
+    """Convolutions in full float32, so that they can be compared with the CPU's."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
 def test_the_build_has_cuda():
     assert not ON_GPU or rlscuda.build_info()["cuda"]
 
