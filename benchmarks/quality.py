@@ -20,13 +20,13 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
+import environment
 import numpy as np
 import tasks
 import torch
@@ -164,32 +164,18 @@ def repair(journal: Path) -> None:
             os.truncate(journal, len(whole))
 
 
-def environment() -> dict:
-    """Describe the machine and the versions that the next runs use."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [x for x in info.read_text().splitlines() if x.startswith("model name")]
-        cpu = names[0].split(":", 1)[1].strip() if names else cpu
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "simd": torch.backends.cpu.get_cpu_capability(),
-        "threads_per_run": 1,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "rlscuda": rlscuda.__version__,
-        "source_hash": rlscuda.build_info()["source_hash"],
-        "numpy": np.__version__,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+def conditions() -> dict:
+    """The machine and the versions that the next runs use."""
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    hashed = {"threads_per_run": 1, "source_hash": environment.built_hash(), "started": started}
+    return environment.machine() | environment.versions() | hashed
 
 
 def run(args: argparse.Namespace) -> None:
     """Run what the journal lacks, heavy tasks first, and write the results file."""
     args.journal.parent.mkdir(parents=True, exist_ok=True)
     repair(args.journal)
-    append(args.journal, {"environment": environment() | {"workers": args.workers}})
+    append(args.journal, {"environment": conditions() | {"workers": args.workers}})
     pairs = [(task, name) for task in reversed(args.tasks) for name in args.optimizers]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.workers, mp_context=spawn) as pool:

@@ -99,7 +99,7 @@ def step_layers(moves: list[Move], workspace: Workspace) -> None:
 
 
 def _found_inf(moves: list[Move]) -> dict[torch.device, Tensor]:
-    """One bool a device: whether any gradient is infinite or NaN. (Factors that agree are not.)."""
+    """One bool a device: whether any gradient is not finite; where factors agree, theirs is."""
     gradients: dict[torch.device, list[Tensor]] = {}
     for move in moves:
         if move.factors is None:

@@ -50,7 +50,7 @@ def test_paper_form_is_weighted_ridge_regression(forgetting, bias):
 
 
 def test_paper_form_is_the_filter_of_padasip():
-    padasip = pytest.importorskip("padasip")
+    padasip = pytest.importorskip("padasip", reason="the oracle is in the extra [test]")
     n, mu, eps = 6, 0.98, 0.2
     oracle = padasip.filters.FilterRLS(n, mu=mu, eps=eps, w="zeros")
     layer = nn.Linear(n, 1, bias=False).double()
