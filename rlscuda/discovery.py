@@ -120,8 +120,7 @@ def discover(
             continue
         match = Match(name, module, None, reasons[module])
         if not match.reason:
-            shared = len(users[id(module.weight)]) > 1
-            match.layer = Layer(name, module, index=len(matches), bias=False, shared=shared)
+            match.layer = Layer(name, module, index=len(matches), bias=False)
             match.bias_fits = _bias_fits(module, users)
         matches.append(match)
     return matches

@@ -45,7 +45,6 @@ class Layer:
         module: The `nn.Linear` or `nn.Conv2d`.
         index: Place among the model's layers; part of the seed of its random signs.
         bias: Whether the bias is a column of ones inside `P`.
-        shared: Whether other modules use the same weight.
         weight: The weight [c, n] or [c, C/groups, kh, kw], which a mask put on later leaves here.
         bias_parameter: The bias [c], or None.
         columns: Fan-in without the bias.
@@ -57,7 +56,6 @@ class Layer:
     module: nn.Linear | nn.Conv2d
     index: int
     bias: bool
-    shared: bool = False
     weight: nn.Parameter = field(init=False)
     bias_parameter: nn.Parameter | None = field(init=False)
     columns: int = field(init=False)
@@ -91,7 +89,7 @@ class Layer:
             dtype: That the user asks for `P`, or None.
         """
         weight = self.weight
-        if weight.dim() != 2 or self.shared:
+        if weight.dim() != 2:
             return False
         outputs, n = weight.shape
         if 2 * (x.numel() // n) * (n + outputs) >= n * outputs or x.device.type != "cpu":
