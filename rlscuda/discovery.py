@@ -37,7 +37,7 @@ def _covers(item: str | nn.Module, name: str, module: nn.Module) -> bool:
     return module is item if isinstance(item, nn.Module) else fnmatchcase(name, item)
 
 
-def _selection(
+def selection(
     wanted: Iterable[str | nn.Module], option: str, model: nn.Module
 ) -> list[tuple[str | nn.Module, set[nn.Module]]]:
     """Each shell pattern or module of a list, with the modules it names and all inside them."""
@@ -99,9 +99,9 @@ def discover(
     Raises:
         ValueError: A name or module is not in the model, or nothing included by it can be covered.
     """
-    wanted = None if include is None else _selection(include, "include", model)
+    wanted = None if include is None else selection(include, "include", model)
     included = None if wanted is None else {m for _, inside in wanted for m in inside}
-    unwanted = [] if exclude is None else _selection(exclude, "exclude", model)
+    unwanted = [] if exclude is None else selection(exclude, "exclude", model)
     excluded = {m for _, inside in unwanted for m in inside}
     users: _Users = {}
     for name, module in model.named_modules():
