@@ -1,0 +1,290 @@
+"""Where the inverse autocorrelation matrices of pruning come from.
+
+The optimizer's own `P` (`own_matrices`), a sketch tracked beside any optimizer
+(`rlscuda.pruning.tracker`), or an exact inverse from a calibration loader (`calibrate`). All give
+float64 [groups, n, n] by layer name, n = columns of the layer's im2col rows in the order of
+`F.unfold`, + 1 where the layer has a bias of its own: a last column of ones.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlscuda.discovery import discover
+from rlscuda.layers import Layer
+from rlscuda.optimizer import RLSOptimizer
+from rlscuda.pruning.algebra import adaptive_to_inverse, damped_inverse
+
+Matrices = dict[str, Tensor]
+
+_UNFOLD_BYTES = 64 << 20  # of im2col rows in memory at a time
+
+
+def own_matrices(
+    optimizer: RLSOptimizer, names: Iterable[str] | None = None, damping: float = 1e-3
+) -> Matrices:
+    """The inverse autocorrelation matrices that an optimizer has tracked while it trained.
+
+    Without drift (paper and natural form) that is `P` as it is, up to a common factor; with drift
+    (adaptive form) `P` is near the root of it and is turned back, see `adaptive_to_inverse`.
+
+    Args:
+        optimizer: The optimizer; left as it is.
+        names: Qualified names of layers that its RLS rule covers; all that it has made a step with
+            by default.
+        damping: Relative to the mean power of the layer's input; used where there is drift, up to
+            half the drift's square.
+
+    Returns:
+        [groups, n, n] each, on the layer's device: the live `P`, not a copy, where there is no
+        drift, else float64. A common factor of each is arbitrary, and so saliencies from it compare
+        within a layer, or relative to the layer's output energy.
+
+    Raises:
+        TypeError: `optimizer` is no RLSOptimizer.
+        ValueError: A layer is not covered or has made no step yet.
+    """
+    if not isinstance(optimizer, RLSOptimizer):
+        raise TypeError(f"optimizer must be an RLSOptimizer, got {type(optimizer).__name__}")
+    if names is None:
+        layers = optimizer._layers.items()
+        names = [la.name for weight, la in layers if optimizer.state.get(weight, {}).get("step")]
+    result: Matrices = {}
+    for name in names:
+        weight = optimizer._find(name).weight
+        state = optimizer.state.get(weight, {})
+        if not state.get("step"):
+            raise ValueError(f"{name!r} has no matrix yet: the optimizer has made no step with it")
+        P = state["P"] if state["P"].dim() == 3 else state["P"][None]
+        drift = optimizer._group_of[weight]["drift"]
+        if drift:
+            enough = min(damping, drift * drift / 2)
+            parts = [adaptive_to_inverse(part, drift, enough)[None] for part in P]
+            P = parts[0] if len(parts) == 1 else torch.cat(parts)
+        result[name] = P
+    return result
+
+
+def calibrate(
+    model: nn.Module,
+    loader: Iterable,
+    layers: Iterable[str | nn.Module] | None = None,
+    damping: float = 1e-3,
+    max_batches: int | None = None,
+) -> Matrices:
+    """The inverse of the exact autocorrelation of each layer's input over a loader.
+
+    The model runs in eval mode without gradients; its training flags and the random state are put
+    back, also after an error. All rows weigh the same.
+
+    Args:
+        model: The model; batches are moved to the device of its first parameter.
+        loader: Batches: a tensor; a tuple or list whose first item is the input; or a dict, of
+            which the model's forward gets the items it names.
+        layers: Names (shell patterns) or modules to which this is limited; by default every Linear
+            and Conv2d that an RLS rule could cover.
+        damping: Relative to the mean of the autocorrelation's diagonal, see `damped_inverse`.
+        max_batches: How many batches to take; all by default.
+
+    Returns:
+        float64 [groups, n, n] for each layer that saw input, on its device. A layer of `layers`
+        by name or module that saw none is an error, others are left out.
+
+    Raises:
+        TypeError: A batch is none of the above.
+        ValueError: `damping` is negative, `max_batches` is not positive, the loader is empty, a
+            layer cannot be covered, saw no input or saw non-finite input.
+    """
+    if not 0 <= damping < math.inf:
+        raise ValueError(f"damping must be >= 0 and finite, got {damping}")
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches must be at least 1, got {max_batches}")
+    found = pruning_layers(model, layers)
+    sums = {layer.name: _Autocorrelation(layer) for layer in found}
+    batches = 0
+    with _evaluating(model), _observing(found, lambda layer, x: sums[layer.name].add(x)):
+        for batch in islice(loader, max_batches):
+            _forward(model, batch)
+            batches += 1
+    if not batches:
+        raise ValueError("loader must give at least one batch, got none")
+    unseen = [name for name, one in sums.items() if not one.rows]
+    if layers is not None and unseen:
+        raise ValueError(f"layers {unseen} saw no input in eval mode")
+    # one at a time, so that no more than one layer's autocorrelation and inverse are there together
+    return {name: sums.pop(name).inverse(damping) for name in list(sums) if name not in unseen}
+
+
+def disagreement(own: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
+    r"""How far matrices are from exact ones, whatever their common factor: 0 is proportional.
+
+    :math:`\sqrt{2 \ln(a / g)}` with a and g the arithmetic and geometric mean of the eigenvalues of
+    :math:`exact^{-1} own`: for small values the standard deviation, over all directions of the
+    input alike, of the logarithm of what one says of a direction's power over what the other says.
+    It does not change under an invertible change of the layer's inputs. .1 is 10 percent a
+    direction. Of several groups, the root mean square.
+
+    Args:
+        own: Matrices [groups, n, n] by layer name.
+        exact: Those to compare with, of the same shapes.
+
+    Returns:
+        One number for each layer that is in both.
+
+    Raises:
+        ValueError: No layer is in both, shapes differ, or a matrix is not positive definite.
+    """
+    common = [name for name in own if name in exact]
+    if not common:
+        raise ValueError(f"no layer is in both: {sorted(own)} and {sorted(exact)}")
+    result = {}
+    for name in common:
+        first, second = own[name].double(), exact[name].double().to(own[name].device)
+        if first.shape != second.shape:
+            raise ValueError(
+                f"matrices of {name!r} must have one shape, got {list(first.shape)} and "
+                f"{list(second.shape)}"
+            )
+        (root, bad), (exact_root, exact_bad) = map(torch.linalg.cholesky_ex, (first, second))
+        if bad.any() or exact_bad.any():
+            raise ValueError(f"matrices of {name!r} must be positive definite")
+        half = torch.linalg.solve_triangular(exact_root, root, upper=False)
+        arithmetic = half.square().sum((-2, -1)) / first.shape[-1]
+        logarithms = half.diagonal(dim1=-2, dim2=-1).log()
+        gap = arithmetic.log() - 2 * logarithms.mean(-1)
+        result[name] = math.sqrt(2 * max(0.0, float(gap.mean())))
+    return result
+
+
+def pruning_layers(model: nn.Module, layers: Iterable[str | nn.Module] | None) -> list[Layer]:
+    """The Linear and Conv2d layers of a model, each bias in its matrix that is of its layer alone.
+
+    Args:
+        model: The model.
+        layers: Names (shell patterns) or modules to which this is limited.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: The model has no such layer, or one of `layers` cannot be covered.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, got {type(model).__name__}")
+    found = []
+    for match in discover(getattr(model, "_orig_mod", model), layers, None):
+        if match.layer is not None:
+            match.layer.bias = match.bias_fits
+            found.append(match.layer)
+    if not found:
+        raise ValueError("model must have a Linear or Conv2d layer of its own weight, got none")
+    return found
+
+
+class _Autocorrelation:
+    """The sum of x x^T over the im2col rows of one layer.
+
+    Attributes:
+        rows: How many rows it has seen, of each group.
+    """
+
+    def __init__(self, layer: Layer):
+        self.layer, self.rows = layer, 0
+        shape = (layer.groups, layer.fan_in, layer.fan_in)
+        self._sum = torch.zeros(shape, dtype=torch.float64, device=layer.weight.device)
+
+    def add(self, x: Tensor) -> None:
+        """Takes in one input of the layer, a few images' rows at a time."""
+        if not x.numel():
+            return
+        images = self.layer.images(x.detach())
+        size = self.layer.groups * self.layer.fan_in * self.layer.positions(images) * 8
+        for part in images.split(max(1, _UNFOLD_BYTES // size)):
+            rows = im2col(self.layer, part.to(self._sum.device, torch.float64))
+            self._sum.baddbmm_(rows.mT, rows)
+            self.rows += rows.shape[1]
+
+    def inverse(self, damping: float) -> Tensor:
+        """The damped inverse of the mean; the sum is gone then."""
+        self._sum /= self.rows
+        if not torch.isfinite(self._sum).all():
+            raise ValueError(f"layer {self.layer.name!r} saw NaN or infinite input")
+        for group in self._sum:
+            group.copy_(damped_inverse(group, damping))
+        return self._sum
+
+
+def im2col(layer: Layer, images: Tensor) -> Tensor:
+    """The im2col rows of a layer's input.
+
+    Args:
+        layer: The layer.
+        images: [N, C, H, W], see `Layer.images`.
+
+    Returns:
+        [groups, N * positions, n], with the column of ones where the bias is in the matrix.
+    """
+    kernel, stride, padding, dilation, groups, mode = layer.geometry
+    if any(padding):
+        images = F.pad(images, padding, mode="constant" if mode == "zeros" else mode)
+    if kernel == [1, 1] and stride == [1, 1]:
+        columns = images.flatten(2)
+    else:
+        columns = F.unfold(images, kernel, dilation, 0, stride)
+    rows = columns.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+    return F.pad(rows, (0, 1), value=1.0) if layer.bias else rows
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; training flags and random states as before afterwards."""
+    training = [(module, module.training) for module in model.modules()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, flag in training:
+                module.training = flag
+
+
+@contextmanager
+def _observing(layers: list[Layer], see: Callable[[Layer, Tensor], None]) -> Iterator[None]:
+    """Shows `see` every input of the layers."""
+
+    def hook(layer: Layer) -> Callable:
+        return lambda module, args, kwargs: see(layer, args[0] if args else kwargs["input"])
+
+    handles = [
+        layer.module.register_forward_pre_hook(hook(layer), with_kwargs=True) for layer in layers
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _forward(model: nn.Module, batch: Any) -> None:
+    device = next(model.parameters()).device
+    if isinstance(batch, Mapping):
+        parameters = inspect.signature(model.forward).parameters
+        every = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        named = {k: v for k, v in batch.items() if every or k in parameters}
+        model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in named.items()})
+        return
+    x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            "loader must give tensors, tuples that begin with one, or dicts, got "
+            f"{type(batch).__name__}" + (f" of {type(x).__name__}" if x is not batch else "")
+        )
+    model(x.to(device))
