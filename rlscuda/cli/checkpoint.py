@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rlscuda.cli.atomic import write_atomically
+from rlscuda._atomic import write_atomically
 from rlscuda.cli.errors import UserError
 
 FORMAT = "rlscuda-checkpoint"

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rlscuda.cli.atomic import write_atomically
+from rlscuda._atomic import write_atomically
 from rlscuda.cli.extras import require
 
 LABELS = {"rls": "RLS", "sgd": "SGD + momentum", "adam": "Adam"}

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rlscuda.cli.atomic import write_text
+from rlscuda._atomic import write_text
 from rlscuda.cli.errors import UserError
 
 FORMAT = "rlscuda-run"

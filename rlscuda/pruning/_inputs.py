@@ -1,0 +1,120 @@
+"""Example inputs as a call of the model, and the model as it is used for inference."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from rlscuda.pruning.isolation import output_tensors, rng_kept
+
+
+def optional(name: str, extra: str) -> ModuleType:
+    """Imports a package that only an extra brings.
+
+    Raises:
+        ImportError: It is not installed; the message names the extra.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != name.partition(".")[0]:
+            raise  # the package is there, one of its own dependencies is not
+        raise ImportError(
+            f"this needs the package {name}, which is not installed: pip install 'rlscuda[{extra}]'"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one forward.
+
+    Attributes:
+        args: Positional.
+        kwargs: By name.
+        batch: Length of dimension 0 of the first tensor among them, 1 if that is a scalar.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    batch: int
+
+    def __call__(self, model: nn.Module) -> Any:
+        """The model's output."""
+        return model(*self.args, **self.kwargs)
+
+    def batched(self, value: Any) -> bool:
+        """Whether an argument is a tensor with the batch as its dimension 0."""
+        return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self.batch
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors among the arguments, in order."""
+        return output_tensors((self.args, self.kwargs))
+
+    def to(self, device: str | torch.device) -> Call:
+        """The same call on another device."""
+
+        def move(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        return Call(tree_map(move, self.args), tree_map(move, self.kwargs), self.batch)
+
+    def resized(self, batch: int) -> Call:
+        """The same call with samples repeated or left out to make a batch of this size."""
+
+        def resize(value: Any) -> Any:
+            if not self.batched(value):
+                return value
+            return value[torch.arange(batch, device=value.device) % self.batch]
+
+        return Call(tree_map(resize, self.args), tree_map(resize, self.kwargs), batch)
+
+
+def call_of(example_inputs: Any) -> Call:
+    """How example inputs are passed to a model.
+
+    Args:
+        example_inputs: A tensor, a tuple or list of positional arguments, or a dict of named ones.
+
+    Raises:
+        TypeError: There is no tensor among them.
+        ValueError: Their batch is empty.
+    """
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(example_inputs, dict):
+        kwargs = dict(example_inputs)
+    elif isinstance(example_inputs, (tuple, list)):
+        args = tuple(example_inputs)
+    else:
+        args = (example_inputs,)
+    tensors = output_tensors((args, kwargs))
+    if not tensors:
+        raise TypeError(
+            "example_inputs must be a tensor, or a tuple, list or dict with a tensor among its "
+            f"values, got {type(example_inputs).__name__}"
+        )
+    batch = tensors[0].shape[0] if tensors[0].dim() else 1
+    if batch == 0:
+        raise ValueError(f"example_inputs must not be empty, got {list(tensors[0].shape)}")
+    return Call(args, kwargs, batch)
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards every module's flag and the RNG are as before."""
+    flags = {module: module.training for module in model.modules()}
+    try:
+        with rng_kept(model), torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag

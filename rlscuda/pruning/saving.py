@@ -1,0 +1,279 @@
+"""Pruned models as files without pickled code: a manifest and the tensors, in one safetensors file.
+
+The file is an ordinary safetensors file. Its header's metadata hold the manifest (JSON): format
+version, versions of torch and rlscuda, of each module its type and numeric attributes, of each
+parameter and buffer its shape and dtype, and which names are one tensor. The state of an optimizer,
+where one is saved, is the uint8 tensor `.optimizer`: bytes of `torch.save`. One file is replaced in
+one step, so model and optimizer are always of the same moment.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.optim import Optimizer
+
+import rlscuda
+from rlscuda._atomic import write_atomically
+from rlscuda.pruning._inputs import optional
+from rlscuda.pruning.isolation import all_tensors
+
+FORMAT = "rlscuda-pruned"
+VERSION = 1
+_OPTIMIZER = ".optimizer"  # no parameter's name starts with a dot
+
+StrPath = str | os.PathLike[str]
+
+
+def _is_numeric(value: Any) -> bool:
+    """Whether an attribute is a number or a list or tuple of such: what pruning may change."""
+    if type(value) in (list, tuple, torch.Size):
+        return all(_is_numeric(item) for item in value)
+    return type(value) in (int, float)
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(item) for item in value]}
+    return [_encode(item) for item in value] if isinstance(value, list) else value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict):
+        return tuple(_decode(item) for item in value["tuple"])
+    return [_decode(item) for item in value] if isinstance(value, list) else value
+
+
+def _check_savable(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values()):
+            raise ValueError(
+                f"{name!r} has a mask, which the factory's model has not: make it permanent "
+                "first, with torch.nn.utils.prune.remove"
+            )
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise ValueError(f"{name!r} keeps extra state, which a file without code cannot hold")
+    for name, tensor in all_tensors(model).items():
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise ValueError(f"{name!r} must be a dense tensor with data, got {tensor.layout} on "
+                             f"{tensor.device}")  # fmt: skip
+
+
+def _manifest(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What the file says of the model, and the tensors that it holds: each once."""
+    entries: dict[str, Any] = {}
+    ties: dict[str, str] = {}
+    first: dict[Tensor, str] = {}
+    kept: dict[str, Tensor] = {}
+    for name, tensor in all_tensors(model).items():
+        if tensor in first:  # tensors hash by identity
+            ties[name] = first[tensor]
+            continue
+        first[tensor] = name
+        kept[name] = tensor.detach()
+        entries[name] = {
+            "shape": list(tensor.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "parameter": isinstance(tensor, nn.Parameter),
+            "requires_grad": tensor.requires_grad,
+        }
+    modules = {
+        name: {
+            "type": type(module).__name__,
+            "attributes": {
+                key: _encode(value)
+                for key, value in vars(module).items()
+                if not key.startswith("_") and _is_numeric(value)
+            },
+        }
+        for name, module in model.named_modules()
+    }
+    versions = {"torch": torch.__version__, "rlscuda": rlscuda.__version__}
+    return {**versions, "modules": modules, "tensors": entries, "ties": ties}, kept
+
+
+def _optimizer_bytes(optimizer: Optimizer) -> Tensor:
+    """The state as [bytes] uint8, sure to be loadable without code."""
+    stream = io.BytesIO()
+    torch.save(optimizer.state_dict(), stream)
+    stream.seek(0)
+    try:
+        torch.load(stream, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"the state of {type(optimizer).__name__} cannot be saved without code: {error}"
+        ) from None
+    return torch.frombuffer(bytearray(stream.getbuffer()), dtype=torch.uint8)
+
+
+def save_pruned(model: nn.Module, path: StrPath, *, optimizer: Optimizer | None = None) -> None:
+    """Writes a model, and the state of its optimizer, to one safetensors file.
+
+    Saved are all parameters and buffers with their shapes, dtypes, ties and `requires_grad`, and
+    the numeric attributes of every module; not the code, hooks, modes or random generators.
+
+    Args:
+        model: Any model whose modules have the types that its factory gives them.
+        path: The file; it is replaced in one step, or stays as it was.
+        optimizer: Whose state to keep for `load_optimizer`.
+
+    Raises:
+        ValueError: The model or the state holds what such a file cannot, or a mask.
+        ImportError: safetensors is missing.
+    """
+    safetensors = optional("safetensors.torch", "pruning")
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    _check_savable(model)
+    manifest, kept = _manifest(model)
+    tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in kept.items()}
+    if optimizer is not None:
+        tensors[_OPTIMIZER] = _optimizer_bytes(optimizer)
+    metadata = {"format": FORMAT, "version": str(VERSION), "manifest": json.dumps(manifest)}
+    data = safetensors.save(tensors, metadata)
+    write_atomically(Path(path), lambda stream: stream.write(data))
+
+
+def _read(path: StrPath, wanted: Callable[[str], bool]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The manifest and the tensors whose names are wanted."""
+    safetensors = optional("safetensors", "pruning")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is no file")
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"{path} was not written by save_pruned")
+            if metadata.get("version") != str(VERSION):
+                raise ValueError(f"{path} must be of format version {VERSION}, got "
+                                 f"{metadata.get('version')}")  # fmt: skip
+            tensors = {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
+            return json.loads(metadata["manifest"]), tensors
+    except (safetensors.SafetensorError, json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from None
+
+
+def _check_modules(model: nn.Module, saved: Mapping[str, Any]) -> None:
+    own = {name: type(module).__name__ for name, module in model.named_modules()}
+    if own.keys() != saved.keys():
+        _raise_difference("modules", saved.keys(), own.keys())
+    for name, entry in saved.items():
+        if entry["type"] != own[name]:
+            raise ValueError(f"the factory does not fit the file: {name!r} must be a "
+                             f"{entry['type']}, got {own[name]}")  # fmt: skip
+
+
+def _raise_difference(what: str, saved: Any, own: Any) -> None:
+    def listed(names: Any) -> str:
+        return ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "") or "none"
+
+    raise ValueError(
+        f"the factory does not fit the file: {what} that only the file has: "
+        f"{listed(saved - own)}; that only the factory's model has: {listed(own - saved)}"
+    )
+
+
+def _check_tensors(
+    model: nn.Module, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    entries, ties, own = manifest["tensors"], manifest["ties"], all_tensors(model)
+    names = entries.keys() | ties.keys()
+    if names != own.keys():
+        _raise_difference("parameters and buffers", names, own.keys())
+    if entries.keys() != tensors.keys() or not set(ties.values()) <= entries.keys():
+        raise ValueError("the file's manifest does not list the tensors that the file holds")
+    for name in own:
+        entry, tensor = entries[ties.get(name, name)], tensors[ties.get(name, name)]
+        shape, dtype = list(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        if (shape, dtype) != (entry["shape"], entry["dtype"]):
+            raise ValueError(f"{name!r} must be {entry['shape']} {entry['dtype']} by the file's "
+                             f"manifest, got {shape} {dtype}")  # fmt: skip
+        whole = list(own[name].shape)
+        if len(shape) != len(whole) or any(kept > all_ for kept, all_ in zip(shape, whole)):
+            raise ValueError(
+                f"the factory does not fit the file: {name!r} {shape} is no pruned {whole}"
+            )
+        if isinstance(own[name], nn.Parameter) != entry["parameter"]:
+            kinds = ("parameter", "buffer") if entry["parameter"] else ("buffer", "parameter")
+            raise ValueError(f"the factory does not fit the file: {name!r} must be a {kinds[0]}, "
+                             f"got a {kinds[1]}")  # fmt: skip
+
+
+def load_pruned(factory: Callable[[], nn.Module], path: StrPath) -> nn.Module:
+    """Rebuilds a model that `save_pruned` wrote.
+
+    The factory's model is checked against the whole file first; then every parameter and buffer is
+    replaced by the saved one, on the device that the factory chose, and every numeric attribute
+    that pruning changed is set.
+
+    Args:
+        factory: Makes the model as it was before pruning; its weights do not matter.
+        path: The file.
+
+    Returns:
+        The factory's model, pruned, in the mode in which the factory left it.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is truncated, of another format version or no such file at all, or the
+            factory's model has other modules, types, names or dimensions.
+        TypeError: `factory` does not return a module.
+        ImportError: safetensors is missing.
+    """
+    manifest, tensors = _read(path, lambda name: name != _OPTIMIZER)
+    model = factory()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"factory must return a module, got {type(model).__name__}")
+    _check_modules(model, manifest["modules"])
+    _check_tensors(model, manifest, tensors)
+    loaded: dict[str, Tensor] = {}
+    own = all_tensors(model)
+    for name, entry in manifest["tensors"].items():
+        device = "cpu" if own[name].is_meta else own[name].device
+        loaded[name] = tensors[name].to(device, copy=True)
+        if entry["parameter"]:
+            loaded[name] = nn.Parameter(loaded[name], requires_grad=entry["requires_grad"])
+    for name in own:
+        parent, _, local = name.rpartition(".")
+        setattr(model.get_submodule(parent), local, loaded[manifest["ties"].get(name, name)])
+    for name, module in model.named_modules():
+        for key, value in manifest["modules"][name]["attributes"].items():
+            value, current = _decode(value), vars(module).get(key)
+            if _is_numeric(current) and value != current:
+                setattr(module, key, value)
+    return model
+
+
+def load_optimizer(optimizer: Optimizer, path: StrPath) -> None:
+    """Loads the state that `save_pruned(..., optimizer=...)` kept.
+
+    Training then goes on exactly as it would have.
+
+    Args:
+        optimizer: Made for the loaded model in the way of the saved one.
+        path: The file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file holds no optimizer, or `optimizer.load_state_dict` refuses its state.
+        ImportError: safetensors is missing.
+
+    Example:
+        >>> save_pruned(model, path, optimizer=opt)           # doctest: +SKIP
+        >>> model = load_pruned(make_model, path)             # doctest: +SKIP
+        >>> opt = RLSOptimizer(model, lr=0.1)                 # doctest: +SKIP
+        >>> load_optimizer(opt, path)                         # doctest: +SKIP
+    """
+    _, tensors = _read(path, lambda name: name == _OPTIMIZER)
+    if _OPTIMIZER not in tensors:
+        raise ValueError(f"{path} holds no optimizer: it was saved without optimizer=")
+    stream = io.BytesIO(tensors[_OPTIMIZER].numpy().tobytes())
+    optimizer.load_state_dict(torch.load(stream, map_location="cpu", weights_only=True))
