@@ -13,7 +13,8 @@ import torch
 from cli_common import call, snapshot, subprocess_environment, write_npz
 from torch import Tensor
 
-from rlscuda.cli import atomic, main
+from rlscuda import _atomic
+from rlscuda.cli import main
 from rlscuda.cli import train as train_module
 from rlscuda.cli.checkpoint import load_checkpoint, save_checkpoint
 from rlscuda.cli.config import OPTIMIZERS, RunConfig
@@ -347,13 +348,13 @@ def test_a_failing_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 def test_a_checkpoint_reaches_the_disk_before_it_takes_the_name(tmp_path, monkeypatch):
     events = []
     for name in ("fsync", "replace"):
-        real = getattr(atomic.os, name)
+        real = getattr(_atomic.os, name)
 
         def spy(*args, name=name, real=real):
             events.append(name)
             return real(*args)
 
-        monkeypatch.setattr(atomic.os, name, spy)
+        monkeypatch.setattr(_atomic.os, name, spy)
     save_checkpoint(tmp_path / "sgd.pt", "run", "sgd", {})
     assert events == ["fsync", "replace", "fsync"]  # the file, the name, the folder
 

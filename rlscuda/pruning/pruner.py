@@ -1,0 +1,319 @@
+"""`RLSPruner`: removes the channels that the rest can stand in for, and lets training go on."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import update_bn
+
+from rlscuda.optimizer import RLSOptimizer
+from rlscuda.pruning.compensation import kept_columns
+from rlscuda.pruning.graph import Structure, trace
+from rlscuda.pruning.journal import revert
+from rlscuda.pruning.matrices import calibrate, disagreement, own_matrices
+from rlscuda.pruning.measure import compare, measure
+from rlscuda.pruning.ranking import rank, units_gone
+from rlscuda.pruning.report import CouplingChange, PruneReport
+from rlscuda.pruning.scores import IMPORTANCES, WITHOUT_MATRIX
+from rlscuda.pruning.search import Cut, Search
+from rlscuda.pruning.selection import Candidate, Ladder, check_ratio
+from rlscuda.pruning.snapshot import Snapshot
+from rlscuda.pruning.surgery import Surgery, operate, pruned_copy
+from rlscuda.pruning.tracker import SketchTracker
+
+_REPEATS = 5  # forwards timed for the report
+_TARGETS = ("ratio", "target_params", "target_flops", "max_loss")
+_SOURCES = ("own", "sketch", "calibration")
+
+
+class RLSPruner:
+    r"""Removes channels and nodes in closed form, and everything that belongs to them.
+
+    The inverse autocorrelation matrices say which units the others can stand in for and how the
+    remaining weights must change. One `step` cuts weights, biases, norm layers, matrices, moments
+    and parameter groups together, or nothing at all; training then goes on with the same optimizer.
+
+    Exactly one of `ratio`, `target_params`, `target_flops` and `max_loss` says how much goes.
+
+    Args:
+        model: The model.
+        optimizer: What trains it: an `RLSOptimizer`, any other torch optimizer, or None.
+        example_inputs: What the model can be called with: a tensor, a tuple of arguments, or a
+            mapping of named ones; a batch of one or two will do.
+        ratio: Share of each coupling's original units that is gone after the step, in [0, 1); or
+            such shares by name or shell pattern, 0 where none matches. In scope ``global`` the
+            share of all units.
+        target_params: Parameters at most; a number, or as a float in (0, 1) a share of those now.
+        target_flops: FLOPs of a forward of the example inputs at most; likewise.
+        max_loss: How far `evaluate` may rise above its value before the step, relative to it. As
+            much is cut as a search by halving finds allowed.
+        importance: What ranks the units, see `rlscuda.pruning.scores.IMPORTANCES`.
+        selection: ``greedy`` (default for ``saliency``: one at a time, all else downdated exactly)
+            or ``one-shot`` (all by their first scores).
+        scope: ``layer`` cuts every coupling by the same share; ``global`` cuts what is cheapest.
+        source: Where the matrices come from: ``own`` (those of the `RLSOptimizer`), ``sketch``
+            (of `tracker`) or ``calibration`` (exact, from `loader`). By default the first of
+            tracker, optimizer and loader that is there.
+        tracker: A `SketchTracker` that saw the training.
+        loader: Batches of inputs, or of tuples or lists whose first entry they are. They calibrate,
+            where that is asked for, and re-estimate the statistics of batch norms after the cut.
+        evaluate: The validation loss of a model, for `max_loss`.
+        compensate: Whether the remaining weights change to make up for what went.
+        round_to: What stays of each coupling is a multiple of it, where there is as much.
+        ignored: Modules, names or shell patterns whose outputs keep all their channels.
+        include_inputs: Whether the model's raw input features are candidates too; it then takes
+            fewer of them, see `PruneReport.kept_inputs`.
+        damping: Added to the diagonal of autocorrelations before they are inverted, relative to
+            its mean.
+        seed: Of the importance ``random``.
+
+    Raises:
+        ValueError: An option is out of its range, or one needs another that is missing.
+        TypeError: `model` is no module, or `optimizer` no torch optimizer.
+
+    Example:
+        >>> pruner = RLSPruner(model, opt, torch.randn(1, 3, 32, 32), ratio=0.5)  # doctest: +SKIP
+        >>> print(pruner.step())                                                  # doctest: +SKIP
+
+    Sources: Yu et al. 2022 (arXiv 2201.04813); Leung et al. 2001; Hassibi and Stork 1993.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        example_inputs: Any = None,
+        *,
+        ratio: float | Mapping[str, float] | None = None,
+        target_params: float | None = None,
+        target_flops: float | None = None,
+        max_loss: float | None = None,
+        importance: str = "saliency",
+        selection: str | None = None,
+        scope: str = "layer",
+        source: str | None = None,
+        tracker: SketchTracker | None = None,
+        loader: Iterable | None = None,
+        evaluate: Callable[[nn.Module], float] | None = None,
+        compensate: bool = True,
+        round_to: int = 1,
+        ignored: Iterable[str | nn.Module] = (),
+        include_inputs: bool = False,
+        damping: float = 1e-3,
+        seed: int = 0,
+    ):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a module, got {type(model).__name__}")
+        if optimizer is not None and not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
+        if example_inputs is None:
+            raise ValueError("example_inputs must be what the model can be called with, got None")
+        self.model, self.optimizer, self.example_inputs = model, optimizer, example_inputs
+        self.target = _checked_target(
+            dict(zip(_TARGETS, (ratio, target_params, target_flops, max_loss)))
+        )
+        if self.target[0] == "max_loss" and evaluate is None:
+            raise ValueError("max_loss needs evaluate, which gives the validation loss of a model")
+        if importance not in IMPORTANCES:
+            raise ValueError(f"importance must be {' | '.join(IMPORTANCES)}, got {importance!r}")
+        selection = selection or ("greedy" if importance == "saliency" else "one-shot")
+        if selection not in ("greedy", "one-shot"):
+            raise ValueError(f"selection must be greedy | one-shot, got {selection!r}")
+        if selection == "greedy" and importance != "saliency":
+            raise ValueError(f"selection 'greedy' is for importance 'saliency', got {importance!r}")
+        if scope not in ("layer", "global"):
+            raise ValueError(f"scope must be layer | global, got {scope!r}")
+        if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+            raise ValueError(f"round_to must be an integer >= 1, got {round_to!r}")
+        if not 0 <= damping < float("inf"):
+            raise ValueError(f"damping must be >= 0, got {damping}")
+        self.importance, self.selection, self.scope = importance, selection, scope
+        self.tracker, self.loader, self.evaluate = tracker, loader, evaluate
+        self.source = self._checked_source(source, compensate)
+        self.compensate, self.round_to, self.damping = compensate, round_to, damping
+        self.ignored, self.include_inputs, self.seed = tuple(ignored), include_inputs, seed
+        self._original: dict[str, int] = {}
+        self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
+
+    def _checked_source(self, source: str | None, compensate: bool) -> str:
+        there = {
+            "sketch": self.tracker is not None,
+            "own": isinstance(self.optimizer, RLSOptimizer),
+            "calibration": self.loader is not None,
+        }
+        if not compensate and self.importance in WITHOUT_MATRIX:
+            return "none"
+        if source is None:
+            source = next((name for name, is_there in there.items() if is_there), None)
+        if source is None:
+            raise ValueError("matrices are needed: pass an RLSOptimizer, tracker= or loader=")
+        if source not in _SOURCES:
+            raise ValueError(f"source must be {' | '.join(_SOURCES)}, got {source!r}")
+        if not there[source]:
+            needs = {"sketch": "tracker=", "own": "an RLSOptimizer", "calibration": "loader="}
+            raise ValueError(f"source {source!r} needs {needs[source]}, which is missing")
+        return source
+
+    # -- one step ---------------------------------------------------------------------------------
+
+    def step(
+        self,
+        ratio: float | Mapping[str, float] | None = None,
+        progress: Callable[[str], None] = lambda name: None,
+    ) -> PruneReport:
+        """Prunes once; it completes, or leaves model and optimizer as they were.
+
+        Args:
+            ratio: In place of the constructor's target.
+            progress: Called with the name of each coupling before it is ranked.
+
+        Returns:
+            What changed. A step that finds its target reached already changes nothing.
+
+        Raises:
+            ValueError: The target is out of reach; the model cannot be traced; the pruned model
+                does not run on the example inputs.
+        """
+        target = self.target if ratio is None else _checked_target({"ratio": ratio})
+        structure = trace(self.model, self.example_inputs, self.ignored, self.include_inputs)
+        matrices = self._matrices()
+        modules = dict(self.model.named_modules())
+        gone = units_gone(self._original, structure.couplings)
+        candidates, unscored = rank(
+            structure, modules, matrices, self.importance, self.selection, gone, self.seed, progress
+        )
+        search = Search(self.model, structure, self.example_inputs, matrices, self.compensate)
+        cut = search.find(Ladder(candidates, self.scope, self.round_to), *target, self.evaluate)
+        values, uncompensated = search.compensated(cut)
+        off = self._disagreement(matrices)
+        matrices.clear()  # most of the memory, and the downdates of P are still to come
+        before = measure(self.model, self.example_inputs, repeats=_REPEATS)
+        self._operate(cut, values)
+        return PruneReport(
+            couplings=_changes(structure, candidates, cut.removed),
+            importance=self.importance,
+            selection=self.selection,
+            source=self.source,
+            disagreement=off,
+            uncompensated=uncompensated,
+            refused={**structure.refused, **unscored},
+            kept_inputs={name: kept.tolist() for name, kept in cut.surgery.inputs.items()},
+            gains=compare(before, measure(self.model, self.example_inputs, repeats=_REPEATS)),
+        )
+
+    def snapshot(self) -> Snapshot:
+        """The values and shapes of now, to which `Snapshot.restore` returns across prunings."""
+        inputs, loader = self.example_inputs, self.loader
+
+        def back() -> None:
+            self.example_inputs, self.loader = inputs, loader
+
+        snapshot = Snapshot(self.model, self.optimizer, self.tracker, back)
+        self._snapshots.add(snapshot)
+        return snapshot
+
+    def _matrices(self) -> dict[str, Tensor]:
+        """The inverse autocorrelation matrices of all layers that have one."""
+        if self.source == "sketch":
+            assert self.tracker is not None
+            return self.tracker.matrices()
+        if self.source == "calibration":
+            assert self.loader is not None
+            return calibrate(self.model, self.loader, damping=self.damping)
+        if self.source == "own":
+            assert isinstance(self.optimizer, RLSOptimizer)
+            return own_matrices(self.optimizer, damping=self.damping)
+        return {}
+
+    def _disagreement(self, matrices: Mapping[str, Tensor]) -> dict[str, float] | None:
+        """How far matrices that were tracked are from a calibration, where there is a loader."""
+        if self.loader is None or self.source not in ("own", "sketch"):
+            return None
+        exact = calibrate(self.model, self.loader, damping=self.damping)
+        common = [name for name in matrices if name in exact]
+        return disagreement({n: matrices[n] for n in common}, {n: exact[n] for n in common})
+
+    def _operate(self, cut: Cut, values: Mapping[str, Tensor]) -> None:
+        """Carries out a cut and all that follows from it, or leaves everything as it was."""
+        surgery = cut.surgery
+        columns = kept_columns(dict(self.model.named_modules()), surgery)
+        loader = None if self.loader is None else _Sliced(self.loader, surgery)
+        statistics = {}
+        if loader is not None and cut.removed:
+            pruned = pruned_copy(self.model, surgery, values)
+            update_bn(loader, pruned, next(pruned.parameters()).device)
+            statistics = dict(pruned.named_buffers())
+        optimizers = [] if self.optimizer is None else [self.optimizer]
+        done = operate(self.model, optimizers, surgery, values, {}, self.example_inputs)
+        if self.tracker is not None:
+            try:
+                self.tracker.follow(columns)
+            except BaseException:
+                revert(done)
+                raise
+        for snapshot in self._snapshots:
+            snapshot.changes.append(done)
+        for name, buffer in self.model.named_buffers():
+            if name in statistics:
+                buffer.copy_(statistics[name])
+        if surgery.inputs:
+            self.example_inputs = surgery.slice_inputs(self.example_inputs)
+            self.loader = loader
+
+
+class _Sliced:
+    """The input of each batch of a loader, without the channels that a surgery removes."""
+
+    def __init__(self, loader: Iterable, surgery: Surgery):
+        self._loader, self._surgery = loader, surgery
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in self._loader:
+            x = batch[0] if isinstance(batch, (tuple, list)) else batch
+            yield self._surgery.slice_inputs(x)
+
+
+def _checked_target(targets: Mapping[str, Any]) -> tuple[str, Any]:
+    """The one target that is given, by name.
+
+    Raises:
+        ValueError: None or several are, or it is out of its range.
+    """
+    given = {name: value for name, value in targets.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(f"exactly one of {', '.join(_TARGETS)} must be given, got "
+                         f"{', '.join(given) or 'none'}")  # fmt: skip
+    ((name, value),) = given.items()
+    if name == "ratio":
+        check_ratio(value)
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    elif name == "max_loss" and not 0 <= value < float("inf"):
+        raise ValueError(f"max_loss must be >= 0, got {value}")
+    elif name != "max_loss" and not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be > 0, got {value}")
+    return name, value
+
+
+def _changes(
+    structure: Structure, candidates: Mapping[str, Candidate], removed: Mapping[str, list[int]]
+) -> list[CouplingChange]:
+    changes = []
+    for coupling in structure.couplings:
+        if coupling.name in candidates:
+            units = removed.get(coupling.name, [])
+            changes.append(
+                CouplingChange(
+                    name=coupling.name,
+                    members=[member.name for member in coupling.members],
+                    before=coupling.units,
+                    after=coupling.units - len(units),
+                    removed=units,
+                    cost=candidates[coupling.name].cost.tolist(),
+                )
+            )
+    return changes

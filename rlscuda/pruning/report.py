@@ -1,0 +1,88 @@
+"""What a pruning has changed, to read and to keep."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rlscuda.pruning.measure import Gains
+
+
+@dataclass(frozen=True)
+class CouplingChange:
+    """What became of the channels of one coupling.
+
+    Attributes:
+        name: The coupling.
+        members: Qualified names of the modules that share its channels.
+        before: Units before.
+        after: Units now.
+        removed: The units that went, by their number before, in the order of removal.
+        cost: The whole order's costs, removed or not: the saliency spectrum, in units of the
+            variance of the outputs that the channels feed. Greedy costs are each given the removal
+            of all before; other importances are in units of their own.
+    """
+
+    name: str
+    members: list[str]
+    before: int
+    after: int
+    removed: list[int]
+    cost: list[float]
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """The result of one `RLSPruner.step()`; prints as tables.
+
+    Attributes:
+        couplings: What changed, in the network's order.
+        importance: The importance that chose.
+        selection: `greedy` or `one-shot`.
+        source: Where the matrices came from: `own`, `sketch`, `calibration` or `none`.
+        disagreement: By layer, how far the source is from a calibration, where one was given.
+        uncompensated: Layers that lost inputs and could not be compensated, and why.
+        refused: Couplings or modules that were not candidates, and why.
+        kept_inputs: Raw inputs that lost features or channels, by their number among the tensors
+            of the example inputs, with those that the model still takes.
+        gains: Parameters, FLOPs, memory and latency before and after.
+    """
+
+    couplings: list[CouplingChange]
+    importance: str
+    selection: str
+    source: str
+    disagreement: dict[str, float] | None
+    uncompensated: dict[str, str]
+    refused: dict[str, str]
+    kept_inputs: dict[str, list[int]]
+    gains: Gains
+
+    @property
+    def ratio(self) -> float:
+        """Share of all units that this pruning removed."""
+        before = sum(c.before for c in self.couplings)
+        return 1 - sum(c.after for c in self.couplings) / before if before else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as numbers, strings, lists and dicts, for JSON."""
+        return {**asdict(self), "ratio": self.ratio, "ratios": self.gains.ratios}
+
+    def __str__(self):
+        width = max([len("coupling"), *(len(c.name) for c in self.couplings)])
+        lines = [f"{'coupling':<{width}}  {'before':>7}  {'after':>7}  {'cost':>9}"]
+        for change in self.couplings:
+            spent = sum(change.cost[: len(change.removed)])
+            lines.append(
+                f"{change.name:<{width}}  {change.before:>7}  {change.after:>7}  {spent:>9.3g}"
+            )
+        lines.append(f"chosen by {self.importance} ({self.selection}), matrices: {self.source}")
+        for title, reasons in (
+            ("not compensated", self.uncompensated), ("not a candidate", self.refused)
+        ):  # fmt: skip
+            lines += [f"{title}: {name}: {reason}" for name, reason in reasons.items()]
+        if self.disagreement:
+            worst = max(self.disagreement, key=self.disagreement.__getitem__)
+            lines.append(f"largest disagreement with the calibration: {worst}, "
+                         f"{self.disagreement[worst]:.3g}")  # fmt: skip
+        return "\n".join([*lines, "", str(self.gains)])

@@ -1,0 +1,137 @@
+"""Recover, then prune: the loop of Yu et al. 2022, as a callback of any training loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from rlscuda.pruning.pruner import RLSPruner
+from rlscuda.pruning.ratios import ratio_after
+from rlscuda.pruning.report import PruneReport
+from rlscuda.pruning.snapshot import Snapshot
+
+
+@dataclass
+class Round:
+    """One round of the loop.
+
+    Attributes:
+        ratio: Share of the original units that was to be gone after it.
+        report: What the pruning changed.
+        losses: Validation loss after each epoch since.
+        outcome: `recovering`, `recovered` or `rolled back`.
+    """
+
+    ratio: float
+    report: PruneReport
+    losses: list[float] = field(default_factory=list)
+    outcome: str = "recovering"
+
+
+class PruneSchedule:
+    r"""Prunes in rounds while training goes on: each waits until the validation loss is back.
+
+    After `warmup` epochs the validation loss is remembered and the first round pruned; once the
+    loss is back within `tolerance` of it, the next round follows. A round that is not back within
+    `budget` epochs is rolled back, and pruning ends there. The papers' loop is
+    ``curve="iterative", tolerance=0``.
+
+    Args:
+        pruner: What prunes; its own ratio or target plays no part.
+        ratio: Share of the original units gone after the last round, in (0, 1).
+        rounds: Rounds of pruning.
+        curve: How the ratio grows from round to round, see `ratio_after`.
+        warmup: Epochs before the first round.
+        tolerance: How far above the remembered loss, relative to it, counts as recovered.
+        budget: Epochs a round may take to recover; None for as many as it takes.
+        on_change: Called after the network has been pruned or rolled back, with the current round;
+            for what must follow it, such as an averaged copy of the weights.
+
+    Raises:
+        ValueError: A number is out of its range, or the curve unknown.
+
+    Example:
+        >>> schedule = PruneSchedule(pruner, ratio=0.7, rounds=4)      # doctest: +SKIP
+        >>> for epoch in range(50):                                    # doctest: +SKIP
+        ...     train_one_epoch()
+        ...     schedule.after_epoch(validation_loss())
+        ...     if schedule.finished:
+        ...         break
+    """
+
+    def __init__(
+        self,
+        pruner: RLSPruner,
+        ratio: float,
+        rounds: int = 4,
+        curve: str = "cubic",
+        *,
+        warmup: int = 1,
+        tolerance: float = 0.0,
+        budget: int | None = 5,
+        on_change: Callable[[Round], None] | None = None,
+    ):
+        ratio_after(curve, ratio, 0, rounds)
+        for name, value, least in (("warmup", warmup, 0), ("tolerance", tolerance, 0)):
+            if not value >= least:
+                raise ValueError(f"{name} must be >= {least}, got {value}")
+        if budget is not None and budget < 1:
+            raise ValueError(f"budget must be >= 1 epoch or None, got {budget}")
+        self.pruner, self.ratio, self.curve = pruner, ratio, curve
+        self.total, self.warmup, self.tolerance, self.budget = rounds, warmup, tolerance, budget
+        self.on_change = on_change
+        self.rounds: list[Round] = []
+        self.reference: float | None = None
+        self.finished = False
+        self._epochs = 0
+        self._before: Snapshot | None = None
+
+    def after_epoch(self, loss: float) -> str:
+        """Says what the validation loss of a finished epoch leads to, and does it.
+
+        Args:
+            loss: The validation loss now.
+
+        Returns:
+            ``warming up``, ``recovering``, ``pruned`` (a round has just begun), ``rolled back`` or
+            ``finished``.
+        """
+        if self.finished:
+            return "finished"
+        self._epochs += 1
+        if not self.rounds:
+            if self._epochs < self.warmup:
+                return "warming up"
+            if not math.isfinite(loss):
+                raise ValueError(f"the validation loss before pruning must be finite, got {loss}")
+            self.reference = loss
+            return self._prune()
+        now = self.rounds[-1]
+        now.losses.append(loss)
+        assert self.reference is not None
+        if loss <= self.reference + self.tolerance * abs(self.reference):
+            now.outcome = "recovered"
+            if len(self.rounds) < self.total:
+                return self._prune()
+            return self._finish("finished")
+        if self.budget is None or len(now.losses) < self.budget:
+            return "recovering"
+        assert self._before is not None
+        self._before.restore()
+        now.outcome = "rolled back"
+        if self.on_change:
+            self.on_change(now)
+        return self._finish("rolled back")
+
+    def _prune(self) -> str:
+        self._before = self.pruner.snapshot()
+        ratio = ratio_after(self.curve, self.ratio, len(self.rounds) + 1, self.total)
+        self.rounds.append(Round(ratio, self.pruner.step(ratio=ratio)))
+        if self.on_change:
+            self.on_change(self.rounds[-1])
+        return "pruned"
+
+    def _finish(self, outcome: str) -> str:
+        self.finished, self._before = True, None
+        return outcome

@@ -1,0 +1,61 @@
+"""A point of training to which model and optimizer can return, across prunings."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from rlscuda.pruning.isolation import all_tensors
+from rlscuda.pruning.journal import Change, revert
+from rlscuda.pruning.tracker import SketchTracker
+
+
+class Snapshot:
+    """The values of a model and its optimizer now.
+
+    The options of parameter groups are not part of it: schedulers go on counting.
+
+    Args:
+        model: The model.
+        optimizer: Its optimizer, or None.
+        tracker: The tracker of its matrices, or None.
+        back: Called by `restore` once the shapes are back.
+
+    Attributes:
+        changes: What each pruning since has to take back.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        tracker: SketchTracker | None,
+        back: Callable[[], None],
+    ):
+        self._model, self._optimizer, self._tracker, self._back = model, optimizer, tracker, back
+        self.changes: list[list[Change]] = []
+        self._values = {name: t.detach().clone() for name, t in all_tensors(model).items()}
+        self._tracked = tracker.state_dict() if tracker is not None else None
+        self._state = copy.deepcopy(optimizer.state_dict()) if optimizer is not None else None
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Gives model and optimizer back their shapes and values; may be called again.
+
+        Snapshots that were taken since are void then.
+        """
+        while self.changes:
+            revert(self.changes.pop())
+        self._back()
+        for name, tensor in all_tensors(self._model).items():
+            tensor.copy_(self._values[name])
+        if self._tracker is not None and self._tracked is not None:
+            self._tracker.load_state_dict(self._tracked)
+        if self._optimizer is not None and self._state is not None:
+            now = self._optimizer.state_dict()["param_groups"]
+            self._optimizer.load_state_dict({**self._state, "param_groups": now})
+            self._optimizer.zero_grad()

@@ -1,0 +1,58 @@
+"""What `RLSPruner` refuses, and how it says so."""
+
+import pytest
+from pruning_nets import mlp, rows, trained, widths
+
+from rlscuda import RLSOptimizer
+from rlscuda.pruning import RLSPruner
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "exactly one of ratio, target_params, target_flops, max_loss must be given, got none"),
+        ({"ratio": 0.5, "target_params": 9}, "exactly one of .* got ratio, target_params"),
+        ({"ratio": 1.0}, r"ratio must be in \[0, 1\), got 1.0"),
+        ({"target_params": 0}, "target_params must be > 0, got 0"),
+        ({"target_flops": "1G"}, "target_flops must be a number, got '1G'"),
+        ({"max_loss": -1}, "max_loss must be >= 0, got -1"),
+        ({"max_loss": 0.1}, "max_loss needs evaluate"),
+        ({"ratio": 0.5, "importance": "hessian"}, "importance must be saliency"),
+        ({"ratio": 0.5, "selection": "all"}, "selection must be greedy | one-shot"),
+        ({"ratio": 0.5, "selection": "greedy", "importance": "l1"}, "'greedy' is for importance"),
+        ({"ratio": 0.5, "scope": "model"}, "scope must be layer | global, got 'model'"),
+        ({"ratio": 0.5, "round_to": 0}, "round_to must be an integer >= 1, got 0"),
+        ({"ratio": 0.5, "damping": -1}, "damping must be >= 0"),
+        ({"ratio": 0.5, "source": "magic"}, "source must be own | sketch | calibration"),
+        ({"ratio": 0.5, "source": "sketch"}, "source 'sketch' needs tracker="),
+        ({"ratio": 0.5, "source": "calibration"}, "source 'calibration' needs loader="),
+        ({"ratio": 0.5, "optimizer": None}, "matrices are needed: pass an RLSOptimizer"),
+        ({"ratio": 0.5, "example_inputs": None}, "example_inputs must be what the model"),
+    ],
+)
+def test_wrong_options(options, message):
+    model = mlp(6, 8, 3)
+    given = {"optimizer": RLSOptimizer(model), "example_inputs": rows(2), **options}
+    with pytest.raises(ValueError, match=message):
+        RLSPruner(model, **given)
+
+
+def test_wrong_types():
+    model = mlp(6, 8, 3)
+    with pytest.raises(TypeError, match="model must be a module, got list"):
+        RLSPruner([model], None, rows(2), ratio=0.5)
+    with pytest.raises(TypeError, match="optimizer must be a torch optimizer, got str"):
+        RLSPruner(model, "adam", rows(2), ratio=0.5)
+
+
+def test_taylor_without_gradients():
+    model, optimizer = trained(6, 8, 3)
+    optimizer.zero_grad()
+    with pytest.raises(ValueError, match="importance 'taylor' needs gradients"):
+        RLSPruner(model, optimizer, rows(2), ratio=0.5, importance="taylor").step()
+
+
+def test_untrained_optimizer_has_no_matrix():
+    model = mlp(6, 8, 3)
+    report = RLSPruner(model, RLSOptimizer(model), rows(2), ratio=0.5).step()
+    assert report.refused and widths(model) == [8, 3]
