@@ -10,9 +10,11 @@
 // What one phase leaves for the next is in the workspace.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "kernels.h"
+#include "layer_list.h"
 
 namespace rlscuda {
 namespace rls {
@@ -23,6 +25,7 @@ constexpr int kStrip = 128;
 constexpr int kTile = 64;
 constexpr int kWholeColumns = 128, kWholeRank = 32;
 constexpr int kMaxRank = 64;
+constexpr int kSlice = 64;              // rows of S in shared memory
 constexpr int64_t kTargetBlocks = 396;  // of `project`: three on each of 132 SMs
 
 enum Phase { kProject, kSolve, kUpdate, kPhases };
@@ -96,6 +99,25 @@ struct Layer {
   RLS_HOST_DEVICE T* V(uint32_t b) const { return reinterpret_cast<T*>(workspace + V_at(b)); }
 };
 
+// A layer as its caller describes it; its splits, blocks and workspace are not planned yet.
+template <class T>
+Layer<T> layer_of(const RlsUpdate<T>& a) {
+  Layer<T> layer{};
+  layer.P = a.P, layer.S = a.S, layer.U = a.U, layer.h = a.h;
+  layer.power = a.power, layer.health = a.health;
+  layer.n = uint32_t(a.n), layer.batch = uint32_t(a.batch), layer.rank = uint32_t(a.rank);
+  return layer;
+}
+
+// Rows of a split, such that streamed layers of `area` rows in all strips make about kTargetBlocks
+// blocks of equal area; the partial sums that a split writes stay small beside what it reads.
+template <class T>
+uint32_t split_rows(int64_t area, const Layer<T>& layer) {
+  const int64_t least = std::max<int64_t>(kSlice, 16 * layer.rank);
+  const int64_t rows = std::max(least, (area + kTargetBlocks - 1) / kTargetBlocks);
+  return uint32_t((rows + kSlice - 1) / kSlice * kSlice);
+}
+
 // The arguments of a launch.
 template <class T, int LAYERS>
 struct Call {
@@ -117,16 +139,9 @@ struct Part {
 
 template <class T, int LAYERS>
 __device__ Part<T> part_of(const Call<T, LAYERS>& call, Phase phase, uint32_t block) {
-  int low = 0, high = int(call.count) - 1;
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (call.layer[middle].end[phase] > block) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
-  }
-  return {call.layer[low], block - (low ? call.layer[low - 1].end[phase] : 0)};
+  const int l = layer_of_block(call.layer, call.count, block,
+                               [phase](const Layer<T>& layer) { return layer.end[phase]; });
+  return {call.layer[l], block - (l ? call.layer[l - 1].end[phase] : 0)};
 }
 
 // Row and column of element `index` of a lower triangle stored by rows.

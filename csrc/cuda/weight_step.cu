@@ -13,6 +13,7 @@
 #include "half.h"
 #include "kernels.h"
 #include "launch.h"
+#include "layer_list.h"
 
 namespace rlscuda {
 namespace {
@@ -141,17 +142,10 @@ __global__ void __launch_bounds__(kThreads)
     weight_step_kernel(const __grid_constant__ Call<T, LAYERS> call) {
   __shared__ Step<T> step;
   __shared__ T sums[kWarps];
-  int low = 0, high = int(call.count) - 1;
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (call.layer[middle].end > blockIdx.x) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
-  }
-  const Layer<T> a = call.layer[low];
-  const uint32_t block = blockIdx.x - (low ? call.layer[low - 1].end : 0);
+  const int l = layer_of_block(call.layer, call.count, blockIdx.x,
+                               [](const Layer<T>& layer) { return layer.end; });
+  const Layer<T> a = call.layer[l];
+  const uint32_t block = blockIdx.x - (l ? call.layer[l - 1].end : 0);
   if (threadIdx.x == 0) {
     WeightStep<T> own = call.common;
     own.health = a.health;
