@@ -18,11 +18,11 @@ from setuptools import setup
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent.resolve()
-CPU_OPS = "factors_agree nonfinite patch_mean patch_sample patch_sketch rls_filter rls_update"
-CUDA_OPS = ["nonfinite", "patch_mean", "patch_sample", "patch_sketch", "rls_update", "weight_step"]
-FILES = [name for op in [*CPU_OPS.split(), "weight_step"] for name in (op, f"cpu/{op}_cpu")]
+PATCHES = ["patch_mean", "patch_sample", "patch_sketch"]
+OPS = ["nonfinite", *PATCHES, "rls_held", "rls_update", "weight_step"]
+FILES = [name for op in ["factors_agree", "rls_filter", *OPS] for name in (op, f"cpu/{op}_cpu")]
 CPU_SOURCES = [f"csrc/{name}.cpp" for name in ["library", *FILES]]
-CUDA_SOURCES = ["csrc/cuda_call.cpp", *(f"csrc/cuda/{op}.cu" for op in ["runtime", *CUDA_OPS])]
+CUDA_SOURCES = ["csrc/cuda_call.cpp", *(f"csrc/cuda/{op}.cu" for op in ["runtime", *OPS])]
 ARCHS = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0 8.6 8.9 9.0+PTX")  # torch reads it
 OLDEST_NVCC = 12  # the first that compiles C++20
 

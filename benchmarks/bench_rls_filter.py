@@ -73,6 +73,32 @@ def test_run_large(race, dtype):
     )
 
 
+@pytest.mark.parametrize("n", [1024, 4096])
+def test_update_large(race, n):
+    """16 samples, one a call from Python, float32: their updates of P are held back."""
+    samples = 16
+    X, y = series(n, samples, np.float32)
+    options = {"forgetting": 0.999, "initial_scale": 1e-4, "dtype": np.float32}
+    single, block = RLSFilter(n, **options), RLSFilter(n, **options)
+
+    def learn():
+        for x, target in zip(X, y, strict=True):
+            single.update(x, target)
+
+    learn()
+    block.run(X, y)
+    np.testing.assert_allclose(single.P, block.P, 0, 1e-8)
+    race(
+        f"{samples} × update, n = {n}, float32",
+        {"ours": learn},
+        targets={"ours / copy floor": 0.5},
+        traffic=3 * n**2 * 4,
+        facts={"samples": samples},
+        work={shapes.FLOOR: 1 / samples},
+        rounds=5,
+    )
+
+
 @pytest.mark.parametrize("n", [4, 64, 256])
 def test_update(race, n):
     """One sample a call from Python, float64; the figures are for 500 of them."""

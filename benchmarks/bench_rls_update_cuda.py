@@ -1,7 +1,8 @@
 """`rls_update_` on a GPU against eager PyTorch and copy bandwidth; streaming updates in a graph.
 
 Eager keeps h on the device, as ours does. `graph` is a CUDA graph of 16 updates, the way to stream
-samples into a read-out without paying for launches; its time is that of one update.
+samples into a read-out without paying for launches; its time is that of one update. `held` and
+`held graph` hold the updates back, 16 to a write of P.
 """
 
 import eager_rls
@@ -9,7 +10,7 @@ import pytest
 import shapes
 import torch
 
-from rlscuda import functional
+from rlscuda import HeldMatrix, functional
 
 GAIN = 0.01
 CASES = [
@@ -34,6 +35,35 @@ def eager(P, s):
         eager_rls.rls_update(P, s.view(-1, s.shape[-1]), GAIN, 1.0, 1.0, 0.0)
 
 
+def held_updates(case):
+    """UPDATES updates that share one write of P, checked against as many that do not."""
+    P, s = case.tensors(device="cuda")
+    plain, matrix = P.clone(), HeldMatrix(P, hold=UPDATES)
+    for _ in range(UPDATES + 2):
+        matrix.update(s, gain=GAIN)
+        ours(plain, s)
+    torch.testing.assert_close(matrix.P, plain, rtol=1e-4, atol=1e-5)
+
+    def run():
+        for _ in range(UPDATES):
+            matrix.update(s, gain=GAIN)
+
+    return run
+
+
+def captured(run):
+    """A CUDA graph of what `run` does."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_rls_update(race, case):
     results = []
@@ -48,13 +78,18 @@ def test_rls_update(race, case):
         P, s = case.tensors(device="cuda")
         lanes[name] = lambda update=update, P=P, s=s: update(P, s)
     large = case.n >= 4096 and case.rank == 1
+    targets, ratios = {}, ["ours / eager", "ours / copy floor"]
+    if large:
+        lanes["held"] = held_updates(case)
+        targets = {"ours / copy floor": 1.2, "held / copy floor": 0.5}
     race(
         case.name,
         lanes,
-        targets={"ours / copy floor": 1.2} if large else None,
-        ratios=["ours / eager", "ours / copy floor"],
+        targets=targets,
+        ratios=ratios,
         traffic=12 * case.n**2 * max(1, case.batch),
         rounds=12,
+        work={"held": UPDATES} if large else None,
     )
 
 
@@ -62,20 +97,18 @@ def test_rls_update(race, case):
 def test_streaming(race, case):
     P, s = case.tensors(device="cuda")
     ours(P, s)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        ours(P, s)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def run():
         for _ in range(UPDATES):
             ours(P, s)
+
+    graphs = {"graph": captured(run), "held graph": captured(held_updates(case))}
     race(
         f"{case.name}, streaming",
-        {"graph": graph.replay},
-        targets={"graph / copy floor": 1.25},
+        {name: graph.replay for name, graph in graphs.items()},
+        targets={"graph / copy floor": 1.25, "held graph / copy floor": 1.25},
+        ratios=["held graph / graph"],
         traffic=12 * case.n**2,
         rounds=12,
-        work={"graph": UPDATES},
+        work=dict.fromkeys(graphs, UPDATES),
     )

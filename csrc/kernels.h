@@ -29,6 +29,9 @@ struct RlsUpdate {
   const T* projected_x;   // [projected_rows, n or n - 1]: X, without its column of ones
   int64_t batch, n, rank, projected_rows, projected_columns;
   UpdateRule rule;
+  T* held;                // [batch, hold, rank, n] or null: V of the updates that P lacks
+  HeldState* held_state;  // [batch], with `held`
+  int64_t hold;           // updates that can be held
 };
 template <class T>
 void rls_update_cpu(const RlsUpdate<T>* layers, int64_t count);
@@ -38,6 +41,19 @@ void rls_update_cuda(const RlsUpdate<T>* layers, int64_t count, void* workspace,
 // Bytes that it needs; contents do not matter.
 template <class T>
 int64_t rls_update_workspace_cuda(const RlsUpdate<T>* layers, int64_t count);
+
+// One layer whose updates are held back, with `held`; takes neither a projection nor projected
+// rows.
+template <class T>
+void rls_update_held_cuda(const RlsUpdate<T>& layer, void* workspace, CudaStream stream);
+// Applies what is held; of the layer only P, held, held_state and the sizes count.
+template <class T>
+void rls_flush_cpu(const RlsUpdate<T>& layer);
+template <class T>
+void rls_flush_cuda(const RlsUpdate<T>& layer, void* workspace, CudaStream stream);
+// Bytes that either of them needs; contents do not matter.
+template <class T>
+int64_t rls_held_workspace_cuda(const RlsUpdate<T>& layer);
 
 // Where the elements of one output row of a parameter lie: [C, kh, kw] by strides, or dense.
 struct RowLayout {
@@ -146,6 +162,9 @@ struct RlsFilter {
   int64_t samples, n, n_out;
   int64_t x_stride[2], y_stride[2];
   double forgetting, gain, decay, diffusion, initial_scale;
+  T* held;                // [hold, n]: V of the updates that P lacks, from one call to the next
+  HeldState* held_state;  // of P; nothing is held where hold is 0
+  int64_t hold;
 };
 // Returns the number of resets of P.
 template <class T>

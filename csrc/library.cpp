@@ -34,6 +34,11 @@ STABLE_TORCH_LIBRARY(rlscuda, m) {
       "Tensor? found_inf, Tensor[] projection, Tensor(d!)[] projected, Tensor[] projected_x, "
       "float forgetting, float gain, float decay, float diffusion, float drift, "
       "float initial_scale, bool averaging) -> Tensor");
+  m.def(
+      "rls_update_held_(Tensor(a!) P, Tensor(b!) held, Tensor(c!) state, Tensor s, "
+      "float forgetting, float gain, float decay, float diffusion, float initial_scale, "
+      "Tensor(d!)? power, Tensor(e!)? health, Tensor? found_inf) -> (Tensor, Tensor)");
+  m.def("rls_flush_(Tensor(a!) P, Tensor held, Tensor(b!) state) -> ()");
   m.def("factors_agree(Tensor grad, Tensor x, Tensor delta, Tensor? grad_bias) -> bool");
   m.def("nonfinite(Tensor[] tensors) -> Tensor");
   m.def(
@@ -63,6 +68,8 @@ STABLE_TORCH_LIBRARY(rlscuda, m) {
 STABLE_TORCH_LIBRARY_IMPL(rlscuda, CPU, m) {
   m.impl("rls_update_", TORCH_BOX(&rlscuda::rls_update_));
   m.impl("foreach_rls_update_", TORCH_BOX(&rlscuda::foreach_rls_update_));
+  m.impl("rls_update_held_", TORCH_BOX(&rlscuda::rls_update_held_));
+  m.impl("rls_flush_", TORCH_BOX(&rlscuda::rls_flush_));
   m.impl("foreach_weight_step_", TORCH_BOX(&rlscuda::foreach_weight_step_));
   m.impl("factors_agree", TORCH_BOX(&rlscuda::factors_agree));
   m.impl("nonfinite", TORCH_BOX(&rlscuda::nonfinite));
@@ -77,6 +84,8 @@ STABLE_TORCH_LIBRARY_IMPL(rlscuda, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(rlscuda, CUDA, m) {
   m.impl("rls_update_", TORCH_BOX(&rlscuda::rls_update_));
   m.impl("foreach_rls_update_", TORCH_BOX(&rlscuda::foreach_rls_update_));
+  m.impl("rls_update_held_", TORCH_BOX(&rlscuda::rls_update_held_));
+  m.impl("rls_flush_", TORCH_BOX(&rlscuda::rls_flush_));
   m.impl("weight_step_", TORCH_BOX(&rlscuda::weight_step_));
   m.impl("adaptive_weight_step_", TORCH_BOX(&rlscuda::adaptive_weight_step_));
   m.impl("foreach_weight_step_", TORCH_BOX(&rlscuda::foreach_weight_step_));

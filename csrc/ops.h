@@ -25,6 +25,15 @@ Tensor foreach_rls_update_(std::vector<Tensor> P, std::vector<Tensor> S, std::ve
                            double decay, double diffusion, double drift, double initial_scale,
                            bool averaging);
 
+std::tuple<Tensor, Tensor> rls_update_held_(Tensor P, Tensor held, Tensor state, const Tensor& S,
+                                            double forgetting, double gain, double decay,
+                                            double diffusion, double initial_scale,
+                                            const std::optional<Tensor>& power,
+                                            const std::optional<Tensor>& health,
+                                            const std::optional<Tensor>& found_inf);
+
+void rls_flush_(Tensor P, const Tensor& held, Tensor state);
+
 bool factors_agree(const Tensor& grad, const Tensor& x, const Tensor& delta,
                    const std::optional<Tensor>& grad_bias);
 

@@ -30,14 +30,25 @@ void strides_of(const Strided<T>& array, int64_t stride[2]) {
   for (int d : {0, 1}) stride[d] = array.strides(d) / int64_t(sizeof(T));
 }
 
+// What is held of P [n, n]: `held` [K, n], of which K = 0 is none, and the state of it.
+template <class T>
+void check_held(const Dense<T>& P, const Dense<T>& held, const Dense<double>& state) {
+  RLS_CHECK(P.ndim() == 2 && P.shape(0) == P.shape(1) && held.ndim() == 2 &&
+                held.shape(0) <= kHeldRows && held.shape(1) == P.shape(1) && state.ndim() == 1 &&
+                state.shape(0) == kHeldSlots,
+            "shapes must be P [n, n], held [K, n], state [", kHeldSlots, "]");
+}
+
 template <class T>
 std::pair<py::array_t<T>, int64_t> run(Dense<T> P, Dense<T> W, const Strided<T>& X,
                                        const Strided<T>& Y, double forgetting, double gain,
-                                       double decay, double diffusion, double initial_scale) {
+                                       double decay, double diffusion, double initial_scale,
+                                       Dense<T> held, Dense<double> state) {
   const bool shaped = P.ndim() == 2 && W.ndim() == 2 && X.ndim() == 2 && Y.ndim() == 2;
   RLS_CHECK(shaped && P.shape(0) == P.shape(1) && W.shape(1) == P.shape(0) &&
                 X.shape(1) == P.shape(0) && Y.shape(0) == X.shape(0) && Y.shape(1) == W.shape(0),
             "shapes must be P [n, n], W [n_out, n], X [T, n], Y [T, n_out]");
+  check_held(P, held, state);
   py::array_t<T> predictions({X.shape(0), W.shape(0)});
   RlsFilter<T> args{P.mutable_data(),           W.mutable_data(), X.data(),   Y.data(),
                     predictions.mutable_data(), X.shape(0),       X.shape(1), W.shape(0)};
@@ -48,6 +59,9 @@ std::pair<py::array_t<T>, int64_t> run(Dense<T> P, Dense<T> W, const Strided<T>&
   args.decay = decay;
   args.diffusion = diffusion;
   args.initial_scale = initial_scale;
+  args.held = held.mutable_data();
+  args.held_state = reinterpret_cast<HeldState*>(state.mutable_data());
+  args.hold = held.shape(0);
   int64_t resets = 0;
   {
     py::gil_scoped_release release;
@@ -59,11 +73,28 @@ std::pair<py::array_t<T>, int64_t> run(Dense<T> P, Dense<T> W, const Strided<T>&
 }
 
 template <class T>
+void flush(Dense<T> P, Dense<T> held, Dense<double> state) {
+  check_held(P, held, state);
+  RlsUpdate<T> layer{};
+  layer.P = P.mutable_data();
+  layer.batch = layer.rank = 1;
+  layer.n = P.shape(0);
+  layer.held = held.mutable_data();
+  layer.held_state = reinterpret_cast<HeldState*>(state.mutable_data());
+  layer.hold = held.shape(0);
+  py::gil_scoped_release release;
+  rls_flush_cpu(layer);
+}
+
+template <class T>
 void bind_run(py::module_& m) {
   m.def("rls_filter_run", &run<T>, py::arg("P").noconvert(), py::arg("W").noconvert(),
         py::arg("X").noconvert(), py::arg("Y").noconvert(), py::arg("forgetting"), py::arg("gain"),
         py::arg("decay"), py::arg("diffusion"), py::arg("initial_scale"),
+        py::arg("held").noconvert(), py::arg("state").noconvert(),
         "Filters a series, updating P and W in place; returns the predictions and the resets.");
+  m.def("rls_filter_flush", &flush<T>, py::arg("P").noconvert(), py::arg("held").noconvert(),
+        py::arg("state").noconvert(), "Applies to P what is held back of it.");
 }
 
 }  // namespace

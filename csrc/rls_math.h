@@ -11,6 +11,7 @@
 //   kappa     gain of a new observation, > 0
 //   power     running mean of the squared input, by which a summary is normalised
 //   decay, diffusion   P <- decay P + diffusion I after the update: shrinkage towards P_0
+//   held      updates not yet applied to the P in memory, kept as thin factors; see HeldState
 //   drift     delta of the random-walk drift of a Kalman filter: P <- (1 - kappa delta) P + kappa I
 //
 // One update (Sherman-Morrison-Woodbury of R <- lambda R + (kappa / r) S^T S, then decay and
@@ -70,6 +71,38 @@ RLS_HOST_DEVICE inline UpdateRule rule_at(UpdateRule rule, double updates) {
 // Updates that a layer has seen: its steps, but for those without a summary.
 RLS_HOST_DEVICE inline double updates_seen(const double* health) {
   return health ? health[kSteps] - health[kMissing] : 0;
+}
+
+// What is held back of a matrix: with V the rows of the `count` updates that its memory lacks,
+//   P_true = scale (P - V^T V) + shift I.
+// The next update, P_true <- a (P_true - v^T v) + b I with a = decay / lambda, appends the rows
+// v / sqrt(scale) to V and moves the scalars; P is not touched. kHeldGrowth keeps the rounding
+// errors of P from being scaled up, and sqrt(scale) away from 0.
+struct HeldState {
+  double scale, shift, count;
+};
+constexpr int64_t kHeldSlots = 3;  // float64 numbers of a HeldState
+constexpr int64_t kHeldRows = 64;  // of V, at most: the thin correction stays thin
+constexpr double kHeldGrowth = 4;  // scale stays within [1 / this, this]
+constexpr HeldState kNothingHeld{1, 0, 0};
+
+// Updates in V between two calls, fewer than `hold`; none where the state is not one, so that no
+// one reads or writes beyond V.
+RLS_HOST_DEVICE inline int64_t held_count(const HeldState& state, int64_t hold) {
+  return state.count >= 0 && state.count < double(hold) ? int64_t(state.count) : 0;
+}
+
+// The state after one more update.
+RLS_HOST_DEVICE inline HeldState held_after(const HeldState& state, const UpdateRule& rule,
+                                            int64_t hold) {
+  const double a = rule.decay / rule.forgetting;
+  return {a * state.scale, a * state.shift + rule.diffusion, double(held_count(state, hold) + 1)};
+}
+
+// Whether what is held must be applied now.
+RLS_HOST_DEVICE inline bool must_apply(const HeldState& state, int64_t hold) {
+  return state.count >= double(hold) || !(state.scale <= kHeldGrowth) ||
+         !(state.scale >= 1 / kHeldGrowth);
 }
 
 // The in-place Cholesky factor of the symmetric [r, r] matrix H (lower triangle, row-major).

@@ -18,4 +18,7 @@ def rls_filter_run(
     decay: float,
     diffusion: float,
     initial_scale: float,
+    held: NDArray[Any],
+    state: NDArray[Any],
 ) -> tuple[NDArray[Any], int]: ...
+def rls_filter_flush(P: NDArray[Any], held: NDArray[Any], state: NDArray[Any]) -> None: ...

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from rlscuda import _C
+from rlscuda.held import updates_to_hold
 
 _ALIGNMENT = 64  # bytes of a cache line: a row that starts on one is read at full speed
 
@@ -104,12 +105,20 @@ class RLSFilter:
         self._coefficients()
         self._P = _aligned(self.initial_scale * np.eye(self.n, dtype=self.dtype))
         self._W = _aligned(np.zeros((self.n_out, self.n), self.dtype))
+        hold = updates_to_hold(self.n, self.dtype.itemsize)
+        self._held = _aligned(np.zeros((hold, self.n), self.dtype))
+        self._held_state = np.array([1.0, 0.0, 0.0])
         self.updates = 0
         self.resets = 0
 
     @property
     def P(self) -> NDArray[Any]:
-        """The inverse autocorrelation matrix [n, n]: the live state, not a copy, read-only."""
+        """The inverse autocorrelation matrix [n, n]: the state itself, not a copy, read-only.
+
+        Where P is large, the samples of `update` and of short series wait to be entered together;
+        reading P enters them. An array from an earlier reading shows them only from then on.
+        """
+        _C.rls_filter_flush(self._P, self._held, self._held_state)
         return _read_only(self._P)
 
     @property
@@ -189,7 +198,9 @@ class RLSFilter:
         return self._learn(inputs, columns).reshape(targets.shape)
 
     def _learn(self, X: NDArray[Any], Y: NDArray[Any]) -> NDArray[Any]:
-        predictions, resets = _C.rls_filter_run(self._P, self._W, X, Y, *self._coefficients())
+        predictions, resets = _C.rls_filter_run(
+            self._P, self._W, X, Y, *self._coefficients(), self._held, self._held_state
+        )
         self.updates += len(X) - resets
         self.resets += resets
         return predictions
@@ -220,7 +231,7 @@ class RLSFilter:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._P, self._W = _aligned(self._P), _aligned(self._W)
+        self._P, self._W, self._held = (_aligned(a) for a in (self._P, self._W, self._held))
 
     def __repr__(self) -> str:
         return (

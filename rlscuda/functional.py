@@ -27,7 +27,9 @@ __all__ = [
     "patch_mean",
     "patch_sample",
     "patch_sketch",
+    "rls_flush_",
     "rls_update_",
+    "rls_update_held_",
     "row_mean",
     "row_sample",
     "row_sketch",
@@ -36,6 +38,7 @@ __all__ = [
 
 _ops = torch.ops.rlscuda
 _rls_update = _ops.rls_update_.default
+_rls_update_held = _ops.rls_update_held_.default
 _MATRIX_DTYPES = (torch.float32, torch.float64)
 
 
@@ -144,6 +147,84 @@ def _explain_update(P, s, forgetting, gain, decay, diffusion, initial_scale) -> 
     _check(0 <= decay < math.inf, f"decay must be >= 0, got {decay}")
     _check(0 <= diffusion < math.inf, f"diffusion must be >= 0, got {diffusion}")
     _check(0 < initial_scale < math.inf, f"initial_scale must be > 0, got {initial_scale}")
+
+
+def rls_update_held_(
+    P: Tensor,
+    held: Tensor,
+    state: Tensor,
+    s: Tensor,
+    forgetting: float = 1.0,
+    gain: float = 1.0,
+    *,
+    decay: float = 1.0,
+    diffusion: float = 0.0,
+    initial_scale: float = 1.0,
+    power: Tensor | None = None,
+    health: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Updates as `rls_update_`, but holds the update back: `P` is read and seldom written.
+
+    The matrix is that of three tensors together, with V the rows of `held` that count,
+
+    .. math:: P_{true} = scale\,(P - V^T V) + shift \cdot I
+
+    and an update appends :math:`\sqrt{(\kappa/r) / scale}\; L^{-1} U`, :math:`H = L L^T`, to V and
+    multiplies scale by decay / forgetting. When `held` is full, or scale leaves [1/4, 4], the same
+    call applies all of it in one pass over `P`, bit-symmetrically; that is decided on the device,
+    so nothing is waited for. A reset writes `P` and drops what was held; a refused update changes
+    nothing. `HeldMatrix` owns the three tensors and is the easier way.
+
+    Args:
+        P: [n, n] or [b, n, n], float32 or float64, contiguous, as `rls_update_` takes it.
+        held: [K, r, n] or [b, K, r, n] of the dtype of `P`: room for K >= 2 updates by r rows, at
+            most 64 rows. Contents do not matter where `state` says that nothing is held.
+        state: float64 [3] or [b, 3]: scale, shift and the number of updates held; 1, 0, 0 at first.
+        s: Rows [r, n], [b, r, n] for batched `P`; [n] where r = 1.
+        forgetting: See `rls_update_`, as all that follows.
+        gain: Gain.
+        decay: Factor on the updated matrix.
+        diffusion: What is added to its diagonal.
+        initial_scale: Diagonal of the matrix after a reset.
+        power: [b] running mean of the squared input.
+        health: float64 counters [6].
+        found_inf: One bool.
+
+    Returns:
+        `u`, the rows P_true s before the update, and `h`, as `rls_update_` does.
+
+    Raises:
+        ValueError: A shape, dtype, device or value is not as `rls_update_` takes it.
+        RuntimeError: `held` or `state` does not fit `P` and `s`.
+        TypeError: `P` or `s` is not a tensor.
+    """
+    options = (forgetting, gain, decay, diffusion, initial_scale)
+    try:
+        if s.requires_grad or not s.is_contiguous():
+            s = s.detach().contiguous()
+        _check(s.device == P.device, "s must be on the device of P")  # a fake kernel takes any
+        result = _rls_update_held(P, held, state, s, *options, power, health, found_inf)
+    except Exception:
+        _explain_update(P, s, *options)
+        raise
+    _changed(P, held, state, power, health)
+    return result
+
+
+def rls_flush_(P: Tensor, held: Tensor, state: Tensor) -> None:
+    """Applies what `rls_update_held_` holds back: `P` becomes the matrix, and nothing is held.
+
+    Args:
+        P: [n, n] or [b, n, n].
+        held: [K, r, n] or [b, K, r, n].
+        state: float64 [3] or [b, 3].
+
+    Raises:
+        RuntimeError: Shapes or dtypes do not fit one another.
+    """
+    _ops.rls_flush_(P, held, state)
+    _changed(P, state)
 
 
 def factors_agree(grad: Tensor, x: Tensor, delta: Tensor, grad_bias: Tensor | None = None) -> bool:
@@ -286,6 +367,11 @@ def adaptive_weight_step_(
 
 @torch.library.register_fake("rlscuda::rls_update_")
 def _(P, s, forgetting, gain, decay, diffusion, initial_scale, power, health, found_inf):
+    return torch.empty_like(s), P.new_empty(P.shape[:-2])
+
+
+@torch.library.register_fake("rlscuda::rls_update_held_")
+def _(P, held, state, s, forgetting, gain, decay, diffusion, initial_scale, *rest):
     return torch.empty_like(s), P.new_empty(P.shape[:-2])
 
 

@@ -15,6 +15,7 @@ from rlscuda._reference_patches import patch_mean, patch_rows, patch_sample, pat
 
 __all__ = [
     "AdaptiveStep",
+    "HeldBack",
     "adaptive_weight_step",
     "patch_mean",
     "patch_rows",
@@ -59,6 +60,50 @@ def rls_update(
         return initial_scale * identity, U, nan
     updated = (P - gain / r * U.T @ torch.linalg.solve(H, U)) / forgetting
     return decay * updated + diffusion * identity, U, H.diagonal().mean()
+
+
+@dataclass
+class HeldBack:
+    """A matrix whose updates are held back: scale (P - V^T V) + shift I.
+
+    Args:
+        P: [n, n], never changed.
+        V: [held rows, n].
+        scale: Factor on what is in the brackets.
+        shift: Added to the diagonal.
+    """
+
+    P: Tensor
+    V: Tensor
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def matrix(self) -> Tensor:
+        """The matrix [n, n], with what is held applied."""
+        identity = torch.eye(len(self.P), dtype=self.P.dtype)
+        return self.scale * (self.P - self.V.T @ self.V) + self.shift * identity
+
+    def update(
+        self,
+        S: Tensor,
+        forgetting: float = 1.0,
+        gain: float = 1.0,
+        decay: float = 1.0,
+        diffusion: float = 0.0,
+    ) -> tuple[HeldBack, Tensor, Tensor]:
+        """One update by rows S [r, n] that are finite, with H positive definite.
+
+        Returns:
+            The matrix with one update more held, U = S P [r, n], and h.
+        """
+        r = len(S)
+        U = self.scale * (S @ self.P - S @ self.V.T @ self.V) + self.shift * S
+        H = forgetting * torch.eye(r, dtype=S.dtype) + gain / r * S @ U.T
+        rows = torch.linalg.solve_triangular(torch.linalg.cholesky(H), U, upper=False)
+        V = torch.cat([self.V, (gain / r / self.scale) ** 0.5 * rows])
+        a = decay / forgetting
+        held = HeldBack(self.P, V, a * self.scale, a * self.shift + diffusion)
+        return held, U, H.diagonal().mean()
 
 
 def weight_step(

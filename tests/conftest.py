@@ -36,6 +36,14 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, scale: float = 1.
     )
 
 
+def assert_exact(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-12) -> None:
+    """Compares two results of one dtype, within `tolerance` of the largest expected element."""
+    assert actual.shape == expected.shape
+    if actual.numel():
+        scale = max(1.0, expected.abs().max().item())
+        assert (actual - expected).abs().max().item() <= tolerance * scale
+
+
 def random_spd(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Symmetric positive definite matrices [*shape, n, n], symmetric to the bit."""
     A = torch.randn(*shape, shape[-1], dtype=torch.float64)

@@ -17,7 +17,7 @@ from torch import nn
 
 import rlscuda
 import rlscuda.functional as RF
-from rlscuda import RLSOptimizer, reference
+from rlscuda import HeldMatrix, RLSOptimizer, reference
 
 DEVICE = torch.device(os.environ.get("RLSCUDA_TEST_DEVICE", "cuda"))
 ON_GPU = DEVICE.type == "cuda"
@@ -81,6 +81,23 @@ def test_rls_update(shape, rank, dtype):
         assert_close(h.cpu().reshape(-1), torch.stack([step[2] for step in steps]), 50)
     assert torch.equal(matrices, matrices.mT)
     assert_close(matrices.cpu(), expected.view_as(P), 50)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("hold, rank", [(16, 1), (3, 5)])
+@pytest.mark.parametrize("shape", [(1,), (33,), (128,), (577,), (1301,), (3, 40)], ids=str)
+def test_rls_held(shape, hold, rank, dtype):
+    options = {"forgetting": 0.95, "gain": 0.3, "decay": 0.97, "diffusion": 0.1}
+    P = random_spd(*shape, dtype=dtype)
+    exact, matrix = P.double(), HeldMatrix(P.to(DEVICE, copy=True), rank, hold)
+    for _ in range(hold + 2):
+        S = torch.randn(*shape[:-1], rank, shape[-1], dtype=dtype)
+        u, h = matrix.update(S.to(DEVICE), **options)
+        v, g = RF.rls_update_(exact, S.double(), **options)
+        assert_close(u.cpu(), v, 50)
+        assert_close(h.cpu(), g, 50)
+    assert torch.equal(matrix.P, matrix.P.mT)
+    assert_close(matrix.P.cpu(), exact, 50)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -275,6 +292,34 @@ def test_a_captured_step_goes_on_counting(form):
     for _ in range(3 + 4):  # the capture itself runs nothing
         step(*first, x.cpu())
     assert_same(first, second, 1000)
+
+
+@gpu_only
+def test_captured_held_updates_go_on_counting_and_wait_for_nothing():
+    n, hold = 1000, 3
+    P, s = random_spd(n), torch.randn(n, dtype=torch.float64)
+    plain, matrix = P.clone(), HeldMatrix(P.to(DEVICE), hold=hold)
+    row = s.to(DEVICE)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        matrix.update(row, 0.99)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        matrix.update(row, 0.99)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        matrix.update(row, 0.99)
+    for k in range(5):  # full at the first replay, and again at the fourth
+        row.copy_(s * (k + 1))
+        graph.replay()
+    for k in (1, 1, 1, 2, 3, 4, 5):
+        RF.rls_update_(plain, s * k, 0.99)
+    assert_close(matrix.P.cpu(), plain, 100)
 
 
 @gpu_only

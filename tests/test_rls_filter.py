@@ -324,3 +324,77 @@ def test_wrong_arrays_raise_and_change_nothing(call, error, message):
     with pytest.raises(error, match=message):
         call(f)
     assert_unchanged(f, before)
+
+
+# -- large matrices, whose updates are held back between calls ------------------------------------
+
+HELD = {np.float32: 520, np.float64: 370}  # inputs from which they are
+
+
+def specified(f, X, Y, **options):
+    """Predictions, P, W and resets of a fresh filter like f, one sample after the other."""
+    start = f.initial_scale * np.eye(f.n), np.zeros((f.n_out, f.n))
+    return rls_filter(*start, X, Y, initial_scale=f.initial_scale, **options)
+
+
+@pytest.mark.parametrize("dtype", HELD)
+@pytest.mark.parametrize("forgetting", [1.0, 0.97, 0.5])
+def test_held_samples_equal_the_specification(forgetting, dtype):
+    X, Y = series(HELD[dtype], 40, 3, dtype)
+    f = RLSFilter(HELD[dtype], 3, forgetting, 0.5, 2.0, dtype=dtype)
+    assert len(f._held) == 16
+    wanted, P, W, resets = specified(f, X, Y, forgetting=forgetting, gain=0.5)
+    predictions = [f.update(x, y)[None] for x, y in zip(X[:20], Y[:20])]
+    predictions += [f.run(X[20:22], Y[20:22]), f.run(X[22:34], Y[22:34])]  # held, and by blocks
+    predictions += [f.update(x, y)[None] for x, y in zip(X[34:], Y[34:])]
+    for got, want in ((np.concatenate(predictions), wanted), (f.W, W), (f.P, P)):
+        scale = max(1.0, np.abs(want).max())
+        np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE[dtype] * scale)
+    np.testing.assert_array_equal(f.P, f.P.T)
+    assert (f.updates, f.resets) == (40, resets) == (40, 0)
+
+
+@pytest.mark.parametrize("position", [0, 1, 9, 20])
+def test_held_sample_that_breaks_P_is_skipped_and_counted(position):
+    X, Y = series(370, 21, 2)
+    X[position] *= 1e200  # h overflows
+    f = RLSFilter(370, 2, 0.99)
+    with np.errstate(over="ignore", invalid="ignore"):
+        wanted, P, W, _ = specified(f, X, Y, forgetting=0.99)
+        predictions = np.stack([f.update(x, y) for x, y in zip(X, Y)])
+    keep = np.arange(21) != position
+    np.testing.assert_allclose(predictions[keep], wanted[keep], atol=1e-9)
+    np.testing.assert_allclose(f.P, P, atol=1e-9)
+    np.testing.assert_allclose(f.W, W, atol=1e-9)
+    assert (f.updates, f.resets) == (20, 1)
+
+
+def test_held_sample_whose_error_overflows_leaves_the_weights_alone():
+    f = RLSFilter(520, dtype=np.float32)
+    f.W = np.full((1, 520), 1e36, np.float32)
+    f.update(np.ones(520, np.float32) / 100, np.float32(-3.4e38))
+    assert (f.updates, f.resets) == (0, 1) and (np.float32(1e36) == f.W).all()
+    np.testing.assert_array_equal(f.P, np.eye(520, dtype=np.float32))
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda f: pickle.loads(pickle.dumps(f))])
+def test_copies_with_held_samples_go_on_to_the_same_bits(clone):
+    X, Y = series(370, 30)
+    f = RLSFilter(370, forgetting=0.99)
+    for x, y in zip(X[:7], Y[:7]):
+        f.update(x, y)
+    twin = clone(f)
+    for x, y in zip(X[7:], Y[7:]):
+        assert f.update(x, y) == twin.update(x, y)
+    assert_unchanged(f, snapshot(twin))
+
+
+def test_reading_P_enters_what_is_held_and_reset_drops_it():
+    X, Y = series(370, 3)
+    f = RLSFilter(370)
+    before = f.P
+    f.update(X[0], Y[0])
+    assert np.shares_memory(before, f.P) and before[0, 0] == f.P[0, 0] != 1
+    f.update(X[1], Y[1])
+    f.reset()
+    np.testing.assert_array_equal(f.P, np.eye(370))

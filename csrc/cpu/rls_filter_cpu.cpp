@@ -10,6 +10,9 @@
 // pass in tiles that stay in the cache: P is read and written once in K samples, 8 n^2 / K bytes a
 // sample in float32, where the formula as it stands moves 12 n^2.
 //
+// A series of few samples has no block to share a pass: where P is large, its updates are those of
+// rls_update_, held back from one call to the next (rls_held_cpu.cpp).
+//
 // Arithmetic is in T, the scalars h, a^t, b_t in float64. Work is shared by strips of rows, whose
 // results do not depend on the number of threads.
 #include <algorithm>
@@ -26,7 +29,7 @@ namespace rlscuda {
 constexpr int64_t kStripRows = 12;    // whole tiles of both kernels: 4 rows and 3 rows
 constexpr int64_t kTileBytes = 2048;  // of a row: 12 rows stay in the L1 cache between the kernels
 constexpr int64_t kMostSamples = 16;  // K at most
-constexpr double kMostGrowth = 4;     // a^K stays within [1 / this, this]
+constexpr int64_t kFewSamples = 4;    // a series of so few goes sample by sample, held back
 
 // M <- scale (M - L^T R) + diffusion I where rank > 0, then U = S M^T where next > 0.
 template <class T>
@@ -163,7 +166,7 @@ void parallel_pass(const FilterPass<T>& p) {
 template <class T>
 int64_t samples_per_pass(const RlsFilter<T>& f) {
   const double growth = std::fabs(std::log(f.decay / f.forgetting));
-  const double most = growth > 0 ? std::log(kMostGrowth) / growth : double(kMostSamples);
+  const double most = growth > 0 ? std::log(kHeldGrowth) / growth : double(kMostSamples);
   const int64_t wanted = std::clamp<int64_t>(f.n / 4, 4, kMostSamples);
   return std::max<int64_t>(1, int64_t(std::min(most, double(wanted))));
 }
@@ -195,10 +198,75 @@ void copy_sample(const RlsFilter<T>& f, int64_t sample, T* to) {
     for (int64_t j = 0; j < f.n; ++j) to[j] = x[j * f.x_stride[1]];
 }
 
+template <class T>
+void start_anew(const RlsFilter<T>& f) {
+  std::fill_n(f.P, f.n * f.n, T(0));
+  for (int64_t i = 0; i < f.n; ++i) f.P[i * f.n + i] = T(f.initial_scale);
+  if (f.hold) *f.held_state = kNothingHeld;
+}
+
+// The matrix of the filter as one layer of rls_update_, with what is held of it.
+template <class T>
+RlsUpdate<T> matrix_of(const RlsFilter<T>& f) {
+  RlsUpdate<T> layer{};
+  layer.P = f.P;
+  layer.batch = layer.rank = 1;
+  layer.n = f.n;
+  layer.rule = {f.forgetting, f.gain, f.decay, f.diffusion, 0, f.initial_scale, false};
+  layer.held = f.held;
+  layer.held_state = f.held_state;
+  layer.hold = f.hold;
+  return layer;
+}
+
+// Sample by sample, the updates of P held back. Returns the resets.
+template <class T>
+int64_t filter_held(const RlsFilter<T>& f) {
+  Buffer<T> input(1, f.n), projected(1, f.n), errors(1, f.n_out);
+  const Rows<T> x = input.rows(), u = projected.rows(), e = errors.rows();
+  RlsUpdate<T> layer = matrix_of(f);
+  T h;
+  layer.S = x.data;
+  layer.U = u.data;
+  layer.h = &h;
+  FilterPass<T> on_W{{f.W, f.n}, f.n_out, f.n};
+  on_W.scale = T(1);
+  on_W.L = {e.data, e.stride};
+  on_W.R = {u.data, u.stride};
+  on_W.S = {x.data, x.stride};
+  on_W.U = e;
+  int64_t resets = 0;
+  for (int64_t t = 0; t < f.samples; ++t) {
+    copy_sample(f, t, x.data);
+    on_W.rank = 0, on_W.next = 1;
+    parallel_pass(on_W);
+    bool finite = true;
+    for (int64_t k = 0; k < f.n_out; ++k) {
+      T& error = e.data[k];
+      f.predictions[t * f.n_out + k] = error;
+      error = f.Y[t * f.y_stride[0] + k * f.y_stride[1]] - error;
+      finite = finite && std::isfinite(error);
+    }
+    if (finite) rls_update_cpu(&layer, 1);
+    if (!finite || std::isnan(h)) {
+      start_anew(f);
+      ++resets;
+      continue;
+    }
+    const T factor = T(-f.gain / double(h));
+    for (int64_t k = 0; k < f.n_out; ++k) e.data[k] *= factor;
+    on_W.rank = 1, on_W.next = 0;
+    parallel_pass(on_W);
+  }
+  return resets;
+}
+
 }  // namespace
 
 template <class T>
 int64_t rls_filter_cpu(const RlsFilter<T>& f) {
+  if (f.hold && f.samples <= kFewSamples) return filter_held(f);
+  if (f.hold) rls_flush_cpu(matrix_of(f));
   const int64_t most = std::min(samples_per_pass(f), f.samples);
   Buffer<T> factors[2] = {{most, f.n}, {most, f.n}};
   Buffer<T> errors[2] = {{most, f.n_out}, {most, f.n_out}};
@@ -238,8 +306,7 @@ int64_t rls_filter_cpu(const RlsFilter<T>& f) {
     on_P.diffusion = T(shift);
     first += taken;
     if (taken < count) {  // the sample that could not be taken: it is skipped and P starts anew
-      std::fill_n(f.P, f.n * f.n, T(0));
-      for (int64_t i = 0; i < f.n; ++i) f.P[i * f.n + i] = T(f.initial_scale);
+      start_anew(f);
       on_P.rank = 0;
       ++first;
       ++resets;

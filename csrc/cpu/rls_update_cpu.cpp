@@ -4,63 +4,23 @@
 // read twice and written once whatever the rank; the first pass falls away where the caller knows
 // S P. H [r, r] is formed and factored in float64. Rows that the caller has projected on the old P
 // are turned into those of the new one by the same two kernels: with A = sqrt(kappa / r) L^-1 (S P
-// X^T), X P_new = scale (X P - A^T V) + diffusion X.
+// X^T), X P_new = scale (X P - A^T V) + diffusion X. Where updates are held back, U is corrected by
+// those, V joins them, and the second pass waits until they are enough (held_rows.h).
 #include <algorithm>
 #include <limits>
 #include <vector>
 
+#include "held_rows.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "rls_kernels.h"
 #include "rls_math.h"
+#include "rls_rows.h"
 #include "simd.h"
 #include "symmetric_project.h"
 
 namespace rlscuda {
 namespace {
-
-// sum_j a[j] b[j] in float64.
-template <class T>
-ALWAYS_INLINE double dot(const T* a, const T* b, int64_t n) {
-  typedef T Narrow __attribute__((vector_size(4 * sizeof(T))));
-  Vec<double> acc[4] = {};
-  int64_t j = 0;
-  for (; j + 16 <= n; j += 16)
-    for (int k = 0; k < 4; ++k) {
-      Narrow x, y;
-      std::memcpy(&x, a + j + 4 * k, sizeof x);
-      std::memcpy(&y, b + j + 4 * k, sizeof y);
-      acc[k] += __builtin_convertvector(x, Vec<double>) * __builtin_convertvector(y, Vec<double>);
-    }
-  double total = sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
-  for (; j < n; ++j) total += double(a[j]) * double(b[j]);
-  return total;
-}
-
-// H = forgetting I + gain S U^T, its lower triangle.
-template <class T>
-ALWAYS_INLINE void gram(const T* S, const T* U, double* H, int64_t n, int64_t r, double gain,
-                        double forgetting) {
-  for (int64_t k = 0; k < r; ++k)
-    for (int64_t l = 0; l <= k; ++l)
-      H[k * r + l] = gain * dot(S + k * n, U + l * n, n) + (k == l ? forgetting : 0);
-}
-
-// V = root L^-1 U by forward substitution over the rows; V may be U.
-template <class T>
-ALWAYS_INLINE void substitute(const double* L, const T* U, T* V, int64_t n, int64_t r,
-                              double root) {
-  for (int64_t k = 0; k < r; ++k) {
-    T* v = V + k * n;
-    const T front = T(root / L[k * r + k]);
-    for (int64_t j = 0; j < n; ++j) v[j] = front * U[k * n + j];
-    for (int64_t l = 0; l < k; ++l) {
-      const T factor = T(L[k * r + l] / L[k * r + k]);
-      const T* before = V + l * n;
-      for (int64_t j = 0; j < n; ++j) v[j] -= factor * before[j];
-    }
-  }
-}
 
 // y += factor x.
 template <class T>
@@ -108,7 +68,7 @@ void turn_projected(const RlsUpdate<T>& args, const UpdateRule& rule, const doub
   thread_local std::vector<T> A;
   A.resize(r * rows);
   const Rows<T> projected{args.projected, n}, factor{A.data(), rows};
-  const int64_t grain = 65536 / (n * r) + 4;
+  const int64_t grain = 65536 / std::max<int64_t>(1, n * r) + 4;
   const T diffusion = T(rule.diffusion);
   parallel_for(0, rows, grain, [&](int64_t i0, int64_t i1) {
     project_rows(Rows<const T>{args.projected, n}, Rows<const T>{args.S, n}, factor, n, r, i0, i1);
@@ -156,7 +116,7 @@ void update_matrix(const RlsUpdate<T>& args, const UpdateRule& rule, int64_t b, 
     gain = power > 0 ? gain / power : 0;
   }
 
-  const int64_t grain = std::max<int64_t>(8, 65536 / (n * r) + 1);
+  const int64_t grain = std::max<int64_t>(8, 65536 / std::max<int64_t>(1, n * r) + 1);
   constexpr int64_t kNearCache = 1 << 20;  // bytes of P above which reading half of it pays
   if (args.projection) {
     std::copy_n(args.projection, r * n, U);
@@ -168,6 +128,9 @@ void update_matrix(const RlsUpdate<T>& args, const UpdateRule& rule, int64_t b, 
     });
   }
 
+  const HeldRows<T> held(args, b);
+  if (args.held) held.correct(S, U);
+
   thread_local std::vector<double> H;
   H.resize(r * r);
   gram_rows(S, U, H.data(), n, r, gain, rule.forgetting);
@@ -176,6 +139,7 @@ void update_matrix(const RlsUpdate<T>& args, const UpdateRule& rule, int64_t b, 
   if (!cholesky(H.data(), r)) {
     std::fill_n(P, n * n, T(0));
     for (int64_t i = 0; i < n; ++i) P[i * n + i] = T(rule.initial_scale);
+    if (args.held) *held.state = kNothingHeld;
     health[kResets] += 1;
     return;
   }
@@ -184,6 +148,12 @@ void update_matrix(const RlsUpdate<T>& args, const UpdateRule& rule, int64_t b, 
   health[kLargestGain] = std::max(health[kLargestGain], trace / double(r) - rule.forgetting);
 
   const double root = std::sqrt(gain);
+  if (args.held) {
+    substitute_rows(H.data(), U, held.next(), n, r, root / std::sqrt(held.state->scale));
+    *held.state = held_after(*held.state, rule, args.hold);
+    if (must_apply(*held.state, args.hold)) held.apply(P);
+    return;
+  }
   substitute_rows(H.data(), U, V, n, r, root);
   const T scale = T(rule.decay / rule.forgetting), diffusion = T(rule.diffusion);
   const Rows<const T> factor{V, n};

@@ -16,7 +16,6 @@ namespace rlscuda {
 namespace rls {
 
 constexpr int kColumns = kStrip / 32;  // a lane's
-constexpr int kSlice = 64;             // rows of S in shared memory
 constexpr int kChunk = 32;             // columns of S and U in shared memory
 template <class T>
 constexpr int kRanks = 64 / int(sizeof(T));

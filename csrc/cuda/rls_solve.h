@@ -29,28 +29,37 @@ __device__ inline double add_squares(const double* squares, int strips) {
   return sum;
 }
 
-// Sums over the parts of S U^T: its lower triangle, mirrored, into H [r, r].
-template <int THREADS, class T>
-__device__ void add_grams(const T* grams, int parts, int pairs, int rank, double* sums, double* H) {
-  constexpr int kSlices = 16;  // at most: one thread adds up those of a pair
-  const int slices = min(kSlices, max(1, THREADS / pairs)), width = min(pairs, THREADS);
+// Calls store(item, sum) for each of `items` sums over `from` [parts, items]; sums: a number a
+// thread. Ends with a barrier.
+template <int THREADS, class T, class Store>
+__device__ void add_parts(const T* from, int parts, int items, double* sums, const Store& store) {
+  constexpr int kSlices = 16;  // at most: one thread adds up those of an item
+  const int slices = min(kSlices, max(1, THREADS / items)), width = min(items, THREADS);
   const int slice = threadIdx.x / width, lane = threadIdx.x % width;
-  for (int first = 0; first < pairs; first += width) {  // once, unless there are many ranks
-    const int pair = first + lane;
+  for (int first = 0; first < items; first += width) {  // once, unless there are many
+    const int item = first + lane;
     double sum = 0;
-    if (slice < slices && pair < pairs)
+    if (slice < slices && item < items)
 #pragma unroll 16
-      for (int i = slice; i < parts; i += slices) sum += double(grams[int64_t(i) * pairs + pair]);
+      for (int i = slice; i < parts; i += slices) sum += double(from[int64_t(i) * items + item]);
     __syncthreads();
     sums[threadIdx.x] = sum;
     __syncthreads();
-    if (int(threadIdx.x) >= width || pair >= pairs) continue;
+    if (int(threadIdx.x) >= width || item >= items) continue;
     double total = 0;
     for (int s = 0; s < slices; ++s) total += sums[s * width + lane];
-    const Place at = triangle(pair);
-    H[at.row * rank + at.column] = H[at.column * rank + at.row] = total;
+    store(item, total);
   }
   __syncthreads();
+}
+
+// Sums over the parts of S U^T: its lower triangle, mirrored, into H [r, r].
+template <int THREADS, class T>
+__device__ void add_grams(const T* grams, int parts, int pairs, int rank, double* sums, double* H) {
+  add_parts<THREADS>(grams, parts, pairs, sums, [&](int pair, double total) {
+    const Place at = triangle(pair);
+    H[at.row * rank + at.column] = H[at.column * rank + at.row] = total;
+  });
 }
 
 // D on the diagonal of H and E below it. False where a pivot is not positive and finite.
@@ -96,49 +105,48 @@ __device__ void fill_strip(const Layer<T>& a, uint32_t b, int64_t column, int gr
     a.U[(b * a.rank + k) * a.n + column] = T(0);
 }
 
-template <class T, int THREADS, int RANK>
-__device__ void solve(const UpdateRule& base, bool void_step, const Layer<T>& a, uint32_t b,
-                      uint32_t strip, SolveScratch<T, THREADS, RANK>& shared) {
-  const int rank = int(a.rank);
-  const int64_t column = int64_t(strip) * kStrip + threadIdx.x % kStrip;
-  const int group = threadIdx.x / kStrip;
-  const bool reports = strip == 0 && threadIdx.x == 0;
-  const double square = void_step ? NAN : add_squares(a.squares(b), int(a.strips()));
-  if (!std::isfinite(square)) {
-    fill_strip<T, THREADS>(a, b, column, group);
-    if (reports) {
-      a.h[b] = T(NAN);
-      a.outcome()[b] = {kRefuse, 0, 0, 0, 0};
-    }
-    return;
-  }
-  add_splits<T, THREADS>(a, b, column, group);
-  add_grams<THREADS>(a.grams(b), int(a.splits() * a.strips()), int(a.pairs()), rank, shared.sums,
-                     shared.H);
+// The constants of one update of a matrix; power: the new running mean of the squared input.
+struct Terms {
+  UpdateRule rule;
+  double gain, power;
+};
 
-  const UpdateRule rule = rule_at(base, updates_seen(a.health));
-  double gain = rule.gain / rank, power = 0;
+template <class T>
+__device__ Terms terms_of(const UpdateRule& base, const Layer<T>& a, uint32_t b, double square) {
+  Terms terms{rule_at(base, updates_seen(a.health)), 0, 0};
+  terms.gain = terms.rule.gain / int(a.rank);
   if (a.power) {
-    const double seen = square / (double(rank) * a.n), before = a.power[b];
-    power = before > 0 ? (1 - rule.gain) * before + rule.gain * seen : seen;
-    gain = power > 0 ? gain / power : 0;
+    const double seen = square / (double(a.rank) * a.n), before = a.power[b];
+    terms.power = before > 0 ? (1 - terms.rule.gain) * before + terms.rule.gain * seen : seen;
+    terms.gain = terms.power > 0 ? terms.gain / terms.power : 0;
   }
-  for (int e = threadIdx.x; e < rank * rank; e += THREADS)
-    shared.H[e] = gain * shared.H[e] + (e % rank == e / rank ? rule.forgetting : 0);
+  return terms;
+}
+
+// Eliminates H; the thread that reports says what becomes of the matrix. False for a reset.
+template <int THREADS, class T>
+__device__ bool decide(const Terms& terms, const Layer<T>& a, uint32_t b, bool reports, double* H) {
+  const int rank = int(a.rank);
   __syncthreads();
   double trace = 0;
   if (reports)
-    for (int k = 0; k < rank; ++k) trace += shared.H[k * rank + k];
+    for (int k = 0; k < rank; ++k) trace += H[k * rank + k];
   __syncthreads();
-  const bool definite = eliminate<THREADS>(shared.H, rank);
+  const bool definite = eliminate<THREADS>(H, rank);
   if (reports) {
     const double h = trace / rank;
     a.h[b] = definite ? T(h) : T(NAN);
-    a.outcome()[b] = {definite ? kApply : kReset, h - rule.forgetting, power,
-                      rule.decay / rule.forgetting, rule.diffusion};
+    a.outcome()[b] = {definite ? kApply : kReset, h - terms.rule.forgetting, terms.power,
+                      terms.rule.decay / terms.rule.forgetting, terms.rule.diffusion};
   }
-  if (!definite) return;
+  return definite;
+}
 
+// A column of sqrt(gain) D^(-1/2) E U into V [rank, n], from H as `eliminate` has left it.
+template <class T, int THREADS, int RANK>
+__device__ void factor_column(double gain, const Layer<T>& a, uint32_t b, int64_t column, int group,
+                              T* V, SolveScratch<T, THREADS, RANK>& shared) {
+  const int rank = int(a.rank);
   constexpr int kKept = (RANK * RANK + THREADS - 1) / THREADS;
   T kept[kKept];  // the factor takes the place of H
 #pragma unroll
@@ -158,13 +166,41 @@ __device__ void solve(const UpdateRule& base, bool void_step, const Layer<T>& a,
   __syncthreads();
   if (column >= a.n) return;
   const T* U = a.partial(b) + column;
-  T* V = a.V(b) + column;
+  V += column;
   for (int k = group; k < rank; k += THREADS / kStrip) {
     T sum = 0;
 #pragma unroll 4
     for (int l = 0; l <= k; ++l) sum += shared.factor[k * rank + l] * U[int64_t(l) * a.n];
     V[int64_t(k) * a.n] = sum;
   }
+}
+
+// Nothing moves: no U, no h.
+template <class T, int THREADS>
+__device__ void refuse(const Layer<T>& a, uint32_t b, int64_t column, int group, bool reports) {
+  fill_strip<T, THREADS>(a, b, column, group);
+  if (!reports) return;
+  a.h[b] = T(NAN);
+  a.outcome()[b] = {kRefuse, 0, 0, 0, 0};
+}
+
+template <class T, int THREADS, int RANK>
+__device__ void solve(const UpdateRule& base, bool void_step, const Layer<T>& a, uint32_t b,
+                      uint32_t strip, SolveScratch<T, THREADS, RANK>& shared) {
+  const int rank = int(a.rank);
+  const int64_t column = int64_t(strip) * kStrip + threadIdx.x % kStrip;
+  const int group = threadIdx.x / kStrip;
+  const bool reports = strip == 0 && threadIdx.x == 0;
+  const double square = void_step ? NAN : add_squares(a.squares(b), int(a.strips()));
+  if (!std::isfinite(square)) return refuse<T, THREADS>(a, b, column, group, reports);
+  add_splits<T, THREADS>(a, b, column, group);
+  add_grams<THREADS>(a.grams(b), int(a.splits() * a.strips()), int(a.pairs()), rank, shared.sums,
+                     shared.H);
+  const Terms terms = terms_of(base, a, b, square);
+  for (int e = threadIdx.x; e < rank * rank; e += THREADS)
+    shared.H[e] = terms.gain * shared.H[e] + (e % rank == e / rank ? terms.rule.forgetting : 0);
+  if (decide<THREADS>(terms, a, b, reports, shared.H))
+    factor_column(terms.gain, a, b, column, group, a.V(b), shared);
 }
 
 }  // namespace rls

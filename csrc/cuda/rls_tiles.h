@@ -120,23 +120,35 @@ __device__ void reset_tile(T* P, int64_t n, int64_t i0, int64_t j0, T initial_sc
   }
 }
 
-// Tile `index` of the upper triangle of matrix b.
+// The tiles are counted along the columns of the upper triangle.
+template <class T>
+__device__ void update_tile(T* P, const T* V, int64_t n, int rank, uint32_t index, T scale,
+                            T diffusion, TileScratch<T>& shared) {
+  constexpr int kLane = 16 / int(sizeof(T));
+  const Place at = triangle(index);
+  const int64_t i0 = int64_t(at.column) * kTile, j0 = int64_t(at.row) * kTile;
+  if (n % kLane == 0 && reinterpret_cast<uintptr_t>(P) % 16 == 0) {
+    update_tile<kLane>(P, V, n, rank, i0, j0, scale, diffusion, shared);
+  } else {
+    update_tile<1>(P, V, n, rank, i0, j0, scale, diffusion, shared);
+  }
+}
+template <class T>
+__device__ void reset_tile(T* P, int64_t n, uint32_t index, T initial_scale) {
+  const Place at = triangle(index);
+  reset_tile(P, n, int64_t(at.column) * kTile, int64_t(at.row) * kTile, initial_scale);
+}
+
+// Tile `index` of matrix b.
 template <class T>
 __device__ void update(const Layer<T>& a, uint32_t b, uint32_t index, double initial_scale,
                        TileScratch<T>& shared) {
   const Outcome outcome = a.outcome()[b];
   if (outcome.status == kRefuse) return;
-  const Place at = triangle(index);
-  const int64_t n = a.n, i0 = int64_t(at.column) * kTile, j0 = int64_t(at.row) * kTile;
+  const int64_t n = a.n;
   T* P = a.P + b * n * n;
-  if (outcome.status == kReset) return reset_tile(P, n, i0, j0, T(initial_scale));
-  constexpr int kLane = 16 / int(sizeof(T));
-  const T scale = T(outcome.scale), diffusion = T(outcome.diffusion);
-  if (n % kLane == 0 && reinterpret_cast<uintptr_t>(P) % 16 == 0) {
-    update_tile<kLane>(P, a.V(b), n, int(a.rank), i0, j0, scale, diffusion, shared);
-  } else {
-    update_tile<1>(P, a.V(b), n, int(a.rank), i0, j0, scale, diffusion, shared);
-  }
+  if (outcome.status == kReset) return reset_tile(P, n, index, T(initial_scale));
+  update_tile(P, a.V(b), n, int(a.rank), index, T(outcome.scale), T(outcome.diffusion), shared);
 }
 
 // Counts what became of the layer's matrices, and keeps their power.

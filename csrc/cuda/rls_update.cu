@@ -82,15 +82,6 @@ bool same_rule(const UpdateRule& a, const UpdateRule& b) {
          a.averaging == b.averaging;
 }
 
-// Rows of a split, such that streamed layers of `area` rows in all strips make about kTargetBlocks
-// blocks of equal area; the partial sums that a split writes stay small beside what it reads.
-template <class T>
-uint32_t split_rows(int64_t area, const Layer<T>& layer) {
-  const int64_t least = std::max<int64_t>(kSlice, 16 * layer.rank);
-  const int64_t rows = std::max(least, (area + kTargetBlocks - 1) / kTargetBlocks);
-  return uint32_t((rows + kSlice - 1) / kSlice * kSlice);
-}
-
 // The layers of one launch, but for their workspace.
 template <class T>
 std::vector<Layer<T>> planned(const RlsUpdate<T>* layers, int64_t count) {
@@ -101,10 +92,7 @@ std::vector<Layer<T>> planned(const RlsUpdate<T>* layers, int64_t count) {
     if (a.rank > kMaxRank)
       throw std::runtime_error("s must have at most 64 rows on a CUDA device, got " +
                                std::to_string(a.rank));
-    Layer<T> layer{};
-    layer.P = a.P, layer.S = a.S, layer.U = a.U, layer.h = a.h;
-    layer.power = a.power, layer.health = a.health;
-    layer.n = uint32_t(a.n), layer.batch = uint32_t(a.batch), layer.rank = uint32_t(a.rank);
+    Layer<T> layer = layer_of(a);
     if (layer.rank > 0 && !layer.whole()) area += a.batch * layer.strips() * a.n;
     plan.push_back(layer);
   }

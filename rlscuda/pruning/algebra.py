@@ -47,8 +47,6 @@ __all__ = [
     "output_energy",
 ]
 
-_ROUNDING = 1e-5  # of a float32 P, relative to P^-2
-
 
 def block_saliency(P: Tensor, W: Tensor, blocks: Tensor) -> Tensor:
     r"""What removing each block alone costs, the rest compensated: tr(W_g P_gg^-1 W_g^T).

@@ -54,7 +54,7 @@ class Member:
         area = module.kernel_size[0] * module.kernel_size[1]
         # the units hold the same positions of every group, and the first comes first
         first = self.indices[:, : self.indices.shape[1] // module.groups]
-        return (first[:, :, None] * area + torch.arange(area)).flatten(1)
+        return (first[:, :, None] * area + torch.arange(area, device="cpu")).flatten(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,6 +216,8 @@ def _named(alike: list[list[Unit]], order: dict[str, int]) -> Iterator[tuple[str
 
 def _coupling(name: str, same: list[Unit], order: dict[str, int]) -> Coupling:
     sides = _in_order(same[0], order)
-    indices = [torch.tensor([unit.channels[side] for unit in same]) for side in sides]
-    members = [Member(*side, found) for side, found in zip(sides, indices)]
+    members = [
+        Member(*side, torch.tensor([unit.channels[side] for unit in same], device="cpu"))
+        for side in sides
+    ]
     return Coupling(name, len(same), members)

@@ -16,7 +16,7 @@ class Kept:
 
     Attributes:
         of: The old shape.
-        axes: Places that remain along each dimension, int64; None where all do.
+        axes: Places that remain along each dimension, int64, on the CPU; None where all do.
     """
 
     of: tuple[int, ...]
@@ -30,7 +30,8 @@ class Kept:
             of: The old shape.
             kept: Dimension -> places that remain along it, int64.
         """
-        return cls(tuple(of), tuple(kept.get(dim) for dim in range(len(of))))
+        axes = {dim: places.cpu() for dim, places in kept.items()}
+        return cls(tuple(of), tuple(axes.get(dim) for dim in range(len(of))))
 
     @classmethod
     def from_index(cls, index: Tensor, of: tuple[int, ...]) -> Kept:
@@ -47,7 +48,7 @@ class Kept:
         for dim, old in enumerate(of if index.dim() == len(of) else ()):
             line = index.movedim(dim, 0).reshape(len(index.movedim(dim, 0)), -1)[:, 0]
             places = line // math.prod(of[dim + 1 :]) % old
-            if not torch.equal(places, torch.arange(old)):
+            if not torch.equal(places, torch.arange(old, device="cpu")):
                 axes[dim] = places
         kept = cls.along(of, axes)
         if not torch.equal(kept.index, index.flatten()):
@@ -65,7 +66,7 @@ class Kept:
     @property
     def index(self) -> Tensor:
         """Places of what remains in the flattened old tensor, int64 [numel of the new one]."""
-        index = torch.zeros((), dtype=torch.int64)
+        index = torch.zeros((), dtype=torch.int64, device="cpu")
         for dim, size in enumerate(self.of):
             index = index[..., None] * size + self.places(dim)
         return index.flatten()
@@ -73,7 +74,7 @@ class Kept:
     def places(self, dim: int) -> Tensor:
         """Places that remain along a dimension, int64."""
         axis = self.axes[dim]
-        return torch.arange(self.of[dim]) if axis is None else axis
+        return torch.arange(self.of[dim], device="cpu") if axis is None else axis
 
     def same(self, other: Kept) -> bool:
         """Whether both keep the same elements."""
@@ -86,7 +87,7 @@ class Kept:
         masked = tensor.clone()
         for dim, axis in enumerate(self.axes):
             if axis is not None:
-                gone = torch.ones(self.of[dim], dtype=torch.bool)
+                gone = torch.ones(self.of[dim], dtype=torch.bool, device="cpu")
                 gone[axis] = False
                 masked.index_fill_(dim, gone.nonzero().flatten().to(tensor.device), 0)
         return masked

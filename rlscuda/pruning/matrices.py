@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rlscuda.discovery import discover
 from rlscuda.layers import Layer
 from rlscuda.optimizer import RLSOptimizer
+from rlscuda.pruning._inputs import inference
 from rlscuda.pruning.algebra import adaptive_to_inverse, damped_inverse
 
 Matrices = dict[str, Tensor]
@@ -111,7 +112,7 @@ def calibrate(
     found = pruning_layers(model, layers)
     sums = {layer.name: _Autocorrelation(layer) for layer in found}
     batches = 0
-    with _evaluating(model), _observing(found, lambda layer, x: sums[layer.name].add(x)):
+    with inference(model), _observing(found, lambda layer, x: sums[layer.name].add(x)):
         for batch in islice(loader, max_batches):
             _forward(model, batch)
             batches += 1
@@ -240,20 +241,6 @@ def im2col(layer: Layer, images: Tensor) -> Tensor:
         columns = F.unfold(images, kernel, dilation, 0, stride)
     rows = columns.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
     return F.pad(rows, (0, 1), value=1.0) if layer.bias else rows
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; training flags and random states as before afterwards."""
-    training = [(module, module.training) for module in model.modules()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, flag in training:
-                module.training = flag
 
 
 @contextmanager

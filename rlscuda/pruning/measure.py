@@ -208,7 +208,7 @@ def measure(
         if value is not None and value < 1:
             raise ValueError(f"{name} must be positive, got {value}")
     call = call_of(example_inputs)
-    call = call if batch_size is None else call.resized(batch_size)
+    call = call.resized(batch_size or call.batch)  # copies, so that no larger storage is counted
     flops = _flops(model, call)
     with inference(model):
         peak = _peak_memory(model, call)

@@ -90,7 +90,7 @@ class _Probe:
     def __init__(self, structure: Structure, example_inputs: ExampleInputs):
         self._structure = structure
         self._inputs = example_inputs
-        self._generator = torch.Generator().manual_seed(0)
+        self._generator = torch.Generator("cpu").manual_seed(0)
         self._before = all_tensors(structure.model)
         for self._dtype in _TOLERANCE:  # a model may insist on one of its own
             self._values = self._random_values()
@@ -116,10 +116,7 @@ class _Probe:
         """Why these couplings cannot lose one unit each, or half of them; None where they can."""
         units = {name: self._structure.coupling(name).units for name in names}
         for amounts in (dict.fromkeys(names, 1), {n: count // 2 for n, count in units.items()}):
-            removed = {
-                name: torch.randperm(units[name], generator=self._generator)[:amount].tolist()
-                for name, amount in amounts.items()
-            }
+            removed = {name: self._some(units[name], amount) for name, amount in amounts.items()}
             try:
                 surgery = plan(self._structure, removed)
             except Exception as error:
@@ -136,6 +133,10 @@ class _Probe:
             if not self._agree(self._run(masked, None), pruned):
                 return _MIXED
         return None
+
+    def _some(self, count: int, amount: int) -> list[int]:
+        shuffled = torch.randperm(count, generator=self._generator, device="cpu")
+        return shuffled[:amount].tolist()
 
     def _run(self, tensors: dict[Tensor, Tensor], surgery: Surgery | None) -> list[Tensor]:
         """The outputs of a copy that holds `tensors`, and random values elsewhere."""
@@ -191,6 +192,6 @@ class _Probe:
 
     def _random_like(self, like: Tensor) -> Tensor:
         """Random values of mean 0 and variance 1."""
-        values = torch.empty(like.shape, dtype=self._dtype)
+        values = torch.empty(like.shape, dtype=self._dtype, device="cpu")
         values.uniform_(-math.sqrt(3), math.sqrt(3), generator=self._generator)
         return values.to(like.device)

@@ -50,10 +50,10 @@ class LayerCut:
         rows = kept.places(0)
         groups = torch.unique(rows // (kept.of[0] // layer.groups))
         area = layer.columns // kept.of[1]
-        columns = (kept.places(1)[:, None] * area + torch.arange(area)).flatten()
+        columns = (kept.places(1)[:, None] * area + torch.arange(area, device="cpu")).flatten()
         if layer.bias:
-            columns = torch.cat([columns, torch.tensor([layer.columns])])
-        gone = torch.ones(layer.fan_in, dtype=torch.bool)
+            columns = torch.cat([columns, torch.tensor([layer.columns], device="cpu")])
+        gone = torch.ones(layer.fan_in, dtype=torch.bool, device="cpu")
         gone[columns] = False
         return cls(layer, new, rows, groups, columns, gone.nonzero().flatten())
 

@@ -68,7 +68,7 @@ def parameter_axis(parameter: Tensor) -> int:
 
 
 def _without(size: int, channels: list[int]) -> Tensor:
-    remain = torch.ones(size, dtype=torch.bool)
+    remain = torch.ones(size, dtype=torch.bool, device="cpu")
     remain[channels] = False
     return remain.nonzero().flatten()
 
@@ -135,7 +135,7 @@ def _join(first: str, second: str) -> str:
 
 def _places(tensor: Tensor) -> Tensor:
     """The place of every element, on the CPU; float64 holds them exactly to 2^53."""
-    places = torch.arange(tensor.numel(), dtype=torch.float64).view(tensor.shape)
+    places = torch.arange(tensor.numel(), dtype=torch.float64, device="cpu").view(tensor.shape)
     return nn.Parameter(places) if isinstance(tensor, nn.Parameter) else places
 
 

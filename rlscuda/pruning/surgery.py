@@ -90,7 +90,8 @@ def plan(structure: Structure, removed: Mapping[str, Iterable[int]]) -> Surgery:
     for name, kind in [side for side in sides if side[1] == "input"]:
         gone = set(sides.pop((name, kind)))
         inputs[name] = torch.tensor(
-            [channel for channel in range(structure.input_widths[name]) if channel not in gone]
+            [channel for channel in range(structure.input_widths[name]) if channel not in gone],
+            device="cpu",
         )
     left = remains(model, sides)
     tensors = _tied(before, left.tensors)
