@@ -2,7 +2,8 @@
 
 Eager, rank 1, is the best formulation there is: u = P s by `mv`, h = λ + κ s·u as a Python number
 (`addr_` takes no tensor), one in-place `addr_`. `eager without h` leaves h out and so computes
-something else; it shows what the two passes over P alone cost.
+something else; it shows what the two passes over P alone cost. `held` holds the updates back, 16 to
+a write of P; its time is that of one.
 """
 
 import eager_rls
@@ -10,10 +11,11 @@ import pytest
 import shapes
 import torch
 
-from rlscuda import functional, reference
+from rlscuda import HeldMatrix, functional, reference
 
 GAIN = 0.01
 COMPILED = (128, 512, 1024)  # each shape costs seconds to compile
+UPDATES = 16  # that share a write of P
 LARGE = 4096  # from here on P is far larger than any cache
 
 
@@ -42,6 +44,22 @@ def compilable(P, s):
 
 def ours(P, s):
     functional.rls_update_(P, s, gain=GAIN)
+
+
+def held(case):
+    """UPDATES updates that are held back, checked against as many that are not."""
+    P, s = case.tensors()
+    plain, matrix = P.clone(), HeldMatrix(P, hold=UPDATES)
+    for _ in range(UPDATES + 2):
+        matrix.update(s, gain=GAIN)
+        ours(plain, s)
+    torch.testing.assert_close(matrix.P, plain, rtol=1e-4, atol=1e-5)
+
+    def run():
+        for _ in range(UPDATES):
+            matrix.update(s, gain=GAIN)
+
+    return run
 
 
 def assert_right(case):
@@ -78,7 +96,7 @@ def test_rls_update(race, case):
         return lambda: update(P, s)
 
     lanes = {"ours": lane(ours), "eager": lane(baseline(case))}
-    targets = {}
+    targets, work = {}, {}
     traffic = None
     if case.rank == 1 and not case.batch:
         lanes["eager without h"] = lane(eager_without_h)
@@ -89,11 +107,17 @@ def test_rls_update(race, case):
     if case.n >= LARGE:
         traffic = 12 * case.n**2
         targets["ours / copy floor"] = 1.25
+    if case.rank == 1 and case.n >= 512:
+        lanes["held"] = held(case)
+        work["held"] = UPDATES
+    if "held" in lanes and case.n >= LARGE:
+        targets["held / copy floor"] = 0.5
     race(
         case.name,
         lanes,
         targets=targets,
         traffic=traffic,
         facts={"n": case.n, "rank": case.rank, "batch": case.batch},
+        work=work,
         rounds=6 if case.n >= LARGE else 20,
     )

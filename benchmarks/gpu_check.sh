@@ -59,12 +59,12 @@ RLSCUDA_CUDA=1 TORCH_CUDA_ARCH_LIST=$arch MAX_JOBS=$(nproc) \
 cpu=$!
 step "operators on the GPU" 110 env RLSCUDA_TEST_DEVICE=cuda "$python" -m pytest -q \
   -p no:cacheprovider -p no:benchmark tests/test_rls_update.py tests/test_weight_step.py \
-  tests/test_foreach_ops.py -k 'not (opcheck or compiles or threads or wrong or errors)'
+  tests/test_foreach_ops.py tests/test_rls_held.py tests/test_held_matrix.py -k 'not (opcheck or compiles or threads or wrong or errors)'
 step "tests on the GPU" 110 "$python" -m pytest -q -p no:cacheprovider -p no:benchmark tests/test_cuda.py
 
 sanitizer=$(command -v compute-sanitizer || ls "$(dirname "$(readlink -f "$(command -v nvcc)")")"/compute-sanitizer \
   /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)
-short='patch_operators and (stride-torch.float32 or groups-torch.bfloat16) or rls_update and (33 or 3-9) and float32 and (1 or 16) or trains_short'
+short='patch_operators and (stride-torch.float32 or groups-torch.bfloat16) or rls_update and (33 or 3-9) and float32 and (1 or 16) or rls_held and (33 or 3-5) and float32 or trains_short'
 for tool in memcheck racecheck; do
   step "compute-sanitizer $tool" 60 "${sanitizer:-compute-sanitizer}" --tool "$tool" \
     --error-exitcode 9 "$python" -m pytest -q -x -p no:cacheprovider -p no:benchmark \

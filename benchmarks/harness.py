@@ -129,12 +129,18 @@ def tensor_bytes(run: Lane) -> int:
 
 
 def peak_bytes(run: Lane) -> int | None:
+    """Growth of the process' peak resident memory in a second call; None off Linux."""
+    run()
+    return growth(run)
+
+
+def growth(run: Lane) -> int | None:
     """Growth of the process' peak resident memory in one call, by the page; None off Linux."""
     reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    run()
     try:
         reset.write_text("5")
     except OSError:
+        run()
         return None
 
     def field(name: str) -> int:

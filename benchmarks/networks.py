@@ -56,6 +56,18 @@ def resnet50_layers() -> nn.ModuleList:
     return nn.ModuleList([*layers, nn.Linear(2048, 1000)])
 
 
+def vgg16(classes: int = 10) -> nn.Module:
+    """VGG-16 with batch norm for 32 x 32 images: thirteen convolutions and a linear classifier."""
+    layers: list[nn.Module] = []
+    inputs = 3
+    for width, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for _ in range(depth):
+            layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+            inputs = width
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, classes))
+
+
 def vgg16_layers() -> nn.ModuleList:
     """The thirteen convolutions of VGG-16 with a classifier for 32 x 32 images."""
     widths = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]

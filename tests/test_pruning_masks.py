@@ -388,6 +388,17 @@ def test_channels_last_moments_are_cleared():
     assert torch.all(optimizer.state[model[0].weight_orig]["exp_avg"][~mask] == 0)
 
 
+def test_a_matrix_of_the_weight_s_own_shape_is_no_moment():
+    model = nn.Sequential(nn.Linear(6, 6, bias=False))
+    optimizer = RLSOptimizer(model)
+    model(torch.randn(8, 6)).square().mean().backward()
+    optimizer.step()
+    P = optimizer.inverse_autocorrelation("0")
+    before = P.clone()
+    prune_weights(model, {"0": before}, sparsity=0.5, optimizer=optimizer)
+    assert torch.equal(P, before) and P.all()
+
+
 def test_the_report_is_a_table():
     model = cnn()
     lines = str(prune_weights(model, matrices_of(model), sparsity=0.5)).splitlines()
