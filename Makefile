@@ -8,6 +8,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 demo: .venv/installed
 	$(BIN)/rlscuda train --model lenet5 --data mnist5k --optimizer rls,sgd,adam --lr sgd=0.05,adam=0.005 --epochs 8 --out runs/demo --overwrite
+	$(BIN)/rlscuda prune --run runs/demo --ratio 0.7 --recover 1 --overwrite
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 import rlscuda
 from rlscuda.cli import main
 
+TIMES = {"seconds", "epoch_seconds", "latency_seconds"}
 ROOT = Path(rlscuda.__file__).resolve().parents[1]
 
 
@@ -56,3 +59,19 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def assert_same(one, other, where: str = "") -> int:
+    """Both hold the same values to the bit; how many tensors were compared."""
+    assert type(one) is type(other), where
+    if isinstance(one, Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other), where
+        return 1
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        return sum(assert_same(one[k], other[k], f"{where}/{k}") for k in one if k not in TIMES)
+    if isinstance(one, list | tuple):
+        pairs = zip(one, other, strict=True)
+        return sum(assert_same(a, b, f"{where}/{i}") for i, (a, b) in enumerate(pairs))
+    assert one == other, where
+    return 0

@@ -85,7 +85,8 @@ def test_bench_without_a_checkout(tmp_path, monkeypatch, capsys):
 def test_import_rlscuda_needs_only_torch_and_numpy():
     code = (
         "import sys, rlscuda\n"
-        "extras = {'typer', 'rich', 'matplotlib', 'mlxtend', 'PIL', 'torchvision', 'sklearn'}\n"
+        "extras = {'typer', 'rich', 'matplotlib', 'mlxtend', 'PIL', 'torchvision', 'sklearn',\n"
+        "          'torch_pruning', 'safetensors', 'onnx'}\n"
         "print(sorted(extras & sys.modules.keys()), 'rlscuda.cli' in sys.modules)"
     )
     done = subprocess.run(

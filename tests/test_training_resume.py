@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_common import call, snapshot, subprocess_environment, write_npz
-from torch import Tensor
+from cli_common import assert_same, call, snapshot, subprocess_environment, write_npz
 
 from rlscuda import _atomic
 from rlscuda.cli import main
@@ -49,7 +48,6 @@ def net(num_classes):
     return Net(num_classes)
 """
 EPOCHS, BATCH, STEPS = 3, 9, 9  # 81 training images: 9 steps an epoch
-TIMES = {"seconds", "epoch_seconds"}
 
 
 def enter(folder: Path, patch: pytest.MonkeyPatch) -> Path:
@@ -97,22 +95,6 @@ def spawn(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def read(out: str, name: str) -> dict:
     path = Path(out) / "checkpoints" / f"{name}.pt"
     return torch.load(path, weights_only=True)["training"]
-
-
-def assert_same(one, other, where: str = "") -> int:
-    """Both hold the same values to the bit; how many tensors were compared."""
-    assert type(one) is type(other), where
-    if isinstance(one, Tensor):
-        assert one.dtype == other.dtype and torch.equal(one, other), where
-        return 1
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        return sum(assert_same(one[k], other[k], f"{where}/{k}") for k in one if k not in TIMES)
-    if isinstance(one, list | tuple):
-        pairs = zip(one, other, strict=True)
-        return sum(assert_same(a, b, f"{where}/{i}") for i, (a, b) in enumerate(pairs))
-    assert one == other, where
-    return 0
 
 
 # The whole program

@@ -1,4 +1,4 @@
-"""The command line: ``rlscuda train``, ``rlscuda bench``, ``rlscuda info``.
+"""The command line: ``rlscuda train``, ``rlscuda prune``, ``rlscuda bench``, ``rlscuda info``.
 
 It uses the library and nothing in the library uses it. Its dependencies are the extra ``[cli]``;
 ``import rlscuda`` alone needs none of them.

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from rlscuda.cli.config import RunConfig
 from rlscuda.cli.errors import UserError
+from rlscuda.cli.prune_options import IMPORTANCES, PruneOptions
 
 app = typer.Typer(
     name="rlscuda",
@@ -70,6 +71,14 @@ def train(
     cache: Annotated[
         Path | None, typer.Option(help="Where torchvision keeps its downloads.")
     ] = None,
+    prune_schedule: Annotated[
+        str | None,
+        typer.Option(
+            help="Prune while rls trains, CURVE:RATIO:ROUNDS: cubic:0.7:4, or with options, "
+            "linear:0.5:3,warmup=2,tolerance=5%,budget=4. Curves: one_shot, linear, iterative, "
+            "cubic, one_cycle."
+        ),
+    ] = RunConfig.prune_schedule,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in --out where it was killed.")
     ] = False,
@@ -80,7 +89,8 @@ def train(
     """Train a network with each optimizer in turn and compare them.
 
     All start from the same weights and see the same images in the same order. The run folder
-    holds config.json, metrics.csv, metrics.json, summary.json, curves.png and checkpoints.
+    holds config.json, metrics.csv, metrics.json, summary.json, curves.png and checkpoints, and
+    in pruning/ the report and the network of a training that prunes as it goes.
     """
     from rlscuda.cli import train as command
     from rlscuda.cli.execution import Execution
@@ -102,6 +112,96 @@ def train(
             "checkpoint",
             exit_code=130,
         ) from None
+
+
+@app.command()
+def prune(
+    context: typer.Context,
+    run: Annotated[Path, typer.Option(help="Folder of a finished run; it stays as it is.")],
+    optimizer: Annotated[
+        str | None, typer.Option(help="Whose network of the run: rls where it has one.")
+    ] = None,
+    ratio: Annotated[
+        str | None,
+        typer.Option(help="Share of the channels to remove: 0.7, 70% or conv*=0.5,fc1=0.8."),
+    ] = PruneOptions.ratio,
+    target_flops: Annotated[
+        str | None, typer.Option(help="FLOPs an image to get down to: 1.5M, or 0.5x or 50%.")
+    ] = PruneOptions.target_flops,
+    target_params: Annotated[
+        str | None, typer.Option(help="Parameters to get down to: 250k, or 0.5x or 50%.")
+    ] = PruneOptions.target_params,
+    max_loss: Annotated[
+        str | None,
+        typer.Option(help="Remove what the validation loss allows: it may rise by 0.1 or 10%."),
+    ] = PruneOptions.max_loss,
+    importance: Annotated[
+        str, typer.Option(help=f"What ranks the channels: {', '.join(IMPORTANCES)}.")
+    ] = PruneOptions.importance,
+    selection: Annotated[
+        str | None,
+        typer.Option(help="greedy (one at a time, all else downdated) or one-shot."),
+    ] = PruneOptions.selection,
+    scope: Annotated[
+        str, typer.Option(help="layer (the same share of each) or global (the cheapest of all).")
+    ] = PruneOptions.scope,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the matrices: own (those that rls trained with) or calibration (from "
+            "training images); own where the run has them."
+        ),
+    ] = PruneOptions.source,
+    round_to: Annotated[
+        int, typer.Option(help="Keep a multiple of this many channels.")
+    ] = PruneOptions.round_to,
+    compensate: Annotated[
+        bool, typer.Option(help="Change the remaining weights to make up for what goes.")
+    ] = PruneOptions.compensate,
+    calibration_images: Annotated[
+        int, typer.Option(help="Training images that calibrate, or that own matrices are held to.")
+    ] = PruneOptions.calibration_images,
+    recover: Annotated[
+        int, typer.Option(help="Epochs to train on, with the same optimizer.")
+    ] = PruneOptions.recover,
+    recover_lr: Annotated[
+        float | None, typer.Option(help="Step size they start with; a fifth of the run's.")
+    ] = PruneOptions.recover_lr,
+    export: Annotated[
+        str | None, typer.Option(help="Comma list of onnx and pt2 (torch.export).")
+    ] = PruneOptions.export,
+    measure_batch: Annotated[
+        int | None,
+        typer.Option(help="Images of the forward that is timed; the run's batch by default."),
+    ] = PruneOptions.measure_batch,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the result; RUN-pruned by default.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the pruning in --out.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where torchvision keeps its downloads.")
+    ] = None,
+) -> None:
+    """Make the network of a finished run smaller, without training or with a little.
+
+    The folder of the result holds report.html, report.png, report.json, the pruned network as
+    safetensors and what it was exported to.
+    """
+    from rlscuda.cli import prune as command
+    from rlscuda.cli.execution import Execution
+
+    fields = dataclasses.fields(PruneOptions)
+    options = PruneOptions(**{field.name: context.params[field.name] for field in fields})
+    execution = Execution(device, threads, cache=cache)
+    folder = out or run.with_name(f"{run.name}-pruned")
+    try:
+        command.prune(run, optimizer, options, execution, folder, overwrite, Console())
+    except KeyboardInterrupt:
+        raise UserError("interrupted; nothing was written", exit_code=130) from None
 
 
 @app.command()

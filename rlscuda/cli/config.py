@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 from rlscuda.cli.errors import UserError
+from rlscuda.cli.prune_options import ScheduleSpec
 
 OPTIMIZERS = ("rls", "sgd", "adam")
 SCHEDULES = ("cosine", "constant")
@@ -31,6 +32,8 @@ class RunConfig:
         form: form of the RLS update.
         val_fraction: share of the training images that validates.
         image_size: side that folder images are resized to; None expects one size.
+        prune_schedule: rounds of pruning while RLS trains, see
+            :class:`rlscuda.cli.prune_options.ScheduleSpec`; None for none.
     """
 
     model: str = "lenet5"
@@ -45,6 +48,7 @@ class RunConfig:
     form: str = "adaptive"
     val_fraction: float = 0.1
     image_size: int | None = None
+    prune_schedule: str | None = None
 
     def __post_init__(self) -> None:
         """Check every value that can be checked without reading the data."""
@@ -62,6 +66,12 @@ class RunConfig:
         names = self.optimizers
         for name in names:
             _one_of("--optimizer", name, OPTIMIZERS)
+        if self.prune_schedule is not None:
+            ScheduleSpec.read(self.prune_schedule)
+            if "rls" not in names:
+                raise UserError(
+                    f"--prune-schedule prunes while rls trains; --optimizer is {self.optimizer}"
+                )
         if len(set(names)) != len(names):
             raise UserError(f"--optimizer names one optimizer twice: {self.optimizer}")
         for name, value in self.overrides("lr").items():

@@ -81,6 +81,16 @@ class StepBar:
             highlight=False,
             soft_wrap=True,
         )
+        pruning = self.trainer.pruning
+        if pruning is not None and "changed_val_loss" in row:
+            stage = pruning.stages[-1]
+            what = f"{stage.label} of {pruning.schedule.total}"
+            self.console.print(
+                f"{'':<15} {what}: {stage.parameters:,} parameters  val loss {stage.val_loss:.4f}"
+                f"  val accuracy {100 * stage.val_accuracy:6.2f} %",
+                highlight=False,
+                soft_wrap=True,
+            )
 
     def _description(self) -> str:
         epochs = self.trainer.config.epochs

@@ -7,7 +7,14 @@ from types import ModuleType
 
 from rlscuda.cli.errors import UserError
 
-_EXTRA_OF = {"torchvision": "vision"}
+_EXTRA_OF = {
+    "torchvision": "vision",
+    "torch_pruning": "pruning",
+    "safetensors": "pruning",
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnxruntime": "export",
+}
 
 
 def require(*modules: str) -> ModuleType:

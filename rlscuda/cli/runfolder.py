@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
-import math
 from pathlib import Path
 from typing import Any
 
 from rlscuda._atomic import write_text
 from rlscuda.cli.errors import UserError
+from rlscuda.cli.json_files import read_json, write_json
+from rlscuda.cli.prune_files import PruneFiles
 
 FORMAT = "rlscuda-run"
 VERSION = 1
@@ -25,6 +25,13 @@ COLUMNS = (
     "seconds",
     "lr",
 )
+PRUNING_COLUMNS = (
+    "parameters",
+    "flops",
+    "pruning",
+    "changed_val_loss",
+    "changed_val_accuracy",
+)  # of the rows of a training that prunes as it goes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +69,11 @@ class RunFolder:
         """Loss and accuracy by epoch and by second."""
         return self.path / "curves.png"
 
+    @property
+    def pruning(self) -> PruneFiles:
+        """The report of a training that prunes as it goes, and the network it gave."""
+        return PruneFiles(self.path / "pruning")
+
     def checkpoint(self, optimizer: str) -> Path:
         """The checkpoint of one optimizer."""
         return self.path / "checkpoints" / f"{optimizer}.pt"
@@ -70,7 +82,8 @@ class RunFolder:
         """Every file of the run that exists."""
         named = [self.config, self.metrics_csv, self.metrics_json, self.summary, self.plot]
         checkpoints = sorted((self.path / "checkpoints").glob("*.pt"))
-        return [path for path in named if path.is_file()] + checkpoints
+        found = [path for path in named if path.is_file()]
+        return found + checkpoints + self.pruning.existing()
 
     def check_new(self, overwrite: bool) -> None:
         """Check that a new run may be put here; touch nothing.
@@ -99,6 +112,7 @@ class RunFolder:
         """Delete the files of the run that is here, config.json last."""
         for path in reversed(self.files()):
             path.unlink()
+        self.pruning.remove_folder()
 
     def read_config(self) -> dict[str, Any]:
         """Read ``config.json``.
@@ -108,7 +122,7 @@ class RunFolder:
         """
         if not self.config.is_file():
             raise UserError(f"nothing to resume in {self.path}: {self.config} does not exist")
-        document = _read_json(self.config)
+        document = read_json(self.config)
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise UserError(f"{self.config} is not the config of a run of rlscuda")
         if document.get("version") != VERSION:
@@ -119,46 +133,26 @@ class RunFolder:
 
     def write_config(self, document: dict[str, Any]) -> None:
         """Write ``config.json``."""
-        self._write_json(self.config, {"format": FORMAT, "version": VERSION, **document})
+        write_json(self.config, {"format": FORMAT, "version": VERSION, **document})
 
     def read_summary(self) -> dict[str, Any] | None:
         """Read ``summary.json``; None while the run is not finished."""
-        return _read_json(self.summary) if self.summary.is_file() else None
+        return read_json(self.summary) if self.summary.is_file() else None
 
     def write_summary(self, document: dict[str, Any]) -> None:
         """Write ``summary.json``."""
-        self._write_json(self.summary, document)
+        write_json(self.summary, document)
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Write ``metrics.csv`` and ``metrics.json``: one row an optimizer and epoch."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        pruned = [name for name in PRUNING_COLUMNS if any(name in row for row in rows)]
+        writer = csv.DictWriter(text, [*COLUMNS, *pruned], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         write_text(self.metrics_csv, text.getvalue())
-        self._write_json(self.metrics_json, rows)
+        write_json(self.metrics_json, rows)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Read ``metrics.json``; NaN and infinity come back as None."""
-        return _read_json(self.metrics_json)
-
-    def _write_json(self, path: Path, document: Any) -> None:
-        write_text(path, json.dumps(_without_nan(document), indent=2, allow_nan=False) + "\n")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
-
-
-def _without_nan(document: Any) -> Any:
-    """The document with null where a number is NaN or infinite, which JSON cannot say."""
-    if isinstance(document, dict):
-        return {key: _without_nan(value) for key, value in document.items()}
-    if isinstance(document, list | tuple):
-        return [_without_nan(value) for value in document]
-    if isinstance(document, float) and not math.isfinite(document):
-        return None
-    return document
+        return read_json(self.metrics_json)

@@ -54,16 +54,12 @@ class Run:
 
     def trainer(self, name: str) -> Trainer:
         """A trainer of one optimizer, at the position of its checkpoint if there is one."""
+        path = self.folder.checkpoint(name)
         trainer = Trainer(
-            self.config,
-            name,
-            self.data,
-            self.folder.checkpoint(name),
-            self.fingerprint,
-            self.checkpoint_every,
+            self.config, name, self.data, path, self.fingerprint, self.checkpoint_every
         )
-        if trainer.checkpoint.is_file():
-            trainer.load_state_dict(load_checkpoint(trainer.checkpoint, self.fingerprint, name))
+        if path.is_file():
+            trainer.load_state_dict(load_checkpoint(path, self.fingerprint, name))
         return trainer
 
     def train(self) -> None:
@@ -71,6 +67,7 @@ class Run:
         self._print_head()
         rows: list[dict[str, Any]] = []
         models: dict[str, nn.Module] = {}
+        pruned: Trainer | None = None
         for name in self.config.optimizers:
             trainer = self.trainer(name)
             self._print_start(trainer)
@@ -82,12 +79,31 @@ class Run:
                 self.console.print(f"{name} stopped: its training loss is not finite any more")
             rows += trainer.history
             models[name] = trainer.model
+            if trainer.pruning is not None and trainer.pruning.stages:
+                pruned = trainer
         self.folder.write_metrics(rows)
         results = self._test(rows, models)
         accuracy = {name: result["test_accuracy"] for name, result in results.items()}
         plot_run(self.folder.plot, self.title, rows, accuracy)
+        if pruned is not None:
+            self._report_pruning(pruned, results[pruned.name])
         self.folder.write_summary({"title": self.title, "results": results})
         show_run(self.folder, self.console)
+
+    def check_data(self, stored: dict[str, Any]) -> None:
+        """Check that the data are those of the run.
+
+        Args:
+            stored: its ``config.json``.
+
+        Raises:
+            UserError: they are others.
+        """
+        if self.data.fingerprint != stored.get("data", {}).get("fingerprint"):
+            raise UserError(
+                f"--data {self.config.data} does not hold the images this run was started with; "
+                "nothing was overwritten"
+            )
 
     def write_config(self, settings: dict[str, dict[str, float]]) -> None:
         """Write ``config.json``: the options, the data, the machine.
@@ -131,13 +147,22 @@ class Run:
                 "test_accuracy": accuracy,
                 "test_loss": loss,
                 "test_images": len(test),
-                "val_accuracy": last["val_accuracy"],
-                "val_loss": last["val_loss"],
+                "val_accuracy": last.get("changed_val_accuracy", last["val_accuracy"]),
+                "val_loss": last.get("changed_val_loss", last["val_loss"]),
                 "epochs": last["epoch"],
                 "steps": last["steps"],
                 "seconds": last["seconds"],
             }
         return results
+
+    def _report_pruning(self, trainer: Trainer, result: dict[str, Any]) -> None:
+        """Write and print what the rounds of pruning did."""
+        from rlscuda.cli.prune_report import print_report
+        from rlscuda.cli.scheduled import write_pruning
+
+        title = f"{self.config.model} on {Path(self.config.data).name}"
+        record = write_pruning(trainer, title, result, self.folder.pruning)
+        print_report(record, self.console)
 
     def _print_head(self) -> None:
         data = self.data
@@ -213,11 +238,7 @@ def resume(given: dict[str, Any], execution: Execution, out: Path, console: Cons
         show_run(folder, console)
         return
     run = Run(config, execution, folder, console)
-    if run.data.fingerprint != stored.get("data", {}).get("fingerprint"):
-        raise UserError(
-            f"--data {config.data} does not hold the images this run was started with; "
-            "nothing was overwritten"
-        )
+    run.check_data(stored)
     for name in config.optimizers:
         run.trainer(name)
     run.train()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,15 @@ from rlscuda.cli.checkpoint import save_checkpoint
 from rlscuda.cli.config import RunConfig
 from rlscuda.cli.data import Dataset, Split
 from rlscuda.cli.errors import UserError
+from rlscuda.cli.extras import require
 from rlscuda.cli.models import build_model
 from rlscuda.cli.optimizers import build_optimizer, build_scheduler
+from rlscuda.cli.prune_options import ScheduleSpec
 from rlscuda.cli.rng import capture_rng, restore_rng, seed_everything
+from rlscuda.pruning.saving import rebuild
+
+if TYPE_CHECKING:
+    from rlscuda.cli.scheduled import ScheduledPruning
 
 EVALUATION_BATCH = 500
 OnStep = Callable[["Trainer", Tensor], None]
@@ -34,7 +41,7 @@ class Trainer:
         config: the run.
         name: ``rls``, ``sgd`` or ``adam``.
         data: the data set, on the device to train on.
-        checkpoint: the checkpoint file, written after each epoch.
+        checkpoint: the checkpoint file, written after each epoch; None for none.
         run: fingerprint of the run, kept in the checkpoint.
         checkpoint_every: also write the checkpoint after every so many steps; 0 for never.
     """
@@ -44,7 +51,7 @@ class Trainer:
         config: RunConfig,
         name: str,
         data: Dataset,
-        checkpoint: Path,
+        checkpoint: Path | None,
         run: str,
         checkpoint_every: int = 0,
     ):
@@ -58,7 +65,7 @@ class Trainer:
                 f"{config.batch_size}"
             )
         seed_everything(config.seed)
-        self.model = build_model(config.model, data.shape, data.classes).to(device)
+        self.model = self.whole_model()
         seed_everything(config.seed)
         self.shuffler = torch.Generator().manual_seed(config.seed)
         self.optimizer = build_optimizer(config, name, self.model)
@@ -71,6 +78,31 @@ class Trainer:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.epoch_seconds = 0.0
         self.history: list[dict[str, Any]] = []
+        self.pruning: ScheduledPruning | None = None
+        if name == "rls" and config.prune_schedule is not None:
+            self.pruning = _scheduled_pruning(self, config.prune_schedule)
+
+    def whole_model(self) -> nn.Module:
+        """The network as it is before any training or pruning, on the device."""
+        config, data = self.config, self.data
+        return build_model(config.model, data.shape, data.classes).to(self.device)
+
+    def rebuild(self, network: dict[str, Any]) -> None:
+        """Replace the network by a described one, and the optimizer by a new one for it.
+
+        The schedule of the step size goes on; no random stream moves.
+
+        Args:
+            network: of :func:`rlscuda.pruning.saving.describe`.
+        """
+        streams = capture_rng(self.device)
+        self.model = rebuild(self.whole_model, network)
+        self.optimizer = build_optimizer(self.config, self.name, self.model)
+        position = self.scheduler.state_dict()
+        steps = self.steps_per_epoch * self.config.epochs
+        self.scheduler = build_scheduler(self.config, self.optimizer, steps)
+        self.scheduler.load_state_dict(position)
+        restore_rng(streams, self.device)
 
     @property
     def settings(self) -> dict[str, float]:
@@ -110,7 +142,7 @@ class Trainer:
         """
         while not self.finished:
             self._finish_epoch(on_step)
-            loss, accuracy = evaluate(self.model, self.data, self.data.val)
+            loss, accuracy = self.validate()
             row = {
                 "optimizer": self.name,
                 "epoch": self.epoch + 1,
@@ -123,8 +155,27 @@ class Trainer:
             }
             self.history.append(row)
             self.epoch, self.step, self.order = self.epoch + 1, 0, None
+            if self.pruning is not None and not self.diverged:
+                self.pruning.after_epoch(row, self.validate)
             self.save()
             yield row
+
+    def validate(self) -> tuple[float, float]:
+        """Mean cross-entropy and accuracy of the network now, on the validation images."""
+        return evaluate(self.model, self.data, self.data.val)
+
+    def prolong(self, epochs: int, lr: float) -> None:
+        """Go on for more epochs, with a new schedule of the step size and without checkpoints.
+
+        Args:
+            epochs: how many more.
+            lr: step size that the schedule starts with.
+        """
+        self.checkpoint = None
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = lr
+        self.config = dataclasses.replace(self.config, epochs=self.epoch + epochs)
+        self.scheduler = build_scheduler(self.config, self.optimizer, self.steps_per_epoch * epochs)
 
     def _finish_epoch(self, on_step: OnStep | None) -> None:
         """Take the remaining steps of the epoch in progress, or all steps of a new one."""
@@ -165,8 +216,9 @@ class Trainer:
         return time.perf_counter()
 
     def save(self) -> None:
-        """Replace the checkpoint by the present state."""
-        save_checkpoint(self.checkpoint, self.run, self.name, self.state_dict())
+        """Replace the checkpoint, if there is to be one, by the present state."""
+        if self.checkpoint is not None:
+            save_checkpoint(self.checkpoint, self.run, self.name, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on, and the history that led here."""
@@ -182,6 +234,7 @@ class Trainer:
             "loss_sum": self.loss_sum,
             "epoch_seconds": self.epoch_seconds,
             "history": self.history,
+            "pruning": None if self.pruning is None else self.pruning.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -191,6 +244,8 @@ class Trainer:
             UserError: the model or the optimizer is not the one that was saved.
         """
         try:
+            if self.pruning is not None:
+                self.pruning.load_state_dict(state["pruning"])
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
@@ -206,6 +261,13 @@ class Trainer:
         self.epoch_seconds = state["epoch_seconds"]
         self.history = list(state["history"])
         restore_rng(state["rng"], self.device)
+
+
+def _scheduled_pruning(trainer: Trainer, text: str) -> ScheduledPruning:
+    require("torch_pruning")
+    from rlscuda.cli.scheduled import ScheduledPruning
+
+    return ScheduledPruning(trainer, ScheduleSpec.read(text))
 
 
 @torch.no_grad()

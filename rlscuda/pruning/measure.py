@@ -74,27 +74,27 @@ class Gains:
                  f"{'before':>12}{'after':>12}{'ratio':>10}"]  # fmt: skip
         for name, ratio in self.ratios.items():
             label, unit, step = _ROWS[name]
-            values = (_scaled(getattr(m, name), unit, step) for m in (self.before, self.after))
+            values = (scaled(getattr(m, name), unit, step) for m in (self.before, self.after))
             before, after = values
             lines.append(f"{label:<22}{before:>12}{after:>12}{ratio:>9.2f}x")
         return "\n".join(lines)
 
 
-def _scaled(value: float, unit: str, step: int) -> str:
+def scaled(value: float, unit: str, step: int) -> str:
     """A number with three digits and a prefix: 1.23 M, 1.23 MiB, 1.23 ms."""
     if not value:
         return f"0 {unit}".strip()
     prefixes = ["µ", "m", "", "k", "M", "G", "T"]
-    scaled, place = float(value), 2
-    while scaled >= step and place < len(prefixes) - 1:
-        scaled, place = scaled / step, place + 1
-    while scaled < 1 and place > 0:
-        scaled, place = scaled * step, place - 1
+    shown, place = float(value), 2
+    while shown >= step and place < len(prefixes) - 1:
+        shown, place = shown / step, place + 1
+    while shown < 1 and place > 0:
+        shown, place = shown * step, place - 1
     prefix = prefixes[place]
     if step == 1024 and prefix:
         prefix = prefix.upper() + "i"
-    digits = max(0, 2 - len(str(int(scaled))) + 1)
-    return f"{scaled:.{digits}f} {prefix}{unit}".strip()
+    digits = max(0, 2 - len(str(int(shown))) + 1)
+    return f"{shown:.{digits}f} {prefix}{unit}".strip()
 
 
 class _LiveBytes(TorchDispatchMode):

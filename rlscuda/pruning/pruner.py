@@ -205,6 +205,14 @@ class RLSPruner:
             gains=compare(before, measure(self.model, self.example_inputs, repeats=_REPEATS)),
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a pruner of the pruned model must know of the whole one: units by coupling."""
+        return {"original": dict(self._original)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Counts ratios from the units of the model that `state_dict` remembers."""
+        self._original = dict(state["original"])
+
     def snapshot(self) -> Snapshot:
         """The values and shapes of now, to which `Snapshot.restore` returns across prunings."""
         inputs, loader = self.example_inputs, self.loader

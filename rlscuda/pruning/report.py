@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from rlscuda.pruning.measure import Gains
+from rlscuda.pruning.measure import Gains, Measurement
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,14 @@ class PruneReport:
     def to_dict(self) -> dict[str, Any]:
         """Everything as numbers, strings, lists and dicts, for JSON."""
         return {**asdict(self), "ratio": self.ratio, "ratios": self.gains.ratios}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PruneReport:
+        """The report of which `to_dict` gave the values."""
+        gains = Gains(*(Measurement(**values["gains"][when]) for when in ("before", "after")))
+        couplings = [CouplingChange(**change) for change in values["couplings"]]
+        own = {field.name: values[field.name] for field in fields(cls)}
+        return cls(**{**own, "gains": gains, "couplings": couplings})
 
     def __str__(self):
         width = max([len("coupling"), *(len(c.name) for c in self.couplings)])

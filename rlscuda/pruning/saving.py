@@ -97,7 +97,7 @@ def _manifest(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         }
         for name, module in model.named_modules()
     }
-    versions = {"torch": torch.__version__, "rlscuda": rlscuda.__version__}
+    versions = {"torch": str(torch.__version__), "rlscuda": rlscuda.__version__}
     return {**versions, "modules": modules, "tensors": entries, "ties": ties}, kept
 
 
@@ -113,6 +113,21 @@ def _optimizer_bytes(optimizer: Optimizer) -> Tensor:
             f"the state of {type(optimizer).__name__} cannot be saved without code: {error}"
         ) from None
     return torch.frombuffer(bytearray(stream.getbuffer()), dtype=torch.uint8)
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What `rebuild` needs to make a pruned model again, to be part of a checkpoint.
+
+    Returns:
+        `manifest`, made of what JSON has, and `tensors` by name, which share the model's memory.
+
+    Raises:
+        ValueError: The model holds what such a description cannot, or a mask.
+    """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    _check_savable(model)
+    manifest, tensors = _manifest(model)
+    return {"manifest": manifest, "tensors": tensors}
 
 
 def save_pruned(model: nn.Module, path: StrPath, *, optimizer: Optimizer | None = None) -> None:
@@ -131,9 +146,8 @@ def save_pruned(model: nn.Module, path: StrPath, *, optimizer: Optimizer | None 
         ImportError: safetensors is missing.
     """
     safetensors = optional("safetensors.torch", "pruning")
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    _check_savable(model)
-    manifest, kept = _manifest(model)
+    described = describe(model)
+    manifest, kept = described["manifest"], described["tensors"]
     tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in kept.items()}
     if optimizer is not None:
         tensors[_OPTIMIZER] = _optimizer_bytes(optimizer)
@@ -229,6 +243,21 @@ def load_pruned(factory: Callable[[], nn.Module], path: StrPath) -> nn.Module:
         ImportError: safetensors is missing.
     """
     manifest, tensors = _read(path, lambda name: name != _OPTIMIZER)
+    return rebuild(factory, {"manifest": manifest, "tensors": tensors})
+
+
+def rebuild(factory: Callable[[], nn.Module], described: Mapping[str, Any]) -> nn.Module:
+    """Makes the model again that `describe` described; `load_pruned` without the file.
+
+    Args:
+        factory: Makes the model as it was before pruning; its weights do not matter.
+        described: The description; its tensors are copied.
+
+    Raises:
+        ValueError: The factory's model has other modules, types, names or dimensions.
+        TypeError: `factory` does not return a module.
+    """
+    manifest, tensors = described["manifest"], described["tensors"]
     model = factory()
     if not isinstance(model, nn.Module):
         raise TypeError(f"factory must return a module, got {type(model).__name__}")

@@ -5,11 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from rlscuda.pruning.pruner import RLSPruner
 from rlscuda.pruning.ratios import ratio_after
 from rlscuda.pruning.report import PruneReport
-from rlscuda.pruning.snapshot import Snapshot
+
+
+class Restorable(Protocol):
+    """A point of training that can be returned to, as `Snapshot`."""
+
+    def restore(self) -> None:
+        """Returns to it."""
+
+
+class Pruner(Protocol):
+    """What a schedule asks of a pruner, as `RLSPruner` does it."""
+
+    def snapshot(self) -> Restorable:
+        """The point of training now."""
+
+    def step(self, ratio: float) -> PruneReport:
+        """Prunes until `ratio` of the original units is gone."""
 
 
 @dataclass
@@ -27,6 +43,10 @@ class Round:
     report: PruneReport
     losses: list[float] = field(default_factory=list)
     outcome: str = "recovering"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The round as plain data."""
+        return {**vars(self), "losses": list(self.losses), "report": self.report.to_dict()}
 
 
 class PruneSchedule:
@@ -62,7 +82,7 @@ class PruneSchedule:
 
     def __init__(
         self,
-        pruner: RLSPruner,
+        pruner: Pruner,
         ratio: float,
         rounds: int = 4,
         curve: str = "cubic",
@@ -85,7 +105,30 @@ class PruneSchedule:
         self.reference: float | None = None
         self.finished = False
         self._epochs = 0
-        self._before: Snapshot | None = None
+        self._before: Restorable | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loop is, as plain data; without the point that a roll back returns to."""
+        return {
+            "epochs": self._epochs,
+            "reference": self.reference,
+            "finished": self.finished,
+            "rounds": [done.to_dict() for done in self.rounds],
+        }
+
+    def load_state_dict(self, state: dict[str, Any], before: Restorable | None) -> None:
+        """Goes to where a loop was.
+
+        Args:
+            state: Of `state_dict`; model and optimizer must be those of that moment.
+            before: The point to which a roll back returns, while a round is recovering.
+        """
+        self._epochs, self.reference = state["epochs"], state["reference"]
+        self.finished, self._before = state["finished"], before
+        self.rounds = [
+            Round(**{**entry, "report": PruneReport.from_dict(entry["report"])})
+            for entry in state["rounds"]
+        ]
 
     def after_epoch(self, loss: float) -> str:
         """Says what the validation loss of a finished epoch leads to, and does it.

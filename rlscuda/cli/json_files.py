@@ -1,0 +1,39 @@
+"""JSON files: read with one clear error, written in one step."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rlscuda._atomic import write_text
+from rlscuda.cli.errors import UserError
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Replace ``path`` by a document; NaN and infinity, which JSON lacks, become null."""
+    write_text(path, json.dumps(_without_nan(document), indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a document.
+
+    Raises:
+        UserError: the file is missing or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def _without_nan(document: Any) -> Any:
+    """The document with null where a number is NaN or infinite, which JSON cannot say."""
+    if isinstance(document, dict):
+        return {key: _without_nan(value) for key, value in document.items()}
+    if isinstance(document, list | tuple):
+        return [_without_nan(value) for value in document]
+    if isinstance(document, float) and not math.isfinite(document):
+        return None
+    return document

@@ -1,0 +1,87 @@
+"""What a report says in words and numbers, the same on the page, the sheet and the terminal."""
+
+from __future__ import annotations
+
+from rlscuda.cli.prune_record import PruneRecord
+from rlscuda.pruning.measure import scaled
+
+_IMPORTANCES = {
+    "saliency": "saliency from P",
+    "saliency_diagonal": "diagonal saliency from P",
+    "weight_times_p": "weight × P",
+    "weight_over_p": "weight / P",
+    "l1": "L1 magnitude",
+    "l2": "L2 magnitude",
+    "taylor": "Taylor expansion",
+    "bn_scale": "batch-norm scale",
+    "random": "chance",
+}
+_SOURCES = {
+    "own": "the optimizer's own P",
+    "sketch": "a sketch tracked beside the training",
+    "calibration": "a calibration on the training images",
+    "none": "none",
+}
+
+
+def importance_in_words(name: str) -> str:
+    """What ranked the units."""
+    return _IMPORTANCES.get(name, name)
+
+
+def source_in_words(name: str) -> str:
+    """Where the matrices came from."""
+    return _SOURCES.get(name, name)
+
+
+def headline(record: PruneRecord) -> str:
+    """What was done to what."""
+    return f"{record.title}: {100 * record.ratio:.1f} % of its channels removed"
+
+
+def subtitle(record: PruneRecord) -> str:
+    """How it was done, in a line."""
+    report, count = record.last_report, len(record.rounds)
+    rounds = "one round" if count == 1 else f"{count} rounds"
+    text = f"{rounds}, chosen by {importance_in_words(report['importance'])}"
+    text += f" ({report['selection']})"
+    if report["source"] != "none":
+        text += f", matrices: {source_in_words(report['source'])}"
+    return text
+
+
+def percent(value: float | None) -> str:
+    """A share in [0, 1] as percent, with two digits; a dash where there is none."""
+    return "–" if value is None else f"{100 * value:.2f} %"
+
+
+def times(ratio: float, over: str = "smaller", under: str = "larger") -> str:
+    """How many times smaller, or larger where it grew."""
+    if 0.995 <= ratio <= 1.005:
+        return "the same"
+    value, word = (ratio, over) if ratio > 1 else (1 / ratio, under)
+    return f"{value:.{2 if value < 2 else 1}f}× {word}"
+
+
+def gain_rows(record: PruneRecord) -> list[tuple[str, str, str, str]]:
+    """The table of gains: quantity, of the whole network, of the final one, how much less."""
+    before, after, ratios = record.gains.before, record.gains.after, record.gains.ratios
+    batch = before.batch_size
+    images = "one image" if batch == 1 else f"{batch} images"
+    return [
+        ("parameters", f"{before.parameters:,}", f"{after.parameters:,}",
+         times(ratios["parameters"], "fewer", "more")),
+        ("FLOPs an image", scaled(before.flops / batch, "", 1000),
+         scaled(after.flops / batch, "", 1000), times(ratios["flops"], "fewer", "more")),
+        (f"peak memory, {images}", scaled(before.peak_memory_bytes, "B", 1024),
+         scaled(after.peak_memory_bytes, "B", 1024), times(ratios["peak_memory_bytes"])),
+        (f"latency, {images}", scaled(before.latency_seconds, "s", 1000),
+         scaled(after.latency_seconds, "s", 1000),
+         times(ratios["latency_seconds"], "faster", "slower")),
+    ]  # fmt: skip
+
+
+def caption_of_gains(record: PruneRecord) -> str:
+    """On what the gains were measured."""
+    before = record.gains.before
+    return f"one forward without gradients, {before.batch_size} images, on {before.device}"
