@@ -1,15 +1,13 @@
 // rls_update_held_ and rls_flush_ on the GPU: P_true = scale (P - V^T V) + shift I, of which an
 // update reads P and V and appends to V (rls_math.h).
 //
-//   project   strips x splits of P, as in rls_update_: parts of S P and S P S^T; and, a warp a row
-//   of
-//             V, parts of C = S [V^T | S^T]
-//   solve     strips: U = scale (S P - C V) + shift S; H from S P_true S^T = scale (S P S^T - C
-//   C^T)
-//             + shift S S^T, so that no block waits for the U of another; its factor; the new rows
-//   apply     the counters and the new state; and where the held updates are as many as there is
-//   room
-//             for, P <- P_true over the tiles of the upper triangle, each stored twice
+//   project   strips x splits of P, as in rls_update_: parts of S P and S P S^T; beside them, a
+//             warp for each row of V, parts of C = S [V^T | S^T]
+//   solve     strips: U = scale (S P - C V) + shift S; H from S P_true S^T, which is
+//             scale (S P S^T - C C^T) + shift S S^T, so that no block waits for the U of another;
+//             its factor; the new rows
+//   apply     the counters and the new state; where what is held fills its room, P <- P_true over
+//             the tiles of the upper triangle, each stored twice
 //
 // Whether P is written is decided by `solve` from the state in device memory: the blocks of
 // `apply`, few enough to be on the device at once, find out and return. So a call is always the
