@@ -54,5 +54,6 @@ def test_taylor_without_gradients():
 
 def test_untrained_optimizer_has_no_matrix():
     model = mlp(6, 8, 3)
-    report = RLSPruner(model, RLSOptimizer(model), rows(2), ratio=0.5).step()
-    assert report.refused and widths(model) == [8, 3]
+    with pytest.raises(ValueError, match="it has made no step yet"):
+        RLSPruner(model, RLSOptimizer(model), rows(2), ratio=0.5).step()
+    assert widths(model) == [8, 3]

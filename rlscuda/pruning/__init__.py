@@ -2,7 +2,7 @@
 
 from rlscuda.pruning.export import export_onnx, export_program
 from rlscuda.pruning.kept import Kept
-from rlscuda.pruning.masks import MaskReport, prune_weights
+from rlscuda.pruning.masks import LayerMask, MaskReport, prune_weights
 from rlscuda.pruning.matrices import calibrate, disagreement, own_matrices
 from rlscuda.pruning.measure import Gains, Measurement, compare, measure
 from rlscuda.pruning.pruner import RLSPruner
@@ -18,6 +18,7 @@ __all__ = [
     "CouplingChange",
     "Gains",
     "Kept",
+    "LayerMask",
     "MaskReport",
     "Measurement",
     "PruneReport",

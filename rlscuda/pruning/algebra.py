@@ -45,6 +45,7 @@ __all__ = [
     "downdate",
     "greedy_path",
     "output_energy",
+    "shrunk_to_inverse",
 ]
 
 
@@ -260,6 +261,43 @@ def adaptive_to_inverse(P: Tensor, drift: float, damping: float) -> Tensor:
             return symmetrise_(result.div_(d * d))
         damping *= 10
     raise ValueError(f"P must have eigenvalues up to 1 / drift = {1 / drift:g}, got larger ones")
+
+
+def shrunk_to_inverse(
+    P: Tensor,
+    forgetting: float,
+    gain: float,
+    shrinkage: float,
+    initial_scale: float,
+    damping: float,
+) -> Tensor:
+    r"""The inverse autocorrelation from the P of a form with shrinkage towards :math:`P_0 = pI`.
+
+    Its fixed point :math:`P = (1 - \mu) (\lambda P^{-1} + \kappa A)^{-1} + \mu P_0` is near the
+    root of :math:`A^{-1}`, no multiple of it; solved for A, which is then damped and inverted:
+
+    .. math:: \kappa A = (1 - \mu) (P - \mu P_0)^{-1} - \lambda P^{-1}
+
+    Args:
+        P: The matrix [n, n].
+        forgetting: :math:`\lambda` in (0, 1].
+        gain: :math:`\kappa` > 0.
+        shrinkage: :math:`\mu` in (0, 1).
+        initial_scale: p.
+        damping: See `damped_inverse`.
+
+    Returns:
+        float64 [n, n], symmetric to the bit, positive definite.
+
+    Raises:
+        TypeError: P is no floating-point tensor.
+        ValueError: P is not square or finite, or no positive A fits it.
+    """
+    P = check_matrix("P", P)
+    shifted = P.clone()
+    shifted.diagonal().sub_(shrinkage * initial_scale)
+    A = torch.linalg.inv(shifted).mul_(1 - shrinkage).sub_(torch.linalg.inv(P), alpha=forgetting)
+    return damped_inverse(symmetrise_(A.div_(gain)), damping)
 
 
 def _factor_of(P: Tensor, columns: Tensor) -> Tensor:

@@ -29,9 +29,10 @@ def layer_weight(module: nn.Linear | nn.Conv2d, P: Tensor) -> Tensor:
 
 
 def output_energy(module: Any, P: Tensor) -> list[float]:
-    """What losing all its inputs would cost a layer, by group: the variance of its outputs."""
+    """What losing all its inputs would cost a layer: the variance of its outputs, once a group."""
     inputs = torch.arange(module.weight[0].numel(), device=P.device)
-    return [algebra.output_energy(p, w, inputs) for p, w in zip(P, layer_weight(module, P))]
+    parts = [algebra.output_energy(p, w, inputs) for p, w in zip(P, layer_weight(module, P))]
+    return [sum(parts)] * len(parts)
 
 
 def consumers_of(

@@ -23,7 +23,7 @@ from rlscuda.discovery import discover
 from rlscuda.layers import Layer
 from rlscuda.optimizer import RLSOptimizer
 from rlscuda.pruning._inputs import inference
-from rlscuda.pruning.algebra import adaptive_to_inverse, damped_inverse
+from rlscuda.pruning.algebra import adaptive_to_inverse, damped_inverse, shrunk_to_inverse
 
 Matrices = dict[str, Tensor]
 
@@ -35,19 +35,20 @@ def own_matrices(
 ) -> Matrices:
     """The inverse autocorrelation matrices that an optimizer has tracked while it trained.
 
-    Without drift (paper and natural form) that is `P` as it is, up to a common factor; with drift
-    (adaptive form) `P` is near the root of it and is turned back, see `adaptive_to_inverse`.
+    Without drift and shrinkage (paper and natural form at forgetting 1) that is `P` as it is, up
+    to a common factor. With drift (adaptive form) or shrinkage `P` is near the root of it and is
+    turned back, see `adaptive_to_inverse` and `shrunk_to_inverse`.
 
     Args:
         optimizer: The optimizer; left as it is.
         names: Qualified names of layers that its RLS rule covers; all that it has made a step with
             by default.
-        damping: Relative to the mean power of the layer's input; used where there is drift, up to
-            half the drift's square.
+        damping: Relative to the mean power of the layer's input; used where `P` is turned back,
+            with drift up to half the drift's square.
 
     Returns:
-        [groups, n, n] each, on the layer's device: the live `P`, not a copy, where there is no
-        drift, else float64. A common factor of each is arbitrary, and so saliencies from it compare
+        [groups, n, n] each, on the layer's device: the live `P`, not a copy, where it is used as it
+        is, else float64. A common factor of each is arbitrary, and so saliencies from it compare
         within a layer, or relative to the layer's output energy.
 
     Raises:
@@ -66,11 +67,15 @@ def own_matrices(
         if not state.get("step"):
             raise ValueError(f"{name!r} has no matrix yet: the optimizer has made no step with it")
         P = state["P"] if state["P"].dim() == 3 else state["P"][None]
-        drift = optimizer._group_of[weight]["drift"]
+        group = optimizer._group_of[weight]
+        drift = group["drift"]
         if drift:
             enough = min(damping, drift * drift / 2)
             parts = [adaptive_to_inverse(part, drift, enough)[None] for part in P]
             P = parts[0] if len(parts) == 1 else torch.cat(parts)
+        elif group["shrinkage"]:
+            options = {k: group[k] for k in ("forgetting", "gain", "shrinkage", "initial_scale")}
+            P = torch.stack([shrunk_to_inverse(part, damping=damping, **options) for part in P])
         result[name] = P
     return result
 

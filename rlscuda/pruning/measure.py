@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlscuda.pruning._inputs import Call, call_of, inference
@@ -174,6 +173,8 @@ def _peak_memory(model: nn.Module, call: Call) -> int:
 
 
 def _latency(model: nn.Module, call: Call, repeats: int) -> float:
+    from torch.utils.benchmark import Timer  # imports setuptools
+
     timer = Timer("call(model)", globals={"call": call, "model": model},
                   num_threads=torch.get_num_threads())  # fmt: skip
     return statistics.median(timer.timeit(1).mean for _ in range(repeats))

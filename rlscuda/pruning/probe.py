@@ -159,7 +159,8 @@ class _Probe:
             if expected.shape != actual.shape:
                 return False
             if expected.is_floating_point():
-                scale = expected[expected.isfinite()].abs().max().item() if len(expected) else 0.0
+                finite = expected[expected.isfinite()]
+                scale = finite.abs().max().item() if finite.numel() else 0.0
                 close = torch.isclose(actual, expected, 0.0, _TOLERANCE[self._dtype] * scale,
                                       equal_nan=True)  # fmt: skip
                 if not bool(close.all()):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,6 +14,7 @@ from torch.optim.swa_utils import update_bn
 from rlscuda.optimizer import RLSOptimizer
 from rlscuda.pruning.compensation import kept_columns
 from rlscuda.pruning.graph import Structure, trace
+from rlscuda.pruning.isolation import isolated_copy, rng_kept
 from rlscuda.pruning.journal import revert
 from rlscuda.pruning.matrices import calibrate, disagreement, own_matrices
 from rlscuda.pruning.measure import compare, measure
@@ -59,8 +61,9 @@ class RLSPruner:
             (of `tracker`) or ``calibration`` (exact, from `loader`). By default the first of
             tracker, optimizer and loader that is there.
         tracker: A `SketchTracker` that saw the training.
-        loader: Batches of inputs, or of tuples or lists whose first entry they are. They calibrate,
-            where that is asked for, and re-estimate the statistics of batch norms after the cut.
+        loader: Batches of inputs, or of tuples or lists whose first entry they are; gone through
+            several times. They calibrate, where that is asked for, and re-estimate the statistics
+            of all batch norms after the cut.
         evaluate: The validation loss of a model, for `max_loss`.
         compensate: Whether the remaining weights change to make up for what went.
         round_to: What stays of each coupling is a multiple of it, where there is as much.
@@ -101,7 +104,7 @@ class RLSPruner:
         evaluate: Callable[[nn.Module], float] | None = None,
         compensate: bool = True,
         round_to: int = 1,
-        ignored: Iterable[str | nn.Module] = (),
+        ignored: str | nn.Module | Iterable[str | nn.Module] = (),
         include_inputs: bool = False,
         damping: float = 1e-3,
         seed: int = 0,
@@ -110,14 +113,25 @@ class RLSPruner:
             raise TypeError(f"model must be a module, got {type(model).__name__}")
         if optimizer is not None and not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
+        if isinstance(loader, Iterator):
+            raise TypeError(
+                "loader must be one that can be gone through again, as a list or a DataLoader, got "
+                f"the iterator {type(loader).__name__}"
+            )
         if example_inputs is None:
             raise ValueError("example_inputs must be what the model can be called with, got None")
+        if optimizer is not None and _holds_none_of(optimizer, model):
+            raise ValueError("optimizer must train the model, got one with none of its parameters")
+        model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
         self.model, self.optimizer, self.example_inputs = model, optimizer, example_inputs
         self.target = _checked_target(
             dict(zip(_TARGETS, (ratio, target_params, target_flops, max_loss)))
         )
         if self.target[0] == "max_loss" and evaluate is None:
             raise ValueError("max_loss needs evaluate, which gives the validation loss of a model")
+        if self.target[0] == "max_loss" and include_inputs:
+            raise ValueError("max_loss cannot be combined with include_inputs: evaluate would not "
+                             "know which inputs are left")  # fmt: skip
         if importance not in IMPORTANCES:
             raise ValueError(f"importance must be {' | '.join(IMPORTANCES)}, got {importance!r}")
         selection = selection or ("greedy" if importance == "saliency" else "one-shot")
@@ -135,9 +149,12 @@ class RLSPruner:
         self.tracker, self.loader, self.evaluate = tracker, loader, evaluate
         self.source = self._checked_source(source, compensate)
         self.compensate, self.round_to, self.damping = compensate, round_to, damping
-        self.ignored, self.include_inputs, self.seed = tuple(ignored), include_inputs, seed
+        alone = isinstance(ignored, (str, nn.Module))
+        self.ignored = (ignored,) if alone else tuple(cast(Iterable, ignored))
+        self.include_inputs, self.seed = include_inputs, seed
         self._original: dict[str, int] = {}
         self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
+        self._order = itertools.count()
 
     def _checked_source(self, source: str | None, compensate: bool) -> str:
         there = {
@@ -145,14 +162,14 @@ class RLSPruner:
             "own": isinstance(self.optimizer, RLSOptimizer),
             "calibration": self.loader is not None,
         }
+        if source not in (None, *_SOURCES):
+            raise ValueError(f"source must be {' | '.join(_SOURCES)}, got {source!r}")
         if not compensate and self.importance in WITHOUT_MATRIX:
             return "none"
         if source is None:
             source = next((name for name, is_there in there.items() if is_there), None)
         if source is None:
             raise ValueError("matrices are needed: pass an RLSOptimizer, tracker= or loader=")
-        if source not in _SOURCES:
-            raise ValueError(f"source must be {' | '.join(_SOURCES)}, got {source!r}")
         if not there[source]:
             needs = {"sketch": "tracker=", "own": "an RLSOptimizer", "calibration": "loader="}
             raise ValueError(f"source {source!r} needs {needs[source]}, which is missing")
@@ -186,13 +203,22 @@ class RLSPruner:
         candidates, unscored = rank(
             structure, modules, matrices, self.importance, self.selection, gone, self.seed, progress
         )
-        search = Search(self.model, structure, self.example_inputs, matrices, self.compensate)
+        search = Search(
+            self.model, structure, self.example_inputs, matrices, self.compensate, self._settle
+        )
         cut = search.find(Ladder(candidates, self.scope, self.round_to), *target, self.evaluate)
         values, uncompensated = search.compensated(cut)
         off = self._disagreement(matrices)
         matrices.clear()  # most of the memory, and the downdates of P are still to come
-        before = measure(self.model, self.example_inputs, repeats=_REPEATS)
-        self._operate(cut, values)
+        whole = isolated_copy(self.model)  # so that nobody's hooks see the forwards
+        before = measure(whole, self.example_inputs, repeats=_REPEATS)
+        del whole
+        pruned = pruned_copy(self.model, cut.surgery, values)
+        statistics = self._settle(pruned, cut.surgery) if cut.removed else {}
+        inputs = cut.surgery.slice_inputs(self.example_inputs)
+        after = measure(pruned, inputs, repeats=_REPEATS)
+        del pruned
+        self._operate(cut, values, statistics)  # the last that can fail
         return PruneReport(
             couplings=_changes(structure, candidates, cut.removed),
             importance=self.importance,
@@ -202,7 +228,7 @@ class RLSPruner:
             uncompensated=uncompensated,
             refused={**structure.refused, **unscored},
             kept_inputs={name: kept.tolist() for name, kept in cut.surgery.inputs.items()},
-            gains=compare(before, measure(self.model, self.example_inputs, repeats=_REPEATS)),
+            gains=compare(before, after),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -215,12 +241,14 @@ class RLSPruner:
 
     def snapshot(self) -> Snapshot:
         """The values and shapes of now, to which `Snapshot.restore` returns across prunings."""
-        inputs, loader = self.example_inputs, self.loader
+        inputs, loader, order = self.example_inputs, self.loader, next(self._order)
 
         def back() -> None:
             self.example_inputs, self.loader = inputs, loader
+            for other in self._snapshots:
+                other.void |= other.order > order
 
-        snapshot = Snapshot(self.model, self.optimizer, self.tracker, back)
+        snapshot = Snapshot(self.model, self.optimizer, self.tracker, back, order)
         self._snapshots.add(snapshot)
         return snapshot
 
@@ -234,7 +262,13 @@ class RLSPruner:
             return calibrate(self.model, self.loader, damping=self.damping)
         if self.source == "own":
             assert isinstance(self.optimizer, RLSOptimizer)
-            return own_matrices(self.optimizer, damping=self.damping)
+            found = own_matrices(self.optimizer, damping=self.damping)
+            if not found:
+                raise ValueError("the optimizer's own matrices are needed: it has made no step yet")
+            # by their weights, since the optimizer may have been given a part of the model
+            by_weight = {id(self.optimizer._find(name).weight): P for name, P in found.items()}
+            weights = {n: id(getattr(m, "weight", None)) for n, m in self.model.named_modules()}
+            return {name: by_weight[key] for name, key in weights.items() if key in by_weight}
         return {}
 
     def _disagreement(self, matrices: Mapping[str, Tensor]) -> dict[str, float] | None:
@@ -245,21 +279,38 @@ class RLSPruner:
         common = [name for name in matrices if name in exact]
         return disagreement({n: matrices[n] for n in common}, {n: exact[n] for n in common})
 
-    def _operate(self, cut: Cut, values: Mapping[str, Tensor]) -> None:
+    def _settle(self, pruned: nn.Module, surgery: Surgery) -> dict[str, Tensor]:
+        """Re-estimates the batch norms of a pruned copy where there is a loader.
+
+        Returns:
+            Their statistics, by buffer name.
+        """
+        norms: dict[str, Any] = {
+            name: module
+            for name, module in pruned.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+        }
+        if self.loader is None or not norms:
+            return {}
+        counts = {name: module.num_batches_tracked.clone() for name, module in norms.items()}
+        with rng_kept(self.model):
+            update_bn(_Sliced(self.loader, surgery), pruned, next(pruned.parameters()).device)
+        pruned.eval()
+        for name, module in norms.items():
+            module.num_batches_tracked.copy_(counts[name])
+        return {f"{n}.{k}": b for n, m in norms.items() for k, b in m.named_buffers(recurse=False)}
+
+    def _operate(
+        self, cut: Cut, values: Mapping[str, Tensor], statistics: Mapping[str, Tensor]
+    ) -> None:
         """Carries out a cut and all that follows from it, or leaves everything as it was."""
         surgery = cut.surgery
         columns = kept_columns(dict(self.model.named_modules()), surgery)
-        loader = None if self.loader is None else _Sliced(self.loader, surgery)
-        statistics = {}
-        if loader is not None and cut.removed:
-            pruned = pruned_copy(self.model, surgery, values)
-            update_bn(loader, pruned, next(pruned.parameters()).device)
-            statistics = dict(pruned.named_buffers())
         optimizers = [] if self.optimizer is None else [self.optimizer]
         done = operate(self.model, optimizers, surgery, values, {}, self.example_inputs)
         if self.tracker is not None:
             try:
-                self.tracker.follow(columns)
+                self.tracker.follow({n: c for n, c in columns.items() if n in self.tracker.layers})
             except BaseException:
                 revert(done)
                 raise
@@ -270,7 +321,12 @@ class RLSPruner:
                 buffer.copy_(statistics[name])
         if surgery.inputs:
             self.example_inputs = surgery.slice_inputs(self.example_inputs)
-            self.loader = loader
+            self.loader = None if self.loader is None else _Sliced(self.loader, surgery)
+
+
+def _holds_none_of(optimizer: Optimizer, model: nn.Module) -> bool:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return held.isdisjoint(map(id, model.parameters()))
 
 
 class _Sliced:

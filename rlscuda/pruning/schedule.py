@@ -123,6 +123,11 @@ class PruneSchedule:
             state: Of `state_dict`; model and optimizer must be those of that moment.
             before: The point to which a roll back returns, while a round is recovering.
         """
+        recovering = state["rounds"] and not state["finished"] and self.budget is not None
+        if recovering and before is None:
+            raise ValueError(
+                "before must be the point to roll back to while a round is recovering, got None"
+            )
         self._epochs, self.reference = state["epochs"], state["reference"]
         self.finished, self._before = state["finished"], before
         self.rounds = [
@@ -168,7 +173,7 @@ class PruneSchedule:
         return self._finish("rolled back")
 
     def _prune(self) -> str:
-        self._before = self.pruner.snapshot()
+        self._before = None if self.budget is None else self.pruner.snapshot()
         ratio = ratio_after(self.curve, self.ratio, len(self.rounds) + 1, self.total)
         self.rounds.append(Round(ratio, self.pruner.step(ratio=ratio)))
         if self.on_change:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,7 @@ class Search:
         example_inputs: What it can be called with.
         matrices: Inverse autocorrelation matrices by layer.
         compensate: Whether the remaining weights make up for what goes.
+        settle: Called with a pruned copy and its surgery before it is evaluated.
     """
 
     def __init__(
@@ -49,9 +51,10 @@ class Search:
         example_inputs: Any,
         matrices: Matrices,
         compensate: bool,
+        settle: Callable[[nn.Module, Surgery], Any],
     ):
         self.model, self.structure, self.inputs = model, structure, example_inputs
-        self.matrices, self.compensate = matrices, compensate
+        self.matrices, self.compensate, self.settle = matrices, compensate, settle
 
     def find(
         self,
@@ -75,7 +78,9 @@ class Search:
             return self.cut(ladder, ladder.by_ratio(value))
         if kind == "max_loss":
             assert evaluate is not None
-            loss = evaluate(self.model)
+            loss = self._loss(evaluate, self.cut(ladder, {}))  # of a copy, as all others are
+            if not math.isfinite(loss):
+                raise ValueError(f"evaluate must give a finite loss of the whole model, got {loss}")
             limit = loss + value * abs(loss)
             return self.cut(
                 ladder,
@@ -105,7 +110,10 @@ class Search:
         return compensate_layers(self.model, self.matrices, cut.lost)
 
     def _loss(self, evaluate: Callable[[nn.Module], float], cut: Cut) -> float:
-        return evaluate(pruned_copy(self.model, cut.surgery, self.compensated(cut)[0]))
+        pruned = pruned_copy(self.model, cut.surgery, self.compensated(cut)[0])
+        if cut.removed:
+            self.settle(pruned, cut.surgery)
+        return evaluate(pruned)
 
     def _size(self, kind: str, cut: Cut | None) -> int:
         """Parameters or FLOPs of the model after a cut, whatever its values."""

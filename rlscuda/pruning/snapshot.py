@@ -24,9 +24,11 @@ class Snapshot:
         optimizer: Its optimizer, or None.
         tracker: The tracker of its matrices, or None.
         back: Called by `restore` once the shapes are back.
+        order: Its place among the snapshots of one pruner.
 
     Attributes:
         changes: What each pruning since has to take back.
+        void: Whether an earlier snapshot was restored since.
     """
 
     def __init__(
@@ -35,9 +37,11 @@ class Snapshot:
         optimizer: Optimizer | None,
         tracker: SketchTracker | None,
         back: Callable[[], None],
+        order: int,
     ):
         self._model, self._optimizer, self._tracker, self._back = model, optimizer, tracker, back
         self.changes: list[list[Change]] = []
+        self.void, self.order = False, order
         self._values = {name: t.detach().clone() for name, t in all_tensors(model).items()}
         self._tracked = tracker.state_dict() if tracker is not None else None
         self._state = copy.deepcopy(optimizer.state_dict()) if optimizer is not None else None
@@ -47,7 +51,12 @@ class Snapshot:
         """Gives model and optimizer back their shapes and values; may be called again.
 
         Snapshots that were taken since are void then.
+
+        Raises:
+            ValueError: It is void itself.
         """
+        if self.void:
+            raise ValueError("this snapshot is void: one taken before it was restored since")
         while self.changes:
             revert(self.changes.pop())
         self._back()

@@ -100,6 +100,11 @@ class SketchTracker:
         self._finalizer = weakref.finalize(self, remove_all, handles)
         self._finalizer.atexit = False
 
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Qualified names of the layers that are tracked."""
+        return tuple(self._layers)
+
     def detach(self) -> None:
         """Takes the hooks off the model; the matrices stay."""
         self._finalizer()
@@ -206,11 +211,12 @@ class SketchTracker:
             ValueError: A layer is not tracked, or a matrix has another shape; nothing is changed.
         """
         fresh = {}
+        for tracked in self._layers.values():
+            tracked.__post_init__()  # the module may have been pruned, or brought back, since
         for name, state in state_dict.items():
             layer = self._layers.get(name)
             if layer is None:
                 raise ValueError(f"state_dict names {name!r}, which is not tracked")
-            layer.__post_init__()  # the module may have been pruned, or brought back, since
             wanted = (layer.groups, layer.fan_in, layer.fan_in)
             if state["P"].shape != wanted or state["power"].shape != wanted[:1]:
                 raise ValueError(
