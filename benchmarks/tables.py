@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import environment
+import pruning_plots
 import quality
 import shapes
 
@@ -118,6 +119,8 @@ def render(name: str, results: Path) -> str:
         return NOT_MEASURED
     if name == "quality":
         return quality.report(path) + "\n"
+    if name == "pruning":
+        return pruning_plots.report(path) + "\n"
     document = json.loads(path.read_text(encoding="utf-8"))
     if document.get("schema") != shapes.SCHEMA:
         raise ValueError(f"{path} must have schema {shapes.SCHEMA}, got {document.get('schema')}")

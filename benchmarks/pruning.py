@@ -1,0 +1,238 @@
+"""Pruning compared: our pruner against torch-pruning's importances on the same networks.
+
+Five networks are trained with three seeds each. Every method removes the same number of channels of
+every layer, so FLOPs and parameters are equal, and nothing is trained afterwards; the statistics of
+batch norm are re-estimated on training images for every method alike. Then what is left trains for
+one epoch, with cosine decay, by a new `RLSOptimizer`; ours also by the one that the pruner left
+valid, the others' also by Adam. Each of these takes the better of two learning rates by validation
+images, on one seed at the middle ratio. For honesty the pruned architecture is also trained from
+new weights, for as many epochs as the whole network was.
+
+    python benchmarks/pruning.py --workers 2          # run, or go on after an interruption
+    python benchmarks/pruning.py --report             # tables and plot of the results
+
+Each finished run is one line of the journal, so an interruption loses only the runs under way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pruning_methods as methods
+import pruning_networks as networks
+import pruning_plots as plots
+import quality
+import torch
+from pruning_methods import METHODS
+from pruning_networks import CASES
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import rlscuda
+
+ROOT = Path(__file__).resolve().parent.parent
+SEEDS, TUNE_SEED, MIDDLE = (0, 1, 2), 0, 1
+GRADIENTS: dict[tuple[str, int], dict] = {}  # of a worker, by case and seed
+TUNED_ON = {"same": "sketch", "rls": "l2", "adam": "l2"}  # recovery -> the method that tunes it
+
+
+def size(model: nn.Module, case: networks.Case) -> dict[str, Any]:
+    """Parameters, FLOPs of one image and the output channels of every layer."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(case.example)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "flops": counter.get_total_flops(),
+        "widths": [c for m in model.modules() if (c := methods.channels(m))],
+    }
+
+
+def recover(subject: methods.Subject, kind: str, lr: float, seed: int) -> None:
+    """Train what a method left for one epoch, with cosine decay from `lr`."""
+    optimizer: torch.optim.Optimizer
+    old, subject.optimizer = subject.optimizer, None  # else its hooks would go on observing
+    if kind == "same":
+        assert old is not None
+        optimizer = old
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = lr
+    elif kind == "rls":
+        del old
+        optimizer = rlscuda.RLSOptimizer(subject.model, lr=lr, seed=seed)
+    else:
+        optimizer = torch.optim.Adam(subject.model.parameters(), lr=lr)
+    steps = len(subject.split.y) // networks.BATCH
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    order = torch.Generator().manual_seed(1000 + seed)
+    networks.epoch(subject.model, optimizer, schedule, subject.split, order)
+
+
+def prepare(job: dict, args: argparse.Namespace) -> methods.Subject:
+    """The trained network of a job; with its optimizer and tracker where the method reads them."""
+    case = CASES[job["case"]]
+    split = quality.load(case.data, str(args.data_dir))["train"]
+    gradients = GRADIENTS.setdefault((job["case"], job["seed"]), {})
+    run, tracker = networks.tracked(job["case"], job["seed"], split, args.cache)
+    if job["method"] in METHODS and METHODS[job["method"]].live:
+        return methods.Subject(run.model, case.example, split, gradients, run.optimizer, tracker)
+    model = case.build()  # a copy without their hooks
+    model.load_state_dict(run.model.state_dict())
+    return methods.Subject(model, case.example, split, gradients)
+
+
+def measure(job: dict, args: argparse.Namespace) -> dict:
+    """Run one job: prune, where it names a recovery train an epoch, and read."""
+    case = CASES[job["case"]]
+    data = quality.load(case.data, str(args.data_dir))
+    torch.manual_seed(job["seed"])
+    start = time.perf_counter()
+    subject = prepare(job, args)
+    if job["method"] == "scratch":
+        methods.untrained(subject, job["ratio"])
+        run = networks.Run(case, job["seed"], len(data["train"].y), subject.model)
+        for _ in range(case.epochs):
+            run.train_epoch(data["train"])
+    elif job["method"] != "whole":
+        METHODS[job["method"]].prune(subject, job["ratio"])
+        methods.reestimate(subject.model, data["train"])
+    if job["recovery"]:
+        recover(subject, job["recovery"], job["lr"], job["seed"])
+    parts = ("validation", "test") if tunes(job) else ("test",)
+    read = {part: quality.accuracy(subject.model, data[part]) for part in parts}
+    seconds = round(time.perf_counter() - start, 2)
+    return job | {"accuracy": read} | size(subject.model, case) | {"seconds": seconds}
+
+
+def tunes(job: dict) -> bool:
+    """Whether a job is one of those that a learning rate is chosen by."""
+    middle = CASES[job["case"]].ratios[MIDDLE]
+    place = (job["seed"], job["ratio"], job["method"])
+    return place == (TUNE_SEED, middle, TUNED_ON.get(job["recovery"]))
+
+
+def finish(job: dict, args: argparse.Namespace) -> dict:
+    """Return the job's record from the journal, or run it and append it there."""
+    for record in quality.read_journal(args.journal)[1]:
+        if all(record[key] == value for key, value in job.items()):
+            return record
+    record = measure(job, args)
+    quality.append(args.journal, record)
+    return record
+
+
+def tune(case: str, recovery: str, args: argparse.Namespace) -> float:
+    """The learning rate of a recovery that reads best on validation images."""
+    base = {"case": case, "seed": TUNE_SEED, "ratio": CASES[case].ratios[MIDDLE]}
+    base |= {"method": TUNED_ON[recovery], "recovery": recovery}
+    rates = methods.RECOVERIES[recovery][1]
+    records = [finish(base | {"lr": lr}, args) for lr in rates]
+    return max(records, key=lambda record: record["accuracy"]["validation"])["lr"]
+
+
+def run_job(job: dict, args: argparse.Namespace) -> str:
+    """Run one job, its recovery at the learning rate that was tuned before."""
+    torch.set_num_threads(1)
+    lr = tune(job["case"], job["recovery"], args) if job["recovery"] else None
+    record = finish(job | {"lr": lr}, args)
+    name = " ".join(str(value) for value in job.values())
+    return f"{name}: {record['accuracy']['test']:.2f} in {record['seconds']} s"
+
+
+def applicable(case: str) -> list[str]:
+    """The methods that a network can be pruned by."""
+    norm = any(isinstance(m, nn.BatchNorm2d) for m in CASES[case].build().modules())
+    return [name for name, m in METHODS.items() if norm or not m.needs_norm]
+
+
+def planned(cases: list[str], wanted: list[str], seeds: list[int]) -> list[dict]:
+    """All jobs, those that all else is compared with first."""
+    jobs = []
+    for case in cases:
+        plan = [("whole", 0.0, None)]
+        for ratio in CASES[case].ratios:
+            middle = ratio == CASES[case].ratios[MIDDLE]
+            if middle or not CASES[case].slow:
+                plan.append(("scratch", ratio, None))
+            for name in applicable(case):
+                plan.append((name, ratio, None))
+                for kind in METHODS[name].recovery:
+                    if middle or kind != "adam" or not CASES[case].slow:
+                        plan.append((name, ratio, kind))
+        jobs += [
+            {"case": case, "seed": seed, "method": method, "ratio": ratio, "recovery": kind}
+            for seed in seeds
+            for method, ratio, kind in plan
+            if method in wanted
+        ]
+
+    def rank(job: dict) -> tuple:
+        kind, middle = job["recovery"], job["ratio"] == CASES[job["case"]].ratios[MIDDLE]
+        return job["method"] == "scratch", kind is not None, kind == "adam", not middle
+
+    return sorted(jobs, key=rank)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run what the journal lacks and write the results file."""
+    args.journal.parent.mkdir(parents=True, exist_ok=True)
+    quality.repair(args.journal)
+    quality.append(args.journal, {"environment": conditions() | {"workers": args.workers}})
+    jobs = planned(args.cases, args.methods, args.seeds)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.workers, mp_context=spawn) as pool:
+        for done in [pool.submit(run_job, job, args) for job in jobs]:
+            print(done.result(), flush=True)
+    write(args.journal, args.results)
+
+
+def conditions() -> dict:
+    """The machine and the versions, torch-pruning's among them."""
+    from importlib.metadata import version
+
+    return quality.conditions() | {"torch_pruning": version("torch-pruning")}
+
+
+def write(journal: Path, results: Path) -> None:
+    """Write the results file from a journal."""
+    environments, runs = quality.read_journal(journal)
+    constants = {"batch": networks.BATCH, "train_images": quality.tasks.TRAIN}
+    constants |= {"validation_images": quality.tasks.VALIDATION, "test_images": quality.tasks.TEST}
+    constants |= {"calibration_images": methods.CALIBRATED, "scored_images": methods.SCORED}
+    constants |= {"estimated_images": methods.ESTIMATED, "squared_images": methods.SQUARED}
+    constants |= {"tracked_epochs": networks.TRACKED, "rank": networks.RANK}
+    head = json.dumps({"environments": environments, "constants": constants}, indent=2)
+    body = ",\n    ".join(json.dumps(r) for r in runs)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text(head[:-2] + f',\n  "runs": [\n    {body}\n  ]\n}}\n', encoding="utf-8")
+
+
+def main() -> None:
+    """Run the benchmark, then print its tables and draw its plot."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    every = ["whole", *METHODS, "scratch"]
+    add("--data-dir", type=Path, default=ROOT.parent / "shared" / "data")
+    add("--cache", type=Path, default=ROOT / "runs" / "pruning", help="of the trained networks")
+    add("--journal", type=Path, default=ROOT / "runs" / "pruning.jsonl")
+    add("--results", type=Path, default=ROOT / "benchmarks" / "results" / "pruning.json")
+    add("--plot", type=Path, default=ROOT / "benchmarks" / "results" / "pruning.png")
+    add("--workers", type=int, default=2, help="processes, one thread each")
+    add("--cases", nargs="+", choices=CASES, default=list(CASES))
+    add("--methods", nargs="+", choices=every, default=every)
+    add("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS))
+    add("--report", action="store_true", help="only print the tables and draw the plot")
+    args = parser.parse_args()
+    if not args.report:
+        run(args)
+    print(plots.report(args.results))
+    plots.plot(args.results, args.plot)
+
+
+if __name__ == "__main__":
+    main()
