@@ -1,7 +1,7 @@
 """One whole training step: zero_grad, forward, backward, step; as a multiple of fused Adam's.
 
 Images and labels are random: the time does not depend on them. `eager` is `eager_rls.EagerRLS`,
-the same rules in plain PyTorch; `singd` is structured inverse-free natural gradient descent (PyPI)
+the same rules in plain PyTorch; `singd` is structured inverse-free natural gradient descent
 with its dense structures, refreshed at every step as RLS is. Rates are small, so that a model
 trained on noise for hundreds of steps stays finite.
 """
