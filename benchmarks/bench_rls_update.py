@@ -10,12 +10,11 @@ import eager_rls
 import pytest
 import shapes
 import torch
+from updates import GAIN, UPDATES, held_updates, ours
 
-from rlscuda import HeldMatrix, functional, reference
+from rlscuda import reference
 
-GAIN = 0.01
 COMPILED = (128, 512, 1024)  # each shape costs seconds to compile
-UPDATES = 16  # that share a write of P
 LARGE = 4096  # from here on P is far larger than any cache
 
 
@@ -40,26 +39,6 @@ def compilable(P, s):
     u = torch.mv(P, s)
     h = 1.0 + GAIN * torch.dot(s, u)
     P.sub_((GAIN / h) * (u[:, None] * u[None, :]))
-
-
-def ours(P, s):
-    functional.rls_update_(P, s, gain=GAIN)
-
-
-def held(case):
-    """UPDATES updates that are held back, checked against as many that are not."""
-    P, s = case.tensors()
-    plain, matrix = P.clone(), HeldMatrix(P, hold=UPDATES)
-    for _ in range(UPDATES + 2):
-        matrix.update(s, gain=GAIN)
-        ours(plain, s)
-    torch.testing.assert_close(matrix.P, plain, rtol=1e-4, atol=1e-5)
-
-    def run():
-        for _ in range(UPDATES):
-            matrix.update(s, gain=GAIN)
-
-    return run
 
 
 def assert_right(case):
@@ -108,7 +87,7 @@ def test_rls_update(race, case):
         traffic = 12 * case.n**2
         targets["ours / copy floor"] = 1.25
     if case.rank == 1 and case.n >= 512:
-        lanes["held"] = held(case)
+        lanes["held"] = held_updates(case)
         work["held"] = UPDATES
     if "held" in lanes and case.n >= LARGE:
         targets["held / copy floor"] = 0.5

@@ -9,21 +9,14 @@ import eager_rls
 import pytest
 import shapes
 import torch
+from updates import GAIN, UPDATES, held_updates, ours
 
-from rlscuda import HeldMatrix, functional
-
-GAIN = 0.01
 CASES = [
     *(shapes.UpdateCase(n) for n in (512, 1024, 2048, 4096, 8192)),
     *(shapes.UpdateCase(n, rank=16) for n in (512, 2048, 4096)),
     shapes.UpdateCase(64, batch=256),
 ]
 STREAMS = [shapes.UpdateCase(n) for n in (1000, 2000, 5000, 10000)]
-UPDATES = 16
-
-
-def ours(P, s):
-    functional.rls_update_(P, s, gain=GAIN)
 
 
 def eager(P, s):
@@ -33,22 +26,6 @@ def eager(P, s):
         P.baddbmm_(u, u.transpose(1, 2) * (GAIN / h), alpha=-1)
     else:
         eager_rls.rls_update(P, s.view(-1, s.shape[-1]), GAIN, 1.0, 1.0, 0.0)
-
-
-def held_updates(case):
-    """UPDATES updates that share one write of P, checked against as many that do not."""
-    P, s = case.tensors(device="cuda")
-    plain, matrix = P.clone(), HeldMatrix(P, hold=UPDATES)
-    for _ in range(UPDATES + 2):
-        matrix.update(s, gain=GAIN)
-        ours(plain, s)
-    torch.testing.assert_close(matrix.P, plain, rtol=1e-4, atol=1e-5)
-
-    def run():
-        for _ in range(UPDATES):
-            matrix.update(s, gain=GAIN)
-
-    return run
 
 
 def captured(run):
@@ -80,7 +57,7 @@ def test_rls_update(race, case):
     large = case.n >= 4096 and case.rank == 1
     targets, ratios = {}, ["ours / eager", "ours / copy floor"]
     if large:
-        lanes["held"] = held_updates(case)
+        lanes["held"] = held_updates(case, "cuda")
         targets = {"ours / copy floor": 1.2, "held / copy floor": 0.5}
     race(
         case.name,
@@ -102,7 +79,7 @@ def test_streaming(race, case):
         for _ in range(UPDATES):
             ours(P, s)
 
-    graphs = {"graph": captured(run), "held graph": captured(held_updates(case))}
+    graphs = {"graph": captured(run), "held graph": captured(held_updates(case, "cuda"))}
     race(
         f"{case.name}, streaming",
         {name: graph.replay for name, graph in graphs.items()},
