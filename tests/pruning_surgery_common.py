@@ -35,7 +35,7 @@ def prune(model: nn.Module, optimizers: Any = (), x: Tensor | None = None, **opt
     x = inputs(next(model.parameters()).dtype) if x is None else x
     structure = trace(model, x, **options)
     surgery = plan(structure, every_other(structure))
-    operate(model, optimizers, surgery, {}, {}, x)
+    operate(model, optimizers, surgery, {}, x)
     return surgery
 
 

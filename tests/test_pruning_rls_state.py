@@ -43,7 +43,7 @@ def test_every_entry_by_hand(form):
     depthwise = structure.coupling("2").member("4", "both").indices.tolist()
     assert depthwise == [[0, 4], [1, 5], [2, 6], [3, 7]]
     surgery = plan(structure, {"0": [1], "2": [0, 3]})
-    operate(model, optimizer, surgery, {}, {}, inputs(torch.float64))
+    operate(model, optimizer, surgery, {}, inputs(torch.float64))
     new = {i: optimizer.state[model[i].weight] for i in (0, 2, 4, 8)}
 
     rows = {0: [0, 2, 3, 5], 2: [1, 2, 5, 6], 4: [1, 2, 5, 6], 8: list(range(5))}
@@ -93,7 +93,7 @@ def test_staged_summary_by_hand(summary):
     gradient = model[2].weight.grad
     rows = {name: stage.summary.rows for name, stage in before.items()}
     x = inputs()
-    operate(model, optimizer, plan(trace(model, x), {"0": [1], "2": [0, 3]}), {}, {}, x)
+    operate(model, optimizer, plan(trace(model, x), {"0": [1], "2": [0, 3]}), {}, x)
     after = {m.name: optimizer._stages[m.layer.weight] for m in optimizer._matches if m.layer}
     last = [c for channel in (1, 2, 5, 6) for c in range(4 * channel, 4 * channel + 4)] + [32]
     assert torch.equal(after["0"].summary.rows, rows["0"])
@@ -166,7 +166,7 @@ def test_state_dict_of_a_pruned_model(make):
     file.seek(0)
     weights, state = torch.load(file, weights_only=True)
     twin = make()
-    operate(twin, [], surgery, {}, {}, inputs())
+    operate(twin, [], surgery, {}, inputs())
     twins = RLSOptimizer(twin)
     twin.load_state_dict(weights)
     twins.load_state_dict(state)
@@ -183,22 +183,10 @@ def test_fallback_rule_alone_is_cut():
     model = vgg()
     optimizer = RLSOptimizer(model, include=["14"])
     training(model, optimizer)
-    operate(model, optimizer, plan(trace(model, inputs()), {"0": [0]}), {}, {}, inputs())
+    operate(model, optimizer, plan(trace(model, inputs()), {"0": [0]}), {}, inputs())
     before = [p.clone() for p in model.parameters()]
     training(model, optimizer)
     assert not any(torch.equal(p, b) for p, b in zip(model.parameters(), before))
-
-
-def test_given_matrices_are_taken():
-    model = by_hand().double()
-    optimizer = RLSOptimizer(model)
-    training(model, optimizer)
-    P = torch.randn(18 * 2, 18, 18).double()
-    matrices = {"2": P[:2], "8": torch.eye(17).double()}
-    x = inputs(torch.float64)
-    operate(model, optimizer, plan(trace(model, x), {"0": [1], "2": [0, 3]}), {}, matrices, x)
-    assert torch.equal(optimizer.inverse_autocorrelation("2"), (P[:2] + P[:2].mT) / 2)
-    assert torch.equal(optimizer.inverse_autocorrelation("8"), torch.eye(17).double())
 
 
 def test_before_the_first_step():

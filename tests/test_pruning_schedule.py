@@ -78,6 +78,15 @@ def test_nan_never_counts_as_recovered():
     assert schedule.after_epoch(float("nan")) == "rolled back" and widths(model) == [16, 3]
 
 
+def test_a_recovering_round_needs_the_point_to_roll_back_to():
+    _, _, schedule = schedule_of(6, 16, 3)
+    schedule.after_epoch(1.0)
+    _, _, other = schedule_of(6, 16, 3)
+    with pytest.raises(ValueError, match="before must be the point to roll back to"):
+        other.load_state_dict(schedule.state_dict(), None)
+    assert not other.rounds
+
+
 def test_without_a_budget_it_waits():
     _, _, schedule = schedule_of(6, 16, 3, budget=None)
     schedule.after_epoch(1.0)

@@ -33,7 +33,7 @@ def test_dead_channels_are_not_missed(case: Case, training_mode, dtype):
             if name in surgery.tensors:
                 parameter.copy_(surgery.tensors[name].mask(parameter))
     whole = copy.deepcopy(model)
-    operate(model, [], surgery, {}, {}, x)
+    operate(model, [], surgery, {}, x)
     torch.manual_seed(0)
     expected = whole(x)
     torch.manual_seed(0)
@@ -86,7 +86,7 @@ def test_widths_by_hand():
     model = vgg()
     first, second = model[0].weight, model[4].weight
     structure = trace(model, inputs())
-    operate(model, [], plan(structure, {"0": [1, 4], "4": [0]}), {}, {}, inputs())
+    operate(model, [], plan(structure, {"0": [1, 4], "4": [0]}), {}, inputs())
     keep = [0, 2, 3, 5]
     assert torch.equal(model[0].weight, first[keep])
     assert torch.equal(model[4].weight, second[1:][:, keep])
@@ -99,7 +99,7 @@ def test_buffers_follow():
     model[1].register_buffer("extra", torch.arange(6.0), persistent=False)
     mean, extra = model[1].running_mean.clone(), model[1].extra
     structure = trace(model, inputs())
-    operate(model, [], plan(structure, {"0": [0, 5]}), {}, {}, inputs())
+    operate(model, [], plan(structure, {"0": [0, 5]}), {}, inputs())
     assert torch.equal(model[1].running_mean, mean[1:5])
     assert model[1].num_batches_tracked == 1 and model[1].extra is extra
     assert "1.extra" not in model.state_dict()
@@ -111,7 +111,7 @@ def test_values_take_the_place_of_weights():
     structure = trace(model, x)
     values = {"3.weight": torch.randn_like(model[3].weight), "3.bias": torch.randn(6).double()}
     bias = model[3].bias
-    operate(model, [], plan(structure, {"0": [2]}), values, {}, x)
+    operate(model, [], plan(structure, {"0": [2]}), values, x)
     assert torch.equal(model[3].weight, values["3.weight"][:, [0, 1, 3]])
     assert model[3].bias is bias and torch.equal(bias, values["3.bias"])
 
@@ -126,7 +126,7 @@ def test_raw_inputs():
     with torch.no_grad():
         weight[:, 1] = 0
     expected = model.eval()(inputs())
-    operate(model, optimizer, surgery, {}, {}, inputs())
+    operate(model, optimizer, surgery, {}, inputs())
     assert surgery.inputs["0"].tolist() == [0, 2]
     assert torch.equal(model[0].weight, weight[:, [0, 2]])
     assert_close(model(surgery.slice_inputs(inputs())), expected)
@@ -144,7 +144,7 @@ def test_what_hangs_on_a_parameter_stays():
     gradient = model[3].weight.grad
     forwards.clear()
     structure = trace(model, inputs())
-    operate(model, [], plan(structure, {"0": [0], "3": [5]}), {}, {}, inputs())
+    operate(model, [], plan(structure, {"0": [0], "3": [5]}), {}, inputs())
     new = model[3].weight
     assert new.shape == (5, 3, 2, 2) and new.label == "third" and new.is_leaf
     assert torch.equal(new.grad, gradient[:5, 1:]) and model[6].bias.grad is not None
@@ -208,7 +208,7 @@ def test_attention_shrinks_every_head():
     training(model, optimizer)
     structure = trace(model, inputs())
     old = model.attention.in_proj_weight
-    operate(model, optimizer, plan(structure, {"patches": [1]}), {}, {}, inputs())
+    operate(model, optimizer, plan(structure, {"patches": [1]}), {}, inputs())
     keep = torch.tensor([0, 2, 3, 4, 6, 7])
     rows = torch.cat([keep, keep + 8, keep + 16])
     assert torch.equal(model.attention.in_proj_weight, old[rows][:, keep])
@@ -224,7 +224,7 @@ def test_layer_norm_of_many_channels_keeps_their_order():
     structure = trace(model, torch.randn(2, 3))
     kept = [7, 64, 65, 200, 290]  # few of many: a set of them comes in another order
     removed = [i for i in range(300) if i not in kept]
-    operate(model, [], plan(structure, {"0": removed}), {}, {}, torch.randn(2, 3))
+    operate(model, [], plan(structure, {"0": removed}), {}, torch.randn(2, 3))
     assert model[1].weight.tolist() == kept and model[1].normalized_shape == (5,)
 
 
@@ -265,7 +265,7 @@ def test_averaged_model_follows():
     averaged.update_parameters(model)
     mean = averaged.module[0].weight.clone()
     surgery = prune(model, optimizer)
-    operate(averaged.module, [], surgery, {}, {}, inputs())
+    operate(averaged.module, [], surgery, {}, inputs())
     kept = surgery.tensors["0.weight"]
     assert torch.equal(averaged.module[0].weight, gathered(mean, kept.index, kept.shape))
     averaged.update_parameters(model)
@@ -279,6 +279,6 @@ def test_a_default_device_is_not_followed():
     with torch.device("meta"):  # where nothing can be computed
         structure = trace(model, x, include_inputs=True)
         surgery = plan(structure, every_other(structure))
-        operate(model, optimizer, surgery, {}, {}, x)
+        operate(model, optimizer, surgery, {}, x)
     assert all(p.device.type == "cpu" for p in model.parameters())
     assert all(s["P"].device.type == "cpu" for s in optimizer.state.values() if "P" in s)

@@ -307,7 +307,7 @@ class RLSPruner:
         surgery = cut.surgery
         columns = kept_columns(dict(self.model.named_modules()), surgery)
         optimizers = [] if self.optimizer is None else [self.optimizer]
-        done = operate(self.model, optimizers, surgery, values, {}, self.example_inputs)
+        done = operate(self.model, optimizers, surgery, values, self.example_inputs)
         if self.tracker is not None:
             try:
                 self.tracker.follow({n: c for n, c in columns.items() if n in self.tracker.layers})

@@ -73,32 +73,16 @@ class LayerCut:
             blocks = torch.stack([downdate(block, removed) for block in blocks])
         return blocks.to(P.dtype).reshape(self.matrix_shape)
 
-    def given(self, matrix: Tensor, P: Tensor) -> Tensor:
-        """A new `P` that the caller has computed, as the layer keeps it.
-
-        Raises:
-            ValueError: It has another shape, or is not finite.
-        """
-        flat = (len(self.groups), len(self.columns), len(self.columns))
-        if tuple(matrix.shape) not in (self.matrix_shape, flat):
-            raise ValueError(f"the matrix of {self.layer.name!r} must be "
-                             f"{list(self.matrix_shape)}, got {list(matrix.shape)}")  # fmt: skip
-        if not bool(torch.isfinite(matrix).all()):
-            raise ValueError(f"the matrix of {self.layer.name!r} is not finite")
-        matrix = matrix.reshape(self.matrix_shape)
-        return ((matrix + matrix.mT) / 2).to(P.device, P.dtype, copy=True)
-
-    def entries(self, state: Mapping[str, Any], matrix: Tensor | None) -> dict[str, Any]:
+    def entries(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """The layer's state after the cut.
 
         Raises:
-            ValueError: A given matrix has another shape or is not finite; the state has an entry
-                that is not known.
+            ValueError: The state has an entry that is not known.
         """
         new: dict[str, Any] = {}
         for name, value in state.items():
             if name == "P":
-                new[name] = self.matrix(value) if matrix is None else self.given(matrix, value)
+                new[name] = self.matrix(value)
             elif name in ("first_moment", "momentum_buffer"):
                 new[name] = _select(_select(value, 0, self.rows), 1, self.columns)
             elif name == "second_moment":

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rlscuda.optimizer import RLSOptimizer
 from rlscuda.pruning.isolation import (
     ExampleInputs,
     all_tensors,
@@ -137,7 +136,6 @@ def operate(
     optimizers: Optimizer | Iterable[Optimizer],
     surgery: Surgery,
     values: Mapping[str, Tensor],
-    matrices: Mapping[str, Tensor],
     example_inputs: ExampleInputs,
 ) -> list[Change]:
     """Carries out a surgery on a model and its optimizers; completes, or leaves all as it was.
@@ -152,17 +150,15 @@ def operate(
         optimizers: Its optimizer, or all that hold its parameters.
         surgery: What to remove.
         values: Name of a parameter -> its new value in its old shape, as compensation has it.
-        matrices: Name of a layer of an `RLSOptimizer` -> its new `P`; those of other layers that
-            lose columns are downdated.
         example_inputs: What the model could be called with so far.
 
     Returns:
         What takes the surgery back, see `journal.revert`.
 
     Raises:
-        ValueError: The model is not that of the surgery, a value or matrix is of another shape or
-            not finite, an optimizer keeps what cannot follow, or the pruned model fails on the
-            example inputs.
+        ValueError: The model is not that of the surgery, a value is of another shape or not
+            finite, an optimizer keeps what cannot follow, or the pruned model fails on the example
+            inputs.
     """
     model = getattr(model, "_orig_mod", model)
     before = all_tensors(model)
@@ -176,7 +172,7 @@ def operate(
             changes.append(Change(modules[parent], own, replaced[tensor][0]))
     for name, attributes in surgery.attributes.items():
         changes += [Change(modules[name], key, value) for key, value in attributes.items()]
-    changes += _followers(optimizers, replaced, matrices)
+    changes += _followers(optimizers, replaced)
     _try(model, surgery, _pruned_copy(model, surgery, replaced, valued), example_inputs)
     return commit(changes)
 
@@ -255,24 +251,14 @@ def _successor(tensor: Tensor, kept: Kept, value: Tensor | None) -> Tensor:
 def _followers(
     optimizers: Optimizer | Iterable[Optimizer],
     replaced: Mapping[Tensor, tuple[Tensor, Kept]],
-    matrices: Mapping[str, Tensor],
 ) -> list[Change]:
     """The changes of every optimizer."""
     parameters = cast(
         dict[nn.Parameter, tuple[nn.Parameter, Kept]],
         {old: pair for old, pair in replaced.items() if isinstance(old, nn.Parameter)},
     )
-    unclaimed = dict(matrices)
-    changes = []
-    for optimizer in [optimizers] if isinstance(optimizers, Optimizer) else optimizers:
-        own = {}
-        if isinstance(optimizer, RLSOptimizer):
-            names = [layer.name for layer in optimizer._layers.values()]
-            own = {name: unclaimed.pop(name) for name in names if name in unclaimed}
-        changes += optimizer_changes(optimizer, parameters, own)
-    if unclaimed:
-        raise ValueError(f"matrices has {list(unclaimed)}, which no RLSOptimizer here covers")
-    return changes
+    every = [optimizers] if isinstance(optimizers, Optimizer) else optimizers
+    return [change for one in every for change in optimizer_changes(one, parameters)]
 
 
 def _pruned_copy(

@@ -61,15 +61,12 @@ def transfer_state(optimizer: Optimizer, replaced: Replaced) -> None:
     commit(optimizer_changes(optimizer, replaced))
 
 
-def optimizer_changes(
-    optimizer: Optimizer, replaced: Replaced, matrices: Mapping[str, Tensor] | None = None
-) -> list[Change]:
+def optimizer_changes(optimizer: Optimizer, replaced: Replaced) -> list[Change]:
     """The changes by which an optimizer follows; nothing is changed yet.
 
     Args:
         optimizer: Any torch optimizer.
         replaced: Old parameter -> the new one and what was kept of the old.
-        matrices: For an `RLSOptimizer`, name of a layer -> its new `P`; others are downdated.
 
     Raises:
         ValueError: The optimizer keeps something that cannot follow, or a new parameter is not of
@@ -80,20 +77,17 @@ def optimizer_changes(
             raise ValueError(f"what was kept is {list(kept.shape)} of {list(kept.of)}, the "
                              f"parameters are {list(new.shape)} and {list(old.shape)}")  # fmt: skip
     layers = rls_state.cuts(optimizer, replaced) if isinstance(optimizer, RLSOptimizer) else {}
-    given = dict(matrices or {})
     state: dict[Any, Any] = copy.copy(optimizer.state)
     state.clear()
     for key, entries in cast(dict[nn.Parameter, dict], optimizer.state).items():
         if key in layers:
             cut = layers[key]
-            state[cut.weight] = cut.entries(entries, given.pop(cut.layer.name, None))
+            state[cut.weight] = cut.entries(entries)
         elif key in replaced:
             new, kept = replaced[key]
             state[new] = {n: _follow(n, entry, kept, optimizer) for n, entry in entries.items()}
         else:
             state[key] = entries
-    if given:
-        raise ValueError(f"matrices are for layers that are cut and have one, got {list(given)}")
     changes = [
         Change(group["params"], place, replaced[parameter][0])
         for group in optimizer.param_groups
