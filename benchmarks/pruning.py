@@ -4,7 +4,7 @@ Five networks are trained with three seeds each. Every method removes the same n
 every layer, so FLOPs and parameters are equal, and nothing is trained afterwards; the statistics of
 batch norm are re-estimated on training images for every method alike. Then what is left trains for
 one epoch, with cosine decay, by a new `RLSOptimizer`; ours also by the one that the pruner left
-valid, the others' also by Adam. Each of these takes the better of two learning rates by validation
+valid, the others' also by Adam. Each of these takes the best of three learning rates by validation
 images, on one seed at the middle ratio. For honesty the pruned architecture is also trained from
 new weights, for as many epochs as the whole network was.
 
@@ -126,20 +126,26 @@ def finish(job: dict, args: argparse.Namespace) -> dict:
     return record
 
 
-def tune(case: str, recovery: str, args: argparse.Namespace) -> float:
+def candidates(case: str, recovery: str) -> list[dict]:
+    """The jobs that the learning rate of a recovery is chosen by."""
+    base = {"case": case, "seed": TUNE_SEED, "method": TUNED_ON[recovery]}
+    base |= {"ratio": CASES[case].ratios[MIDDLE], "recovery": recovery}
+    return [base | {"lr": lr} for lr in methods.RECOVERIES[recovery][1]]
+
+
+def tuned_rate(case: str, recovery: str, args: argparse.Namespace) -> float:
     """The learning rate of a recovery that reads best on validation images."""
-    base = {"case": case, "seed": TUNE_SEED, "ratio": CASES[case].ratios[MIDDLE]}
-    base |= {"method": TUNED_ON[recovery], "recovery": recovery}
-    rates = methods.RECOVERIES[recovery][1]
-    records = [finish(base | {"lr": lr}, args) for lr in rates]
+    records = [finish(job, args) for job in candidates(case, recovery)]
     return max(records, key=lambda record: record["accuracy"]["validation"])["lr"]
 
 
 def run_job(job: dict, args: argparse.Namespace) -> str:
-    """Run one job, its recovery at the learning rate that was tuned before."""
+    """Run one job, its recovery at the learning rate that was tuned before if it names none."""
     torch.set_num_threads(1)
-    lr = tune(job["case"], job["recovery"], args) if job["recovery"] else None
-    record = finish(job | {"lr": lr}, args)
+    if "lr" not in job:
+        kind = job["recovery"]
+        job = job | {"lr": tuned_rate(job["case"], kind, args) if kind else None}
+    record = finish(job, args)
     name = " ".join(str(value) for value in job.values())
     return f"{name}: {record['accuracy']['test']:.2f} in {record['seconds']} s"
 
@@ -170,10 +176,13 @@ def planned(cases: list[str], wanted: list[str], seeds: list[int]) -> list[dict]
             for method, ratio, kind in plan
             if method in wanted
         ]
+    recovered = dict.fromkeys((j["case"], j["recovery"]) for j in jobs if j["recovery"])
+    jobs += [job for pair in recovered for job in candidates(*pair)]
 
     def rank(job: dict) -> tuple:
         kind, middle = job["recovery"], job["ratio"] == CASES[job["case"]].ratios[MIDDLE]
-        return job["method"] == "scratch", kind is not None, kind == "adam", not middle
+        chosen = "lr" not in job  # those that choose a rate come before those that take it
+        return job["method"] == "scratch", kind is not None, kind == "adam", chosen, not middle
 
     return sorted(jobs, key=rank)
 

@@ -25,11 +25,12 @@ def grouped(results: Path) -> Runs:
         ValueError: Two methods left one network at one ratio with different layers.
     """
     records = json.loads(results.read_text(encoding="utf-8"))["runs"]
-    rates = {(r["case"], r["recovery"]): (0.0, None) for r in records}
+    trials: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for r in records:
-        place = r["case"], r["recovery"]
-        if "validation" in r["accuracy"] and r["recovery"]:
-            rates[place] = max(rates[place], (r["accuracy"]["validation"], r["lr"]))
+        if "validation" in r["accuracy"]:
+            trial = r["accuracy"]["validation"], -r["lr"]  # of equal ones the lower rate
+            trials.setdefault((r["case"], r["recovery"]), []).append(trial)
+    rates = {place: -max(found)[1] for place, found in trials.items()}
     groups: dict[Key, dict[int, dict]] = {}
     widths: dict[tuple[str, float], list[int]] = {}
     for r in records:
@@ -37,7 +38,7 @@ def grouped(results: Path) -> Runs:
         if r["widths"] != widths.setdefault(place, r["widths"]):
             raise ValueError(f"{r['method']} leaves layers of {r['widths']} channels at {place}, "
                              f"others {widths[place]}")  # fmt: skip
-        if r["recovery"] is None or r["lr"] == rates[r["case"], r["recovery"]][1]:
+        if r["recovery"] is None or r["lr"] == rates.get((r["case"], r["recovery"])):
             groups.setdefault((*place, r["method"], r["recovery"]), {})[r["seed"]] = r
     return {key: list(by_seed.values()) for key, by_seed in groups.items()}
 

@@ -24,6 +24,7 @@ import shapes
 RESULTS = Path(__file__).resolve().parent / "results"
 MARKED = re.compile(r"(<!-- table:([\w.]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 NOT_MEASURED = "Not measured yet.\n"
+GRIDS = {"quality": quality.report, "pruning": pruning_plots.report}  # of many training runs
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -102,10 +103,31 @@ def provenance(document: dict) -> str:
         f"{ceilings['gemm_gflop_s']:.3g} GFLOP/s; {library}; kernels {document['source_hash']}; "
         f"{document['date'][:10]}."
     )
+    return text + staleness({document["source_hash"]})
+
+
+def staleness(hashes: set[str]) -> str:
+    """A warning where results are of other kernel sources than the tree's."""
     now = environment.tree_hash()
-    if document["source_hash"] != now:
-        text += f" **Stale: the kernel sources have changed since, to {now}.**"
-    return text
+    return (
+        "" if hashes == {now} else f" **Stale: the kernel sources have changed since, to {now}.**"
+    )
+
+
+def grid_provenance(document: dict) -> str:
+    """Where, when and with what the runs of a grid were made, a line for all its sittings."""
+    sittings = document["environments"]
+    hashes = {sitting["source_hash"] for sitting in sittings}
+    machine = sittings[-1]
+    library = ", ".join(
+        f"{name} {machine[name]}" for name in (*environment.versions(), "torch_pruning")
+        if name in machine
+    )  # fmt: skip
+    text = (
+        f"{len(document['runs'])} runs on {machine['cpu']}, {machine['cores']} cores, one thread a "
+        f"run; {library}; kernels {', '.join(sorted(hashes))}; {machine['started'][:10]}."
+    )
+    return text + staleness(hashes)
 
 
 def render(name: str, results: Path) -> str:
@@ -117,11 +139,9 @@ def render(name: str, results: Path) -> str:
     path = results / f"{name}.json"
     if not path.is_file():
         return NOT_MEASURED
-    if name == "quality":
-        return quality.report(path) + "\n"
-    if name == "pruning":
-        return pruning_plots.report(path) + "\n"
     document = json.loads(path.read_text(encoding="utf-8"))
+    if name in GRIDS:
+        return f"{GRIDS[name](path)}\n\n{grid_provenance(document)}\n"
     if document.get("schema") != shapes.SCHEMA:
         raise ValueError(f"{path} must have schema {shapes.SCHEMA}, got {document.get('schema')}")
     layout: Callable[[dict], str] = by_ratio
