@@ -15,8 +15,8 @@ namespace {
 // The SIMD level that the dispatch of SIMD_CLONES picks on this machine.
 const char* simd_level() {
 #if HAS_SIMD_CLONES
-  if (__builtin_cpu_supports("avx512f")) return "avx512f";
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "x86-64-v3";
+  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4";
+  if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3";
 #endif
   return "default";
 }
@@ -101,7 +101,9 @@ PYBIND11_MODULE(_C, m) {
   rlscuda::bind_rls_filter(m);
   m.attr("source_hash") = RLSCUDA_SOURCE_HASH;
   m.attr("cuda_archs") = RLSCUDA_CUDA_ARCHS;
-  m.attr("health_slots") = int(rlscuda::kHealthSlots);
+  pybind11::tuple slots(int(rlscuda::kHealthSlots));
+  for (int i = 0; i < rlscuda::kHealthSlots; ++i) slots[i] = rlscuda::kHealthNames[i];
+  m.attr("health_slots") = slots;
   m.attr("simd") = rlscuda::simd_level();
 #ifdef RLSCUDA_WITH_CUDA
   m.attr("cuda_runtime") = rlscuda::cuda_runtime_version();

@@ -8,10 +8,12 @@
 #include "rls_math.h"
 
 // A function so marked is compiled once per SIMD level and dispatched when the library is loaded.
-// It must be a non-template with external linkage; what it calls must be ALWAYS_INLINE.
+// It must be a non-template with external linkage; what it calls must be ALWAYS_INLINE. A level has
+// fused multiply-adds of every width or of none: where a row's whole vectors fused and its rest did
+// not, P would lose its symmetry to the bit (avx512f alone fuses no 32-byte vector).
 #if defined(__x86_64__) && defined(__linux__) && \
     ((defined(__clang__) && __clang_major__ >= 17) || (!defined(__clang__) && __GNUC__ >= 12))
-#define SIMD_CLONES __attribute__((target_clones("avx512f", "arch=x86-64-v3", "default")))
+#define SIMD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #define HAS_SIMD_CLONES 1
 #else
 #define SIMD_CLONES
