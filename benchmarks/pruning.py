@@ -60,6 +60,7 @@ def recover(subject: methods.Subject, kind: str, lr: float, seed: int) -> None:
     if kind == "same":
         assert old is not None
         optimizer = old
+        optimizer.restart()
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] = lr
     elif kind == "rls":

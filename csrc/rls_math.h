@@ -40,9 +40,12 @@ enum Health {
   kResets,       // times that P was set back to its start
   kLargestGain,  // largest h - lambda
   kMissing,      // steps with a gradient but no summary
-  kSteps,        // steps of the layer that a non-finite gradient did not void
+  kSteps,        // steps since a restart of the moments that a non-finite gradient did not void
+  kEarlier,      // updates that count besides those: what a restart lets the gain remember
   kHealthSlots
 };
+constexpr const char* kHealthNames[kHealthSlots] = {
+    "updates", "refused", "resets", "largest_gain", "missing", "steps", "earlier"};
 
 // The constants of the updates of a layer.
 struct UpdateRule {
@@ -68,9 +71,9 @@ RLS_HOST_DEVICE inline UpdateRule rule_at(UpdateRule rule, double updates) {
   return rule;
 }
 
-// Updates that a layer has seen: its steps, but for those without a summary.
+// Updates that a layer has seen: its steps, but for those without a summary, and earlier ones.
 RLS_HOST_DEVICE inline double updates_seen(const double* health) {
-  return health ? health[kSteps] - health[kMissing] : 0;
+  return health ? health[kEarlier] + health[kSteps] - health[kMissing] : 0;
 }
 
 // What is held back of a matrix: with V the rows of the `count` updates that its memory lacks,

@@ -6,7 +6,7 @@ source_hash: str
 simd: str
 cuda_runtime: int | None
 cuda_archs: str
-health_slots: int
+health_slots: tuple[str, ...]
 
 def rls_filter_run(
     P: NDArray[Any],

@@ -26,7 +26,7 @@ from rlscuda.staging import (
     summarisable,
     summarise,
 )
-from rlscuda.state import guarded_load, initial_state
+from rlscuda.state import guarded_load, initial_state, restart
 from rlscuda.stepping import Move, Workspace, step_layers
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that layers and steps do not share seeds
@@ -289,6 +289,35 @@ class RLSOptimizer(Optimizer):
         elif layer.weight.dtype == torch.float64 and state["P"].dtype != torch.float64:
             state.update({k: v.double() for k, v in state.items() if isinstance(v, Tensor)})
         return state
+
+    def restart(self, memory: int = 30) -> None:
+        r"""Readies the optimizer for another schedule, once one has ended.
+
+        The moments that scale a step are those of the last, small gradients: at the peak rate of a
+        new schedule they would make it far too large. So all moments start anew, those of the
+        fallback rule too, and the matrices weigh new inputs as if `memory` updates had been seen:
+        their gain, and with it the adaptive form's rate, warms up from there. Weights, `P` and what
+        is staged stay.
+
+        Args:
+            memory: Updates that `P` counts as, at most: its gain goes on at
+                :math:`max(\kappa, 1 / (memory + 1))`. Forms of a constant gain keep it.
+
+        Raises:
+            ValueError: `memory` is no integer >= 0.
+
+        Example:
+            >>> pruner.step()                                              # doctest: +SKIP
+            >>> optimizer.restart()                                        # doctest: +SKIP
+            >>> schedule = CosineAnnealingLR(optimizer, steps)             # doctest: +SKIP
+        """
+        if isinstance(memory, bool) or not isinstance(memory, int) or memory < 0:
+            raise ValueError(f"memory must be an integer >= 0, got {memory!r}")
+        for parameter, state in list(self.state.items()):
+            if "P" in state:
+                restart(state, memory)
+            elif state != IN_P:
+                del self.state[parameter]
 
     # -- what users look at -----------------------------------------------------------------------
 

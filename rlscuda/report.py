@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rlscuda import _C
 from rlscuda.discovery import Match
 from rlscuda.layers import state_dtype
 
@@ -139,8 +140,10 @@ class Health(dict):
 
 def health_of(P: Tensor, counters: Tensor) -> LayerHealth:
     """Reads the device's counters; the only place that waits for them."""
-    updates, refused, resets, largest, missing, _ = counters.tolist()
-    trace = torch.diagonal(P, dim1=-2, dim2=-1).sum()
-    asymmetry = (P - P.mT).abs().max()
-    return LayerHealth(int(updates), int(refused), int(resets), int(missing), largest,
-                       float(trace), float(asymmetry))  # fmt: skip
+    read = dict(zip(_C.health_slots, counters.tolist()))
+    return LayerHealth(
+        **{name: int(read[name]) for name in ("updates", "refused", "resets", "missing")},
+        largest_gain=read["largest_gain"],
+        trace=float(torch.diagonal(P, dim1=-2, dim2=-1).sum()),
+        symmetry_error=float((P - P.mT).abs().max()),
+    )

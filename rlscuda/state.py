@@ -21,7 +21,10 @@ _DTYPES = (torch.float32, torch.float64)
 def _shapes(layer: Layer, form: str) -> dict[str, tuple[int, ...]]:
     """The tensors that every state of a layer holds, besides its counters."""
     rows = layer.weight.shape[0]
-    shapes: dict[str, tuple[int, ...]] = {"P": layer.matrix_shape, "health": (_C.health_slots,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "P": layer.matrix_shape,
+        "health": (len(_C.health_slots),),
+    }
     if form == "adaptive":
         shapes["power"] = (layer.groups,)
         shapes["first_moment"] = (rows, layer.fan_in)
@@ -45,6 +48,22 @@ def initial_state(layer: Layer, group: dict[str, Any]) -> dict[str, Any]:
         shape = (layer.weight.shape[0], layer.fan_in)
         state["momentum_buffer"] = torch.zeros(shape, dtype=dtype, device=device)
     return state
+
+
+@torch.no_grad()
+def restart(state: dict[str, Any], memory: int) -> None:
+    """Lets a layer's moments start anew, and its gain as if `memory` updates had been seen.
+
+    Nothing is read from the device.
+    """
+    for name in ("first_moment", "second_moment", "momentum_buffer"):
+        if name in state:
+            state[name].zero_()
+    steps, missing, earlier = (
+        state["health"][_C.health_slots.index(name)] for name in ("steps", "missing", "earlier")
+    )
+    earlier.add_(steps).sub_(missing).clamp_(max=memory).add_(missing)
+    steps.zero_()
 
 
 def _entries(

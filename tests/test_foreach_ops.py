@@ -14,7 +14,7 @@ from rlscuda import reference
 
 _ops = torch.ops.rlscuda
 DTYPES = [torch.float32, torch.float64]
-UPDATES, REFUSED, RESETS, LARGEST, MISSING, STEPS = range(6)
+SLOTS = UPDATES, REFUSED, RESETS, LARGEST, MISSING, STEPS, EARLIER = range(7)
 # batch (None: one matrix [n, n]), n, rank: whole matrices and streamed ones, aligned rows and not
 SIZES = [
     (None, 1, 1), (3, 9, 2), (None, 64, 16), (None, 65, 4), (2, 128, 5), (None, 129, 1),
@@ -61,9 +61,9 @@ class Layers:
             self.P.append(random_spd(*shape, n, dtype=dtype))
             self.S.append(torch.randn(*shape, rank, n, dtype=dtype))
         self.power = [torch.rand(self.matrices(P), dtype=dtype) for P in self.P] if power else []
-        self.health = [torch.zeros(6, dtype=torch.float64) for _ in sizes]
-        for health in self.health:
-            health[STEPS] = steps
+        self.health = [torch.zeros(len(SLOTS), dtype=torch.float64) for _ in sizes]
+        for layer, health in enumerate(self.health):
+            health[STEPS], health[EARLIER] = steps, layer % 4
         self.exact_P = [P.double().reshape(-1, *P.shape[-2:]).clone() for P in self.P]
         self.exact_power = [p.double().clone() for p in self.power]
         self.exact_health = [health.clone() for health in self.health]
@@ -82,7 +82,7 @@ class Layers:
     def expect(self, rule: Rule, found_inf: bool = False) -> Tensor:
         h = []
         for layer, (P, health) in enumerate(zip(self.exact_P, self.exact_health)):
-            constants = rule.at(int(health[STEPS] - health[MISSING]))
+            constants = rule.at(int(health[EARLIER] + health[STEPS] - health[MISSING]))
             rank = self.S[layer].shape[-2]
             S = self.S[layer].double().reshape(len(P), rank, P.shape[-1])
             for b in range(len(P)):
@@ -123,7 +123,7 @@ class Layers:
         for power, exact in zip(self.power, self.exact_power):
             assert_close(power, exact, scale)
         for health, exact in zip(self.health, self.exact_health):
-            counts = [UPDATES, REFUSED, RESETS, MISSING, STEPS]
+            counts = [UPDATES, REFUSED, RESETS, MISSING, STEPS, EARLIER]
             assert health[counts].tolist() == exact[counts].tolist()
             assert health[LARGEST].item() == pytest.approx(exact[LARGEST].item(), rel=1e-3)
 
@@ -210,7 +210,7 @@ def test_layers_without_a_summary_keep_their_matrix_and_are_counted():
     assert torch.equal(h, torch.full((4,), 0.9))
     assert all(torch.equal(a, b) for a, b in zip(before, layers.P))
     for health in layers.health:
-        assert health.tolist() == [0, 0, 0, 0, 1, 1]
+        assert health[:EARLIER].tolist() == [0, 0, 0, 0, 1, 1]
 
 
 def test_power_of_zero_rows_is_no_division_by_zero():
@@ -279,8 +279,9 @@ class Steps:
             self.h.append(1 + torch.rand(groups).to(compute))
             self.first.append(torch.randn(c, n + bias).to(compute))
             self.second.append(torch.rand(c).to(compute))
-            health = torch.zeros(6, dtype=torch.float64)
+            health = torch.zeros(len(SLOTS), dtype=torch.float64)
             health[STEPS], health[MISSING] = 4, len(self.health) % 3
+            health[EARLIER] = len(self.health) % 4
             self.health.append(health)
             self.groups.append(groups)
         if bad_group:
@@ -304,7 +305,8 @@ class Steps:
         W, (D, G), M = self.stacked(layer), self.matrices[layer], self.first[layer].double()
         health, lr = self.health[layer], 0.05 * rate
         if gain > 0:
-            lr *= gain / max(gain, 1 / (health[STEPS] - health[MISSING]).item())
+            updates = (health[EARLIER] + health[STEPS] - health[MISSING]).item()
+            lr *= gain / max(gain, 1 / updates)
         if self.adaptive:
             constants = reference.AdaptiveStep(lr, self.momentum, 0.99, 0.1, 1e-8)
             v = self.second[layer].double()
@@ -379,7 +381,7 @@ WRONG = {
 def test_wrong_argument_of_an_update(message):
     given = {
         "P": [torch.eye(3), torch.eye(3)], "S": [torch.ones(1, 3), torch.ones(1, 3)],
-        "health": [torch.zeros(6, dtype=torch.float64) for _ in range(2)], "gain": 1.0,
+        "health": [torch.zeros(len(SLOTS), dtype=torch.float64) for _ in range(2)], "gain": 1.0,
         **WRONG[message],
     }  # fmt: skip
     before = [P.clone() for P in given["P"]]

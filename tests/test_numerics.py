@@ -24,7 +24,7 @@ def run(steps, twin=False, **options):
     """The matrices of all kinds after as many updates, their counters, and a float64 twin."""
     mixing = torch.randn(4, N)
     P = torch.eye(N).repeat(len(KINDS), 1, 1)
-    exact, health = P.double(), torch.zeros(_C.health_slots).double()
+    exact, health = P.double(), torch.zeros(len(_C.health_slots)).double()
     for _ in range(steps // CHUNK):
         for rows in chunk_of_rows(mixing):
             RF.rls_update_(P, rows, health=health, **options)
@@ -84,7 +84,7 @@ def test_higher_ranks_stay_symmetric_and_definite(rank):
 
 def test_without_a_bound_dead_inputs_wind_up_and_are_reset():
     """What the default shrinkage prevents: lambda^-t overflows, and the guard ends it."""
-    P, health = torch.eye(8), torch.zeros(_C.health_slots).double()
+    P, health = torch.eye(8), torch.zeros(len(_C.health_slots)).double()
     s = torch.zeros(8)
     for _ in range(10_000):
         s[:4].normal_()
@@ -97,7 +97,7 @@ def test_without_a_bound_dead_inputs_wind_up_and_are_reset():
 def test_large_and_small_scales():
     for scale in (1e-18, 1e-6, 1e6, 1e18):
         P = random_spd(9, dtype=torch.float32)
-        health = torch.zeros(_C.health_slots).double()
+        health = torch.zeros(len(_C.health_slots)).double()
         for _ in range(50):
             RF.rls_update_(P, scale * torch.randn(9), 0.99, health=health)
             assert torch.isfinite(P).all() and torch.equal(P, P.T)

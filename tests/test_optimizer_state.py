@@ -155,7 +155,7 @@ def wrong_states(state, model):
             entry("first_moment", torch.zeros(5, 6)),
         "second_moment of '0' in state_dict must be float32 or float64, as P is, got torch.float64":
             entry("second_moment", torch.zeros(6).double()),
-        "health of '0' in state_dict must be [6], got [3]": entry("health", torch.zeros(3)),
+        "health of '0' in state_dict must be [7], got [3]": entry("health", torch.zeros(3)),
         "step of '0' in state_dict must be an int, got None": entry("step", None),
         "fallback entries ['momentum_buffer'], the fallback rule keeps":
             changed(lambda s: s["state"].__setitem__(1, {"momentum_buffer": torch.zeros(6)})),

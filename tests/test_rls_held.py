@@ -44,7 +44,7 @@ class Pair:
         self.rank, self.hold = rank, hold
         self.held, self.state = held_back(self.P, hold, rank)
         lead = shape[:-1]
-        self.health = [torch.zeros(_C.health_slots).double() for _ in range(2)]
+        self.health = [torch.zeros(len(_C.health_slots)).double() for _ in range(2)]
         self.power = [torch.ones(lead or (1,), dtype=dtype) for _ in range(2)]
 
     def update(self, S, found_inf=None, power=False, **options):
@@ -230,7 +230,7 @@ def test_a_state_that_is_none_reads_and_writes_nothing_beyond(count):
 def test_empty():
     P = torch.empty(0, 4, 4)
     held, state = torch.empty(0, 3, 2, 4), torch.empty(0, 3).double()
-    health = torch.zeros(_C.health_slots).double()
+    health = torch.zeros(len(_C.health_slots)).double()
     u, h = RF.rls_update_held_(P, held, state, torch.empty(0, 2, 4), health=health)
     assert u.shape == (0, 2, 4) and h.shape == (0,) and health.sum() == 1
     RF.rls_flush_(P, held, state)
@@ -314,7 +314,7 @@ def test_opcheck(batched):
         [1.0, 0.0, 0.0]).double()  # fmt: skip
     held = torch.zeros(*shape[:-1], 3, 2, 5)
     arguments = (P, held, state, torch.randn(*shape[:-1], 2, 5), 0.9, 0.5, 1.0, 0.0, 1.0,
-                 torch.ones(shape[:-1] or (1,)), torch.zeros(_C.health_slots).double(),
+                 torch.ones(shape[:-1] or (1,)), torch.zeros(len(_C.health_slots)).double(),
                  torch.tensor(False))  # fmt: skip
     torch.library.opcheck(torch.ops.rlscuda.rls_update_held_.default, arguments)
     torch.library.opcheck(torch.ops.rlscuda.rls_flush_.default, (P, held, state))
