@@ -76,9 +76,10 @@ class Search:
         """
         if kind == "ratio":
             return self.cut(ladder, ladder.by_ratio(value))
+        whole = self.cut(ladder, {})  # of which a copy is tried, as of all others
         if kind == "max_loss":
             assert evaluate is not None
-            loss = self._loss(evaluate, self.cut(ladder, {}))  # of a copy, as all others are
+            loss = self._loss(evaluate, whole)
             if not math.isfinite(loss):
                 raise ValueError(f"evaluate must give a finite loss of the whole model, got {loss}")
             limit = loss + value * abs(loss)
@@ -86,9 +87,10 @@ class Search:
                 ladder,
                 ladder.highest(lambda c: self._loss(evaluate, self.cut(ladder, c)) <= limit),
             )
-        limit = value if value >= 1 else value * self._size(kind, None)
-        if self._size(kind, None) <= limit:
-            return self.cut(ladder, {})
+        size = self._size(kind, whole)
+        limit = value if value >= 1 else value * size
+        if size <= limit:
+            return whole
         return self.cut(
             ladder, ladder.lowest(lambda c: self._size(kind, self.cut(ladder, c)) <= limit)
         )
@@ -115,10 +117,9 @@ class Search:
             self.settle(pruned, cut.surgery)
         return evaluate(pruned)
 
-    def _size(self, kind: str, cut: Cut | None) -> int:
+    def _size(self, kind: str, cut: Cut) -> int:
         """Parameters or FLOPs of the model after a cut, whatever its values."""
-        model, inputs = self.model, self.inputs
-        if cut is not None:
-            model = pruned_copy(model, cut.surgery, {})
-            inputs = cut.surgery.slice_inputs(inputs)
-        return count_parameters(model) if kind == "target_params" else count_flops(model, inputs)
+        pruned = pruned_copy(self.model, cut.surgery, {})
+        if kind == "target_params":
+            return count_parameters(pruned)
+        return count_flops(pruned, cut.surgery.slice_inputs(self.inputs))
