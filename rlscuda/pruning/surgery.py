@@ -165,7 +165,7 @@ def operate(
     _check(before, surgery, values)
     replaced, valued = _new_tensors(before, surgery, values)
     changes = [Change(tensor, "data", value) for tensor, value in valued.items()]
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, tensor in before.items():
         if tensor in replaced:
             parent, _, own = name.rpartition(".")
