@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rlscuda.pruning.compensation import compensate_layers, lost_columns
+from rlscuda.pruning.compensation import compensate_layers, lost_columns, without_rule
 from rlscuda.pruning.consumers import Matrices
 from rlscuda.pruning.graph import Structure
 from rlscuda.pruning.measure import count_flops, count_parameters
@@ -109,7 +109,9 @@ class Search:
         """New values of the weights and biases that a cut leaves; layers without any, and why."""
         if not self.compensate:
             return {}, {}
-        return compensate_layers(self.model, self.matrices, cut.lost)
+        values, reasons = compensate_layers(self.model, self.matrices, cut.lost)
+        modules = dict(self.model.named_modules())
+        return values, reasons | without_rule(self.structure.couplings, modules, cut.removed)
 
     def _loss(self, evaluate: Callable[[nn.Module], float], cut: Cut) -> float:
         pruned = pruned_copy(self.model, cut.surgery, self.compensated(cut)[0])
