@@ -55,7 +55,8 @@ class _WithoutStatistics(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if function in (F.layer_norm, F.rms_norm, F.group_norm):
+        if function in _AFFINE:
+            function(*args, **kwargs)  # which raises where it does not take that many channels
             return _AFFINE[function](*args, **kwargs)
         if function is F.scaled_dot_product_attention:
             kwargs["scale"] = 1.0
@@ -72,9 +73,12 @@ def _rms_norm(input, normalized_shape, weight=None, eps=None):
 
 
 def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
+    """Divides by the length over each group, which sees who is in it, but no zeros."""
+    groups = input.unflatten(1, (num_groups, -1))
+    length = (groups.square().sum(2, keepdim=True) + eps).sqrt()
     size = [1, -1, *[1] * (input.dim() - 2)]
     shaped = [None if tensor is None else tensor.view(size) for tensor in (weight, bias)]
-    return _layer_norm(input, None, *shaped)
+    return _layer_norm((groups / length).flatten(1, 2), None, *shaped)
 
 
 _AFFINE: dict[Any, Callable[..., Tensor]] = {
