@@ -1,6 +1,8 @@
-"""What the probe of the couplings finds: norms of a fixed width, groups of channels."""
+"""What the probe of the couplings finds: norms of a fixed width, groups, heads for training."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 import torch
@@ -93,3 +95,59 @@ def test_units_that_would_change_their_group_are_refused():
     first = nn.Sequential(nn.Conv2d(3, 4, (8, 7)), nn.Flatten())
     model = Between(first, lambda x: F.group_norm(x, 2), nn.Linear(8, 2))
     assert "computes something else" in trace(model, IMAGES).refused["first.0"]
+
+
+class Auxiliary(nn.Module):
+    """Puts out more in training mode; there a batch norm wants more than one value a channel."""
+
+    def __init__(self, head: nn.Module):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 8), nn.BatchNorm2d(8)
+        self.second, self.third = nn.Conv2d(8, 6, 1), nn.Conv2d(6, 3, 1)
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.norm(self.first(x))
+        y = self.third(F.relu(self.second(x)))
+        return (y, self.head(x)) if self.training else y
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("size", [1, 8])
+@pytest.mark.parametrize(
+    ("head", "reason"),
+    [(nn.Conv2d(8, 2, 1), "fails in training mode: .*expected input"),
+     (nn.Dropout(0.5), "puts out its channels in training mode")],
+)  # fmt: skip
+def test_what_feeds_a_head_for_training_is_refused(head, reason, size, mode):
+    torch.manual_seed(0)
+    model = Auxiliary(head).train(mode)
+    random = torch.get_rng_state()
+    report = RLSPruner(model, None, IMAGES[:size], ratio=0.5, loader=[IMAGES]).step()
+    assert torch.equal(torch.get_rng_state(), random)
+    assert list(report.refused) == ["first"] and re.search(reason, report.refused["first"])
+    assert model.second.out_channels == 3 and model.training == mode
+    model.train()(IMAGES)
+
+
+def test_a_model_that_needs_more_for_training_is_pruned():
+    class Wanting(Auxiliary):
+        def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+            y = self.third(F.relu(self.second(self.norm(self.first(x)))))
+            return (y - target).square().mean() if self.training else y
+
+    model = Wanting(nn.Identity())
+    report = RLSPruner(model, None, IMAGES, ratio=0.5, importance="l1", compensate=False).step()
+    assert report.refused == {} and model.first.out_channels == 4
+
+
+def test_the_surgery_fails_where_training_would():
+    model = Auxiliary(nn.Identity())
+    structure = trace(model, IMAGES)
+    surgery = plan(structure, every_other(structure))
+    assert "second" in {coupling.name for coupling in structure.couplings}
+    model.head = nn.Sequential(model.second, nn.Conv2d(6, 2, 1))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="fails in training mode on the example inputs: .*input"):
+        operate(model, [], surgery, {}, IMAGES)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -47,6 +47,15 @@ def _belongs_to_torch(hook: Any) -> bool:
     return type(hook).__module__.startswith("torch.nn.utils.")
 
 
+def train_but_norms(copy: nn.Module) -> nn.Module:
+    """Puts a copy into training mode, but for batch norms, which refuse a batch of one value."""
+    copy.train()
+    for module in copy.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    return copy
+
+
 def call(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     """Calls a model with a tensor, a sequence of arguments, or a mapping of named ones."""
     if isinstance(example_inputs, Mapping):
