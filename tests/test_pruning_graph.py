@@ -139,6 +139,29 @@ def test_two_inputs_of_one_width(named):
     ).keys()
 
 
+class Pixels(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x / 255)
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(2, 5, 6)),
+     (nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(6)),
+     (nn.Sequential(nn.Conv1d(6, 8, 3), nn.Conv1d(8, 3, 1)), torch.randn(2, 6, 5)),
+     (Pixels(nn.Conv2d(6, 8, 3), nn.Conv2d(8, 3, 1)), torch.ones(2, 6, 5, 5).byte())],
+    ids=["sequences", "features", "signals", "pixels"],
+)  # fmt: skip
+def test_inputs_that_cannot_be_followed(model, x):
+    structure = trace(model, x)
+    assert {c.name: c.units for c in structure.couplings} == {"0": 8} and structure.refused == {}
+    structure = trace(model, x, include_inputs=True)
+    assert [c.name for c in structure.couplings] == ["0"]
+    assert structure.refused == {
+        "input of '0'": "only float inputs of 2, 4 or 5 dimensions can be followed"
+    }
+
+
 class AddedToInput(nn.Module):
     def __init__(self):
         super().__init__()
