@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pruning_models import Attention, inputs
 from pruning_nets import mlp, rows, trained, widths
 from pruning_surgery_common import changed, everything
 from torch import nn
@@ -222,3 +223,39 @@ def test_inputs_and_losses_do_not_go_together():
     with pytest.raises(ValueError, match="max_loss cannot be combined with include_inputs"):
         RLSPruner(mlp(6, 8, 3), None, rows(2), max_loss=0.1, evaluate=lambda m: 0.0,
                   loader=[rows()], include_inputs=True)  # fmt: skip
+
+
+class TwoReaders(nn.Module):
+    """A convolution, and a transposed one that reads the same channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.plain = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)
+        self.transposed = nn.ConvTranspose2d(8, 2, 1)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return self.plain(x) + self.transposed(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "kind"),
+    [(TwoReaders, "transposed", "ConvTranspose2d"),
+     (Attention, "attention", "MultiheadAttention")],
+)  # fmt: skip
+def test_layers_without_a_rule_are_reported(make, name, kind):
+    torch.manual_seed(0)
+    model, data = make(), inputs(size=32)
+    pruner = RLSPruner(model, None, data[:2], ratio=0.5, loader=[data])
+    assert pruner.step().uncompensated == {name: f"there is no rule for {kind}"}
+    assert pruner.step().uncompensated == {}  # nothing more goes
+
+
+def test_taylor_passes_over_what_is_frozen():
+    model, optimizer = trained(6, 8, 8, 3)
+    model[0].requires_grad_(False)
+    optimizer.zero_grad()
+    model(rows()).square().mean().backward()
+    report = RLSPruner(model, optimizer, rows(2), ratio=0.5, importance="taylor").step()
+    assert widths(model) == [8, 4, 3]
+    assert set(report.refused) == {"0"} and "has a gradient" in report.refused["0"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import UserDict
+from dataclasses import dataclass
+
 import pytest
 import torch
 import torch.nn.functional as F
 from pruning_models import ZOO, Case, ChannelSoftmax, HardCoded, Shuffle, inputs, lenet
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from rlscuda import RLSOptimizer
@@ -136,6 +139,29 @@ def test_two_inputs_of_one_width(named):
     ).keys()
 
 
+class Pixels(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x / 255)
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(2, 5, 6)),
+     (nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(6)),
+     (nn.Sequential(nn.Conv1d(6, 8, 3), nn.Conv1d(8, 3, 1)), torch.randn(2, 6, 5)),
+     (Pixels(nn.Conv2d(6, 8, 3), nn.Conv2d(8, 3, 1)), torch.ones(2, 6, 5, 5).byte())],
+    ids=["sequences", "features", "signals", "pixels"],
+)  # fmt: skip
+def test_inputs_that_cannot_be_followed(model, x):
+    structure = trace(model, x)
+    assert {c.name: c.units for c in structure.couplings} == {"0": 8} and structure.refused == {}
+    structure = trace(model, x, include_inputs=True)
+    assert [c.name for c in structure.couplings] == ["0"]
+    assert structure.refused == {
+        "input of '0'": "only float inputs of 2, 4 or 5 dimensions can be followed"
+    }
+
+
 class AddedToInput(nn.Module):
     def __init__(self):
         super().__init__()
@@ -214,6 +240,62 @@ def test_depthwise_of_several_inputs_is_refused():
 def test_model_that_fails():
     with pytest.raises(ValueError, match="cannot be traced on the example inputs"):
         trace(lenet(), torch.randn(2, 5))
+
+
+@dataclass
+class Output:
+    features: Tensor
+    label: str = "features"
+
+
+class Bag:
+    """Of a type that nobody can look into."""
+
+    def __init__(self, features):
+        self.features = features
+
+
+class Listing(list):
+    """Which pytrees take for a leaf."""
+
+
+class PutsOut(nn.Module):
+    """Two layers, and what becomes of their features and logits."""
+
+    def __init__(self, output):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.output = output
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.output(x, self.second(x))
+
+
+@pytest.mark.parametrize(
+    "output",
+    [lambda f, y: (y, Output(f)), lambda f, y: [Output(y), {"more": Listing([Output(f)])}],
+     lambda f, y: UserDict(y=y, f=f)],
+)  # fmt: skip
+def test_features_that_are_put_out_stay(output):
+    structure = trace(PutsOut(output), torch.randn(2, 4))
+    assert structure.couplings == [] and sorted(structure.output_shapes) == [(2, 3), (2, 8)]
+
+
+def test_logits_in_a_dataclass():
+    structure = trace(PutsOut(lambda f, y: (Output(y), None, 1.5)), torch.randn(2, 4))
+    assert [c.name for c in structure.couplings] == ["first"] and structure.refused == {}
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [(lambda f, y: (y, Bag(f)), "tuples, lists, mappings or dataclasses, got Bag"),
+     (lambda f, y: y.argmax(-1), "a gradient reaches, .* got 1 without"),
+     (lambda f, y: None, "a gradient reaches, .* got 0 without")],
+)  # fmt: skip
+def test_outputs_that_cannot_be_followed(output, message):
+    with pytest.raises(ValueError, match=message):
+        trace(PutsOut(output), torch.randn(2, 4))
 
 
 def test_unknown_coupling():

@@ -9,7 +9,8 @@ import torch
 from conftest import cnn
 from torch import nn
 
-from rlscuda.pruning.measure import Measurement, compare, measure
+from rlscuda.pruning import RLSPruner
+from rlscuda.pruning.measure import Measurement, compare, count_flops, measure
 
 
 def three_layers() -> nn.Sequential:
@@ -33,6 +34,44 @@ def test_counts_of_a_convolution():
     assert found.flops == 2 * 7 * 25 * 6 * 2 * 9
     assert found.peak_memory_bytes == 4 * (found.parameters + 7 * 25 * (4 + 6))
     assert found.batch_size == 7
+
+
+class Encoder(nn.Module):
+    """A transformer layer of torch, which has an operator of its own for inference."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 32, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(x).mean(1))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_counts_of_a_transformer(enabled):
+    batch, length, width, hidden = 2, 5, 8, 32
+    tokens = batch * length
+    torch.backends.mha.set_fastpath_enabled(enabled)
+    try:
+        flops = count_flops(Encoder(), torch.randn(batch, length, width))
+        assert torch.backends.mha.get_fastpath_enabled() == enabled
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    projections = 2 * tokens * (4 * width * width + 2 * width * hidden)
+    attention = 2 * 2 * tokens * length * width  # scores, and sums of values
+    assert flops == projections + attention + 2 * batch * width * 3
+
+
+def test_a_target_of_flops_is_met_by_a_transformer():
+    torch.manual_seed(0)
+    model, x = Encoder(), torch.randn(16, 5, 8)
+    for part in (model, model.layer.linear1):
+        part.register_forward_hook(lambda *_: None)  # with which torch leaves its operator
+    flops = count_flops(model, x[:2])
+    report = RLSPruner(model, None, x[:2], target_flops=0.7, loader=[x]).step()
+    assert report.gains.before.flops == flops
+    assert 0.6 * flops < report.gains.after.flops == count_flops(model, x[:2]) <= 0.7 * flops
 
 
 def test_shared_parameters_count_once():

@@ -178,6 +178,16 @@ def test_ties_stay():
     training(model, optimizer)
 
 
+def test_a_module_of_two_names():
+    shared = nn.Conv2d(4, 4, 3, padding=1)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), shared, nn.ReLU(), shared, nn.Conv2d(4, 2, 6))
+    optimizer = RLSOptimizer(model)
+    training(model, optimizer)
+    prune(model, optimizer)
+    assert model[1] is model[3] and shared.weight.shape == (2, 2, 3, 3)
+    training(model, optimizer)
+
+
 class TiedAutoencoder(nn.Module):
     def __init__(self):
         super().__init__()

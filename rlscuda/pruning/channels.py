@@ -10,6 +10,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from numbers import Number
 from typing import Any
 
 import torch
@@ -19,13 +20,15 @@ from rlscuda.pruning.isolation import (
     ExampleInputs,
     call,
     isolated_copy,
+    leaves,
     map_tensors,
-    output_tensors,
     rng_kept,
 )
 
 Side = tuple[str, str]  # name of a module, parameter or input, and `in`, `out`, `both` or `input`
 Point = tuple[int, int]  # place of a port, channel
+
+_TRANSPARENT = (Tensor, Number, str, bytes, type(None), torch.dtype, torch.device)  # hide no tensor
 
 
 @dataclass(eq=False)
@@ -165,9 +168,10 @@ class _Graph:
     def _forward(self, model: nn.Module, inputs: Any) -> list[Tensor]:
         """The outputs, each through one more operation: torch-pruning then sees it as an output."""
         # copies, since a model may change its input in place
-        outputs = output_tensors(call(model, map_tensors(torch.clone, inputs)))
-        self.output_shapes = [tuple(output.shape) for output in outputs]
-        return [output * 1 for output in outputs if output.requires_grad]
+        output = call(model, map_tensors(torch.clone, inputs))
+        outputs = _checked_outputs(output)
+        self.output_shapes = [tuple(tensor.shape) for tensor in outputs]
+        return [tensor * 1 for tensor in outputs if tensor.requires_grad]
 
     def units(self) -> list[Unit]:
         """Every unit whose channels do not reach an output."""
@@ -228,6 +232,24 @@ class _Graph:
             return [index.idx for index in mapping([self._index(idx=channel, root_idx=channel)])]
 
         return mapped
+
+
+def _checked_outputs(output: Any) -> list[Tensor]:
+    """The tensors that a model puts out.
+
+    Raises:
+        ValueError: There may be some where they cannot be looked for, or no gradient reaches any.
+    """
+    found = list(leaves(output))
+    opaque = {type(leaf).__name__ for leaf in found if not isinstance(leaf, _TRANSPARENT)}
+    if opaque:
+        raise ValueError("the model must put out tensors in tuples, lists, mappings or dataclasses,"
+                         f" got {', '.join(sorted(opaque))}")  # fmt: skip
+    tensors = [leaf for leaf in found if isinstance(leaf, Tensor)]
+    if not any(tensor.requires_grad for tensor in tensors):
+        raise ValueError("the model must put out a tensor that a gradient reaches, which the "
+                         f"couplings are found by, got {len(tensors)} without")  # fmt: skip
+    return tensors
 
 
 @dataclass(eq=False)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from rlscuda.pruning import algebra
 from rlscuda.pruning.consumers import Matrices, layer_weight
-from rlscuda.pruning.graph import Coupling
+from rlscuda.pruning.graph import Coupling, Member
 from rlscuda.pruning.surgery import Surgery
 
 
@@ -20,13 +20,36 @@ def lost_columns(
 ) -> dict[str, Tensor]:
     """The im2col columns that each Linear and Conv2d loses, of each group; int64, ascending."""
     lost: dict[str, list[Tensor]] = {}
+    for member, units in _losing(couplings, removed):
+        module = modules.get(member.name)
+        if member.kind == "in" and isinstance(module, (nn.Linear, nn.Conv2d)):
+            lost.setdefault(member.name, []).append(member.columns(module)[units].flatten())
+    return {name: torch.cat(parts).sort().values for name, parts in lost.items()}
+
+
+def without_rule(
+    couplings: Sequence[Coupling],
+    modules: Mapping[str, nn.Module],
+    removed: Mapping[str, Sequence[int]],
+) -> dict[str, str]:
+    """Layers of other kinds that lose inputs too, and why nothing makes up for them."""
+    reasons = {}
+    for member, _ in _losing(couplings, removed):
+        module = modules.get(member.name)
+        mixes = member.kind == "in" or isinstance(module, nn.MultiheadAttention)
+        if mixes and not isinstance(module, (nn.Linear, nn.Conv2d)):
+            reasons[member.name] = f"there is no rule for {type(module).__name__}"
+    return reasons
+
+
+def _losing(
+    couplings: Sequence[Coupling], removed: Mapping[str, Sequence[int]]
+) -> Iterator[tuple[Member, Tensor]]:
+    """The members of all couplings that lose some units, and these, int64."""
     for coupling in couplings:
         units = torch.tensor(removed.get(coupling.name, ()), dtype=torch.int64)
         for member in coupling.members if len(units) else ():
-            module = modules.get(member.name)
-            if member.kind == "in" and isinstance(module, (nn.Linear, nn.Conv2d)):
-                lost.setdefault(member.name, []).append(member.columns(module)[units].flatten())
-    return {name: torch.cat(parts).sort().values for name, parts in lost.items()}
+            yield member, units
 
 
 def kept_columns(modules: Mapping[str, nn.Module], surgery: Surgery) -> dict[str, Tensor]:

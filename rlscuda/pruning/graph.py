@@ -149,8 +149,9 @@ def trace(
     traced = units_of(model, example_inputs)
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     couplings: list[Coupling] = []
-    refused: dict[str, str] = {}
-    for name, same in _named(_alike(traced.units, order), order):
+    made = [unit for unit in traced.units if any(kind != "in" for _, kind in unit.channels)]
+    refused = _unfollowed(traced.units) if include_inputs else {}
+    for name, same in _named(_alike(made, order), order):
         coupling, reason = _coupling(name, same, order), same[0].reason
         produced = {m.name for m in coupling.members if m.kind in ("out", "both")}
         if produced & kept_names:
@@ -169,6 +170,17 @@ def trace(
     wrong = unsound(found, example_inputs)
     sound = [coupling for coupling in couplings if coupling.name not in wrong]
     return replace(found, couplings=sound, refused={**refused, **wrong})
+
+
+def _unfollowed(units: list[Unit]) -> dict[str, str]:
+    """The layers that take what nothing seems to make, and why that cannot be a coupling."""
+    reason = "only float inputs of 2, 4 or 5 dimensions can be followed"
+    return {
+        f"input of {name!r}": reason
+        for unit in units
+        for name, _ in unit.channels
+        if all(kind == "in" for _, kind in unit.channels)
+    }
 
 
 def _alike(units: list[Unit], order: dict[str, int]) -> list[list[Unit]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,6 +48,15 @@ def _belongs_to_torch(hook: Any) -> bool:
     return type(hook).__module__.startswith("torch.nn.utils.")
 
 
+def train_but_norms(copy: nn.Module) -> nn.Module:
+    """Puts a copy into training mode, but for batch norms, which refuse a batch of one value."""
+    copy.train()
+    for module in copy.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    return copy
+
+
 def call(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     """Calls a model with a tensor, a sequence of arguments, or a mapping of named ones."""
     if isinstance(example_inputs, Mapping):
@@ -64,9 +74,28 @@ def all_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def leaves(value: Any) -> Iterator[Any]:
+    """What a value is nested of, also in dataclasses and in subclasses of mappings and sequences.
+
+    Pytrees, which torch goes by, know neither unless they are registered.
+    """
+    for leaf in tree_leaves(value):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            inside: Iterable[Any] = [getattr(leaf, f.name) for f in dataclasses.fields(leaf)]
+        elif isinstance(leaf, Mapping):
+            inside = leaf.values()
+        elif isinstance(leaf, (list, tuple)):
+            inside = leaf
+        else:
+            yield leaf
+            continue
+        for part in inside:
+            yield from leaves(part)
+
+
 def output_tensors(output: Any) -> list[Tensor]:
     """The tensors of a model's output, whatever it is nested in."""
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in leaves(output) if isinstance(leaf, Tensor)]
 
 
 def map_tensors(change: Any, example_inputs: ExampleInputs) -> Any:

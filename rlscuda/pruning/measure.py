@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from rlscuda.pruning._inputs import Call, call_of, inference
 
@@ -150,9 +151,28 @@ def count_flops(model: nn.Module, example_inputs: Any) -> int:
 
 
 def _flops(model: nn.Module, call: Call) -> int:
-    with inference(model), FlopCounterMode(display=False) as counter:
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch has no count of it
+    counter = FlopCounterMode(display=False, custom_mapping={on_cpu: _attention_flops})
+    with inference(model), _plain_attention(), counter:
         call(model)
     return counter.get_total_flops()
+
+
+def _attention_flops(
+    query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
+) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Without the fused operators of transformer layers, whose products no counter sees."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _peak_memory(model: nn.Module, call: Call) -> int:

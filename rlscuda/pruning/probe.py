@@ -3,7 +3,8 @@
 The couplings come from a graph that takes what it does not know for an operation on each channel
 by itself. So they are tried: with random weights, a model in which the removed channels are zero
 wherever they are met must put out what the pruned model does. Statistics over channels, as those
-of a layer norm, see the difference rightly, and are left out of the comparison.
+of a layer norm, see the difference rightly, and are left out of the comparison. What is computed
+for training alone, as by an auxiliary head, is tried too: it must run and put out the same shapes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rlscuda.pruning.isolation import (
     map_tensors,
     output_tensors,
     rng_kept,
+    train_but_norms,
 )
 from rlscuda.pruning.surgery import Surgery, plan
 
@@ -38,13 +40,15 @@ _MIXED = (
     "or mean over them), or a weight used outside of its module"
 )
 
+_PUT_OUT = "the model puts out its channels in training mode"
+
 
 def unsound(structure: Structure, example_inputs: ExampleInputs) -> dict[str, str]:
     """Name of each coupling that cannot be pruned as torch-pruning has it -> why."""
     names = [coupling.name for coupling in structure.couplings if coupling.units > 1]
-    probe = _Probe(structure, example_inputs)
     found: dict[str, str] = {}
     with rng_kept(structure.model), torch.no_grad():
+        probe = _Probe(structure, example_inputs)
         while more := probe.search([name for name in names if name not in found]):
             found.update(more)
     return found
@@ -55,7 +59,8 @@ class _WithoutStatistics(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if function in (F.layer_norm, F.rms_norm, F.group_norm):
+        if function in _AFFINE:
+            function(*args, **kwargs)  # which raises where it does not take that many channels
             return _AFFINE[function](*args, **kwargs)
         if function is F.scaled_dot_product_attention:
             kwargs["scale"] = 1.0
@@ -72,9 +77,12 @@ def _rms_norm(input, normalized_shape, weight=None, eps=None):
 
 
 def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
+    """Divides by the length over each group, which sees who is in it, but no zeros."""
+    groups = input.unflatten(1, (num_groups, -1))
+    length = (groups.square().sum(2, keepdim=True) + eps).sqrt()
     size = [1, -1, *[1] * (input.dim() - 2)]
     shaped = [None if tensor is None else tensor.view(size) for tensor in (weight, bias)]
-    return _layer_norm(input, None, *shaped)
+    return _layer_norm((groups / length).flatten(1, 2), None, *shaped)
 
 
 _AFFINE: dict[Any, Callable[..., Tensor]] = {
@@ -82,6 +90,10 @@ _AFFINE: dict[Any, Callable[..., Tensor]] = {
     F.rms_norm: _rms_norm,
     F.group_norm: _group_norm,
 }
+
+
+def _shapes(outputs: list[Tensor]) -> list[torch.Size]:
+    return [output.shape for output in outputs]
 
 
 class _Probe:
@@ -95,11 +107,21 @@ class _Probe:
         for self._dtype in _TOLERANCE:  # a model may insist on one of its own
             self._values = self._random_values()
             try:
-                self._run({}, None)
-                return
+                whole = self._copy({}, None)
+                self._run(whole, None)
             except Exception as error:
                 failure = error
+                continue
+            self._training_shapes = self._shapes_in_training(whole)
+            return
         raise ValueError(f"the model runs neither in float64 nor in float32: {failure}")
+
+    def _shapes_in_training(self, whole: nn.Module) -> list[torch.Size] | None:
+        """Shapes that the whole model puts out in training mode, None where it fails there."""
+        try:
+            return _shapes(self._run(train_but_norms(whole), None))
+        except Exception:  # it may want targets, for instance
+            return None
 
     def search(self, names: list[str]) -> dict[str, str]:
         """The couplings among `names` that fail on their own, or else some that fail together."""
@@ -127,19 +149,32 @@ class _Probe:
                 masked[tensor] = kept.mask(self._values[tensor])
                 cut[tensor] = kept.take(self._values[tensor])
             try:
-                pruned = self._run(cut, surgery)
+                copy = self._copy(cut, surgery)
+                pruned = self._run(copy, surgery)
             except Exception as error:
                 return f"the pruned model fails: {error}"
-            if not self._agree(self._run(masked, None), pruned):
+            if not self._agree(self._run(self._copy(masked, None), None), pruned):
                 return _MIXED
+            if reason := self._failure_in_training(copy, surgery):
+                return reason
         return None
+
+    def _failure_in_training(self, copy: nn.Module, surgery: Surgery) -> str | None:
+        """What is wrong with a pruned copy in training mode, where the whole model runs there."""
+        if self._training_shapes is None:
+            return None
+        try:
+            shapes = _shapes(self._run(train_but_norms(copy), surgery))
+        except Exception as error:
+            return f"the pruned model fails in training mode: {error}"
+        return None if shapes == self._training_shapes else _PUT_OUT
 
     def _some(self, count: int, amount: int) -> list[int]:
         shuffled = torch.randperm(count, generator=self._generator, device="cpu")
         return shuffled[:amount].tolist()
 
-    def _run(self, tensors: dict[Tensor, Tensor], surgery: Surgery | None) -> list[Tensor]:
-        """The outputs of a copy that holds `tensors`, and random values elsewhere."""
+    def _copy(self, tensors: dict[Tensor, Tensor], surgery: Surgery | None) -> nn.Module:
+        """A copy in eval mode that holds `tensors`, and random values elsewhere."""
         values = {
             old: nn.Parameter(value, value.is_floating_point())
             if isinstance(old, nn.Parameter)
@@ -147,10 +182,13 @@ class _Probe:
             for old, value in {**self._values, **tensors}.items()
         }
         copy = isolated_copy(self._structure.model, values).eval()
-        inputs = self._inputs
         if surgery is not None:
             surgery.set_attributes(copy)
-            inputs = surgery.slice_inputs(inputs)
+        return copy
+
+    def _run(self, copy: nn.Module, surgery: Surgery | None) -> list[Tensor]:
+        """The outputs of a copy."""
+        inputs = self._inputs if surgery is None else surgery.slice_inputs(self._inputs)
         with _WithoutStatistics():
             return output_tensors(call(copy, map_tensors(self._convert, inputs)))
 

@@ -26,7 +26,7 @@ class Subject:
 
     Attributes:
         coupling: The channels.
-        modules: The live modules of its members, by qualified name.
+        modules: The model's live modules, by qualified name.
         consumers: Those of its members whose matrix is known, see `Consumer`.
         generator: For what is random.
     """
@@ -93,25 +93,32 @@ def _filters(subject: Subject) -> Iterator[tuple[Tensor, Tensor | None]]:
         yield rows(weight), None if weight.grad is None else rows(weight.grad)
 
 
-def _over_filters(
-    score: Callable[[Tensor, Tensor | None], Tensor],
-) -> Callable[[Subject], Tensor]:
+def _over_filters(score: Callable[[Tensor], Tensor]) -> Callable[[Subject], Tensor]:
     def importance(subject: Subject) -> Tensor:
-        scores = [score(weight, grad) for weight, grad in _filters(subject)]
+        scores = [score(weight) for weight, _ in _filters(subject)]
         if not scores:
             raise Unscored("no Linear or convolution makes its channels")
-        return torch.stack([s / s.mean().clamp_min(torch.finfo(s.dtype).tiny) for s in scores]).sum(
-            0
-        )
+        return _sum_of_shares(scores)
 
     return importance
 
 
-def _taylor(weight: Tensor, grad: Tensor | None) -> Tensor:
-    if grad is None:
+def _sum_of_shares(scores: Sequence[Tensor]) -> Tensor:
+    """The sum of several scores [units], each in units of its mean."""
+    return torch.stack([s / s.mean().clamp_min(torch.finfo(s.dtype).tiny) for s in scores]).sum(0)
+
+
+def _taylor(subject: Subject) -> Tensor:
+    parameters = (p for module in subject.modules.values() for p in module.parameters(False))
+    if all(parameter.grad is None for parameter in parameters):
         raise ValueError("importance 'taylor' needs gradients: run backward over some batches and "
                          "do not clear them before pruning")  # fmt: skip
-    return (weight * grad).sum(1).square()
+    scores = [
+        (weight * grad).sum(1).square() for weight, grad in _filters(subject) if grad is not None
+    ]
+    if not scores:
+        raise Unscored("no Linear or convolution that makes its channels has a gradient")
+    return _sum_of_shares(scores)
 
 
 def _norm_scale(subject: Subject) -> Tensor:
@@ -134,9 +141,9 @@ IMPORTANCES: dict[str, Callable[[Subject], Tensor]] = {
     "saliency_diagonal": _over_consumers(lambda c: algebra.diagonal_saliency(c.P, c.W, c.blocks)),
     "weight_times_p": _over_consumers(_weight_times_p),
     "weight_over_p": _over_consumers(_weight_over_p),
-    "l1": _over_filters(lambda weight, _: weight.abs().sum(1)),
-    "l2": _over_filters(lambda weight, _: weight.square().sum(1).sqrt()),
-    "taylor": _over_filters(_taylor),
+    "l1": _over_filters(lambda weight: weight.abs().sum(1)),
+    "l2": _over_filters(lambda weight: weight.square().sum(1).sqrt()),
+    "taylor": _taylor,
     "bn_scale": _norm_scale,
     "random": _random,
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rlscuda.pruning.compensation import compensate_layers, lost_columns
+from rlscuda.pruning.compensation import compensate_layers, lost_columns, without_rule
 from rlscuda.pruning.consumers import Matrices
 from rlscuda.pruning.graph import Structure
 from rlscuda.pruning.measure import count_flops, count_parameters
@@ -76,9 +76,10 @@ class Search:
         """
         if kind == "ratio":
             return self.cut(ladder, ladder.by_ratio(value))
+        whole = self.cut(ladder, {})  # of which a copy is tried, as of all others
         if kind == "max_loss":
             assert evaluate is not None
-            loss = self._loss(evaluate, self.cut(ladder, {}))  # of a copy, as all others are
+            loss = self._loss(evaluate, whole)
             if not math.isfinite(loss):
                 raise ValueError(f"evaluate must give a finite loss of the whole model, got {loss}")
             limit = loss + value * abs(loss)
@@ -86,9 +87,10 @@ class Search:
                 ladder,
                 ladder.highest(lambda c: self._loss(evaluate, self.cut(ladder, c)) <= limit),
             )
-        limit = value if value >= 1 else value * self._size(kind, None)
-        if self._size(kind, None) <= limit:
-            return self.cut(ladder, {})
+        size = self._size(kind, whole)
+        limit = value if value >= 1 else value * size
+        if size <= limit:
+            return whole
         return self.cut(
             ladder, ladder.lowest(lambda c: self._size(kind, self.cut(ladder, c)) <= limit)
         )
@@ -107,7 +109,9 @@ class Search:
         """New values of the weights and biases that a cut leaves; layers without any, and why."""
         if not self.compensate:
             return {}, {}
-        return compensate_layers(self.model, self.matrices, cut.lost)
+        values, reasons = compensate_layers(self.model, self.matrices, cut.lost)
+        modules = dict(self.model.named_modules())
+        return values, reasons | without_rule(self.structure.couplings, modules, cut.removed)
 
     def _loss(self, evaluate: Callable[[nn.Module], float], cut: Cut) -> float:
         pruned = pruned_copy(self.model, cut.surgery, self.compensated(cut)[0])
@@ -115,10 +119,9 @@ class Search:
             self.settle(pruned, cut.surgery)
         return evaluate(pruned)
 
-    def _size(self, kind: str, cut: Cut | None) -> int:
+    def _size(self, kind: str, cut: Cut) -> int:
         """Parameters or FLOPs of the model after a cut, whatever its values."""
-        model, inputs = self.model, self.inputs
-        if cut is not None:
-            model = pruned_copy(model, cut.surgery, {})
-            inputs = cut.surgery.slice_inputs(inputs)
-        return count_parameters(model) if kind == "target_params" else count_flops(model, inputs)
+        pruned = pruned_copy(self.model, cut.surgery, {})
+        if kind == "target_params":
+            return count_parameters(pruned)
+        return count_flops(pruned, cut.surgery.slice_inputs(self.inputs))

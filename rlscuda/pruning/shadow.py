@@ -49,10 +49,7 @@ def remains(model: nn.Module, removed: Mapping[tuple[str, str], list[int]]) -> R
     left = Remains()
     for name, channels_of in sides.items():
         if name not in modules:
-            parameter = parameters[name]
-            axis = parameter_axis(parameter)
-            places = _without(parameter.shape[axis], channels_of["both"])
-            left.tensors[name] = Kept.along(tuple(parameter.shape), {axis: places})
+            _cut_bare(left, name, parameters[name], channels_of["both"], modules)
             continue
         module = modules[name]
         if isinstance(module, (nn.Linear, _ConvNd)):
@@ -60,6 +57,22 @@ def remains(model: nn.Module, removed: Mapping[tuple[str, str], list[int]]) -> R
         else:
             _cut_by_shadow(left, name, module, channels_of["both"])
     return left
+
+
+def _cut_bare(
+    left: Remains,
+    name: str,
+    parameter: Tensor,
+    channels: list[int],
+    modules: Mapping[str, nn.Module],
+) -> None:
+    """Cuts a parameter that is no module's of those that torch-pruning knows."""
+    axis = parameter_axis(parameter)
+    kept = Kept.along(tuple(parameter.shape), {axis: _without(parameter.shape[axis], channels)})
+    left.tensors[name] = kept
+    for owner, module in modules.items():
+        if isinstance(module, nn.RMSNorm) and module.weight is parameter:
+            left.attributes[owner] = {"normalized_shape": kept.shape}
 
 
 def parameter_axis(parameter: Tensor) -> int:

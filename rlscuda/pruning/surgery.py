@@ -18,6 +18,7 @@ from rlscuda.pruning.isolation import (
     map_tensors,
     output_tensors,
     rng_kept,
+    train_but_norms,
 )
 from rlscuda.pruning.journal import Change, commit
 from rlscuda.pruning.kept import Kept
@@ -165,7 +166,7 @@ def operate(
     _check(before, surgery, values)
     replaced, valued = _new_tensors(before, surgery, values)
     changes = [Change(tensor, "data", value) for tensor, value in valued.items()]
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, tensor in before.items():
         if tensor in replaced:
             parent, _, own = name.rpartition(".")
@@ -274,14 +275,16 @@ def _pruned_copy(
 
 
 def _try(model: nn.Module, surgery: Surgery, pruned: nn.Module, example_inputs: Any) -> None:
-    """Runs a copy of the pruned model.
+    """Runs a copy of the pruned model, and once more in training mode.
 
     Raises:
-        ValueError: It fails, or what it puts out has another shape.
+        ValueError: It fails, in training mode where the whole model does not, or what it puts out
+            has another shape.
     """
+    inputs = surgery.slice_inputs(example_inputs)
     try:
         with rng_kept(model):
-            output = call(pruned, surgery.slice_inputs(example_inputs))
+            output = call(pruned, inputs)
     except Exception as error:
         raise ValueError(
             f"the pruned model fails on the example inputs: {error}; is a number of channels "
@@ -291,6 +294,22 @@ def _try(model: nn.Module, surgery: Surgery, pruned: nn.Module, example_inputs: 
     if shapes != surgery.output_shapes:
         raise ValueError(f"the pruned model must put out {surgery.output_shapes} on the example "
                          f"inputs, got {shapes}")  # fmt: skip
+    with rng_kept(model):
+        _try_in_training(model, pruned, inputs, example_inputs)
+
+
+def _try_in_training(model: nn.Module, pruned: nn.Module, inputs: Any, example_inputs: Any) -> None:
+    try:
+        call(train_but_norms(pruned), inputs)
+    except Exception as error:
+        try:
+            call(train_but_norms(isolated_copy(model)), example_inputs)
+        except Exception:
+            return  # the whole model wants something else there
+        raise ValueError(
+            f"the pruned model fails in training mode on the example inputs: {error}; what "
+            "produces the channels can be named in ignored"
+        ) from error
 
 
 def _like(old: Tensor, new: Tensor) -> Tensor:
