@@ -8,12 +8,10 @@ float64 [groups, n, n] by layer name, n = columns of the layer's im2col rows in 
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 from rlscuda.discovery import discover
 from rlscuda.layers import Layer
 from rlscuda.optimizer import RLSOptimizer
-from rlscuda.pruning._inputs import inference
+from rlscuda.pruning._inputs import feed, inference
 from rlscuda.pruning.algebra import adaptive_to_inverse, damped_inverse, shrunk_to_inverse
 
 Matrices = dict[str, Tensor]
@@ -94,7 +92,7 @@ def calibrate(
 
     Args:
         model: The model; batches are moved to the device of its first parameter.
-        loader: Batches: a tensor; a tuple or list whose first item is the input; or a dict, of
+        loader: Batches: a tensor; a tuple or list whose first item is the input; or a mapping, of
             which the model's forward gets the items it names.
         layers: Names (shell patterns) or modules to which this is limited; by default every Linear
             and Conv2d that an RLS rule could cover.
@@ -119,7 +117,7 @@ def calibrate(
     batches = 0
     with inference(model), _observing(found, lambda layer, x: sums[layer.name].add(x)):
         for batch in islice(loader, max_batches):
-            _forward(model, batch)
+            feed(model, batch)
             batches += 1
     if not batches:
         raise ValueError("loader must give at least one batch, got none")
@@ -263,20 +261,3 @@ def _observing(layers: list[Layer], see: Callable[[Layer, Tensor], None]) -> Ite
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _forward(model: nn.Module, batch: Any) -> None:
-    device = next(model.parameters()).device
-    if isinstance(batch, Mapping):
-        parameters = inspect.signature(model.forward).parameters
-        every = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        named = {k: v for k, v in batch.items() if every or k in parameters}
-        model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in named.items()})
-        return
-    x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if not isinstance(x, Tensor):
-        raise TypeError(
-            "loader must give tensors, tuples that begin with one, or dicts, got "
-            f"{type(batch).__name__}" + (f" of {type(x).__name__}" if x is not batch else "")
-        )
-    model(x.to(device))

@@ -9,12 +9,12 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import update_bn
 
 from rlscuda.optimizer import RLSOptimizer
+from rlscuda.pruning._inputs import SlicedBatches
 from rlscuda.pruning.compensation import kept_columns
 from rlscuda.pruning.graph import Structure, trace
-from rlscuda.pruning.isolation import isolated_copy, rng_kept
+from rlscuda.pruning.isolation import isolated_copy
 from rlscuda.pruning.journal import revert
 from rlscuda.pruning.matrices import calibrate, disagreement, own_matrices
 from rlscuda.pruning.measure import compare, measure
@@ -23,6 +23,7 @@ from rlscuda.pruning.report import CouplingChange, PruneReport
 from rlscuda.pruning.scores import IMPORTANCES, WITHOUT_MATRIX
 from rlscuda.pruning.search import Cut, Search
 from rlscuda.pruning.selection import Candidate, Ladder, check_ratio
+from rlscuda.pruning.settling import check_finite, settle
 from rlscuda.pruning.snapshot import Snapshot
 from rlscuda.pruning.surgery import Surgery, operate, pruned_copy
 from rlscuda.pruning.tracker import SketchTracker
@@ -61,9 +62,10 @@ class RLSPruner:
             (of `tracker`) or ``calibration`` (exact, from `loader`). By default the first of
             tracker, optimizer and loader that is there.
         tracker: A `SketchTracker` that saw the training.
-        loader: Batches of inputs, or of tuples or lists whose first entry they are; gone through
-            several times. They calibrate, where that is asked for, and re-estimate the statistics
-            of all batch norms after the cut.
+        loader: Batches of inputs, of tuples or lists whose first item they are, or of mappings, of
+            which the model's forward gets the items it names; gone through several times. They
+            calibrate, where that is asked for, and re-estimate the statistics of all batch norms
+            after the cut.
         evaluate: The validation loss of a model, for `max_loss`.
         compensate: Whether the remaining weights change to make up for what went.
         round_to: What stays of each coupling is a multiple of it, where there is as much.
@@ -215,6 +217,7 @@ class RLSPruner:
         del whole
         pruned = pruned_copy(self.model, cut.surgery, values)
         statistics = self._settle(pruned, cut.surgery) if cut.removed else {}
+        check_finite(statistics)
         inputs = cut.surgery.slice_inputs(self.example_inputs)
         after = measure(pruned, inputs, repeats=_REPEATS)
         del pruned
@@ -280,25 +283,15 @@ class RLSPruner:
         return disagreement({n: matrices[n] for n in common}, {n: exact[n] for n in common})
 
     def _settle(self, pruned: nn.Module, surgery: Surgery) -> dict[str, Tensor]:
-        """Re-estimates the batch norms of a pruned copy where there is a loader.
+        """Estimates the statistics of a pruned copy's batch norms again where there is a loader."""
+        loader = self._sliced_loader(surgery)
+        return {} if loader is None else settle(pruned, loader)
 
-        Returns:
-            Their statistics, by buffer name.
-        """
-        norms: dict[str, Any] = {
-            name: module
-            for name, module in pruned.named_modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-        }
-        if self.loader is None or not norms:
-            return {}
-        counts = {name: module.num_batches_tracked.clone() for name, module in norms.items()}
-        with rng_kept(self.model):
-            update_bn(_Sliced(self.loader, surgery), pruned, next(pruned.parameters()).device)
-        pruned.eval()
-        for name, module in norms.items():
-            module.num_batches_tracked.copy_(counts[name])
-        return {f"{n}.{k}": b for n, m in norms.items() for k, b in m.named_buffers(recurse=False)}
+    def _sliced_loader(self, surgery: Surgery) -> Iterable | None:
+        """The loader as the model takes its batches after a surgery."""
+        if self.loader is None or not surgery.inputs:
+            return self.loader
+        return SlicedBatches(self.loader, surgery.slice_inputs, self.model, self.example_inputs)
 
     def _operate(
         self, cut: Cut, values: Mapping[str, Tensor], statistics: Mapping[str, Tensor]
@@ -320,25 +313,13 @@ class RLSPruner:
             if name in statistics:
                 buffer.copy_(statistics[name])
         if surgery.inputs:
+            self.loader = self._sliced_loader(surgery)
             self.example_inputs = surgery.slice_inputs(self.example_inputs)
-            self.loader = None if self.loader is None else _Sliced(self.loader, surgery)
 
 
 def _holds_none_of(optimizer: Optimizer, model: nn.Module) -> bool:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return held.isdisjoint(map(id, model.parameters()))
-
-
-class _Sliced:
-    """The input of each batch of a loader, without the channels that a surgery removes."""
-
-    def __init__(self, loader: Iterable, surgery: Surgery):
-        self._loader, self._surgery = loader, surgery
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for batch in self._loader:
-            x = batch[0] if isinstance(batch, (tuple, list)) else batch
-            yield self._surgery.slice_inputs(x)
 
 
 def _checked_target(targets: Mapping[str, Any]) -> tuple[str, Any]:
