@@ -4,7 +4,7 @@ import pytest
 from pruning_nets import mlp, rows, trained, widths
 
 from rlscuda import RLSOptimizer
-from rlscuda.pruning import RLSPruner
+from rlscuda.pruning import RLSPruner, SketchTracker
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,13 @@ def test_taylor_without_gradients():
     optimizer.zero_grad()
     with pytest.raises(ValueError, match="importance 'taylor' needs gradients"):
         RLSPruner(model, optimizer, rows(2), ratio=0.5, importance="taylor").step()
+
+
+@pytest.mark.parametrize("target", [{"ratio": 0.5}, {"target_params": 0.5}])
+def test_a_tracker_that_saw_nothing_has_no_matrix(target):
+    model = mlp(6, 8, 3)
+    with pytest.raises(ValueError, match="the tracker's matrices are needed: it has seen no"):
+        RLSPruner(model, None, rows(2), tracker=SketchTracker(model), **target).step()
 
 
 def test_untrained_optimizer_has_no_matrix():

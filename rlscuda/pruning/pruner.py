@@ -259,7 +259,10 @@ class RLSPruner:
         """The inverse autocorrelation matrices of all layers that have one."""
         if self.source == "sketch":
             assert self.tracker is not None
-            return self.tracker.matrices()
+            tracked = self.tracker.matrices()
+            if not tracked:
+                raise ValueError("the tracker's matrices are needed: it has seen no forward yet")
+            return tracked
         if self.source == "calibration":
             assert self.loader is not None
             return calibrate(self.model, self.loader, damping=self.damping)
