@@ -109,6 +109,14 @@ def test_what_cannot_be_traced_leaves_no_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(4, 2), nn.Conv1d(4, 2, 1), nn.Identity()])
+def test_what_onnxruntime_cannot_run_leaves_no_file(layer, tmp_path):
+    x = torch.randn(2, 4, 1) if isinstance(layer, nn.Conv1d) else torch.randn(2, 4)
+    with pytest.raises(RuntimeError, match="onnxruntime cannot run the ONNX model: "):
+        export_onnx(layer.bfloat16(), x.bfloat16(), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
 def test_missing_packages_are_named(package, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)

@@ -250,6 +250,16 @@ def test_a_matrix_of_the_weight_s_own_shape_is_no_moment():
     assert torch.equal(P, before) and P.all()
 
 
+def test_more_sparsity_after_another_calibration():
+    model = mlp()
+    for sparsity in (0.25, 0.5):
+        report = prune_weights(model, matrices_of(model), sparsity=sparsity)
+        model[0].weight_orig.data.add_(0.1)
+        assert report.sparsity == pytest.approx(sparsity, abs=0.05)
+    assert all(torch.all(module.weight[~row.mask] == 0)
+               for row in report for module in [model.get_submodule(row.name)])  # fmt: skip
+
+
 def test_the_report_is_a_table():
     model = cnn()
     lines = str(prune_weights(model, matrices_of(model), sparsity=0.5)).splitlines()
@@ -270,6 +280,11 @@ def test_errors_leave_the_model_as_it_was():
         parametrizations.weight_norm(model[0])
         return model
 
+    def masked_bias():
+        model = mlp()
+        prune.identity(model[0], "bias")
+        return model
+
     P = random_spd(5)
     good = {"0": P, "2": random_spd(7)}
     indefinite = P.clone()
@@ -283,6 +298,9 @@ def test_errors_leave_the_model_as_it_was():
         (mlp, good, {"sparsity": 0.5, "pattern": (2, 4)}, "give either"),
         (mlp, good, {"sparsity": 1.0}, "above 0 and below 1, got 1.0"),
         (mlp, good, {"pattern": (4, 4)}, r"\(n, m\) with 0 < n < m, got \(4, 4\)"),
+        (mlp, good, {"sparsity": "a"}, "sparsity must be a finite number, got 'a'"),
+        (mlp, good, {"pattern": 2}, r"integers \(n, m\) with 0 < n < m, got 2"),
+        (mlp, good, {"pattern": (1.0, 2.0)}, r"got \(1.0, 2.0\)"),
         (mlp, good, {"pattern": (2, 4)}, "'2': its inputs must be a multiple of 4, got 6"),
         (mlp, good, {"layers": ["4"]}, "no matrix of '4', only of 0, 2"),
         (mlp, good, {"layers": []}, "at least one layer"),
@@ -296,6 +314,7 @@ def test_errors_leave_the_model_as_it_was():
         (mlp, {**good, "2": random_spd(7) * torch.nan}, {}, "'2' must be finite and symmetric"),
         (mlp, {"0": lopsided}, {}, "'0' must be finite and symmetric"),
         (mlp, {**good, "0": indefinite}, {}, "'0': P must be positive definite"),
+        (masked_bias, {"0": P}, {}, r"'0' must be \[1, 4, 4\], got \[1, 5, 5\]"),
         (lambda: nan, good, {}, "weight and bias of '0' must be finite"),
     ]
     for factory, matrices, options, message in cases:
@@ -309,7 +328,7 @@ def test_errors_leave_the_model_as_it_was():
         with pytest.raises(ValueError, match=message):
             prune_weights(model, matrices, **options)
         assert not differing(before, model.state_dict()), message
-        assert not prune.is_pruned(model)
+        assert not any("weight_orig" in name for name in model.state_dict())
     with pytest.raises(TypeError, match="optimizer must be a torch optimizer, got int"):
         prune_weights(mlp(), good, sparsity=0.5, optimizer=3)
     with pytest.raises(TypeError, match="several names, got the string '0'"):

@@ -8,6 +8,7 @@ import torch
 from cases import CONVOLUTIONS, unfolded
 from conftest import random_spd
 from torch import nn
+from torch.nn.utils import prune
 
 from rlscuda import RLSOptimizer
 from rlscuda.pruning import algebra
@@ -150,13 +151,16 @@ def test_shared_and_unused_layers():
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"damping": -1.0}, ValueError, "damping must be >= 0"),
-        ({"max_batches": 0}, ValueError, "max_batches must be at least 1, got 0"),
+        ({"damping": -1.0}, ValueError, "damping must be a finite number >= 0, got -1.0"),
+        ({"damping": "a"}, ValueError, "damping must be a finite number >= 0, got 'a'"),
+        ({"max_batches": 0}, ValueError, "max_batches must be an integer >= 1, got 0"),
+        ({"max_batches": 1.5}, ValueError, "max_batches must be an integer >= 1, got 1.5"),
         ({"loader": []}, ValueError, "at least one batch"),
         ({"loader": ["text"]}, TypeError, "got str"),
         ({"loader": [("text", 1)]}, TypeError, "got tuple of str"),
         ({"loader": [torch.full((2, 3), float("inf"))]}, ValueError, "'0' saw NaN or infinite"),
-        ({"layers": ["9"]}, ValueError, "does not have"),
+        ({"layers": ["9"]}, ValueError, "layers names '9', which the model does not have"),
+        ({"layers": [9]}, TypeError, "layers takes names and modules, got int"),
         ({"model": nn.ReLU()}, ValueError, "must have a Linear or Conv2d"),
         ({"model": torch.relu}, TypeError, "model must be a module"),
     ],
@@ -165,6 +169,59 @@ def test_errors_of_a_calibration(arguments, error, message):
     arguments = {"model": nn.Sequential(nn.Linear(3, 2)), "loader": [torch.ones(2, 3)], **arguments}
     with pytest.raises(error, match=message):
         calibrate(**arguments)
+
+
+def test_a_model_none_of_whose_layers_saw_input():
+    model = nn.ModuleDict({"unused": nn.Linear(3, 3)})
+    model.forward = lambda x: x
+    with pytest.raises(ValueError, match=r"none of the layers \['unused'\] saw input"):
+        calibrate(model, [torch.ones(2, 3)])
+
+
+class Part(nn.Module):
+    """A compiled layer inside of a model that is not compiled."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = torch.compile(nn.Sequential(nn.Linear(3, 2)), backend="eager")
+
+    def forward(self, x):
+        return self.part(x)
+
+
+def whole():
+    return torch.compile(Named().float(), backend="eager")
+
+
+@pytest.mark.parametrize("make", [whole, Part])
+def test_calibration_of_a_compiled_model_that_has_run(make):
+    model, x = make(), torch.randn(6, 3)
+    with torch.no_grad():
+        before = model.eval()(x)
+    found = calibrate(model, [{"x": x, "label": 1}])
+    (P,) = found.values()
+    torch.testing.assert_close(P, damped(with_ones(x.double()[None], nn.Linear(1, 1))), **EXACT)
+    assert torch.equal(model(x).detach(), before)
+
+
+def test_calibration_of_masked_layers():
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(16, 3))
+    masked, x = copy.deepcopy(model), torch.randn(30, 2, 4, 4)
+    for index in (0, 2):
+        prune.identity(masked[index], "weight")
+    prune.identity(masked[2], "bias")
+    expected, found = calibrate(model, [x]), calibrate(masked, [x], layers=["*"])
+    assert torch.equal(found["0"], expected["0"])
+    # a masked bias is in no matrix
+    assert disagreement({"2": found["2"]}, {"2": expected["2"]})["2"] < 0.1
+
+
+def test_a_bias_of_two_layers_is_in_neither_matrix():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].bias = model[0].bias
+    prune.identity(model[0], "weight")
+    found = calibrate(model, [torch.randn(9, 3)])
+    assert [list(P.shape) for P in found.values()] == [[1, 3, 3], [1, 3, 3]]
 
 
 # -- the optimizer's own ---------------------------------------------------------------------------
@@ -216,6 +273,20 @@ def test_own_matrix_of_the_adaptive_form_is_the_inverse(groups):
     assert torch.equal(optimizer.inverse_autocorrelation("0"), before)
 
 
+def test_own_matrix_without_damping():
+    """At no damping it is the limit of small ones, where P stays below the cap of the drift."""
+    model = nn.Sequential(nn.Linear(3, 2))
+    optimizer = RLSOptimizer(model)
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(torch.randn(16, 3)).square().mean().backward()
+        optimizer.step()
+    small, none = (own_matrices(optimizer, damping=d)["0"] for d in (1e-9, 0))
+    torch.testing.assert_close(none, small, rtol=1e-4, atol=0)
+    with pytest.raises(ValueError, match="damping must be a finite number >= 0, got -1"):
+        own_matrices(optimizer, damping=-1)
+
+
 def test_errors_of_own_matrices():
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     optimizer = RLSOptimizer(model)
@@ -243,6 +314,14 @@ def test_disagreement_is_a_relative_error_without_scale():
     assert changed == pytest.approx(0.01, rel=1e-3)
     both = disagreement({"a": torch.cat([own["a"], exact])}, {"a": torch.cat([exact, exact])})["a"]
     assert both == pytest.approx(0.01 / math.sqrt(2), rel=1e-3)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_disagreement_without_the_bias(groups):
+    rows = with_ones(torch.randn(groups, 40, 4).double(), nn.Linear(1, 1))
+    exact = torch.linalg.inv(rows.mT @ rows)
+    own = torch.linalg.inv(rows[..., :4].mT @ rows[..., :4])
+    assert disagreement({"a": 3 * own}, {"a": exact})["a"] < 1e-6
 
 
 def test_errors_of_disagreement():

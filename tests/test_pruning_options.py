@@ -4,7 +4,7 @@ import pytest
 from pruning_nets import mlp, rows, trained, widths
 
 from rlscuda import RLSOptimizer
-from rlscuda.pruning import RLSPruner
+from rlscuda.pruning import RLSPruner, SketchTracker
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,13 @@ from rlscuda.pruning import RLSPruner
         ({"ratio": 0.5, "selection": "greedy", "importance": "l1"}, "'greedy' is for importance"),
         ({"ratio": 0.5, "scope": "model"}, "scope must be layer | global, got 'model'"),
         ({"ratio": 0.5, "round_to": 0}, "round_to must be an integer >= 1, got 0"),
-        ({"ratio": 0.5, "damping": -1}, "damping must be >= 0"),
+        ({"ratio": 0.5, "round_to": True}, "round_to must be an integer >= 1, got True"),
+        ({"ratio": 0.5, "damping": -1}, "damping must be a finite number >= 0, got -1"),
+        ({"ratio": 0.5, "damping": "a"}, "damping must be a finite number >= 0, got 'a'"),
+        ({"ratio": 0.5, "damping": float("inf")}, "damping must be a finite number >= 0, got inf"),
+        ({"ratio": 0.5, "seed": "a"}, "seed must be an integer, got 'a'"),
+        ({"ratio": {0: 0.5}}, "ratio must be by name or shell pattern, got the key 0"),
+        ({"ratio": 0.5, "ignored": "9"}, "ignored names '9', which the model does not have"),
         ({"ratio": 0.5, "source": "magic"}, "source must be own | sketch | calibration"),
         ({"ratio": 0.5, "source": "sketch"}, "source 'sketch' needs tracker="),
         ({"ratio": 0.5, "source": "calibration"}, "source 'calibration' needs loader="),
@@ -37,12 +43,32 @@ def test_wrong_options(options, message):
         RLSPruner(model, **given)
 
 
-def test_wrong_types():
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": [3]}, "model must be a module, got list"),
+        ({"optimizer": "adam"}, "optimizer must be a torch optimizer, got str"),
+        ({"optimizer": [3]}, "optimizer must be a torch optimizer, got int"),
+        ({"tracker": 5}, "tracker must be a SketchTracker, got int"),
+        ({"loader": 5}, "loader must be one that can be gone through again, .* got int"),
+        ({"evaluate": 3}, "evaluate must be a function, got int"),
+        ({"ignored": None}, "ignored takes names and modules, got NoneType"),
+        ({"ignored": 3}, "ignored takes names and modules, got int"),
+    ],
+)
+def test_wrong_types(options, message):
+    given = {"model": mlp(6, 8, 3), "loader": [rows()], "example_inputs": rows(2), **options}
+    with pytest.raises(TypeError, match=message):
+        RLSPruner(**given, ratio=0.5)
+
+
+def test_a_loss_that_is_no_number():
     model = mlp(6, 8, 3)
-    with pytest.raises(TypeError, match="model must be a module, got list"):
-        RLSPruner([model], None, rows(2), ratio=0.5)
-    with pytest.raises(TypeError, match="optimizer must be a torch optimizer, got str"):
-        RLSPruner(model, "adam", rows(2), ratio=0.5)
+    pruner = RLSPruner(
+        model, None, rows(2), max_loss=0.1, loader=[rows()], evaluate=lambda model: None
+    )
+    with pytest.raises(TypeError, match="evaluate must give a number, got NoneType"):
+        pruner.step()
 
 
 def test_taylor_without_gradients():
@@ -50,6 +76,13 @@ def test_taylor_without_gradients():
     optimizer.zero_grad()
     with pytest.raises(ValueError, match="importance 'taylor' needs gradients"):
         RLSPruner(model, optimizer, rows(2), ratio=0.5, importance="taylor").step()
+
+
+@pytest.mark.parametrize("target", [{"ratio": 0.5}, {"target_params": 0.5}])
+def test_a_tracker_that_saw_nothing_has_no_matrix(target):
+    model = mlp(6, 8, 3)
+    with pytest.raises(ValueError, match="the tracker's matrices are needed: it has seen no"):
+        RLSPruner(model, None, rows(2), tracker=SketchTracker(model), **target).step()
 
 
 def test_untrained_optimizer_has_no_matrix():

@@ -1,6 +1,7 @@
 """`RLSPruner` from end to end: what it cuts, keeps, reports and refuses."""
 
 import json
+from collections import UserDict
 
 import pytest
 import torch
@@ -223,6 +224,63 @@ def test_disagreement_with_a_calibration_is_reported():
     assert report.disagreement.keys() == {"0", "2"}
     assert all(value > 0 for value in report.disagreement.values())
     assert "largest disagreement" in str(report)
+
+
+def no_decay(model):
+    return RLSOptimizer(
+        [{"params": [p for p in model.parameters() if p.dim() > 1]},
+         {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}],
+        model=model,
+    )  # fmt: skip
+
+
+def frozen_bias(model):
+    model[2].bias.requires_grad_(False)
+    return RLSOptimizer(model)
+
+
+@pytest.mark.parametrize("make", [no_decay, frozen_bias])
+def test_disagreement_where_a_bias_is_not_in_the_optimizer_s_matrix(make):
+    model = mlp(6, 8, 3)
+    optimizer = make(model)
+    for seed in range(3):
+        model(rows(seed=seed)).square().mean().backward()
+        optimizer.step()
+    report = RLSPruner(model, optimizer, rows(2), ratio=0.5, loader=[rows(300)]).step()
+    assert report.source == "own" and report.disagreement.keys() == {"0", "2"}
+
+
+def test_several_optimizers():
+    model = mlp(6, 8, 8, 3)
+    first = torch.optim.Adam(model[:2].parameters())
+    optimizers = [first, RLSOptimizer(model[2:4]), RLSOptimizer(model[4:])]
+
+    def step():
+        before = [p.detach().clone() for p in model.parameters()]
+        model(rows()).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        assert not any(torch.equal(p, b) for p, b in zip(model.parameters(), before))
+
+    step()
+    report = RLSPruner(model, optimizers, rows(2), ratio=0.5).step()
+    assert report.source == "own" and widths(model) == [4, 4, 3] and not report.uncompensated
+    step()
+
+
+def test_named_example_inputs_of_any_mapping():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = mlp(6, 8, 3)
+
+        def forward(self, x):
+            return self.inner(x)
+
+    model = Named()
+    RLSPruner(model, None, UserDict(x=rows(2)), ratio=0.5, loader=[UserDict(x=rows())]).step()
+    assert widths(model.inner) == [4, 3]
 
 
 def test_report_says_everything_in_json():

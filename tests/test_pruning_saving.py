@@ -246,6 +246,16 @@ def test_wrong_factories(case, pruned, tmp_path):
     assert model.conv.out_channels == len(model.conv.weight)
 
 
+def test_a_factory_that_compiles(pruned, tmp_path):
+    save_pruned(torch.compile(pruned, backend="eager"), tmp_path / "model")
+    loaded = load_pruned(lambda: torch.compile(Net(), backend="eager"), tmp_path / "model")
+    assert isinstance(loaded, torch._dynamo.OptimizedModule)
+    expected = pruned.state_dict()
+    found = loaded._orig_mod.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
 def test_wrong_kind_of_tensor(tmp_path):
     def factory(as_parameter):
         model, scale = nn.Linear(2, 2), torch.ones(2)

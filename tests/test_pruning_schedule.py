@@ -1,12 +1,15 @@
 """Rounds of pruning with recovery, and the snapshots that undo them."""
 
+import copy
 import gc
 import weakref
 
 import pytest
 import torch
-from pruning_nets import rows, trained, widths
+from pruning_nets import mlp, rows, trained, widths
+from torch.nn.utils import prune
 
+from rlscuda import RLSOptimizer
 from rlscuda.pruning import PruneSchedule, RLSPruner, SketchTracker, ratio_after
 
 
@@ -113,8 +116,11 @@ def test_training_through_a_schedule():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ratio": 1.0}, r"ratio must be in \[0, 1\), got 1.0"),
-        ({"rounds": 0}, "rounds > 0"),
+        ({"ratio": 1.0}, r"ratio must be in \(0, 1\), got 1.0"),
+        ({"ratio": 0}, r"ratio must be in \(0, 1\), got 0"),
+        ({"ratio": "a"}, "ratio must be a finite number, got 'a'"),
+        ({"rounds": 0}, "rounds must be an integer >= 1, got 0"),
+        ({"rounds": 2.5}, "rounds must be an integer >= 1, got 2.5"),
         ({"curve": "steep"}, "curve must be one_shot"),
         ({"warmup": -1}, "warmup must be >= 0, got -1"),
         ({"tolerance": -0.1}, "tolerance must be >= 0, got -0.1"),
@@ -152,6 +158,55 @@ def test_snapshots_bring_everything_back():
     model(rows()).square().mean().backward()
     optimizer.step()
     assert not torch.equal(model[0].weight, values["0.weight"])
+
+
+OPTIMIZERS = {
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+    "adam": lambda model: torch.optim.Adam(model.parameters()),
+    "rls": RLSOptimizer,
+    "two": lambda model: [RLSOptimizer(model[:2]), torch.optim.Adam(model[2:].parameters())],
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_snapshot_brings_optimizers_back_as_often_as_asked(kind):
+    model = mlp(6, 8, 3)
+    given = OPTIMIZERS[kind](model)
+    optimizers = given if isinstance(given, list) else [given]
+
+    def step():
+        model(rows()).square().mean().backward()
+        for one in optimizers:
+            one.step()
+            one.zero_grad()
+
+    def states():
+        return [dict(one.state_dict()["state"]) for one in optimizers]
+
+    step()
+    pruner = RLSPruner(model, given, rows(2), ratio=0.5, loader=[rows()])
+    snapshot, expected = pruner.snapshot(), copy.deepcopy(states())
+    for cut in (True, False, False):
+        if cut:
+            pruner.step()
+        step()
+        snapshot.restore()
+        torch.testing.assert_close(states(), expected, rtol=0, atol=0)
+    step()
+
+
+def test_a_snapshot_of_a_model_without_a_mask():
+    model, optimizer = trained(6, 8, 3)
+    snapshot = RLSPruner(model, optimizer, rows(2), ratio=0.5).snapshot()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    prune.identity(model[0], "weight")
+    model[0].weight_orig.data.add_(1)
+    with pytest.raises(ValueError, match="got a change of .*'0.weight_mask', '0.weight_orig'"):
+        snapshot.restore()
+    assert torch.equal(model[0].weight_orig, before["0.weight"] + 1)
+    prune.remove(model[0], "weight")
+    snapshot.restore()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_what_was_cut_is_freed():

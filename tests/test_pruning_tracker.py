@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from rlscuda.pruning import algebra
@@ -268,6 +269,26 @@ def test_state_dict_goes_on_exactly(tmp_path):
     assert not torch.equal(other.matrices()["0"], second.matrices()["0"])
 
 
+def test_masked_layers_are_tracked():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1))
+    masked, x = copy.deepcopy(model), torch.randn(8, 4)
+    prune.identity(masked[0], "weight")
+    first, second = SketchTracker(model), SketchTracker(masked)
+    for one in (model, masked):
+        one(x).sum().backward()
+    assert same(second.state_dict(), first.state_dict())
+
+
+def test_a_compiled_model_that_has_run():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(8, 4)
+    compiled(x).sum().backward()
+    tracker = SketchTracker(compiled)
+    compiled(x).sum().backward()
+    assert tracker.matrices().keys() == {"0", "2"}
+
+
 def test_hooks_end_with_the_tracker():
     model = network()
     tracker = SketchTracker(model)
@@ -296,8 +317,8 @@ def test_hooks_end_with_the_tracker():
         ({"forgetting": float("nan")}, ValueError, "got nan"),
         ({"damping": 0.0}, ValueError, "damping must be > 0"),
         ({"dtype": torch.float16}, ValueError, "dtype must be .* got torch.float16"),
-        ({"layers": ["nothing"]}, ValueError, "does not have"),
-        ({"layers": ["1"]}, ValueError, "cannot train"),
+        ({"layers": ["nothing"]}, ValueError, "layers names 'nothing', which the model does not"),
+        ({"layers": ["1"]}, ValueError, "layers names '1', which can have no matrix: "),
         ({"model": nn.ReLU()}, ValueError, "must have a Linear or Conv2d"),
         ({"model": 3}, TypeError, "model must be a module, got int"),
     ],
@@ -313,6 +334,8 @@ def test_errors_of_a_tracker(options, error, message):
         (lambda s: {"9": s["0"]}, "names '9', which is not tracked"),
         (lambda s: {"0": s["4"]}, r"'0' must be \[1, 19, 19\], got \[1, 25, 25\]"),
         (lambda s: {"0": {**s["0"], "power": torch.ones(2)}}, "'0' must be"),
+        (lambda s: {"0": {"seen": 3}}, r"'0' must have P, power and seen, got \['seen'\]"),
+        (lambda s: {"0": 3}, "'0' must have P, power and seen, got int"),
     ],
 )
 def test_errors_of_a_state(change, message):

@@ -96,9 +96,17 @@ def test_factored_moments_follow():
     training(model, optimizer)
 
 
-def test_optimizer_that_cannot_follow():
+def test_state_of_other_shapes_stays_where_nothing_is_cut():
     model = lenet()
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    factors = {"left": torch.eye(8), "rows": torch.ones(24), "table": torch.ones(256)}
+    optimizer.state[model[0].weight] = dict(factors)
+    prune(model, optimizer, ignored="0")
+    assert optimizer.state[model[0].weight] == factors
+
+
+def stepped_lbfgs(model, parameters):
+    optimizer = torch.optim.LBFGS(parameters, max_iter=2)
 
     def closure():
         optimizer.zero_grad()
@@ -107,11 +115,27 @@ def test_optimizer_that_cannot_follow():
         return loss
 
     optimizer.step(closure)
+    return optimizer
+
+
+@pytest.mark.parametrize("ignored", [(), "0"])
+def test_optimizer_that_cannot_follow(ignored):
+    """Also where the parameter whose state it is, the first one, is not cut."""
+    model = lenet()
+    optimizer = stepped_lbfgs(model, model.parameters())
     before = {n: (p, p.clone()) for n, p in model.named_parameters()}
-    with pytest.raises(ValueError, match=r"LBFGS keeps 'd' of shape \[.*which cannot follow it"):
-        prune(model, optimizer)
+    with pytest.raises(ValueError, match=r"LBFGS keeps 'd' of shape \[.*which cannot follow them"):
+        prune(model, optimizer, ignored=ignored)
     for name, parameter in model.named_parameters():
         assert parameter is before[name][0] and torch.equal(parameter, before[name][1])
+
+
+def test_optimizer_of_what_is_not_cut():
+    model = lenet()
+    optimizer = stepped_lbfgs(model, model[8].parameters())
+    state = dict(optimizer.state[model[8].weight])
+    prune(model, optimizer, ignored="6")
+    assert dict(optimizer.state[model[8].weight]) == state
 
 
 def test_several_optimizers():

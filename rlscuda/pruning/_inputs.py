@@ -1,9 +1,10 @@
-"""Example inputs as a call of the model, and the model as it is used for inference."""
+"""What a model is called with: example inputs, and the batches of a loader."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -81,7 +82,8 @@ def call_of(example_inputs: Any) -> Call:
     """How example inputs are passed to a model.
 
     Args:
-        example_inputs: A tensor, a tuple or list of positional arguments, or a dict of named ones.
+        example_inputs: A tensor, a tuple or list of positional arguments, or a mapping of named
+            ones.
 
     Raises:
         TypeError: There is no tensor among them.
@@ -89,7 +91,7 @@ def call_of(example_inputs: Any) -> Call:
     """
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
-    if isinstance(example_inputs, dict):
+    if isinstance(example_inputs, Mapping):
         kwargs = dict(example_inputs)
     elif isinstance(example_inputs, (tuple, list)):
         args = tuple(example_inputs)
@@ -98,7 +100,7 @@ def call_of(example_inputs: Any) -> Call:
     tensors = output_tensors((args, kwargs))
     if not tensors:
         raise TypeError(
-            "example_inputs must be a tensor, or a tuple, list or dict with a tensor among its "
+            "example_inputs must be a tensor, or a tuple, list or mapping with a tensor among its "
             f"values, got {type(example_inputs).__name__}"
         )
     batch = tensors[0].shape[0] if tensors[0].dim() else 1
@@ -118,3 +120,75 @@ def inference(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in flags.items():
             module.training = flag
+
+
+def feed(model: nn.Module, batch: Any) -> Any:
+    """Calls a model with one batch of a loader.
+
+    Args:
+        model: The model; the batch is moved to the device of its first parameter.
+        batch: A tensor; a tuple or list whose first item is the input; or a mapping, of which the
+            model's forward gets the items it names.
+
+    Raises:
+        TypeError: The batch is none of these.
+    """
+    device = next(model.parameters()).device
+    if isinstance(batch, Mapping):
+        parameters = _parameters(model)
+        every = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        named = {k: v for k, v in batch.items() if every or k in parameters}
+        return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in named.items()})
+    x = _first(batch)
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            "loader must give tensors, tuples that begin with one, or dicts, got "
+            f"{type(batch).__name__}" + (f" of {type(x).__name__}" if x is not batch else "")
+        )
+    return model(x.to(device))
+
+
+def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Those of a model's forward, also of a compiled one."""
+    return inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
+
+
+def _first(batch: Any) -> Any:
+    return batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+
+
+class SlicedBatches:
+    """The batches of a loader, without the channels of inputs that a pruned model takes no more.
+
+    Args:
+        loader: Batches as `feed` takes them.
+        slice_inputs: Makes of example inputs those of the pruned model.
+        model: The model, whole or pruned.
+        example_inputs: What the whole model can be called with.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable,
+        slice_inputs: Callable[[Any], Any],
+        model: nn.Module,
+        example_inputs: Any,
+    ):
+        self._loader, self._slice = loader, slice_inputs
+        call = call_of(example_inputs)
+        positional = inspect.signature(model.forward).bind_partial(*call.args).arguments
+        self._example = call.kwargs or positional  # in the order in which inputs are numbered
+        self._input = next(iter(_parameters(model)))
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._loader:
+            if isinstance(batch, Mapping):
+                yield {**batch, **self._sliced(batch)}
+            else:
+                x = _first(batch)
+                yield self._sliced({self._input: x}).get(self._input, x)
+
+    def _sliced(self, named: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the named arguments that the example has, as the pruned model takes them."""
+        whole = {name: named.get(name, value) for name, value in self._example.items()}
+        return {name: value for name, value in self._slice(whole).items() if name in named}

@@ -38,8 +38,7 @@ class MaskLayer:
     @property
     def old_mask(self) -> Tensor | None:
         """The mask that torch.nn.utils.prune has put on it."""
-        masked = "weight_orig" in self.module._parameters
-        return self.module._buffers["weight_mask"] if masked else None
+        return self.module._buffers["weight_mask"] if is_masked(self.module) else None
 
     def rows(self) -> Tensor:
         """The weight that the layer computes with, and the bias if inside P: [c, k], float64."""
@@ -77,6 +76,11 @@ class MaskLayer:
         return views
 
 
+def is_masked(module: nn.Module) -> bool:
+    """Whether torch.nn.utils.prune has put a mask on a module's weight."""
+    return "weight_orig" in module._parameters and "weight_mask" in module._buffers
+
+
 def mask_layer(model: nn.Module, name: str, matrices: Mapping[str, Tensor]) -> MaskLayer:
     """The layer of a name and its matrix, checked.
 
@@ -94,7 +98,7 @@ def mask_layer(model: nn.Module, name: str, matrices: Mapping[str, Tensor]) -> M
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         raise ValueError(f"MultiheadAttention uses the weight of {name!r} without calling it, and "
                          "so past a mask")  # fmt: skip
-    weight = module._parameters.get("weight", module._parameters.get("weight_orig"))
+    weight = module._parameters.get("weight_orig" if is_masked(module) else "weight")
     if weight is None:
         raise ValueError(f"the weight of {name!r} must be a parameter of it, plain or masked")
     for other_name, other in modules.items():
@@ -111,7 +115,8 @@ def mask_layer(model: nn.Module, name: str, matrices: Mapping[str, Tensor]) -> M
 
 def _checked_matrix(name: str, module: nn.Linear | nn.Conv2d, n: int, P: Tensor) -> Tensor:
     P, groups = P.unsqueeze(0) if P.dim() == 2 else P, getattr(module, "groups", 1)
-    shapes = [[groups, n, n]] + [[groups, n + 1, n + 1]] * (module.bias is not None)
+    plain_bias = module._parameters.get("bias") is not None
+    shapes = [[groups, n, n]] + [[groups, n + 1, n + 1]] * plain_bias
     if list(P.shape) not in shapes:
         expected = " or ".join(str(shape) for shape in shapes)
         raise ValueError(f"the matrix of {name!r} must be {expected}, got {list(P.shape)}")

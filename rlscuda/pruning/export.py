@@ -6,7 +6,8 @@ import copy
 import inspect
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,17 @@ def export_program(model: nn.Module, example_inputs: Any, path: str | os.PathLik
     write_atomically(Path(path), lambda file: file.write(stream.getbuffer()))
 
 
+@contextmanager
+def _in_onnxruntime() -> Iterator[None]:
+    """Raises RuntimeError for whatever onnxruntime raises, whose errors have no type in common."""
+    try:
+        yield
+    except Exception as error:
+        raise RuntimeError(
+            f"onnxruntime cannot run the ONNX model: {error}; nothing was written"
+        ) from error
+
+
 def export_onnx(model: nn.Module, example_inputs: Any, path: str | os.PathLike[str]) -> None:
     """Writes the model in eval mode as ONNX for any batch size, as `export_program` does.
 
@@ -124,7 +136,8 @@ def export_onnx(model: nn.Module, example_inputs: Any, path: str | os.PathLike[s
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is missing.
         TypeError: `example_inputs` holds no tensor.
-        RuntimeError: The outputs differ, or an operator has no ONNX form.
+        RuntimeError: The outputs differ, an operator has no ONNX form, or onnxruntime cannot run
+            the model, as in bfloat16.
     """
     for package in ("onnx", "onnxscript"):
         optional(package, "export")
@@ -133,12 +146,14 @@ def export_onnx(model: nn.Module, example_inputs: Any, path: str | os.PathLike[s
     converted = torch.onnx.export(_program(whole, call), dynamo=True, verbose=False)
     assert converted is not None  # it was given no file
     data = converted.model_proto.SerializeToString()
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    with _in_onnxruntime():
+        session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
 
     def run(inputs: Call) -> list[Tensor]:
         names = [value.name for value in session.get_inputs()]
-        feed = {name: tensor.numpy() for name, tensor in zip(names, inputs.tensors())}
-        return [torch.from_numpy(value) for value in session.run(None, feed)]
+        with _in_onnxruntime():
+            feed = {name: tensor.numpy() for name, tensor in zip(names, inputs.tensors())}
+            return [torch.from_numpy(value) for value in session.run(None, feed)]
 
     _check(whole, run, call, "ONNX model")
     write_atomically(Path(path), lambda file: file.write(data))

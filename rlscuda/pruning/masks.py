@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rlscuda.pruning._checks import check_number
 from rlscuda.pruning._masking import MaskLayer, mask_layer, undo_of, write_mask
 from rlscuda.pruning.algebra import output_energy
 from rlscuda.pruning.weightwise import cheapest_prefixes, refit, removal_paths
@@ -115,6 +116,12 @@ def _solve(layer: MaskLayer, sparsity: float | None, pattern: tuple[int, int] | 
     return _Result(layer, keep[:, :n], rows, float(costs.sum()), energy)
 
 
+def _is_pattern(pattern: object) -> bool:
+    if not isinstance(pattern, (tuple, list)) or [type(n) for n in pattern] != [int, int]:
+        return False
+    return 0 < pattern[0] < pattern[1]
+
+
 @torch.no_grad()
 def prune_weights(
     model: nn.Module,
@@ -140,7 +147,7 @@ def prune_weights(
         model: The model.
         matrices: Qualified names of Linear and Conv2d layers to their inverse autocorrelation
             matrices [groups, k, k] (or [k, k] for one group); k is the fan-in n in `F.unfold`
-            order, or n + 1 with the bias as the last column.
+            order, or n + 1 with the bias as the last column, which must have no mask.
         sparsity: Share of the weights of each layer that is to be zero, above 0 and below 1,
             zeros that it has already included.
         pattern: (n, m) in place of it: of every m consecutive inputs each output keeps n; for a
@@ -149,7 +156,8 @@ def prune_weights(
         optimizer: Whose moments of the removed weights are set to zero.
         permanent: Writes zeros, and leaves no mask to hold them. Otherwise the masks are those of
             `torch.nn.utils.prune` (`weight_orig`, `weight_mask`, a forward hook); the parameter
-            stays the same object, so its optimizer goes on. An old mask is updated in place.
+            stays the same object, so its optimizer goes on. An old mask is updated in place, and
+            `calibrate` and `SketchTracker` take layers that have one.
 
     Returns:
         The mask, cost and loss of each layer.
@@ -164,10 +172,12 @@ def prune_weights(
     """
     if (sparsity is None) == (pattern is None):
         raise ValueError(f"give either sparsity or pattern, got {sparsity} and {pattern}")
-    if sparsity is not None and not 0 < sparsity < 1:
-        raise ValueError(f"sparsity must be above 0 and below 1, got {sparsity}")
-    if pattern is not None and not (len(pattern) == 2 and 0 < pattern[0] < pattern[1]):
-        raise ValueError(f"pattern must be (n, m) with 0 < n < m, got {pattern}")
+    if sparsity is not None:
+        check_number("sparsity", sparsity)
+        if not 0 < sparsity < 1:
+            raise ValueError(f"sparsity must be above 0 and below 1, got {sparsity}")
+    if pattern is not None and not _is_pattern(pattern):
+        raise ValueError(f"pattern must be integers (n, m) with 0 < n < m, got {pattern}")
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
     if isinstance(layers, str):

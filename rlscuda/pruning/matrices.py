@@ -8,10 +8,10 @@ float64 [groups, n, n] by layer name, n = columns of the layer's im2col rows in 
 
 from __future__ import annotations
 
-import inspect
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -19,15 +19,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlscuda.discovery import discover
+from rlscuda.discovery import Match, discover, selection
 from rlscuda.layers import Layer
 from rlscuda.optimizer import RLSOptimizer
-from rlscuda.pruning._inputs import inference
-from rlscuda.pruning.algebra import adaptive_to_inverse, damped_inverse, shrunk_to_inverse
+from rlscuda.pruning._checks import check_number
+from rlscuda.pruning._inputs import feed, inference
+from rlscuda.pruning._masking import is_masked
+from rlscuda.pruning.algebra import (
+    adaptive_to_inverse,
+    damped_inverse,
+    downdate,
+    shrunk_to_inverse,
+)
 
 Matrices = dict[str, Tensor]
 
 _UNFOLD_BYTES = 64 << 20  # of im2col rows in memory at a time
+_LEAST_DAMPING = 1e-12  # of a matrix with drift, whose inverse without any may not exist
 
 
 def own_matrices(
@@ -44,7 +52,7 @@ def own_matrices(
         names: Qualified names of layers that its RLS rule covers; all that it has made a step with
             by default.
         damping: Relative to the mean power of the layer's input; used where `P` is turned back,
-            with drift up to half the drift's square.
+            with drift from 1e-12 up to half the drift's square.
 
     Returns:
         [groups, n, n] each, on the layer's device: the live `P`, not a copy, where it is used as it
@@ -53,10 +61,11 @@ def own_matrices(
 
     Raises:
         TypeError: `optimizer` is no RLSOptimizer.
-        ValueError: A layer is not covered or has made no step yet.
+        ValueError: A layer is not covered or has made no step yet, or `damping` is negative.
     """
     if not isinstance(optimizer, RLSOptimizer):
         raise TypeError(f"optimizer must be an RLSOptimizer, got {type(optimizer).__name__}")
+    check_number("damping", damping, 0)
     if names is None:
         layers = optimizer._layers.items()
         names = [la.name for weight, la in layers if optimizer.state.get(weight, {}).get("step")]
@@ -70,7 +79,7 @@ def own_matrices(
         group = optimizer._group_of[weight]
         drift = group["drift"]
         if drift:
-            enough = min(damping, drift * drift / 2)
+            enough = min(max(damping, _LEAST_DAMPING), drift * drift / 2)
             parts = [adaptive_to_inverse(part, drift, enough)[None] for part in P]
             P = parts[0] if len(parts) == 1 else torch.cat(parts)
         elif group["shrinkage"]:
@@ -89,15 +98,15 @@ def calibrate(
 ) -> Matrices:
     """The inverse of the exact autocorrelation of each layer's input over a loader.
 
-    The model runs in eval mode without gradients; its training flags and the random state are put
-    back, also after an error. All rows weigh the same.
+    The model runs in eval mode without gradients, and as it was written where it is compiled; its
+    training flags and the random state are put back, also after an error. All rows weigh the same.
 
     Args:
         model: The model; batches are moved to the device of its first parameter.
-        loader: Batches: a tensor; a tuple or list whose first item is the input; or a dict, of
+        loader: Batches: a tensor; a tuple or list whose first item is the input; or a mapping, of
             which the model's forward gets the items it names.
         layers: Names (shell patterns) or modules to which this is limited; by default every Linear
-            and Conv2d that an RLS rule could cover.
+            and Conv2d that an RLS rule could cover, with a mask or without.
         damping: Relative to the mean of the autocorrelation's diagonal, see `damped_inverse`.
         max_batches: How many batches to take; all by default.
 
@@ -107,25 +116,26 @@ def calibrate(
 
     Raises:
         TypeError: A batch is none of the above.
-        ValueError: `damping` is negative, `max_batches` is not positive, the loader is empty, a
-            layer cannot be covered, saw no input or saw non-finite input.
+        ValueError: `damping` is negative, `max_batches` is no positive integer, the loader is
+            empty, a layer cannot be covered or saw non-finite input, or none saw input.
     """
-    if not 0 <= damping < math.inf:
-        raise ValueError(f"damping must be >= 0 and finite, got {damping}")
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"max_batches must be at least 1, got {max_batches}")
+    check_number("damping", damping, 0)
+    if max_batches is not None:
+        check_number("max_batches", max_batches, 1, whole=True)
     found = pruning_layers(model, layers)
     sums = {layer.name: _Autocorrelation(layer) for layer in found}
     batches = 0
     with inference(model), _observing(found, lambda layer, x: sums[layer.name].add(x)):
         for batch in islice(loader, max_batches):
-            _forward(model, batch)
+            feed(model, batch)
             batches += 1
     if not batches:
         raise ValueError("loader must give at least one batch, got none")
     unseen = [name for name, one in sums.items() if not one.rows]
     if layers is not None and unseen:
         raise ValueError(f"layers {unseen} saw no input in eval mode")
+    if len(unseen) == len(sums):
+        raise ValueError(f"none of the layers {unseen} saw input in eval mode")
     # one at a time, so that no more than one layer's autocorrelation and inverse are there together
     return {name: sums.pop(name).inverse(damping) for name in list(sums) if name not in unseen}
 
@@ -141,7 +151,8 @@ def disagreement(own: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict
 
     Args:
         own: Matrices [groups, n, n] by layer name.
-        exact: Those to compare with, of the same shapes.
+        exact: Those to compare with, of the same shapes, or with a last column more: of a bias that
+            is not in the first ones.
 
     Returns:
         One number for each layer that is in both.
@@ -155,6 +166,9 @@ def disagreement(own: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict
     result = {}
     for name in common:
         first, second = own[name].double(), exact[name].double().to(own[name].device)
+        if second.shape[-1] == first.shape[-1] + 1:
+            bias = torch.tensor([first.shape[-1]], device=second.device)
+            second = torch.stack([downdate(part, bias) for part in second])
         if first.shape != second.shape:
             raise ValueError(
                 f"matrices of {name!r} must have one shape, got {list(first.shape)} and "
@@ -179,19 +193,41 @@ def pruning_layers(model: nn.Module, layers: Iterable[str | nn.Module] | None) -
         layers: Names (shell patterns) or modules to which this is limited.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is no module, or `layers` holds what is neither a name nor a module.
         ValueError: The model has no such layer, or one of `layers` cannot be covered.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module, got {type(model).__name__}")
-    found = []
-    for match in discover(getattr(model, "_orig_mod", model), layers, None):
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    chosen = None if layers is None else selection(layers, "layers", model)
+    found: dict[nn.Module, Layer] = {}
+    reasons: dict[nn.Module, str] = {}
+    for index, match in enumerate(discover(model, None, None)):
         if match.layer is not None:
             match.layer.bias = match.bias_fits
-            found.append(match.layer)
+        layer = match.layer or _masked_layer(match, index, model)
+        if layer is None:
+            reasons[match.module] = match.reason
+        else:
+            found[match.module] = layer
+    for item, inside in chosen or ():
+        if inside.isdisjoint(found):
+            why = next((reasons[m] for m in reasons if m in inside), "it has no parameters")
+            raise ValueError(f"layers names {item!r}, which can have no matrix: {why}")
     if not found:
         raise ValueError("model must have a Linear or Conv2d layer of its own weight, got none")
-    return found
+    wanted = set(found) if chosen is None else {m for _, inside in chosen for m in inside}
+    return [layer for module, layer in found.items() if module in wanted]
+
+
+def _masked_layer(match: Match, index: int, model: nn.Module) -> Layer | None:
+    """The layer of a module that would be covered without its mask, else None."""
+    module: Any = match.module
+    if type(module) not in (nn.Linear, nn.Conv2d) or not is_masked(module):
+        return None
+    bias = module._parameters.get("bias")
+    holders = [m for m in model.modules() if any(p is bias for p in m._parameters.values())]
+    return Layer(match.name, module, index, bias is not None and holders == [module])
 
 
 class _Autocorrelation:
@@ -259,24 +295,14 @@ def _observing(layers: list[Layer], see: Callable[[Layer, Tensor], None]) -> Ite
         layer.module.register_forward_pre_hook(hook(layer), with_kwargs=True) for layer in layers
     ]
     try:
-        yield
+        with _uncompiled():
+            yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _forward(model: nn.Module, batch: Any) -> None:
-    device = next(model.parameters()).device
-    if isinstance(batch, Mapping):
-        parameters = inspect.signature(model.forward).parameters
-        every = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        named = {k: v for k, v in batch.items() if every or k in parameters}
-        model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in named.items()})
-        return
-    x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if not isinstance(x, Tensor):
-        raise TypeError(
-            "loader must give tensors, tuples that begin with one, or dicts, got "
-            f"{type(batch).__name__}" + (f" of {type(x).__name__}" if x is not batch else "")
-        )
-    model(x.to(device))
+def _uncompiled() -> AbstractContextManager:
+    """Runs what is compiled as it was written, since it would not call hooks put on it later."""
+    compiled = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

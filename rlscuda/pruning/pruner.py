@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import update_bn
 
+from rlscuda.discovery import selection as selected
 from rlscuda.optimizer import RLSOptimizer
+from rlscuda.pruning._checks import check_number, check_repeatable, checked_optimizers
+from rlscuda.pruning._inputs import SlicedBatches
 from rlscuda.pruning.compensation import kept_columns
 from rlscuda.pruning.graph import Structure, trace
-from rlscuda.pruning.isolation import isolated_copy, rng_kept
+from rlscuda.pruning.isolation import isolated_copy
 from rlscuda.pruning.journal import revert
 from rlscuda.pruning.matrices import calibrate, disagreement, own_matrices
 from rlscuda.pruning.measure import compare, measure
@@ -23,6 +25,7 @@ from rlscuda.pruning.report import CouplingChange, PruneReport
 from rlscuda.pruning.scores import IMPORTANCES, WITHOUT_MATRIX
 from rlscuda.pruning.search import Cut, Search
 from rlscuda.pruning.selection import Candidate, Ladder, check_ratio
+from rlscuda.pruning.settling import check_finite, settle
 from rlscuda.pruning.snapshot import Snapshot
 from rlscuda.pruning.surgery import Surgery, operate, pruned_copy
 from rlscuda.pruning.tracker import SketchTracker
@@ -43,7 +46,8 @@ class RLSPruner:
 
     Args:
         model: The model.
-        optimizer: What trains it: an `RLSOptimizer`, any other torch optimizer, or None.
+        optimizer: What trains it: an `RLSOptimizer`, any other torch optimizer, a list of all
+            that train it, or None.
         example_inputs: What the model can be called with: a tensor, a tuple of arguments, or a
             mapping of named ones; a batch of one or two will do.
         ratio: Share of each coupling's original units that is gone after the step, in [0, 1); or
@@ -61,9 +65,10 @@ class RLSPruner:
             (of `tracker`) or ``calibration`` (exact, from `loader`). By default the first of
             tracker, optimizer and loader that is there.
         tracker: A `SketchTracker` that saw the training.
-        loader: Batches of inputs, or of tuples or lists whose first entry they are; gone through
-            several times. They calibrate, where that is asked for, and re-estimate the statistics
-            of all batch norms after the cut.
+        loader: Batches of inputs, of tuples or lists whose first item they are, or of mappings, of
+            which the model's forward gets the items it names; gone through several times. They
+            calibrate, where that is asked for, and re-estimate the statistics of all batch norms
+            after the cut.
         evaluate: The validation loss of a model, for `max_loss`.
         compensate: Whether the remaining weights change to make up for what went.
         round_to: What stays of each coupling is a multiple of it, where there is as much.
@@ -76,7 +81,8 @@ class RLSPruner:
 
     Raises:
         ValueError: An option is out of its range, or one needs another that is missing.
-        TypeError: `model` is no module, or `optimizer` no torch optimizer.
+        TypeError: `model` is no module, `optimizer` no torch optimizer, or another option not of
+            the type above.
 
     Example:
         >>> pruner = RLSPruner(model, opt, torch.randn(1, 3, 32, 32), ratio=0.5)  # doctest: +SKIP
@@ -88,7 +94,7 @@ class RLSPruner:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
         example_inputs: Any = None,
         *,
         ratio: float | Mapping[str, float] | None = None,
@@ -111,19 +117,18 @@ class RLSPruner:
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a module, got {type(model).__name__}")
-        if optimizer is not None and not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
-        if isinstance(loader, Iterator):
-            raise TypeError(
-                "loader must be one that can be gone through again, as a list or a DataLoader, got "
-                f"the iterator {type(loader).__name__}"
-            )
+        model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+        self.optimizers = checked_optimizers(optimizer, model)
+        if tracker is not None and not isinstance(tracker, SketchTracker):
+            raise TypeError(f"tracker must be a SketchTracker, got {type(tracker).__name__}")
+        if loader is not None:
+            check_repeatable("loader", loader)
+        if evaluate is not None and not callable(evaluate):
+            raise TypeError(f"evaluate must be a function, got {type(evaluate).__name__}")
         if example_inputs is None:
             raise ValueError("example_inputs must be what the model can be called with, got None")
-        if optimizer is not None and _holds_none_of(optimizer, model):
-            raise ValueError("optimizer must train the model, got one with none of its parameters")
-        model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-        self.model, self.optimizer, self.example_inputs = model, optimizer, example_inputs
+        named = isinstance(example_inputs, Mapping)
+        self.model, self.example_inputs = model, dict(example_inputs) if named else example_inputs
         self.target = _checked_target(
             dict(zip(_TARGETS, (ratio, target_params, target_flops, max_loss)))
         )
@@ -141,16 +146,14 @@ class RLSPruner:
             raise ValueError(f"selection 'greedy' is for importance 'saliency', got {importance!r}")
         if scope not in ("layer", "global"):
             raise ValueError(f"scope must be layer | global, got {scope!r}")
-        if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-            raise ValueError(f"round_to must be an integer >= 1, got {round_to!r}")
-        if not 0 <= damping < float("inf"):
-            raise ValueError(f"damping must be >= 0, got {damping}")
+        check_number("round_to", round_to, 1, whole=True)
+        check_number("damping", damping, 0)
+        check_number("seed", seed, whole=True)
         self.importance, self.selection, self.scope = importance, selection, scope
         self.tracker, self.loader, self.evaluate = tracker, loader, evaluate
         self.source = self._checked_source(source, compensate)
         self.compensate, self.round_to, self.damping = compensate, round_to, damping
-        alone = isinstance(ignored, (str, nn.Module))
-        self.ignored = (ignored,) if alone else tuple(cast(Iterable, ignored))
+        self.ignored = [item for item, _ in selected(cast(Iterable, ignored), "ignored", model)]
         self.include_inputs, self.seed = include_inputs, seed
         self._original: dict[str, int] = {}
         self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
@@ -159,7 +162,7 @@ class RLSPruner:
     def _checked_source(self, source: str | None, compensate: bool) -> str:
         there = {
             "sketch": self.tracker is not None,
-            "own": isinstance(self.optimizer, RLSOptimizer),
+            "own": any(isinstance(one, RLSOptimizer) for one in self.optimizers),
             "calibration": self.loader is not None,
         }
         if source not in (None, *_SOURCES):
@@ -206,7 +209,7 @@ class RLSPruner:
         search = Search(
             self.model, structure, self.example_inputs, matrices, self.compensate, self._settle
         )
-        cut = search.find(Ladder(candidates, self.scope, self.round_to), *target, self.evaluate)
+        cut = search.find(Ladder(candidates, self.scope, self.round_to), *target, self._loss)
         values, uncompensated = search.compensated(cut)
         off = self._disagreement(matrices)
         matrices.clear()  # most of the memory, and the downdates of P are still to come
@@ -215,6 +218,7 @@ class RLSPruner:
         del whole
         pruned = pruned_copy(self.model, cut.surgery, values)
         statistics = self._settle(pruned, cut.surgery) if cut.removed else {}
+        check_finite(statistics)
         inputs = cut.surgery.slice_inputs(self.example_inputs)
         after = measure(pruned, inputs, repeats=_REPEATS)
         del pruned
@@ -248,7 +252,7 @@ class RLSPruner:
             for other in self._snapshots:
                 other.void |= other.order > order
 
-        snapshot = Snapshot(self.model, self.optimizer, self.tracker, back, order)
+        snapshot = Snapshot(self.model, self.optimizers, self.tracker, back, order)
         self._snapshots.add(snapshot)
         return snapshot
 
@@ -256,17 +260,23 @@ class RLSPruner:
         """The inverse autocorrelation matrices of all layers that have one."""
         if self.source == "sketch":
             assert self.tracker is not None
-            return self.tracker.matrices()
+            tracked = self.tracker.matrices()
+            if not tracked:
+                raise ValueError("the tracker's matrices are needed: it has seen no forward yet")
+            return tracked
         if self.source == "calibration":
             assert self.loader is not None
             return calibrate(self.model, self.loader, damping=self.damping)
         if self.source == "own":
-            assert isinstance(self.optimizer, RLSOptimizer)
-            found = own_matrices(self.optimizer, damping=self.damping)
-            if not found:
-                raise ValueError("the optimizer's own matrices are needed: it has made no step yet")
             # by their weights, since the optimizer may have been given a part of the model
-            by_weight = {id(self.optimizer._find(name).weight): P for name, P in found.items()}
+            by_weight = {
+                id(one._find(name).weight): P
+                for one in self.optimizers
+                if isinstance(one, RLSOptimizer)
+                for name, P in own_matrices(one, damping=self.damping).items()
+            }
+            if not by_weight:
+                raise ValueError("the optimizer's own matrices are needed: it has made no step yet")
             weights = {n: id(getattr(m, "weight", None)) for n, m in self.model.named_modules()}
             return {name: by_weight[key] for name, key in weights.items() if key in by_weight}
         return {}
@@ -279,26 +289,30 @@ class RLSPruner:
         common = [name for name in matrices if name in exact]
         return disagreement({n: matrices[n] for n in common}, {n: exact[n] for n in common})
 
-    def _settle(self, pruned: nn.Module, surgery: Surgery) -> dict[str, Tensor]:
-        """Re-estimates the batch norms of a pruned copy where there is a loader.
+    def _loss(self, pruned: nn.Module) -> float:
+        """What `evaluate` gives.
 
-        Returns:
-            Their statistics, by buffer name.
+        Raises:
+            TypeError: It is no number.
         """
-        norms: dict[str, Any] = {
-            name: module
-            for name, module in pruned.named_modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-        }
-        if self.loader is None or not norms:
-            return {}
-        counts = {name: module.num_batches_tracked.clone() for name, module in norms.items()}
-        with rng_kept(self.model):
-            update_bn(_Sliced(self.loader, surgery), pruned, next(pruned.parameters()).device)
-        pruned.eval()
-        for name, module in norms.items():
-            module.num_batches_tracked.copy_(counts[name])
-        return {f"{n}.{k}": b for n, m in norms.items() for k, b in m.named_buffers(recurse=False)}
+        assert self.evaluate is not None
+        loss = self.evaluate(pruned)
+        try:
+            float(loss)
+        except TypeError:
+            raise TypeError(f"evaluate must give a number, got {type(loss).__name__}") from None
+        return loss
+
+    def _settle(self, pruned: nn.Module, surgery: Surgery) -> dict[str, Tensor]:
+        """Estimates the statistics of a pruned copy's batch norms again where there is a loader."""
+        loader = self._sliced_loader(surgery)
+        return {} if loader is None else settle(pruned, loader)
+
+    def _sliced_loader(self, surgery: Surgery) -> Iterable | None:
+        """The loader as the model takes its batches after a surgery."""
+        if self.loader is None or not surgery.inputs:
+            return self.loader
+        return SlicedBatches(self.loader, surgery.slice_inputs, self.model, self.example_inputs)
 
     def _operate(
         self, cut: Cut, values: Mapping[str, Tensor], statistics: Mapping[str, Tensor]
@@ -306,8 +320,7 @@ class RLSPruner:
         """Carries out a cut and all that follows from it, or leaves everything as it was."""
         surgery = cut.surgery
         columns = kept_columns(dict(self.model.named_modules()), surgery)
-        optimizers = [] if self.optimizer is None else [self.optimizer]
-        done = operate(self.model, optimizers, surgery, values, self.example_inputs)
+        done = operate(self.model, self.optimizers, surgery, values, self.example_inputs)
         if self.tracker is not None:
             try:
                 self.tracker.follow({n: c for n, c in columns.items() if n in self.tracker.layers})
@@ -320,25 +333,8 @@ class RLSPruner:
             if name in statistics:
                 buffer.copy_(statistics[name])
         if surgery.inputs:
+            self.loader = self._sliced_loader(surgery)
             self.example_inputs = surgery.slice_inputs(self.example_inputs)
-            self.loader = None if self.loader is None else _Sliced(self.loader, surgery)
-
-
-def _holds_none_of(optimizer: Optimizer, model: nn.Module) -> bool:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return held.isdisjoint(map(id, model.parameters()))
-
-
-class _Sliced:
-    """The input of each batch of a loader, without the channels that a surgery removes."""
-
-    def __init__(self, loader: Iterable, surgery: Surgery):
-        self._loader, self._surgery = loader, surgery
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for batch in self._loader:
-            x = batch[0] if isinstance(batch, (tuple, list)) else batch
-            yield self._surgery.slice_inputs(x)
 
 
 def _checked_target(targets: Mapping[str, Any]) -> tuple[str, Any]:

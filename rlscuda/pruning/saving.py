@@ -258,9 +258,10 @@ def rebuild(factory: Callable[[], nn.Module], described: Mapping[str, Any]) -> n
         TypeError: `factory` does not return a module.
     """
     manifest, tensors = described["manifest"], described["tensors"]
-    model = factory()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"factory must return a module, got {type(model).__name__}")
+    made = factory()
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"factory must return a module, got {type(made).__name__}")
+    model = getattr(made, "_orig_mod", made)  # what torch.compile wraps
     _check_modules(model, manifest["modules"])
     _check_tensors(model, manifest, tensors)
     loaded: dict[str, Tensor] = {}
@@ -278,7 +279,7 @@ def rebuild(factory: Callable[[], nn.Module], described: Mapping[str, Any]) -> n
             value, current = _decode(value), vars(module).get(key)
             if _is_numeric(current) and value != current:
                 setattr(module, key, value)
-    return model
+    return made
 
 
 def load_optimizer(optimizer: Optimizer, path: StrPath) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from rlscuda.pruning._checks import check_number
 from rlscuda.pruning.ratios import ratio_after
 from rlscuda.pruning.report import PruneReport
 
@@ -92,7 +93,11 @@ class PruneSchedule:
         budget: int | None = 5,
         on_change: Callable[[Round], None] | None = None,
     ):
-        ratio_after(curve, ratio, 0, rounds)
+        check_number("ratio", ratio)
+        if not 0 < ratio < 1:
+            raise ValueError(f"ratio must be in (0, 1), got {ratio}")
+        check_number("rounds", rounds, 1, whole=True)
+        ratio_after(curve, ratio, 0, rounds)  # checks the curve
         for name, value, least in (("warmup", warmup, 0), ("tolerance", tolerance, 0)):
             if not value >= least:
                 raise ValueError(f"{name} must be >= {least}, got {value}")

@@ -49,8 +49,10 @@ class Candidate:
 
 def check_ratio(ratio: object) -> None:
     """Raises ValueError where `ratio` is not a share in [0, 1) or a mapping of names to such."""
-    values = ratio.values() if isinstance(ratio, Mapping) else [ratio]
-    for value in values:
+    shares = ratio if isinstance(ratio, Mapping) else {"": ratio}
+    for name, value in shares.items():
+        if not isinstance(name, str):
+            raise ValueError(f"ratio must be by name or shell pattern, got the key {name!r}")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
             raise ValueError(f"ratio must be in [0, 1), got {value!r}")
 

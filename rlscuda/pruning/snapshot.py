@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -15,13 +15,13 @@ from rlscuda.pruning.tracker import SketchTracker
 
 
 class Snapshot:
-    """The values of a model and its optimizer now.
+    """The values of a model and its optimizers now.
 
     The options of parameter groups are not part of it: schedulers go on counting.
 
     Args:
         model: The model.
-        optimizer: Its optimizer, or None.
+        optimizers: Its optimizers.
         tracker: The tracker of its matrices, or None.
         back: Called by `restore` once the shapes are back.
         order: Its place among the snapshots of one pruner.
@@ -34,29 +34,36 @@ class Snapshot:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer | None,
+        optimizers: Iterable[Optimizer],
         tracker: SketchTracker | None,
         back: Callable[[], None],
         order: int,
     ):
-        self._model, self._optimizer, self._tracker, self._back = model, optimizer, tracker, back
+        self._model, self._tracker, self._back = model, tracker, back
         self.changes: list[list[Change]] = []
         self.void, self.order = False, order
         self._values = {name: t.detach().clone() for name, t in all_tensors(model).items()}
         self._tracked = tracker.state_dict() if tracker is not None else None
-        self._state = copy.deepcopy(optimizer.state_dict()) if optimizer is not None else None
+        self._states = [(one, copy.deepcopy(one.state_dict())) for one in optimizers]
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Gives model and optimizer back their shapes and values; may be called again.
+        """Gives model and optimizers back their shapes and values; may be called again.
 
         Snapshots that were taken since are void then.
 
         Raises:
-            ValueError: It is void itself.
+            ValueError: It is void itself, or the model has got or lost parameters or buffers other
+                than by pruning, as by a mask; nothing is changed.
         """
         if self.void:
             raise ValueError("this snapshot is void: one taken before it was restored since")
+        changed = sorted(all_tensors(self._model).keys() ^ self._values.keys())
+        if changed:
+            raise ValueError(
+                "the model must have the parameters and buffers that it had, with masks on or off "
+                f"as then, got a change of {changed}"
+            )
         while self.changes:
             revert(self.changes.pop())
         self._back()
@@ -64,7 +71,8 @@ class Snapshot:
             tensor.copy_(self._values[name])
         if self._tracker is not None and self._tracked is not None:
             self._tracker.load_state_dict(self._tracked)
-        if self._optimizer is not None and self._state is not None:
-            now = self._optimizer.state_dict()["param_groups"]
-            self._optimizer.load_state_dict({**self._state, "param_groups": now})
-            self._optimizer.zero_grad()
+        for optimizer, state in self._states:
+            now = optimizer.state_dict()["param_groups"]
+            # a copy, since optimizers go on with the very tensors that they are given
+            optimizer.load_state_dict({**copy.deepcopy(state), "param_groups": now})
+            optimizer.zero_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class SketchTracker:
         rank: Rows of a sketch.
         forgetting: What remains of the past after a forward, in (0, 1).
         layers: Names (shell patterns) or modules to which this is limited; by default every Linear
-            and Conv2d that an RLS rule could cover, whoever trains it.
+            and Conv2d that an RLS rule could cover, whoever trains it, with a mask or without.
         damping: Relative to the mean power of the layer's input, > 0.
         seed: Of the random signs and the noise; the global random state is not used.
         dtype: Of P: float32 or float64.
@@ -99,6 +100,8 @@ class SketchTracker:
         ]
         self._finalizer = weakref.finalize(self, remove_all, handles)
         self._finalizer.atexit = False
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # what was compiled without the hooks would never call them
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -208,7 +211,8 @@ class SketchTracker:
         """Takes over the matrices of another tracker of the same model and rank.
 
         Raises:
-            ValueError: A layer is not tracked, or a matrix has another shape; nothing is changed.
+            ValueError: A layer is not tracked, or what is given for one is not what `state_dict`
+                gives, or of another shape; nothing is changed.
         """
         fresh = {}
         for tracked in self._layers.values():
@@ -217,6 +221,9 @@ class SketchTracker:
             layer = self._layers.get(name)
             if layer is None:
                 raise ValueError(f"state_dict names {name!r}, which is not tracked")
+            if not isinstance(state, Mapping) or not {"P", "power", "seen"} <= state.keys():
+                got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+                raise ValueError(f"the state of {name!r} must have P, power and seen, got {got}")
             wanted = (layer.groups, layer.fan_in, layer.fan_in)
             if state["P"].shape != wanted or state["power"].shape != wanted[:1]:
                 raise ValueError(

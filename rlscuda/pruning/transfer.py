@@ -13,7 +13,13 @@ from torch.optim import Optimizer
 from rlscuda.optimizer import RLSOptimizer
 from rlscuda.pruning import rls_state
 from rlscuda.pruning.channels import require_torch_pruning
-from rlscuda.pruning.isolation import ExampleInputs, call, isolated_copy, rng_kept
+from rlscuda.pruning.isolation import (
+    ExampleInputs,
+    call,
+    isolated_copy,
+    output_tensors,
+    rng_kept,
+)
 from rlscuda.pruning.journal import Change, commit
 from rlscuda.pruning.kept import Kept
 from rlscuda.pruning.shadow import number, survivors
@@ -76,6 +82,7 @@ def optimizer_changes(optimizer: Optimizer, replaced: Replaced) -> list[Change]:
         if (tuple(old.shape), tuple(new.shape)) != (kept.of, kept.shape):
             raise ValueError(f"what was kept is {list(kept.shape)} of {list(kept.of)}, the "
                              f"parameters are {list(new.shape)} and {list(old.shape)}")  # fmt: skip
+    _check_alone(optimizer, replaced)
     layers = rls_state.cuts(optimizer, replaced) if isinstance(optimizer, RLSOptimizer) else {}
     state: dict[Any, Any] = copy.copy(optimizer.state)
     state.clear()
@@ -97,6 +104,23 @@ def optimizer_changes(optimizer: Optimizer, replaced: Replaced) -> list[Change]:
     if isinstance(optimizer, RLSOptimizer):
         changes += rls_state.changes(optimizer, replaced, layers)
     return [*changes, Change(optimizer, "state", state)]
+
+
+def _check_alone(optimizer: Optimizer, replaced: Replaced) -> None:
+    """Raises ValueError where the state of one parameter is of all those of a group that is cut."""
+    for group in optimizer.param_groups:
+        params = group["params"]
+        if not any(parameter in replaced for parameter in params):
+            continue
+        total = sum(parameter.numel() for parameter in params)
+        for parameter in params:
+            entries = optimizer.state.get(parameter, {}) if parameter.numel() < total else {}
+            for name, entry in entries.items():
+                if any(t.shape == (total,) for t in output_tensors(entry)):
+                    raise ValueError(
+                        f"{type(optimizer).__name__} keeps {name!r} of shape [{total}] for all "
+                        "parameters of a group together, which cannot follow them"
+                    )
 
 
 def _follow(name: str, entry: Any, kept: Kept, optimizer: Optimizer) -> Any:

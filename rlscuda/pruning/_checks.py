@@ -1,0 +1,56 @@
+"""Checks of options."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+
+def check_number(
+    name: str, value: object, least: float = -math.inf, *, whole: bool = False
+) -> None:
+    """Raises ValueError where an option is no number, or not in [least, inf).
+
+    Args:
+        name: Of the option.
+        value: Given for it.
+        least: The least that it may be.
+        whole: Whether it must be an integer.
+    """
+    kind = numbers.Integral if whole else numbers.Real
+    fits = isinstance(value, kind) and not isinstance(value, bool)
+    if not fits or not least <= value < math.inf:  # type: ignore[operator]
+        what = "an integer" if whole else "a finite number"
+        bound = "" if least == -math.inf else f" >= {least}"
+        raise ValueError(f"{name} must be {what}{bound}, got {value!r}")
+
+
+def checked_optimizers(optimizer: Any, model: nn.Module) -> tuple[Optimizer, ...]:
+    """The optimizers of a model, of which none, one or several are given.
+
+    Raises:
+        TypeError: One is no torch optimizer.
+        ValueError: One holds no parameter of the model.
+    """
+    several = isinstance(optimizer, (list, tuple))
+    optimizers = tuple(optimizer) if several else () if optimizer is None else (optimizer,)
+    parameters = set(model.parameters())
+    for one in optimizers:
+        if not isinstance(one, Optimizer):
+            raise TypeError(f"optimizer must be a torch optimizer, got {type(one).__name__}")
+        if parameters.isdisjoint(p for group in one.param_groups for p in group["params"]):
+            raise ValueError("optimizer must train the model, got one with none of its parameters")
+    return optimizers
+
+
+def check_repeatable(name: str, batches: object) -> None:
+    """Raises TypeError where batches cannot be gone through, or only once."""
+    iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    if not iterable or isinstance(batches, Iterator):
+        raise TypeError(f"{name} must be one that can be gone through again, as a list or a "
+                        f"DataLoader, got {type(batches).__name__}")  # fmt: skip
