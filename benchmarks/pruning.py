@@ -59,8 +59,8 @@ def recover(subject: methods.Subject, kind: str, lr: float, seed: int) -> None:
     old, subject.optimizer = subject.optimizer, None  # else its hooks would go on observing
     if kind == "same":
         assert old is not None
+        old.restart()
         optimizer = old
-        optimizer.restart()
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] = lr
     elif kind == "rls":
@@ -182,8 +182,9 @@ def planned(cases: list[str], wanted: list[str], seeds: list[int]) -> list[dict]
 
     def rank(job: dict) -> tuple:
         kind, middle = job["recovery"], job["ratio"] == CASES[job["case"]].ratios[MIDDLE]
-        chosen = "lr" not in job  # those that choose a rate come before those that take it
-        return job["method"] == "scratch", kind is not None, kind == "adam", chosen, not middle
+        used = job["method"] != "whole"  # the trained networks, each by one worker
+        taken = "lr" not in job  # the rates, chosen by jobs that come before
+        return used, job["method"] == "scratch", kind is not None, kind == "adam", taken, not middle
 
     return sorted(jobs, key=rank)
 
