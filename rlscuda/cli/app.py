@@ -165,7 +165,8 @@ def prune(
         int, typer.Option(help="Epochs to train on, with the same optimizer.")
     ] = PruneOptions.recover,
     recover_lr: Annotated[
-        float | None, typer.Option(help="Step size they start with; a fifth of the run's.")
+        float | None,
+        typer.Option(help="Their first step size; the run's for RLS, else a fifth."),
     ] = PruneOptions.recover_lr,
     export: Annotated[
         str | None, typer.Option(help="Comma list of onnx and pt2 (torch.export).")

@@ -225,8 +225,7 @@ class Pruning:
     def _recover(self) -> None:
         """Train on, with the same optimizer."""
         trainer, options = self.trainer, self.options
-        lr = trainer.settings["lr"] / 5 if options.recover_lr is None else options.recover_lr
-        trainer.prolong(options.recover, lr)
+        trainer.prolong(options.recover, options.recover_lr)
         with StepBar(self.console, trainer) as bar:
             for row in trainer.epochs(bar):
                 bar.print_epoch(row)

@@ -22,6 +22,7 @@ from rlscuda.cli.models import build_model
 from rlscuda.cli.optimizers import build_optimizer, build_scheduler
 from rlscuda.cli.prune_options import ScheduleSpec
 from rlscuda.cli.rng import capture_rng, restore_rng, seed_everything
+from rlscuda.optimizer import RLSOptimizer
 from rlscuda.pruning.saving import rebuild
 
 if TYPE_CHECKING:
@@ -164,14 +165,20 @@ class Trainer:
         """Mean cross-entropy and accuracy of the network now, on the validation images."""
         return evaluate(self.model, self.data, self.data.val)
 
-    def prolong(self, epochs: int, lr: float) -> None:
+    def prolong(self, epochs: int, lr: float | None = None) -> None:
         """Go on for more epochs, with a new schedule of the step size and without checkpoints.
 
         Args:
             epochs: how many more.
-            lr: step size that the schedule starts with.
+            lr: step size that the schedule starts with; by default the run's own for RLS, whose
+                moments start anew, and a fifth of it for others.
         """
         self.checkpoint = None
+        share = 0.2
+        if isinstance(self.optimizer, RLSOptimizer):
+            self.optimizer.restart()
+            share = 1.0
+        lr = share * self.settings["lr"] if lr is None else lr
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] = lr
         self.config = dataclasses.replace(self.config, epochs=self.epoch + epochs)
