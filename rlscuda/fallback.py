@@ -105,6 +105,18 @@ class Fallback:
         self._covered = covered
 
     @torch.no_grad()
+    def restart(self, state: Any) -> None:
+        """Lets the moments of its parameters start anew; what an unknown rule keeps is dropped."""
+        own = [p for p, entries in state.items() if "P" not in entries and entries != IN_P]
+        for parameter in own:
+            if self.entries is None:
+                del state[parameter]
+                continue
+            for value in state[parameter].values():
+                if isinstance(value, torch.Tensor):
+                    value.zero_()
+
+    @torch.no_grad()
     def step(self, groups: list[dict[str, Any]], state: Any) -> None:
         """One step of the inner optimizer, each group at its rate."""
         if self._inner is None:

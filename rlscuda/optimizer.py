@@ -296,8 +296,8 @@ class RLSOptimizer(Optimizer):
         The moments that scale a step are those of the last, small gradients: at the peak rate of a
         new schedule they would make it far too large. So all moments start anew, those of the
         fallback rule too, and the matrices weigh new inputs as if `memory` updates had been seen:
-        their gain, and with it the adaptive form's rate, warms up from there. Weights, `P` and what
-        is staged stay.
+        their gain, and with it the adaptive form's rate, warms up from there. Rates that a schedule
+        has changed are again what it started from. Weights, `P` and what is staged stay.
 
         Args:
             memory: Updates that `P` counts as, at most: its gain goes on at
@@ -308,16 +308,21 @@ class RLSOptimizer(Optimizer):
 
         Example:
             >>> pruner.step()                                              # doctest: +SKIP
-            >>> optimizer.restart()                                        # doctest: +SKIP
+            >>> optimizer.restart()  # at the peak rate again                # doctest: +SKIP
             >>> schedule = CosineAnnealingLR(optimizer, steps)             # doctest: +SKIP
         """
         if isinstance(memory, bool) or not isinstance(memory, int) or memory < 0:
             raise ValueError(f"memory must be an integer >= 0, got {memory!r}")
-        for parameter, state in list(self.state.items()):
+        for state in self.state.values():
             if "P" in state:
                 restart(state, memory)
-            elif state != IN_P:
-                del self.state[parameter]
+        self._fallback.restart(self.state)
+        for group in self.param_groups:
+            rate = group.get("initial_lr", group["lr"])
+            if isinstance(group["lr"], Tensor):
+                group["lr"].copy_(torch.as_tensor(rate))  # in place, as a captured step reads it
+            else:
+                group["lr"] = rate
 
     # -- what users look at -----------------------------------------------------------------------
 

@@ -61,15 +61,51 @@ def test_the_next_step_is_that_of_a_young_optimizer(memory):
     assert_close(torch.cat([model[3].weight, model[3].bias[:, None]], 1), expected)
 
 
-def test_the_fallback_starts_anew():
-    model, optimizer = trained()
+FALLBACKS = {
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.01, weight_decay=0),
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9),
+    "callable": lambda groups: torch.optim.RMSprop(groups, lr=0.01),
+}
+
+
+@pytest.mark.parametrize("name", FALLBACKS)
+def test_the_fallback_starts_anew(name):
+    model, optimizer = trained(fallback=FALLBACKS[name] if name == "callable" else name)
     optimizer.restart()
     norm = copy.deepcopy(model[1])
     train(model, optimizer, 1)
     norm.weight.grad, norm.bias.grad = model[1].weight.grad, model[1].bias.grad
-    torch.optim.AdamW(norm.parameters(), lr=0.01, weight_decay=0).step()
+    FALLBACKS[name](norm.parameters()).step()
     assert_close(model[1].weight, norm.weight)
     assert_close(model[1].bias, norm.bias)
+
+
+@pytest.mark.parametrize("fallback", ["adamw", "sgd"])
+def test_no_parameter_loses_its_state(fallback):  # which distributed checkpoints ask for
+    _, optimizer = trained(3, fallback=fallback)
+    before = {key: set(entries) for key, entries in optimizer.state_dict()["state"].items()}
+    optimizer.restart()
+    after = {key: set(entries) for key, entries in optimizer.state_dict()["state"].items()}
+    assert after == before and len(after) == 6
+
+
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)])
+def test_another_schedule_starts_where_the_first_did(lr):
+    model = network()
+    optimizer = RLSOptimizer(model, lr=lr)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))], "lr": 0.5})
+    rates = []
+    for _ in range(2):
+        optimizer.restart()
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
+        for _ in range(4):
+            rates.append([float(group["lr"]) for group in optimizer.param_groups])
+            train(model, optimizer, 1)
+            schedule.step()
+        assert [float(group["lr"]) for group in optimizer.param_groups] == [0, 0]
+    assert rates[:4] == rates[4:] and rates[0] == pytest.approx([0.1, 0.5])
+    if isinstance(lr, torch.Tensor):
+        assert optimizer.param_groups[0]["lr"] is lr
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -104,6 +104,16 @@ def test_rounds_follow_when_the_loss_is_back(folder):
     assert state["pruning"]["pruner"]["original"]["head.1"] == 12
 
 
+def test_what_is_trained_on_is_not_pruned_by_the_schedule(folder):
+    one = trainer("linear:0.6:9,tolerance=1000%", None)
+    run_to_end(one)
+    size = sum(p.numel() for p in one.model.parameters())
+    assert not one.pruning.schedule.finished
+    one.prolong(2)
+    run_to_end(one)
+    assert sum(p.numel() for p in one.model.parameters()) == size and one.epoch == EPOCHS + 2
+
+
 def test_a_round_that_does_not_recover_is_rolled_back(folder):
     one = trainer(FAILING, None)
     fail_to_recover(one)

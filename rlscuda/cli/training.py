@@ -173,7 +173,7 @@ class Trainer:
             lr: step size that the schedule starts with; by default the run's own for RLS, whose
                 moments start anew, and a fifth of it for others.
         """
-        self.checkpoint = None
+        self.checkpoint = self.pruning = None
         share = 0.2
         if isinstance(self.optimizer, RLSOptimizer):
             self.optimizer.restart()
