@@ -247,3 +247,27 @@ def test_resume_refuses_another_schedule(folder, capsys):
     assert train(capsys)[0] == 0
     status, _, error = train(capsys, "--resume", "--prune-schedule", RECOVERING)
     assert status == 1 and "--prune-schedule was None, got linear:0.6:2" in error
+
+
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_a_run_that_diverges_after_its_first_round_ends_with_its_report(
+    folder, capsys, monkeypatch, rounds
+):
+    step = Trainer._train_step
+
+    def diverging(self, rows):
+        loss = step(self, rows)
+        if self.epoch == 1:
+            self.loss_sum += torch.nan
+        return loss
+
+    monkeypatch.setattr(Trainer, "_train_step", diverging)
+    status, out, error = train(capsys, "--prune-schedule", f"linear:0.6:{rounds},tolerance=1000%")
+    assert (status, error) == (0, "")
+    assert "rls stopped: its training loss is not finite any more" in out
+    rows = json.loads((folder / "run" / "metrics.json").read_text())
+    assert [row["pruning"] for row in rows] == ["pruned", ""]
+    assert rows[0]["parameters"] > rows[1]["parameters"]
+    report = json.loads((folder / "run" / "pruning" / "report.json").read_text())
+    assert [stage["kind"] for stage in report["stages"]] == ["whole", "pruned", "final"]
+    assert (folder / "run" / "summary.json").is_file()
