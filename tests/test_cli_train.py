@@ -262,6 +262,23 @@ def test_unreadable_config(run, capsys):
     assert "does not hold the options" in train(capsys, "--resume")[2]
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("epochs", "5", "config.json: epochs must be of the type int, got '5'"),
+        ("optimizer", 3, "config.json: optimizer must be of the type str, got 3"),
+        ("lr", 0.1, "config.json: lr must be of the type str | None, got 0.1"),
+    ],
+)
+def test_a_config_with_an_option_of_another_type(run, capsys, name, value, message):
+    document = json.loads((run / "config.json").read_text())
+    document["options"][name] = value
+    (run / "config.json").write_text(json.dumps(document))
+    for command in (("train", "--resume", "--out"), ("prune", "--ratio", 0.5, "--run")):
+        status, _, error = call(capsys, *command, "run")
+        assert status == 1 and message in error and error.count("\n") == 1
+
+
 def test_the_default_folder_is_named_after_model_and_data(folder, capsys):
     argv = ("train", "--model", "mlp", "--data", "data.npz", "--optimizer", "sgd", "--epochs", 1)
     assert call(capsys, *argv)[0] == 0
