@@ -226,6 +226,7 @@ def test_a_diverging_optimizer_stops_and_the_next_one_trains(folder, capsys):
         (["--resume"], "nothing to resume in run: run/config.json does not exist"),
         (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
         (["--out", "data.npz"], "--out data.npz is a file, expected a folder"),
+        (["--out", "data.npz/run"], "--out data.npz/run: data.npz is a file, expected a folder"),
     ],
 )
 def test_a_wrong_option_is_one_clear_error_and_writes_nothing(folder, capsys, arguments, message):
