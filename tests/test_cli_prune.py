@@ -238,7 +238,8 @@ def test_a_failure_on_the_way_changes_no_file(folder, capsys, monkeypatch, step)
         (["--target-params", "1M"], "nothing was removed: the target is reached already"),
         (["--ratio", 0], "nothing was removed"),
         (["--ratio", 0.5, "--importance", "bn_scale"], "nothing was removed"),
-        (["--ratio", 0.5, "--out", "run"], "--out run is not empty and holds no pruning"),
+        (["--ratio", 0.5, "--out", "run"], "--out run lies in --run run, which stays as it is"),
+        (["--ratio", 0.5, "--out", "run/pruning", "--overwrite"], "run/pruning lies in --run run"),
         (["--ratio", 0.5, "--out", "."], "--out . is not empty and holds no pruning of rlscuda"),
         (["--ratio", 0.5, "--out", "notes.txt"], "--out notes.txt is a file, expected a folder"),
         (["--ratio", 0.5, "--out", "notes.txt/a/b"],
@@ -288,6 +289,27 @@ def test_a_folder_that_cannot_be_written_is_refused(folder, capsys, monkeypatch,
     status, _, error = prune(capsys, "--ratio", 0.5, "--out", out)
     assert status == 1 and "must be a folder that can be written" in error
     assert error.count("\n") == 1 and snapshot(folder / "old") == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("checkpoints/rls.pt", None, "lacks the network of rls: run/checkpoints/rls.pt does not"),
+        ("summary.json", "{}", "run/summary.json does not hold the test accuracy of rls"),
+        ("summary.json", '{"results": {"rls": {"test_accuracy": null}}}', "the test accuracy of"),
+        ("summary.json", "[]", "run/summary.json does not hold the test accuracy of rls"),
+    ],
+)
+def test_a_damaged_run_is_one_clear_error_before_any_work(
+    folder, capsys, monkeypatch, name, content, message
+):
+    path = folder / "run" / name
+    path.unlink() if content is None else path.write_text(content)
+    monkeypatch.setattr(prune_module, "Run", None)  # would read the data
+    before = snapshot(folder)
+    status, _, error = prune(capsys, "--ratio", 0.5)
+    assert status == 1 and message in error and error.count("\n") == 1
+    assert snapshot(folder) == before
 
 
 def test_interrupted_by_the_keyboard(folder, capsys, monkeypatch):
