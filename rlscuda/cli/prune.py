@@ -204,6 +204,7 @@ class Pruning:
             ],
             gains=self._gains(),
             files={name: text for name, text in MODELS.items() if name in written},
+            compensate=self.options.compensate,
         )  # fmt: skip
 
     def _pruner(self) -> Any:

@@ -80,6 +80,7 @@ class PruneRecord:
         gains: what the whole and the final network cost.
         epochs: the rows of the training that the rounds were part of; empty for a pruning after it.
         files: what each file beside the report is, by its name.
+        compensate: whether the remaining weights were changed to make up for what went.
     """
 
     title: str
@@ -89,6 +90,7 @@ class PruneRecord:
     gains: Gains
     epochs: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
+    compensate: bool = True
 
     @property
     def standing(self) -> list[dict[str, Any]]:

@@ -47,7 +47,7 @@ def subtitle(record: PruneRecord) -> str:
     text += f" ({report['selection']})"
     if report["source"] != "none":
         text += f", matrices: {source_in_words(report['source'])}"
-    return text
+    return text if record.compensate else text + ", nothing compensated"
 
 
 def percent(value: float | None) -> str:
