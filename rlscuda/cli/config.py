@@ -81,6 +81,21 @@ class RunConfig:
             if not 0.0 <= value < float("inf"):
                 raise UserError(f"--weight-decay of {name} must be a number >= 0, got {value}")
 
+    def check_new(self) -> None:
+        """Check what only a run that starts must fulfil; an older one can be resumed without.
+
+        Raises:
+            UserError: the schedule of pruning would never prune.
+        """
+        if self.prune_schedule is None:
+            return
+        warmup = ScheduleSpec.read(self.prune_schedule).warmup
+        if warmup >= self.epochs:
+            raise UserError(
+                f"--prune-schedule {self.prune_schedule} first prunes after epoch {warmup} and "
+                f"trains on: --epochs must be at least {warmup + 1}, got {self.epochs}"
+            )
+
     @property
     def optimizers(self) -> tuple[str, ...]:
         """The optimizers, in the order they are trained."""

@@ -202,6 +202,7 @@ def write_pruning(
         gains=gains,
         epochs=trainer.history,
         files={"pruned.safetensors": MODELS["pruned.safetensors"]},
+        planned=pruning.schedule.total,
     )
     with files.replaced() as new:
         save_pruned(trainer.model, new / "pruned.safetensors", optimizer=trainer.optimizer)
