@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -157,7 +159,7 @@ def test_sgd_is_pruned_by_a_calibration_and_exported(folder, capsys):
          lambda r: all(c["after"] % 8 == 0 for c in r["rounds"][0]["report"]["couplings"])),
         (["--ratio", "0.5", "--scope", "global"], lambda r: abs(r["ratio"] - 0.5) < 0.01),
         (["--ratio", "0.5", "--importance", "l2", "--no-compensate"],
-         lambda r: r["rounds"][0]["report"]["source"] == "none"),
+         lambda r: r["rounds"][0]["report"]["source"] == "none" and r["compensate"] is False),
         (["--ratio", "0.5", "--importance", "taylor"],
          lambda r: r["rounds"][0]["report"]["selection"] == "one-shot"),
         (["--ratio", "0.5", "--selection", "one-shot", "--source", "calibration"],
@@ -236,19 +238,77 @@ def test_a_failure_on_the_way_changes_no_file(folder, capsys, monkeypatch, step)
         (["--target-params", "1M"], "nothing was removed: the target is reached already"),
         (["--ratio", 0], "nothing was removed"),
         (["--ratio", 0.5, "--importance", "bn_scale"], "nothing was removed"),
-        (["--ratio", 0.5, "--out", "run"], "--out run is not empty and holds no pruning"),
-        (["--ratio", 0.5, "--out", "run/config.json"], "is a file, expected a folder"),
+        (["--ratio", 0.5, "--out", "run"], "--out run lies in --run run, which stays as it is"),
+        (["--ratio", 0.5, "--out", "run/pruning", "--overwrite"], "run/pruning lies in --run run"),
+        (["--ratio", 0.5, "--out", "."], "--out . is not empty and holds no pruning of rlscuda"),
+        (["--ratio", 0.5, "--out", "notes.txt"], "--out notes.txt is a file, expected a folder"),
+        (["--ratio", 0.5, "--out", "notes.txt/a/b"],
+         "--out notes.txt/a/b: notes.txt is a file, expected a folder"),
         (["--ratio", 0.5, "--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N"),
         (["--ratio", 0.5, "--threads", 0], "--threads must be at least 1, got 0"),
         (["--ratio", 0.5, "--recover", 1, "--recover-lr", 1e30], "training on diverged"),
     ],
 )  # fmt: skip
 def test_a_wrong_option_is_one_clear_error_and_writes_nothing(folder, capsys, arguments, message):
+    (folder / "notes.txt").write_text("mine")
     before = snapshot(folder)
     status, _, error = prune(capsys, *arguments)
     assert status == 1
     assert error.startswith("error: ") and message in error
     assert error.count("\n") == 1
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("run", [".", "", "checkpoints/.."])
+def test_the_default_folder_is_named_after_the_run_whatever_its_path(
+    folder, capsys, monkeypatch, run
+):
+    monkeypatch.chdir(folder / "run")
+    assert call(capsys, "prune", "--run", run, "--ratio", 0.5)[0] == 0
+    assert (folder / "run-pruned" / "report.json").is_file()
+
+
+def test_the_current_folder_takes_the_result(folder, capsys, monkeypatch):
+    (folder / "empty").mkdir()
+    monkeypatch.chdir(folder / "empty")
+    assert call(capsys, "prune", "--run", "../run", "--ratio", 0.5, "--out", ".")[0] == 0
+    assert set(snapshot(folder / "empty")) == REPORT | {"pruned.safetensors"}
+    assert sorted(path.name for path in folder.iterdir()) == ["empty", "run"]
+
+
+@pytest.mark.parametrize(("out", "locked"), [("new", "."), ("old", "."), ("old", "old")])
+def test_a_folder_that_cannot_be_written_is_refused(folder, capsys, monkeypatch, out, locked):
+    (folder / "old").mkdir()
+    access, place = os.access, (folder / locked).resolve()
+
+    def without_writing(path, mode):
+        locked = mode & os.W_OK and Path(path).resolve() == place
+        return not locked and access(path, mode)
+
+    monkeypatch.setattr(os, "access", without_writing)
+    status, _, error = prune(capsys, "--ratio", 0.5, "--out", out)
+    assert status == 1 and "must be a folder that can be written" in error
+    assert error.count("\n") == 1 and snapshot(folder / "old") == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("checkpoints/rls.pt", None, "lacks the network of rls: run/checkpoints/rls.pt does not"),
+        ("summary.json", "{}", "run/summary.json does not hold the test accuracy of rls"),
+        ("summary.json", '{"results": {"rls": {"test_accuracy": null}}}', "the test accuracy of"),
+        ("summary.json", "[]", "run/summary.json does not hold the test accuracy of rls"),
+    ],
+)
+def test_a_damaged_run_is_one_clear_error_before_any_work(
+    folder, capsys, monkeypatch, name, content, message
+):
+    path = folder / "run" / name
+    path.unlink() if content is None else path.write_text(content)
+    monkeypatch.setattr(prune_module, "Run", None)  # would read the data
+    before = snapshot(folder)
+    status, _, error = prune(capsys, "--ratio", 0.5)
+    assert status == 1 and message in error and error.count("\n") == 1
     assert snapshot(folder) == before
 
 

@@ -226,6 +226,7 @@ def test_a_diverging_optimizer_stops_and_the_next_one_trains(folder, capsys):
         (["--resume"], "nothing to resume in run: run/config.json does not exist"),
         (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
         (["--out", "data.npz"], "--out data.npz is a file, expected a folder"),
+        (["--out", "data.npz/run"], "--out data.npz/run: data.npz is a file, expected a folder"),
     ],
 )
 def test_a_wrong_option_is_one_clear_error_and_writes_nothing(folder, capsys, arguments, message):
@@ -260,6 +261,23 @@ def test_unreadable_config(run, capsys):
         '{"format": "rlscuda-run", "version": 1, "options": {"epochs": 2}}'
     )
     assert "does not hold the options" in train(capsys, "--resume")[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("epochs", "5", "config.json: epochs must be of the type int, got '5'"),
+        ("optimizer", 3, "config.json: optimizer must be of the type str, got 3"),
+        ("lr", 0.1, "config.json: lr must be of the type str | None, got 0.1"),
+    ],
+)
+def test_a_config_with_an_option_of_another_type(run, capsys, name, value, message):
+    document = json.loads((run / "config.json").read_text())
+    document["options"][name] = value
+    (run / "config.json").write_text(json.dumps(document))
+    for command in (("train", "--resume", "--out"), ("prune", "--ratio", 0.5, "--run")):
+        status, _, error = call(capsys, *command, "run")
+        assert status == 1 and message in error and error.count("\n") == 1
 
 
 def test_the_default_folder_is_named_after_model_and_data(folder, capsys):

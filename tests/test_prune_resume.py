@@ -46,6 +46,7 @@ def fixed(num_classes):
 EPOCHS, BATCH, STEPS = 5, 27, 3  # 81 training images: 3 steps an epoch
 RECOVERING = "linear:0.6:2,tolerance=1000%"
 FAILING = "one_shot:0.8:1,warmup=2,budget=2"
+NEVER = f"one_shot:0.5:1,warmup={EPOCHS}"
 
 
 @pytest.fixture
@@ -157,7 +158,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder, schedule):
 
 
 def test_nothing_is_pruned_after_the_last_epoch(folder):
-    one = trainer(f"one_shot:0.5:1,warmup={EPOCHS}", None)
+    one = trainer(NEVER, None)
     run_to_end(one)
     assert outcomes(one) == ["warming up"] * (EPOCHS - 1) + [""] and one.pruning.stages == []
 
@@ -238,17 +239,18 @@ def without_times(document):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("schedule", "arguments", "message"),
     [
-        ({"model": "prunable:fixed"}, "prunable:fixed has no channels that can be removed"),
-        ({"optimizer": "sgd"}, "prunes while rls trains; --optimizer is sgd"),
+        (RECOVERING, {"model": "prunable:fixed"}, "prunable:fixed has no channels that can be"),
+        (RECOVERING, {"optimizer": "sgd"}, "prunes while rls trains; --optimizer is sgd"),
+        (NEVER, {}, "prunes after epoch 5 and trains on: --epochs must be at least 6, got 5"),
     ],
 )
 def test_what_cannot_be_pruned_is_refused_before_anything_is_written(
-    folder, capsys, arguments, message
+    folder, capsys, schedule, arguments, message
 ):
     before = snapshot(folder)
-    status, _, error = train(capsys, "--prune-schedule", RECOVERING, **arguments)
+    status, _, error = train(capsys, "--prune-schedule", schedule, **arguments)
     assert status == 1 and message in error and error.count("\n") == 1
     assert {k: v for k, v in snapshot(folder).items() if "pycache" not in k} == before
 
@@ -257,3 +259,45 @@ def test_resume_refuses_another_schedule(folder, capsys):
     assert train(capsys)[0] == 0
     status, _, error = train(capsys, "--resume", "--prune-schedule", RECOVERING)
     assert status == 1 and "--prune-schedule was None, got linear:0.6:2" in error
+
+
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_a_run_that_diverges_after_its_first_round_ends_with_its_report(
+    folder, capsys, monkeypatch, rounds
+):
+    step = Trainer._train_step
+
+    def diverging(self, rows):
+        loss = step(self, rows)
+        if self.epoch == 1:
+            self.loss_sum += torch.nan
+        return loss
+
+    monkeypatch.setattr(Trainer, "_train_step", diverging)
+    status, out, error = train(capsys, "--prune-schedule", f"linear:0.6:{rounds},tolerance=1000%")
+    assert (status, error) == (0, "")
+    assert "rls stopped: its training loss is not finite any more" in out
+    rows = json.loads((folder / "run" / "metrics.json").read_text())
+    assert [row["pruning"] for row in rows] == ["pruned", ""]
+    assert rows[0]["parameters"] > rows[1]["parameters"]
+    report = json.loads((folder / "run" / "pruning" / "report.json").read_text())
+    assert [stage["kind"] for stage in report["stages"]] == ["whole", "pruned", "final"]
+    assert (folder / "run" / "summary.json").is_file()
+
+
+def test_an_older_run_whose_schedule_never_prunes_is_resumed(folder, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(RunConfig, "check_new", lambda self: None)
+        assert train(capsys, "--prune-schedule", NEVER)[0] == 0
+    (folder / "run" / "summary.json").unlink()
+    assert train(capsys, "--resume")[0] == 0
+    assert (folder / "run" / "summary.json").is_file()
+
+
+def test_the_report_says_how_many_of_the_rounds_there_was_time_for(folder, capsys):
+    arguments = ("--prune-schedule", "cubic:0.7:9,tolerance=1000%")
+    status, out, _ = train(capsys, *arguments)
+    assert status == 0 and "4 of 9 rounds, chosen by" in out
+    report = json.loads((folder / "run" / "pruning" / "report.json").read_text())
+    assert (len(report["rounds"]), report["planned"]) == (4, 9)
+    assert "4 of 9 rounds, chosen by" in (folder / "run" / "pruning" / "report.html").read_text()

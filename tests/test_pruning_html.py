@@ -17,7 +17,7 @@ from rlscuda.cli.prune_images import draw_png, draw_svg
 from rlscuda.cli.prune_page import render_page
 from rlscuda.cli.prune_record import PruneRecord, Stage
 from rlscuda.cli.prune_report import write_report
-from rlscuda.cli.prune_words import gain_rows, times
+from rlscuda.cli.prune_words import gain_rows, subtitle, times
 from rlscuda.pruning.measure import Gains, Measurement
 from rlscuda.pruning.report import CouplingChange, PruneReport
 
@@ -221,10 +221,23 @@ def test_of_many_spectra_the_costly_ones_are_shown_in_their_order():
 def test_a_report_without_matrices_has_no_word_of_them():
     plain = report(change("a", 4, 2), importance="l2", selection="one-shot", source="none",
                    disagreement=None, uncompensated={}, refused={})  # fmt: skip
-    whole = record(rounds=[entry(plain)])
+    whole = record(rounds=[entry(plain)], compensate=False)
     text = render_page(whole, draw_svg(whole))
     assert "autocorrelation" not in text
     assert "Every coupling was a candidate" in text
+
+
+@pytest.mark.parametrize(
+    ("compensate", "text"),
+    [(True, "every layer that lost inputs was"), (False, "no layer was to be")],
+)
+def test_a_report_says_whether_weights_were_changed(compensate, text):
+    plain = report(change("a", 4, 2), uncompensated={}, refused={})
+    whole = record(rounds=[entry(plain)], compensate=compensate)
+    page = render_page(whole, draw_svg(whole))
+    assert f"Every coupling was a candidate, and {text} compensated." in page
+    assert subtitle(whole).endswith(", nothing compensated") != compensate
+    assert whole.to_dict()["compensate"] is compensate
 
 
 def test_the_files_of_a_report(tmp_path):

@@ -198,7 +198,7 @@ def prune(
     fields = dataclasses.fields(PruneOptions)
     options = PruneOptions(**{field.name: context.params[field.name] for field in fields})
     execution = Execution(device, threads, cache=cache)
-    folder = out or run.with_name(f"{run.name}-pruned")
+    folder = out or _pruned_folder(run)
     try:
         command.prune(run, optimizer, options, execution, folder, overwrite, Console())
     except KeyboardInterrupt:
@@ -232,6 +232,12 @@ def _given(context: typer.Context, options: dict[str, Any]) -> dict[str, Any]:
         for name, value in options.items()
         if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
     }
+
+
+def _pruned_folder(run: Path) -> Path:
+    """RUN-pruned; of a path that ends in no name, such as ``.``, by the name of its folder."""
+    named = run if run.name not in ("", "..") else run.resolve()
+    return named.parent / f"{named.name}-pruned"
 
 
 def _data_stem(data: str) -> str:

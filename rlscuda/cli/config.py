@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from typing import Any
+from typing import Any, get_type_hints
 
 from rlscuda.cli.errors import UserError
 from rlscuda.cli.prune_options import ScheduleSpec
@@ -81,6 +81,21 @@ class RunConfig:
             if not 0.0 <= value < float("inf"):
                 raise UserError(f"--weight-decay of {name} must be a number >= 0, got {value}")
 
+    def check_new(self) -> None:
+        """Check what only a run that starts must fulfil; an older one can be resumed without.
+
+        Raises:
+            UserError: the schedule of pruning would never prune.
+        """
+        if self.prune_schedule is None:
+            return
+        warmup = ScheduleSpec.read(self.prune_schedule).warmup
+        if warmup >= self.epochs:
+            raise UserError(
+                f"--prune-schedule {self.prune_schedule} first prunes after epoch {warmup} and "
+                f"trains on: --epochs must be at least {warmup + 1}, got {self.epochs}"
+            )
+
     @property
     def optimizers(self) -> tuple[str, ...]:
         """The optimizers, in the order they are trained."""
@@ -131,12 +146,19 @@ class RunConfig:
             given: the options written on the command line now.
 
         Raises:
-            UserError: an option given now differs from the stored one. Only ``data`` may: the
-                files can have moved, and their fingerprint is checked.
+            UserError: the stored options are not those of a run, or an option given now differs
+                from the stored one. Only ``data`` may: the files can have moved, and their
+                fingerprint is checked.
         """
-        fields = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(stored, dict) or stored.keys() != fields:
+        kinds = get_type_hints(cls)
+        if not isinstance(stored, dict) or stored.keys() != kinds.keys():
             raise UserError("config.json does not hold the options of this version of rlscuda")
+        for field in dataclasses.fields(cls):
+            if not isinstance(stored[field.name], kinds[field.name]):
+                raise UserError(
+                    f"config.json: {field.name} must be of the type {field.type}, got "
+                    f"{stored[field.name]!r}"
+                )
         for name, value in given.items():
             if name != "data" and stored[name] != value:
                 raise UserError(

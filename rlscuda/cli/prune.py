@@ -56,12 +56,15 @@ def prune(
         console: where to print.
 
     Raises:
-        UserError: an option is wrong, the run is not there or not finished, or ``out`` holds
-            something. Nothing is written then.
+        UserError: an option is wrong, the run is not there, not finished or lacks a file, or
+            ``out`` holds something or cannot be written. Nothing is written then.
     """
+    folder, config, name = _finished_run(source, optimizer)
+    test_accuracy = _test_accuracy(folder, name)
+    if source.resolve() in (out.resolve(), *out.resolve().parents):
+        raise UserError(f"--out {out} lies in --run {source}, which stays as it is")
     files = PruneFiles(out)
     files.check_new(overwrite)
-    folder, config, name = _finished_run(source, optimizer)
     if options.source == "own" and name != "rls":
         raise UserError(
             f"--source own reads the matrices of rls, the run of {name} has none: "
@@ -78,7 +81,7 @@ def prune(
     pruning = Pruning(trainer, options, console)
     pruning.cut()
     with files.replaced() as new:
-        pruning.finish(new, (folder.read_summary() or {})["results"][name]["test_accuracy"])
+        pruning.finish(new, test_accuracy)
         recorded = {"run": str(source), "optimizer": name, **options.to_dict()}
         record = pruning.record(Path(config.data).name, {path.name for path in new.iterdir()})
         write_report(new, record, recorded)
@@ -104,7 +107,21 @@ def _finished_run(source: Path, optimizer: str | None) -> tuple[RunFolder, RunCo
     if name not in names:
         got = f"got {name!r}" if name else "say which"
         raise UserError(f"--optimizer must be one of this run's, {', '.join(names)}; {got}")
+    if not folder.checkpoint(name).is_file():
+        raise UserError(
+            f"the run in {source} lacks the network of {name}: {folder.checkpoint(name)} does not "
+            "exist"
+        )
     return folder, config, name
+
+
+def _test_accuracy(folder: RunFolder, name: str) -> float:
+    """Of the run's own test of one optimizer's network."""
+    summary: Any = folder.read_summary()
+    try:
+        return float(summary["results"][name]["test_accuracy"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{folder.summary} does not hold the test accuracy of {name}") from None
 
 
 class Pruning:
@@ -187,6 +204,7 @@ class Pruning:
             ],
             gains=self._gains(),
             files={name: text for name, text in MODELS.items() if name in written},
+            compensate=self.options.compensate,
         )  # fmt: skip
 
     def _pruner(self) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 from rlscuda.cli.errors import UserError
 from rlscuda.cli.json_files import read_json, write_json
+from rlscuda.cli.out_folder import check_writable
 
 FORMAT = "rlscuda-prune"
 VERSION = 1
@@ -38,6 +39,12 @@ class PruneFiles:
 
     path: Path
 
+    @property
+    def _new(self) -> Path:
+        """The folder beside it that is written first."""
+        path = self.path.resolve()
+        return path.parent / f".{path.name}.tmp"
+
     def existing(self) -> list[Path]:
         """Every file of the pruning that exists, report.json last."""
         return [self.path / name for name in (*MODELS, *REPORTS) if (self.path / name).is_file()]
@@ -51,11 +58,11 @@ class PruneFiles:
         """Check that a pruning may be put here; touch nothing.
 
         Raises:
-            UserError: the folder holds a pruning and ``overwrite`` is False, or holds something
-                that is no pruning.
+            UserError: the folder cannot be written, holds a pruning and ``overwrite`` is False, or
+                holds something that is no pruning.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--out {self.path} is a file, expected a folder")
+        check_writable(self.path)
+        check_writable(self._new.parent)
         if not self.path.is_dir() or not any(self.path.iterdir()):
             return
         marker = self.path / "report.json"
@@ -74,7 +81,7 @@ class PruneFiles:
 
         Where the block raises, this folder stays as it was.
         """
-        new = self.path.with_name(f".{self.path.name}.tmp")
+        new = self._new
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         try:

@@ -202,7 +202,9 @@ def _exceptions(record: PruneRecord) -> str:
         for key, kind in (("refused", "not pruned"), ("uncompensated", "not compensated")):
             reasons |= {(name, kind): reason for name, reason in report[key].items()}
     if not reasons:
-        text = "Every coupling was a candidate, and every layer that lost inputs was compensated."
+        text = "Every coupling was a candidate, and "
+        text += "every layer that lost inputs was" if record.compensate else "no layer was to be"
+        text += " compensated."
         return _section("Left alone", f"<p>{text}</p>")
     rows = [(name, kind, reason) for (name, kind), reason in reasons.items()]
     return _section("Left alone", _table(("what", "", "why"), rows, 3))

@@ -80,6 +80,8 @@ class PruneRecord:
         gains: what the whole and the final network cost.
         epochs: the rows of the training that the rounds were part of; empty for a pruning after it.
         files: what each file beside the report is, by its name.
+        compensate: whether the remaining weights were changed to make up for what went.
+        planned: rounds that were asked for.
     """
 
     title: str
@@ -89,6 +91,8 @@ class PruneRecord:
     gains: Gains
     epochs: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
+    compensate: bool = True
+    planned: int = 1
 
     @property
     def standing(self) -> list[dict[str, Any]]:

@@ -43,11 +43,13 @@ def subtitle(record: PruneRecord) -> str:
     """How it was done, in a line."""
     report, count = record.last_report, len(record.rounds)
     rounds = "one round" if count == 1 else f"{count} rounds"
+    if count < record.planned:
+        rounds = f"{count} of {record.planned} rounds"
     text = f"{rounds}, chosen by {importance_in_words(report['importance'])}"
     text += f" ({report['selection']})"
     if report["source"] != "none":
         text += f", matrices: {source_in_words(report['source'])}"
-    return text
+    return text if record.compensate else text + ", nothing compensated"
 
 
 def percent(value: float | None) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from rlscuda._atomic import write_text
 from rlscuda.cli.errors import UserError
 from rlscuda.cli.json_files import read_json, write_json
+from rlscuda.cli.out_folder import check_writable
 from rlscuda.cli.prune_files import PruneFiles
 
 FORMAT = "rlscuda-run"
@@ -89,11 +90,10 @@ class RunFolder:
         """Check that a new run may be put here; touch nothing.
 
         Raises:
-            UserError: the folder holds a run and ``overwrite`` is False, or holds something that
-                is no run.
+            UserError: the folder cannot be written, holds a run and ``overwrite`` is False, or
+                holds something that is no run.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--out {self.path} is a file, expected a folder")
+        check_writable(self.path)
         if not self.path.is_dir() or not any(self.path.iterdir()):
             return
         if not self.config.is_file():

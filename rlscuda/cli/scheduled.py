@@ -113,7 +113,8 @@ class ScheduledPruning:
     def after_epoch(self, row: dict[str, Any], evaluate: Any) -> None:
         """Prune, wait or roll back, by the validation loss of an epoch; say so in its row.
 
-        Nothing is pruned after the last epoch, when nothing could recover.
+        Nothing is pruned after the last epoch, when nothing could recover, and nothing changes
+        once the training loss is not finite any more.
 
         Args:
             row: of the epoch that has just ended; it is given ``parameters``, ``flops`` (of one
@@ -125,7 +126,9 @@ class ScheduledPruning:
         row |= {**size, "pruning": ""}
         schedule, number = self.schedule, len(self.schedule.rounds)
         last = self.trainer.epoch >= self.trainer.config.epochs and number < schedule.total
-        if schedule.finished or last or not (number or math.isfinite(row["val_loss"])):
+        if schedule.finished or last or self.trainer.diverged:
+            return
+        if not number and not math.isfinite(row["val_loss"]):
             return
         seen = {"val_loss": row["val_loss"], "val_accuracy": row["val_accuracy"]}
         row["pruning"] = outcome = schedule.after_epoch(row["val_loss"])
@@ -199,6 +202,7 @@ def write_pruning(
         gains=gains,
         epochs=trainer.history,
         files={"pruned.safetensors": MODELS["pruned.safetensors"]},
+        planned=pruning.schedule.total,
     )
     with files.replaced() as new:
         save_pruned(trainer.model, new / "pruned.safetensors", optimizer=trainer.optimizer)

@@ -205,6 +205,7 @@ def start(
         UserError: an option is wrong, the data cannot be read, or ``out`` holds something. The
             folder is then as it was.
     """
+    config.check_new()
     folder = RunFolder(out)
     folder.check_new(overwrite)
     run = Run(config, execution, folder, console)

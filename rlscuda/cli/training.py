@@ -156,7 +156,7 @@ class Trainer:
             }
             self.history.append(row)
             self.epoch, self.step, self.order = self.epoch + 1, 0, None
-            if self.pruning is not None and not self.diverged:
+            if self.pruning is not None:
                 self.pruning.after_epoch(row, self.validate)
             self.save()
             yield row
