@@ -201,7 +201,7 @@ OURS = ("sketch", "own", "calibration")
 BASELINES = ("l1", "l2", "taylor", "hessian", "bn_scale", "random")
 # optimizer of the epoch of recovery -> (title, the learning rates it is tuned over)
 RECOVERIES = {
-    "same": ("the RLSOptimizer goes on", (0.01, 0.03, 0.1)),
+    "same": ("the restarted RLSOptimizer", (0.01, 0.03, 0.1)),
     "rls": ("new RLSOptimizer", (0.03, 0.1, 0.2)),
     "adam": ("Adam", (1e-3, 3e-3, 1e-2)),
 }

@@ -146,9 +146,10 @@ def report(results: Path) -> str:
     return (
         "Test accuracy %, mean of the seeds, as pruned, without any training:\n\n"
         f"{pruned_table(runs)}\n\n"
-        "After one epoch: ours with the optimizer that was pruned along, and after a slash with a "
-        "new RLSOptimizer; the others with a new RLSOptimizer, and after a slash with Adam; and "
-        "the same architecture trained from new weights for as many epochs as the whole network:"
+        "After one epoch: ours with the optimizer that was pruned along and restarted, and after a "
+        "slash with a new RLSOptimizer; the others with a new RLSOptimizer, and after a slash with "
+        "Adam; and the same architecture trained from new weights for as many epochs as the whole "
+        "network:"
         f"\n\n{recovered_table(runs)}\n\n"
         f"Learning rates chosen for that epoch: {chosen}."
     )
