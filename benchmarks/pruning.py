@@ -4,9 +4,9 @@ Five networks are trained with three seeds each. Every method removes the same n
 every layer, so FLOPs and parameters are equal, and nothing is trained afterwards; the statistics of
 batch norm are re-estimated on training images for every method alike. Then what is left trains for
 one epoch, with cosine decay, by a new `RLSOptimizer`; ours also by the one that was pruned along,
-restarted, the others' also by Adam. Each of these takes the best of three learning rates by validation
-images, on one seed at the middle ratio. For honesty the pruned architecture is also trained from
-new weights, for as many epochs as the whole network was.
+restarted, the others' also by Adam. Each of these takes the best of three learning rates by
+validation images, on one seed at the middle ratio. For honesty the pruned architecture is also
+trained from new weights, for as many epochs as the whole network was.
 
     python benchmarks/pruning.py --workers 2          # run, or go on after an interruption
     python benchmarks/pruning.py --report             # tables and plot of the results
