@@ -8,9 +8,11 @@ built beside the good ones of run.py, so only the file with the bug is compiled.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,31 +89,36 @@ BUGS = [
 
 
 def main(part: str = "") -> int:
-    """Builds and runs each bug; the number of those that no test found."""
+    """Builds and runs each bug, one a core; the number of those that no test found."""
     build(ROOT, TARGET)
-    missed = []
-    for bug in (b for b in BUGS if part in b.name):
-        with tempfile.TemporaryDirectory() as directory:
-            root, target = Path(directory) / "sources", Path(directory) / "build"
-            for name in ("csrc", "rlscuda", "tests"):
-                shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("*.so"))
-            shutil.copy(ROOT / "pyproject.toml", root)
-            shutil.copytree(TARGET, target, copy_function=shutil.copy2)
-            text = (root / bug.path).read_text()
-            if text.count(bug.good) != 1:
-                raise SystemExit(f"{bug.name}: {bug.path} must have once: {bug.good}")
-            (root / bug.path).write_text(text.replace(bug.good, bug.bad))
-            build(root, target)
-            output = Path(directory) / "output"
-            with output.open("w") as log:
-                status = run(target, [*bug.tests, "-x", "-s", "--tb=line"], bug.order, stdout=log)
-            lines = output.read_text().splitlines()
-            why = [line for line in lines if "error: " in line.lower()]
-        print(f"{'FOUND ' if status == 1 or status < 0 else 'MISSED'} {bug.name}", flush=True)
-        print(f"       {why[0][:160] if why else lines[-1:]}", flush=True)
-        if not (status == 1 or status < 0):
-            missed.append(bug.name)
-    return len(missed)
+    missed = 0
+    bugs = [bug for bug in BUGS if part in bug.name]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for bug, (found, why) in zip(bugs, pool.map(_is_found, bugs)):
+            print(f"{'FOUND ' if found else 'MISSED'} {bug.name}\n       {why}", flush=True)
+            missed += not found
+    return missed
+
+
+def _is_found(bug: Bug) -> tuple[bool, str]:
+    """Whether a test turns red of a bug, and what it says."""
+    with tempfile.TemporaryDirectory() as directory:
+        root, target = Path(directory) / "sources", Path(directory) / "build"
+        for name in ("csrc", "rlscuda", "tests"):
+            shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("*.so"))
+        shutil.copy(ROOT / "pyproject.toml", root)
+        shutil.copytree(TARGET, target, copy_function=shutil.copy2)
+        text = (root / bug.path).read_text()
+        if text.count(bug.good) != 1:
+            raise SystemExit(f"{bug.name}: {bug.path} must have once: {bug.good}")
+        (root / bug.path).write_text(text.replace(bug.good, bug.bad))
+        build(root, target)
+        output = Path(directory) / "output"
+        with output.open("w") as log:
+            status = run(target, [*bug.tests, "-x", "-s", "--tb=line"], bug.order, stdout=log)
+        lines = output.read_text().splitlines()
+    why = [line[:160] for line in lines if "error: " in line.lower()] or lines[-1:]
+    return status == 1 or status < 0, why[0] if why else ""
 
 
 if __name__ == "__main__":

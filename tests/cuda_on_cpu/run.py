@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from as_cpp import build
@@ -62,13 +64,25 @@ def run(target: Path, arguments: list[str], order: str, stdout=None) -> int:
     ).returncode
 
 
+def _run_quietly(order: str, arguments: list[str]) -> tuple[int, str]:
+    """Exit status and output of a run that others go beside."""
+    with tempfile.TemporaryFile("w+") as log:
+        status = run(TARGET, arguments, order, stdout=log)
+        log.seek(0)
+        return status, log.read()
+
+
 def main(arguments: list[str]) -> int:
-    """Builds, then runs the tests asked for; 0 where all pass."""
+    """Builds, then runs the tests asked for, a run a core; 0 where all pass."""
     build(ROOT, TARGET)
-    order = os.environ.get("CUDA_ON_CPU_ORDER", "ascending")
-    runs = [(order, arguments)] if arguments else RUNS
-    statuses = [run(TARGET, tests, order) for order, tests in runs]
-    return int(any(statuses))
+    if arguments:
+        return run(TARGET, arguments, os.environ.get("CUDA_ON_CPU_ORDER", "ascending"))
+    failed = False
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for status, output in pool.map(_run_quietly, *zip(*RUNS)):
+            print(output, flush=True)
+            failed |= status != 0
+    return int(failed)
 
 
 if __name__ == "__main__":
