@@ -301,7 +301,7 @@ def shrunk_to_inverse(
 
 
 def _factor_of(P: Tensor, columns: Tensor) -> Tensor:
-    return factor(P.index_select(0, columns).index_select(1, columns))
+    return factor(P[columns[:, None], columns])
 
 
 def _kept(n: int, removed: Tensor) -> Tensor:
