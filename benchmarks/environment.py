@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def tree_hash() -> str:
     """The hash of the kernel sources in this tree, formed as setup.py forms it."""
     sources = sorted(p for p in (ROOT / "csrc").rglob("*.*") if p.suffix in {".cpp", ".h", ".cu"})
-    parts = [f"{p.relative_to(ROOT).as_posix()}\0".encode() + p.read_bytes() for p in sources]
+    parts = [p.name.encode() + re.sub(rb"//.*|\s+", b"", p.read_bytes()) for p in sources]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
 
 

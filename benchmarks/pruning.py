@@ -137,7 +137,7 @@ def candidates(case: str, recovery: str) -> list[dict]:
 def tuned_rate(case: str, recovery: str, args: argparse.Namespace) -> float:
     """The learning rate of a recovery that reads best on validation images."""
     records = [finish(job, args) for job in candidates(case, recovery)]
-    return max(records, key=lambda record: record["accuracy"]["validation"])["lr"]
+    return max(records, key=lambda r: (r["accuracy"]["validation"], -r["lr"]))["lr"]
 
 
 def run_job(job: dict, args: argparse.Namespace) -> str:

@@ -115,7 +115,7 @@ def staleness(hashes: set[str]) -> str:
 
 
 def grid_provenance(document: dict) -> str:
-    """Where, when and with what the runs of a grid were made, a line for all its sittings."""
+    """Where, when and with what a grid was made; the machine is that of its last sitting."""
     sittings = document["environments"]
     hashes = {sitting["source_hash"] for sitting in sittings}
     machine = sittings[-1]

@@ -41,11 +41,11 @@ enum Health {
   kLargestGain,  // largest h - lambda
   kMissing,      // steps with a gradient but no summary
   kSteps,        // steps since a restart of the moments that a non-finite gradient did not void
-  kEarlier,      // updates that count besides those: what a restart lets the gain remember
+  kEarlier,      // updates from before it that still count, and the missing steps
   kHealthSlots
 };
-constexpr const char* kHealthNames[kHealthSlots] = {
-    "updates", "refused", "resets", "largest_gain", "missing", "steps", "earlier"};
+constexpr const char* kHealthNames[kHealthSlots] = {"updates", "refused", "resets", "largest_gain",
+                                                    "missing", "steps",   "earlier"};
 
 // The constants of the updates of a layer.
 struct UpdateRule {

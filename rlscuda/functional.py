@@ -91,7 +91,7 @@ def rls_update_(
         initial_scale: Diagonal of the matrix after a reset.
         power: [b] running mean of the squared input; updated with `gain`, and the rows then count
             as divided by its square root.
-        health: float64 counters [7], see `LayerHealth`.
+        health: float64 counters [7], one for each of `rlscuda._C.health_slots`.
         found_inf: One bool; where it is true, the update is refused.
 
     Returns:

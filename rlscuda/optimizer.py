@@ -294,21 +294,21 @@ class RLSOptimizer(Optimizer):
         r"""Readies the optimizer for another schedule, once one has ended.
 
         The moments that scale a step are those of the last, small gradients: at the peak rate of a
-        new schedule they would make it far too large. So all moments start anew, those of the
+        new schedule they would make it far too large. So the moments start anew, those of the
         fallback rule too, and the matrices weigh new inputs as if `memory` updates had been seen:
         their gain, and with it the adaptive form's rate, warms up from there. Rates that a schedule
         has changed are again what it started from. Weights, `P` and what is staged stay.
 
         Args:
             memory: Updates that `P` counts as, at most: its gain goes on at
-                :math:`max(\kappa, 1 / (memory + 1))`. Forms of a constant gain keep it.
+                :math:`\max(\kappa, 1 / (memory + 1))`. Forms of a constant gain keep it.
 
         Raises:
             ValueError: `memory` is no integer >= 0.
 
         Example:
             >>> pruner.step()                                              # doctest: +SKIP
-            >>> optimizer.restart()  # at the peak rate again                # doctest: +SKIP
+            >>> optimizer.restart()  # at its first rate again             # doctest: +SKIP
             >>> schedule = CosineAnnealingLR(optimizer, steps)             # doctest: +SKIP
         """
         if isinstance(memory, bool) or not isinstance(memory, int) or memory < 0:
@@ -320,7 +320,7 @@ class RLSOptimizer(Optimizer):
         for group in self.param_groups:
             rate = group.get("initial_lr", group["lr"])
             if isinstance(group["lr"], Tensor):
-                group["lr"].copy_(torch.as_tensor(rate))  # in place, as a captured step reads it
+                group["lr"].fill_(rate)  # in place, as a captured step reads it
             else:
                 group["lr"] = rate
 

@@ -54,7 +54,8 @@ def initial_state(layer: Layer, group: dict[str, Any]) -> dict[str, Any]:
 def restart(state: dict[str, Any], memory: int) -> None:
     """Lets a layer's moments start anew, and its gain as if `memory` updates had been seen.
 
-    Nothing is read from the device.
+    Nothing is read from the device. What is missing stays counted, and so is added to what counts
+    as earlier, of which the number of updates takes it off.
     """
     for name in ("first_moment", "second_moment", "momentum_buffer"):
         if name in state:

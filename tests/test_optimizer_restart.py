@@ -1,4 +1,4 @@
-"""`RLSOptimizer.restart`: averages that start anew, without a new optimizer."""
+"""`RLSOptimizer.restart`: moments that start anew, without a new optimizer."""
 
 import copy
 

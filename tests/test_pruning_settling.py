@@ -50,6 +50,16 @@ def test_named_batches(options):
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+def test_a_batch_that_a_later_norm_refuses_is_left_out_of_all():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    model = nn.Sequential(*layers, nn.Linear(3, 4), nn.BatchNorm1d(4))
+    x = torch.randn(8, 1, 6, 6)
+    expected = settle(copy.deepcopy(model), [x])
+    found = settle(model, [x, 100 * x[:1]])
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_a_last_batch_of_one_sample_is_left_out():
     x, (one, other) = torch.randn(9, 6), (normed(), normed())
     expected = settle(copy.deepcopy(one), [x[:4], x[4:8]])

@@ -166,7 +166,7 @@ def prune(
     ] = PruneOptions.recover,
     recover_lr: Annotated[
         float | None,
-        typer.Option(help="Their first step size; the run's for RLS, else a fifth."),
+        typer.Option(help="Their first step size; .3 of the run's for RLS, else a fifth."),
     ] = PruneOptions.recover_lr,
     export: Annotated[
         str | None, typer.Option(help="Comma list of onnx and pt2 (torch.export).")

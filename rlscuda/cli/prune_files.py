@@ -62,7 +62,7 @@ class PruneFiles:
                 holds something that is no pruning.
         """
         check_writable(self.path)
-        check_writable(self._new.parent)
+        check_writable(self._new.parent, f"the folder beside --out {self.path}, written first,")
         if not self.path.is_dir() or not any(self.path.iterdir()):
             return
         marker = self.path / "report.json"

@@ -37,7 +37,7 @@ class PruneOptions:
         compensate: whether the remaining weights change.
         calibration_images: training images that calibrate.
         recover: epochs of training on.
-        recover_lr: step size they start with; None for the run's for RLS, a fifth for others.
+        recover_lr: step size they start with; None for .3 of the run's for RLS, else a fifth.
         export: comma list of ``onnx`` and ``pt2``.
         measure_batch: images of the forward that memory and latency are measured on; None for the
             run's batch.

@@ -202,8 +202,8 @@ def start(
     """Start a new run in ``out``.
 
     Raises:
-        UserError: an option is wrong, the data cannot be read, or ``out`` holds something. The
-            folder is then as it was.
+        UserError: an option is wrong, the data cannot be read, or ``out`` holds something or cannot
+            be written. The folder is then as it was.
     """
     config.check_new()
     folder = RunFolder(out)

@@ -170,14 +170,14 @@ class Trainer:
 
         Args:
             epochs: how many more.
-            lr: step size that the schedule starts with; by default the run's own for RLS, whose
-                moments start anew, and a fifth of it for others.
+            lr: step size that the schedule starts with; by default a share of the run's: .3 for
+                RLS, whose moments start anew, a fifth for others.
         """
         self.checkpoint = self.pruning = None
         share = 0.2
         if isinstance(self.optimizer, RLSOptimizer):
             self.optimizer.restart()
-            share = 1.0
+            share = 0.3
         lr = share * self.settings["lr"] if lr is None else lr
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] = lr

@@ -24,7 +24,7 @@ def check_number(
     """
     kind = numbers.Integral if whole else numbers.Real
     fits = isinstance(value, kind) and not isinstance(value, bool)
-    if not fits or not least <= value < math.inf:  # type: ignore[operator]
+    if not fits or not (math.isfinite(value) and value >= least):  # type: ignore
         what = "an integer" if whole else "a finite number"
         bound = "" if least == -math.inf else f" >= {least}"
         raise ValueError(f"{name} must be {what}{bound}, got {value!r}")

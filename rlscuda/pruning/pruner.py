@@ -298,10 +298,9 @@ class RLSPruner:
         assert self.evaluate is not None
         loss = self.evaluate(pruned)
         try:
-            float(loss)
-        except TypeError:
+            return float(loss)
+        except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"evaluate must give a number, got {type(loss).__name__}") from None
-        return loss
 
     def _settle(self, pruned: nn.Module, surgery: Surgery) -> dict[str, Tensor]:
         """Estimates the statistics of a pruned copy's batch norms again where there is a loader."""

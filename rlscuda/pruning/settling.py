@@ -48,7 +48,7 @@ def settle(pruned: nn.Module, loader: Iterable) -> dict[str, Tensor]:
         norm.momentum = None  # the mean over all batches
     pruned.train()
     with rng_kept(pruned):
-        taken = sum(_takes_in(pruned, batch) for batch in loader)
+        taken = sum(_takes_in(pruned, norms.values(), batch) for batch in loader)
     if not taken:
         raise ValueError("loader must give batch norms a batch with several values a channel, got "
                          "none")  # fmt: skip
@@ -61,13 +61,16 @@ def settle(pruned: nn.Module, loader: Iterable) -> dict[str, Tensor]:
     return {f"{n}.{k}": b for n, m in norms.items() for k, b in m.named_buffers(recurse=False)}
 
 
-def _takes_in(model: nn.Module, batch: Any) -> bool:
+def _takes_in(model: nn.Module, norms: Iterable[nn.Module], batch: Any) -> bool:
     """Feeds a model in training mode a batch; False where that has one value a channel."""
+    before = [(b, b.clone()) for norm in norms for b in norm.buffers(recurse=False)]
     try:
         feed(model, batch)
     except ValueError as error:
         if _TOO_FEW not in str(error):
             raise
+        for buffer, value in before:  # norms before the one that refused it have taken it in
+            buffer.copy_(value)
         return False
     return True
 
