@@ -318,11 +318,13 @@ class RLSOptimizer(Optimizer):
                 restart(state, memory)
         self._fallback.restart(self.state)
         for group in self.param_groups:
-            rate = group.get("initial_lr", group["lr"])
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)  # in place, as a captured step reads it
+            lr, first = group["lr"], group.get("initial_lr", group["lr"])
+            if not isinstance(lr, Tensor):
+                group["lr"] = first
+            elif isinstance(first, Tensor):  # in place, as a captured step reads it
+                lr.copy_(first)
             else:
-                group["lr"] = rate
+                lr.fill_(first)  # which unlike copy_ waits for no GPU
 
     # -- what users look at -----------------------------------------------------------------------
 

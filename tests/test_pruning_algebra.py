@@ -158,6 +158,16 @@ def test_damping_grows_where_rounding_made_the_matrix_indefinite():
     assert torch.linalg.cholesky_ex(algebra.damped_inverse(singular, 0.0)).info == 0
 
 
+def test_a_finite_matrix_may_have_a_sum_that_is_not():
+    P = torch.eye(2) * 3e38
+    assert algebra.diagonal_saliency(P, torch.ones(1, 2), torch.tensor([[0], [1]])).min() > 0
+    for bad in (torch.inf, torch.nan):
+        with pytest.raises(ValueError, match="P must be finite"):
+            algebra.downdate(torch.diag(torch.tensor([bad, 1.0])), torch.tensor([1]))
+    with pytest.raises(ValueError, match="P must be finite"):
+        algebra.downdate(torch.diag(torch.tensor([torch.inf, -torch.inf])), torch.tensor([1]))
+
+
 def test_nearly_singular_blocks_are_finite_and_expensive():
     """Columns of enormous power: P_gg is singular to rounding."""
     P = torch.ones(4, 4).double() + torch.diag(torch.tensor([0.0, 0.0, 1.0, 1.0])).double()

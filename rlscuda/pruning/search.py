@@ -61,7 +61,7 @@ class Search:
         ladder: Ladder,
         kind: str,
         value: Any,
-        evaluate: Callable[[nn.Module], float] | None,
+        evaluate: Callable[[nn.Module], float],
     ) -> Cut:
         """The cut that meets a target.
 
@@ -78,7 +78,6 @@ class Search:
             return self.cut(ladder, ladder.by_ratio(value))
         whole = self.cut(ladder, {})  # of which a copy is tried, as of all others
         if kind == "max_loss":
-            assert evaluate is not None
             loss = self._loss(evaluate, whole)
             if not math.isfinite(loss):
                 raise ValueError(f"evaluate must give a finite loss of the whole model, got {loss}")
