@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -22,6 +23,7 @@ class Match:
     layer: Layer | None
     reason: str
     bias_fits: bool = False
+    bound: bool = False
 
     def bind(self, members: set[nn.Parameter]) -> bool:
         """Whether the weight is among `members`; the bias joins `P` if it is there too."""
@@ -30,6 +32,7 @@ class Match:
         bias = self.layer.bias_parameter
         fits = self.bias_fits and bias is not None and bias.requires_grad
         self.layer.bias = fits and bias in members
+        self.bound = True
         return True
 
 
@@ -37,13 +40,18 @@ def _covers(item: str | nn.Module, name: str, module: nn.Module) -> bool:
     return module is item if isinstance(item, nn.Module) else fnmatchcase(name, item)
 
 
+def as_list(wanted: Any) -> list[Any]:
+    """What `include` or `exclude` gave, one item or several."""
+    several = isinstance(wanted, Iterable) and not isinstance(wanted, (str, nn.Module))
+    return list(wanted) if several else [wanted]
+
+
 def selection(
     wanted: Iterable[str | nn.Module], option: str, model: nn.Module
 ) -> list[tuple[str | nn.Module, set[nn.Module]]]:
     """Each shell pattern or module of a list, with the modules it names and all inside them."""
     chosen: list[tuple[str | nn.Module, set[nn.Module]]] = []
-    several = isinstance(wanted, Iterable) and not isinstance(wanted, (str, nn.Module))
-    for item in wanted if several else [wanted]:
+    for item in as_list(wanted):
         if not isinstance(item, (str, nn.Module)):
             raise TypeError(f"{option} takes names and modules, got {type(item).__name__}")
         hits = [m for name, m in model.named_modules() if _covers(item, name, m)]
@@ -100,8 +108,57 @@ def discover(
         ValueError: A name or module is not in the model, or nothing included by it can be covered.
     """
     wanted = None if include is None else selection(include, "include", model)
-    included = None if wanted is None else {m for _, inside in wanted for m in inside}
     unwanted = [] if exclude is None else selection(exclude, "exclude", model)
+    matches = _matches(model, wanted, unwanted)
+    for item, inside in wanted or ():
+        found = [match.reason for match in matches if match.module in inside]
+        if all(found):
+            why = found[0] if found else "it has no parameters"
+            raise ValueError(f"include names {item!r}, which RLS cannot train: {why}")
+    return matches
+
+
+def rediscover(
+    model: nn.Module,
+    known: list[Match],
+    include: list[str | nn.Module] | None,
+    exclude: list[str | nn.Module] | None,
+) -> list[Match]:
+    """The modules of a model that may have changed; layers that are still its own stay as known."""
+
+    def present(items: list[str | nn.Module]) -> list[str | nn.Module]:
+        named = list(model.named_modules())
+        return [item for item in items if any(_covers(item, name, m) for name, m in named)]
+
+    wanted = None if include is None else selection(present(include), "include", model)
+    unwanted = selection(present(exclude or []), "exclude", model)
+    parameters = set(model.parameters())
+    layers = {
+        match.module: match
+        for match in known
+        if match.layer is not None and match.layer.weight in parameters
+    }
+    # a parametrization put on later holds the weight of a layer that is known already
+    weights = {match.layer.weight for match in layers.values() if match.layer is not None}
+    index = 1 + max((match.layer.index for match in known if match.layer is not None), default=-1)
+    matches = []
+    for match in _matches(model, wanted, unwanted):
+        if match.module in layers:
+            match = layers[match.module]
+        elif match.layer is not None:
+            match.layer.index, index = index, index + 1
+        own = [p for p in match.module._parameters.values() if p is not None]
+        if match.layer is not None or not own or not weights.issuperset(own):
+            matches.append(match)
+    return matches
+
+
+def _matches(
+    model: nn.Module,
+    wanted: list[tuple[Any, set[nn.Module]]] | None,
+    unwanted: list[tuple[Any, set[nn.Module]]],
+) -> list[Match]:
+    included = None if wanted is None else {m for _, inside in wanted for m in inside}
     excluded = {m for _, inside in unwanted for m in inside}
     users: _Users = {}
     for name, module in model.named_modules():
@@ -109,11 +166,6 @@ def discover(
             if parameter is not None:
                 users.setdefault(id(parameter), []).append((name, module))
     reasons = _reasons(model, users, included, excluded)
-    for item, inside in wanted or ():
-        found = [reason for m, reason in reasons.items() if m in inside]
-        if all(found):
-            why = found[0] if found else "it has no parameters"
-            raise ValueError(f"include names {item!r}, which RLS cannot train: {why}")
     matches: list[Match] = []
     for name, module in model.named_modules():
         if module not in reasons:

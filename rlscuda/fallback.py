@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
+
+from rlscuda.forms import FORMS
 
 IN_P = {"in_P": True}  # the state of a bias whose moments are its weight's: none may have no state
 ENTRIES = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}
@@ -40,11 +43,15 @@ class Fallback:
         """What the rule keeps in the state of a parameter; None where that is unknown."""
         return ENTRIES[self.rule] if isinstance(self.rule, str) else None
 
+    def starts(self, entries: Mapping[str, Any]) -> bool:
+        """Whether the state of a parameter has nothing of the rule yet, but perhaps of others."""
+        return not entries or (self.entries is not None and self.entries.isdisjoint(entries))
+
     def reset(self) -> None:
-        """Forgets the inner optimizer, since the groups have changed."""
+        """Forgets the inner optimizer."""
         self._inner: Optimizer | None = None
         self._fusable = False
-        self._covered: set[nn.Parameter] | None = None
+        self._trained: list[list[int]] | None = None  # ids of the parameters of each group
 
     def __getstate__(self):
         return {"rule": self.rule}
@@ -69,17 +76,6 @@ class Fallback:
             raise ValueError("fallback must return an optimizer over the groups that it is given")
         return inner
 
-    @staticmethod
-    def _rate(group: dict[str, Any]) -> float | torch.Tensor:
-        """The rate of the inner optimizer; one on a GPU stays there."""
-        lr = group["lr"]
-        on_gpu = isinstance(lr, torch.Tensor) and lr.is_cuda
-        return (lr if on_gpu else float(lr)) * group["fallback_ratio"]
-
-    @staticmethod
-    def _decay(group: dict[str, Any]) -> float:
-        return group["weight_decay"] if group["fallback_decays"] else 0.0
-
     def prepare(self, groups: list[dict[str, Any]], covered: set[nn.Parameter], state: Any) -> None:
         """Makes the inner optimizer for every parameter of `groups` outside `covered`.
 
@@ -87,49 +83,112 @@ class Fallback:
             TypeError: The callable did not make an optimizer.
             ValueError: It made one over other groups.
         """
-        if covered == self._covered:
+        parameters = [[p for p in group["params"] if p not in covered] for group in groups]
+        trained = [list(map(id, members)) for members in parameters]
+        if trained == self._trained:
             return
-        inner_groups: list[dict[str, Any]] = [
-            {
-                "params": [p for p in group["params"] if p not in covered],
-                "lr": self._rate(group),
-                "weight_decay": self._decay(group),
-            }
-            for group in groups
+        inner_groups = [
+            {"params": members, "lr": rate(group), "weight_decay": _decay(group)}
+            for members, group in zip(parameters, groups)
         ]
-        for parameter in (p for group in inner_groups for p in group["params"]):
-            if state.get(parameter) == IN_P:  # its weight has been frozen
-                del state[parameter]
-        trains = any(group["params"] for group in inner_groups)
-        self._inner = self._make(inner_groups) if trains else None
-        self._covered = covered
+        for parameter in (p for members in parameters for p in members):
+            if parameter in state:  # its weight may have been frozen
+                state[parameter].pop("in_P", None)
+                if not state[parameter]:
+                    del state[parameter]
+        self._inner = self._make(inner_groups) if any(parameters) else None
+        self._trained = trained
 
     @torch.no_grad()
     def restart(self, state: Any) -> None:
         """Lets the moments of its parameters start anew; what an unknown rule keeps is dropped."""
-        own = [p for p, entries in state.items() if "P" not in entries and entries != IN_P]
+        own = [p for p, entries in state.items() if "P" not in entries and "in_P" not in entries]
         for parameter in own:
             if self.entries is None:
                 del state[parameter]
                 continue
-            for value in state[parameter].values():
-                if isinstance(value, torch.Tensor):
-                    value.zero_()
+            for name in self.entries & state[parameter].keys():
+                if isinstance(state[parameter][name], torch.Tensor):
+                    state[parameter][name].zero_()
 
     @torch.no_grad()
     def step(self, groups: list[dict[str, Any]], state: Any) -> None:
-        """One step of the inner optimizer, each group at its rate."""
+        """One step of the inner optimizer, each group at its rate.
+
+        Raises:
+            RuntimeError: A gradient is sparse and the rule takes none; nothing has changed.
+        """
         if self._inner is None:
             return
+        members = [p for inner in self._inner.param_groups for p in inner["params"]]
+        if self.entries and any(p.grad is not None and p.grad.is_sparse for p in members):
+            raise RuntimeError(f"{type(self._inner).__name__} does not support sparse gradients: "
+                               "pass a fallback that does, such as torch.optim.SparseAdam")  # fmt: skip
         self._inner.state = state
         for inner, group in zip(self._inner.param_groups, groups):
-            inner["lr"], inner["weight_decay"] = self._rate(group), self._decay(group)
+            inner["lr"], inner["weight_decay"] = rate(group), _decay(group)
             if self._fusable:
                 inner["fused"] = _flat(inner["params"]) or None
                 # a fused step keeps its counters on the device anyhow: it need only be told
                 on_gpu = any(p.is_cuda for p in inner["params"])
                 inner["capturable"] = on_gpu and torch.cuda.is_current_stream_capturing()
-        self._inner.step()
+        with self._foreign_entries_apart(members, state):
+            self._inner.step()
+
+    @contextmanager
+    def _foreign_entries_apart(self, parameters: list[nn.Parameter], state: Any) -> Iterator[None]:
+        """Takes what others keep in a state away: a rule starts only where there is nothing."""
+        held = {p: state[p] for p in parameters if p.grad is not None and p in state}
+        foreign = {p: state.pop(p) for p, entries in held.items() if self.starts(entries)}
+        try:
+            yield
+        finally:
+            for p, entries in foreign.items():
+                state[p].update(entries)
+
+
+def set_rates(
+    group: dict[str, Any], options: Mapping[str, Any], covered: bool, of_layers: bool, lr: Any
+) -> None:
+    """Notes in a new group what its `lr` is the rate of, and how the fallback rule follows it.
+
+    Args:
+        group: The group, with every option.
+        options: What the user has set of them.
+        covered: Whether the group has a covered layer, for which its weight decay is then.
+        of_layers: Whether its `lr` is that of the layers, else the fallback rule's own.
+        lr: The rate of the optimizer.
+    """
+    group["fallback_decays"] = not covered
+    if not covered:
+        group["weight_decay"] = options["weight_decay"] or 0.0
+    if of_layers:
+        group["peak_lr"] = float(lr)
+        return
+    if options["lr"] is None:
+        rates = (group["fallback_lr"], FORMS[group["form"]]["lr"] * group["fallback_share"])
+        group["lr"] = rates[rates[0] is None]
+    group.update(fallback_lr=None, fallback_share=1.0, peak_lr=float(group["lr"]))
+
+
+def rate(group: dict[str, Any]) -> float | torch.Tensor:
+    """The learning rate of the fallback rule in a group; that of a GPU stays there.
+
+    A rate of its own follows the shape of `lr`, its value over the highest so far; else it is a
+    fixed share of `lr`.
+    """
+    lr = group["lr"]
+    if not (isinstance(lr, torch.Tensor) and lr.is_cuda):
+        lr = float(lr)
+    if group["fallback_lr"] is None:
+        return lr * group["fallback_share"]
+    if isinstance(lr, float):
+        group["peak_lr"] = max(group["peak_lr"], lr, float(group.get("max_lr", 0.0)))
+    return lr * (group["fallback_lr"] / (group["peak_lr"] or 1.0))
+
+
+def _decay(group: dict[str, Any]) -> float:
+    return group["weight_decay"] if group["fallback_decays"] else 0.0
 
 
 def _flat(parameters: list[nn.Parameter]) -> bool:

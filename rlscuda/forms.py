@@ -8,6 +8,7 @@ adaptive  D = G P_new;  per output row v <- b2 v + (1 - b2) sum(D o G);
 
 from __future__ import annotations
 
+import difflib
 import math
 from numbers import Real
 from typing import Any
@@ -20,21 +21,33 @@ from rlscuda.layers import SUMMARIES
 FORMS: dict[str, dict[str, Any]] = {
     "adaptive": {
         "lr": 0.1, "forgetting": 1.0, "gain": 0.01, "momentum": 0.9, "weight_decay": 0.05,
-        "rank": 16, "summary": "sample", "drift": 0.3, "fallback_lr": 0.01,
+        "rank": 16, "summary": "sample", "drift": 0.3, "fallback_share": 0.1,
     },
     "paper": {
         "lr": 0.3, "forgetting": 1.0, "gain": 0.1, "momentum": 0.0, "weight_decay": 0.0,
-        "rank": 1, "summary": "mean", "drift": None, "fallback_lr": 1e-3,
+        "rank": 1, "summary": "mean", "drift": None, "fallback_share": 1 / 300,
     },
     "natural": {
         "lr": 0.3, "forgetting": 1.0, "gain": 0.01, "momentum": 0.0, "weight_decay": 0.0,
-        "rank": 1, "summary": "sketch", "drift": None, "fallback_lr": 1e-3,
+        "rank": 1, "summary": "sketch", "drift": None, "fallback_share": 1 / 300,
     },
 }  # fmt: skip
 _COMMON: dict[str, Any] = {
     "shrinkage": None, "initial_scale": 1.0, "beta2": 0.99, "eps": 1e-8, "seed": 0, "dtype": None,
+    "fallback_lr": None,
 }  # fmt: skip
-OPTIONS = frozenset({"form", "fallback_ratio", "fallback_decays", *_COMMON, *FORMS["paper"]})
+_KEPT = {"fallback_share", "fallback_decays", "peak_lr"}  # what the optimizer itself notes in groups
+OPTIONS = frozenset({"form", *_KEPT, *_COMMON, *FORMS["paper"]})
+
+# What other optimizers do with these would change a result; what is neutral there is neutral here.
+_OF_OTHERS = {
+    "betas": "momentum and beta2", "beta1": "momentum", "maximize": "a negated loss",
+    "learning_rate": "lr", "wd": "weight_decay", "decay": "weight_decay",
+    "nesterov": "momentum", "dampening": "momentum", "amsgrad": "beta2", "alpha": "beta2",
+    "centered": "beta2", "lambd": "forgetting", "differentiable": "no such step",
+    "decoupled_weight_decay": "weight_decay, which is decoupled",
+}  # fmt: skip
+_OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"}
 
 
 def _require(ok: bool, name: str, expected: str, value: Any) -> None:
@@ -45,6 +58,23 @@ def _require(ok: bool, name: str, expected: str, value: Any) -> None:
 def _real(value: Any) -> float:
     """`value` as a float, NaN where it is no number, so that every range check fails."""
     return float(value) if isinstance(value, (Real, Tensor)) else math.nan
+
+
+def check_names(group: dict[str, Any]) -> None:
+    """Refuses options of other optimizers and misspelt ones; notes of frameworks may stay.
+
+    Raises:
+        ValueError: An entry asks for something that this optimizer does not do.
+    """
+    public = sorted(OPTIONS - _KEPT)
+    for name, value in group.items():
+        if name in OPTIONS or name in _OF_SCHEDULERS:
+            continue
+        close = difflib.get_close_matches(str(name), public, n=1, cutoff=0.8)
+        instead = _OF_OTHERS.get(name) or (close[0] if close else None)
+        if instead and (value or name not in _OF_OTHERS):
+            raise ValueError(f"group option {name!r} is unknown, there is: {instead} "
+                             f"(all options: {', '.join(public)})")  # fmt: skip
 
 
 def resolve_options(given: dict[str, Any]) -> dict[str, Any]:
@@ -76,8 +106,9 @@ def resolve_options(given: dict[str, Any]) -> dict[str, Any]:
     _require(o["summary"] in SUMMARIES, "summary", " | ".join(SUMMARIES), o["summary"])
     _require(0 < _real(o["initial_scale"]) < math.inf, "initial_scale", "> 0 and finite",
              o["initial_scale"])  # fmt: skip
-    _require(0 <= _real(o["fallback_lr"]) < math.inf, "fallback_lr", ">= 0 and finite",
-             o["fallback_lr"])  # fmt: skip
+    if o["fallback_lr"] is not None:
+        _require(0 <= _real(o["fallback_lr"]) < math.inf, "fallback_lr", ">= 0 and finite",
+                 o["fallback_lr"])  # fmt: skip
     _require(isinstance(o["seed"], int), "seed", "an int", o["seed"])
     _require(o["dtype"] in (None, torch.float32, torch.float64), "dtype",
              "None, torch.float32 or torch.float64", o["dtype"])  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -132,6 +133,12 @@ class Layer:
         height = (images.shape[2] + top + bottom - dh * (kh - 1) - 1) // sh + 1
         width = (images.shape[3] + left + right - dw * (kw - 1) - 1) // sw + 1
         return height * width
+
+
+def matrix_bytes(layer: Layer, requested: torch.dtype | None) -> int:
+    """Bytes of the layer's `P`, of the dtype that `state_dtype` gives it."""
+    item = torch.finfo(state_dtype(layer.weight, requested)).bits // 8
+    return math.prod(layer.matrix_shape) * item
 
 
 def state_dtype(weight: Tensor, requested: torch.dtype | None) -> torch.dtype:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,28 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rlscuda import forms
-from rlscuda.discovery import Match, discover
-from rlscuda.fallback import IN_P, Fallback
+from rlscuda import advice, forms, hooks
+from rlscuda.discovery import Match, as_list, discover, rediscover
+from rlscuda.fallback import IN_P, Fallback, set_rates
+from rlscuda.interrupts import uninterrupted
 from rlscuda.layers import Layer
 from rlscuda.report import Coverage, Health, coverage_of, health_of
-from rlscuda.staging import (
-    Factors,
-    ForwardHook,
-    Stage,
-    in_backward,
-    remove_all,
-    summarisable,
-    summarise,
-)
-from rlscuda.state import guarded_load, initial_state, restart
+from rlscuda.staging import Stage, observe, summarisable
+from rlscuda.state import check_fits, forget, guarded_load, initial_state, restart
 from rlscuda.stepping import Move, Workspace, step_layers
-
-_SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that layers and steps do not share seeds
-_OVERSHOOT = (
-    "one input row a step and lr {lr} above twice the gain {gain}: the step can go beyond the "
-    "minimum and diverge, choose lr <= 2 * gain"
-)
 
 
 class RLSOptimizer(Optimizer):
@@ -63,7 +48,8 @@ class RLSOptimizer(Optimizer):
         eps: Added to their square root (1e-8).
         fallback: ``"adamw"`` (default), ``"sgd"``, or a callable that makes a torch optimizer from
             parameter groups; it trains every parameter that no RLS rule covers.
-        fallback_lr: Its learning rate (adaptive .01, else 1e-3); it follows `lr`'s schedule.
+        fallback_lr: Its learning rate at the peak of `lr`, whose schedule it follows; by default a
+            fixed share of `lr` (adaptive a tenth, else 1/300).
         include: Names (shell patterns) or modules to which the RLS rule is limited.
         exclude: Names (shell patterns) or modules that the fallback rule trains.
         dtype: ``torch.float64`` asks for a float64 ``P``; float64 parameters have it anyway.
@@ -121,113 +107,108 @@ class RLSOptimizer(Optimizer):
             model, params = params, params.parameters()
         if not isinstance(model, (nn.Module, type(None))):
             raise TypeError(f"model must be a module, got {type(model).__name__}")
-        self._matches: list[Match] = []
-        if model is not None:
-            self._matches = discover(getattr(model, "_orig_mod", model), include, exclude)
-        elif include is not None or exclude is not None:
+        if model is None and not (include is None and exclude is None):
             raise ValueError("include and exclude choose among the layers of a model: pass model=")
-        self._warned = False
+        include, exclude = (x if x is None else as_list(x) for x in (include, exclude))
+        self._model = getattr(model, "_orig_mod", model)
+        self._selection = include, exclude
+        self._matches: list[Match] = []
+        if self._model is not None:
+            self._matches = discover(self._model, include, exclude)
+        self._said: set[str] = set()
         self._layers: dict[nn.Parameter, Layer] = {}
         self._stages: dict[nn.Parameter, Stage] = {}
+        self._workspace: Workspace = {}
+        self._attached: set[Layer] | None = None
+        self._look_anew()
         super().__init__(params, defaults)
         if model is not None and not self._layers:
-            warnings.warn("no layer of the model is covered: the fallback rule trains everything, "
-                          "see coverage()", stacklevel=2)  # fmt: skip
+            warnings.warn(advice.NOTHING_COVERED, stacklevel=2)
+        self._warn(advice.of_memory(self._layers, self._group_of, self.state), 2)
         self._fallback.prepare(self.param_groups, self._covered(), self.state)
         self._attach()
+        if self._layers and model is not None:
+            hooks.forget_compiled(model)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; options it does not set are those of the constructor.
 
+        Layers that the model has got since are covered where their weights are in the group.
+
         Raises:
-            ValueError: An option is out of its range, or a parameter is in another group already.
+            ValueError: An option is unknown or out of its range, or a parameter is in another group
+                already.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
+        forms.check_names(param_group)
         own = {name: value for name, value in param_group.items() if name != "params"}
         merged = {**self._given, **own}
         group = {**param_group, **forms.resolve_options(merged)}
         super().add_param_group(group)
-        members = set(group["params"])
-        covered = False
+        self._follow_groups()
+        covered = any(p in self._layers for p in group["params"])
+        layers = any(match.layer is not None for match in self._matches)
+        own_lr = own.get("lr") is not None and not covered
+        set_rates(group, merged, covered, layers and not own_lr, self.defaults["lr"])
+        if self._attached is not None:
+            self._warn(advice.of_memory(self._layers, self._group_of, self.state), 3)
+
+    def _warn(self, texts: Iterable[str], stacklevel: int) -> None:
+        """Warns of what has not been said yet."""
+        for text in texts:
+            if text not in self._said:
+                self._said.add(text)
+                warnings.warn(text, stacklevel=stacklevel + 1)
+
+    # -- groups and layers, as they are now ---------------------------------------------------------
+
+    def _look_anew(self) -> None:
+        """Forgets what was seen of the groups."""
+        self._held: list[tuple[int, ...]] = []
+        self._members: set[nn.Parameter] = set()
+        self._group_of: dict[nn.Parameter, dict[str, Any]] = {}
+
+    def _follow_groups(self) -> None:
+        """Reads the groups and their parameters anew where somebody has changed them."""
+        held = [(id(group), *map(id, group["params"])) for group in self.param_groups]
+        if held == self._held:
+            return
+        group_of = {p: group for group in self.param_groups for p in group["params"]}
+        known, self._held, self._members = self._members, held, set(group_of)
+        if self._attached is not None and not self._members <= known:
+            self._find_new_layers()
         for match in self._matches:
-            if match.layer is not None and match.bind(members):
-                covered = True
+            if match.layer is None or match.bound:
+                continue
+            group = group_of.get(match.layer.weight)
+            if group is not None and match.bind(set(group["params"])):
                 self._layers.setdefault(match.layer.weight, match.layer)
                 self._stages.setdefault(match.layer.weight, Stage())
-        group["fallback_decays"] = not covered  # weight decay is for the layers, if there are any
-        if not covered:
-            group["weight_decay"] = merged["weight_decay"] or 0.0
-        layers = any(match.layer is not None for match in self._matches)
-        if covered or (layers and own.get("lr") is None):  # lr is that of the layers
-            lr = float(group["lr"]) or forms.FORMS[group["form"]]["lr"]
-            group["fallback_ratio"] = group["fallback_lr"] / lr
-        else:
-            group["lr"] = group["fallback_lr"] if merged["lr"] is None else group["lr"]
-            group["fallback_ratio"] = 1.0
-        self._index_groups()
+        self._group_of = {p: group for p, group in group_of.items() if p in self._layers}
+        if self._attached is not None:
+            self._attach()
 
-    def _index_groups(self) -> None:
-        """Whose options a covered weight follows; again whenever the groups are new objects."""
-        self._group_of = {
-            p: group for group in self.param_groups for p in group["params"] if p in self._layers
-        }
-        self._fallback.reset()
+    def _find_new_layers(self) -> None:
+        if self._model is not None:  # which a copy or pickle of the optimizer does not hold
+            self._matches = rediscover(self._model, self._matches, *self._selection)
 
     def _attach(self) -> None:
-        """What a new object needs besides its saved parts: hooks, that end with it, and buffers."""
-        self._workspace: Workspace = {}
-        observed = [match for match in self._matches if match.layer is not None]
-        handles = [
-            match.module.register_forward_hook(
-                ForwardHook(match.layer, self._observe), prepend=True, with_kwargs=True
-            )
-            for match in observed
-        ]
-        weakref.finalize(self, remove_all, handles).atexit = False
-        if handles and "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # what was compiled without the hooks would never call them
+        """Puts hooks, which end with this object, on every layer that has none yet."""
+        self._attached = self._attached or set()
+        layers = {match.layer for match in self._matches if match.layer is not None}
+        hooks.attach(self, layers - self._attached, self._observe)
+        self._attached |= layers
 
     def _observe(self, layer: Layer, x: Tensor, output: Tensor) -> None:
-        """Summarises the input of one forward, to be committed when its gradient comes."""
+        """Stages what one forward shows."""
+        if [id(group) for group in self.param_groups] != [held[0] for held in self._held]:
+            self._follow_groups()
         weight = layer.weight
         group = self._group_of.get(weight)
-        if group is None or not weight.requires_grad or not summarisable(x, output):
-            return
-        stage = self._stages[weight]
-        if weight.grad is None and stage.calls and not in_backward():
-            stage.clear()  # the gradient was dropped, and so was the step
-        x = x.detach()
-        images = layer.images(x)
-        size = images.shape[0] * (layer.positions(images) if group["summary"] == "sketch" else 1)
-        offset = stage.reserve(size, in_backward())
-        seed = group["seed"] + _SEED_STRIDE * (1 + layer.index + (self._steps_of(weight) << 16))
-        summary = summarise(
-            layer, images, group["summary"], group["rank"], seed & (2**63 - 1), offset
-        )
-        rows, version, counted = None, 0, 0
-        if layer.factors_pay(x, group["dtype"]):
-            rows = x.reshape(-1, x.shape[-1]).contiguous()
-            version = rows._version
-
-        def commit(gradients: tuple[Tensor | None, ...]) -> None:
-            nonlocal counted
-            gradient = gradients[slot]
-            if gradient is None or counted == stage.generation:
-                return
-            counted, factors = stage.generation, None
-            if rows is not None and weight.grad is None and gradient.dtype == rows.dtype:
-                factors = Factors(rows, gradient.reshape(len(rows), -1), version)
-            stage.commit(summary, offset + size, factors)
-
-        # what `output.register_hook` does, at half its cost
-        slot, node = output.output_nr, output.grad_fn
-        assert node is not None
-        node.register_prehook(commit)
-
-    def _steps_of(self, weight: nn.Parameter) -> int:
-        state = self.state.get(weight)
-        return state["step"] if state else 0
+        if group is not None and weight.requires_grad and summarisable(x, output):
+            step = self.state[weight].get("step", 0) if weight in self.state else 0
+            observe(self._stages[weight], layer, group, step, x, output)
 
     # -- the step ---------------------------------------------------------------------------------
 
@@ -251,32 +232,50 @@ class RLSOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._fallback.prepare(self.param_groups, self._covered(), self.state)
-        self._fallback.step(self.param_groups, self.state)  # first: it may refuse a gradient
-        moves = []
-        for weight, layer in self._layers.items():
-            stage = self._stages[weight]
-            if weight.grad is not None:
-                group = self._group_of[weight]
-                if not self._warned and stage.overshoots(group):
-                    self._warned = True
-                    warnings.warn(_OVERSHOOT.format(**group), stacklevel=5)
-                state = self._ensure_state(layer, group)
-                state["step"] += 1
-                moves.append(Move(layer, group, state, stage.summary, stage.factors))
-            stage.clear()
-        if moves:
-            step_layers(moves, self._workspace)
+        self._follow_groups()
+        with uninterrupted():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        moving = {
+            weight: self._layers[weight] for weight in self._group_of if weight.grad is not None
+        }
+        fresh = [weight for weight in moving if "P" not in self.state.get(weight, ())]
+        try:  # all that may refuse comes before the first layer moves
+            moves = [self._move(layer) for layer in moving.values()]
+            self._fallback.prepare(self.param_groups, self._covered(), self.state)
+            self._fallback.step(self.param_groups, self.state)
+        except BaseException:
+            for weight in fresh:
+                forget(self.state, self._layers[weight], self._group_of[weight])
+            raise
+        try:
+            if moves:
+                step_layers(moves, self._workspace)
+        except BaseException as error:
+            warnings.warn(advice.CUT_SHORT.format(error=type(error).__name__), stacklevel=6)
+            raise
+        for move in moves:
+            move.state["step"] += 1
         # a graph that needs the old values notices
         torch.autograd.graph.increment_version([p for m in moves for p in m.layer.parameters()])
-        return loss
+        self._warn(advice.of_steps(moves, self._stages), 7)
+        for stage in self._stages.values():
+            stage.clear()
+
+    def _move(self, layer: Layer) -> Move:
+        group, stage = self._group_of[layer.weight], self._stages[layer.weight]
+        state = self._ensure_state(layer, group)
+        check_fits(layer, state)
+        return Move(layer, group, state, stage.summary, stage.factors)
 
     def _covered(self) -> set[nn.Parameter]:
         """What the RLS rule moves: weights, and biases in `P` unless their weight is frozen."""
         return {
             p
-            for weight, layer in self._layers.items()
-            for p in layer.parameters()
+            for weight in self._group_of
+            for p in self._layers[weight].parameters()
             if p is weight or weight.grad is not None or p.grad is None
         }
 
@@ -285,7 +284,8 @@ class RLSOptimizer(Optimizer):
         if "P" not in state:
             state.update(initial_state(layer, group))
             for bias in layer.parameters()[1:]:
-                self.state[bias] = self.state.get(bias) or dict(IN_P)
+                if self._fallback.starts(self.state[bias]):
+                    self.state[bias].update(IN_P)
         elif layer.weight.dtype == torch.float64 and state["P"].dtype != torch.float64:
             state.update({k: v.double() for k, v in state.items() if isinstance(v, Tensor)})
         return state
@@ -337,7 +337,7 @@ class RLSOptimizer(Optimizer):
     def _find(self, layer: nn.Module | str) -> Layer:
         for match in self._matches:
             if match.module is layer or match.name == layer:
-                if match.layer is None or match.layer.weight not in self._layers:
+                if match.layer is None or match.layer.weight not in self._group_of:
                     reason = match.reason or "its weight is in no parameter group"
                     raise ValueError(
                         f"{match.name!r} has no inverse autocorrelation matrix: {reason}"
@@ -363,8 +363,10 @@ class RLSOptimizer(Optimizer):
 
     def coverage(self) -> Coverage:
         """How each module of the model is trained, why, and the bytes of its `P`."""
-        members = {p for group in self.param_groups for p in group["params"]}
-        return coverage_of(self._matches, self._group_of, members)
+        self._follow_groups()
+        self._find_new_layers()
+        blind = {w for w, stage in self._stages.items() if stage.missed >= advice.PATIENCE}
+        return coverage_of(self._matches, self._group_of, self._members, blind)
 
     def health(self) -> Health:
         """The health of every `P`; reads counters from the device, so it waits for it."""
@@ -386,12 +388,14 @@ class RLSOptimizer(Optimizer):
             super().load_state_dict(state_dict)
 
     def __getstate__(self):
-        own = ("_given", "_fallback", "_matches", "_layers", "_warned")
+        own = ("_given", "_fallback", "_matches", "_layers", "_selection", "_said")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def __setstate__(self, state):
         super().__setstate__(state)
         if "_layers" in state:  # unpickled or deep-copied, not load_state_dict
             self._stages = {weight: Stage() for weight in self._layers}
-            self._attach()
-        self._index_groups()
+            self._workspace, self._model, self._attached = {}, None, set()
+        self._fallback.reset()
+        self._look_anew()
+        self._follow_groups()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from rlscuda import _C
 from rlscuda.discovery import Match
-from rlscuda.layers import state_dtype
+from rlscuda.layers import matrix_bytes
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,19 @@ class Coverage(list):
 
 
 def coverage_of(
-    matches: list[Match], group_of: Mapping[nn.Parameter, dict], members: set[nn.Parameter]
+    matches: list[Match],
+    group_of: Mapping[nn.Parameter, dict],
+    members: set[nn.Parameter],
+    blind: set[nn.Parameter],
 ) -> Coverage:
-    """The coverage of every module in `matches` by an optimizer over the parameters `members`."""
+    """The coverage of every module of a model.
+
+    Args:
+        matches: The modules.
+        group_of: The group of each covered weight.
+        members: The parameters of the optimizer.
+        blind: Weights that step though no input of their layer is seen.
+    """
     rows = Coverage()
     for match in matches:
         kind, layer = type(match.module).__name__, match.layer
@@ -81,17 +90,18 @@ def coverage_of(
             why = match.reason or "its weight is frozen or in no parameter group"
             rows.append(CoverageRow(match.name, kind, "fallback", why))
         else:
-            item = torch.finfo(state_dtype(layer.weight, group_of[layer.weight]["dtype"])).bits // 8
             apart = layer.module.bias is not None and not layer.bias
             why = (
                 "its bias is frozen, shared or in another group, and so outside P" if apart else ""
             )
-            size = math.prod(layer.matrix_shape) * item
+            if layer.weight in blind:
+                why = "no input is seen: it steps without P"
+            size = matrix_bytes(layer, group_of[layer.weight]["dtype"])
             rows.append(
                 CoverageRow(match.name, kind, "exact", why, layer.fan_in, layer.groups, size)
             )
     known = {p for match in matches for p in match.module._parameters.values() if p is not None}
-    known |= group_of.keys()  # a mask put on later takes its weight out of its module
+    known |= {match.layer.weight for match in matches if match.layer is not None}  # masked later
     outside = members - known
     if outside:
         why = (

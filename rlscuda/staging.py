@@ -1,20 +1,17 @@
 """Staging: what a forward pass leaves for the next `step()`, and nothing of it in `P` before.
 
 A forward hook summarises the layer's input; a hook on the output's gradient commits the summary.
-So a forward that is never differentiated (eval, no_grad, a checkpointed segment's first run, an
-unused branch) stages nothing, and one that is counts once.
+So a forward that is never differentiated (validation, no_grad, a checkpointed segment's first run,
+an unused branch) stages nothing, and one that is counts once, in training mode or not.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from rlscuda.layers import Layer
 
@@ -22,6 +19,7 @@ _patch_mean = torch.ops.rlscuda.patch_mean.default
 _patch_sketch = torch.ops.rlscuda.patch_sketch.default
 _patch_sample = torch.ops.rlscuda.patch_sample.default
 _factors_agree = torch.ops.rlscuda.factors_agree.default
+_SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that layers and steps do not share seeds
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
@@ -131,10 +129,11 @@ class Stage:
         calls: How many there were.
         factors: Of the only one, where they were kept.
         generation: Counts the calls of `clear`, so that a forward counts once between two.
+        missed: Steps in a row that found nothing staged.
     """
 
     def __init__(self):
-        self.generation = 0
+        self.generation = self.missed = 0
         self.clear()
 
     def clear(self) -> None:
@@ -145,15 +144,16 @@ class Stage:
         self.generation += 1
         self._seen = self._ahead = 0
 
-    def reserve(self, size: int, recomputed: bool) -> int:
+    def reserve(self, size: int, tentative: bool) -> int:
         """The offset, among all that a step sees, of a forward of `size` images or rows.
 
-        A forward inside a backward pass recomputes a checkpointed segment: whether it is to count
-        besides the first run shows only when its gradient comes, so it reserves nothing for good.
+        A forward inside a backward pass recomputes a checkpointed segment, and one in eval mode may
+        be of a validation: whether it is to count shows only when its gradient comes, so it
+        reserves nothing for good.
         """
-        offset = max(self._ahead, self._seen) if recomputed else self._seen
+        offset = max(self._ahead, self._seen) if tentative else self._seen
         self._ahead = offset + size
-        if not recomputed:
+        if not tentative:
             self._seen = self._ahead
         return offset
 
@@ -173,49 +173,6 @@ class Stage:
         self.factors = factors if self.calls == 1 else None
 
 
-class ForwardHook:
-    """Forward hook of one layer; inert in copies of its module and once its optimizer is gone.
-
-    Args:
-        layer: The layer whose input to observe.
-        observe: Bound method (layer, input, output) of the optimizer.
-    """
-
-    def __init__(self, layer: Layer | None = None, observe: Callable | None = None):
-        self._layer = weakref.ref(layer) if layer is not None else lambda: None
-        self._observe = weakref.WeakMethod(observe) if observe is not None else lambda: None
-
-    def __call__(self, module, args, kwargs, output):
-        """Passes on a forward that may be differentiated."""
-        if torch.compiler.is_compiling():
-            self._break_graph(module, args, kwargs, output)
-        else:
-            self._observe_forward(module, args, kwargs, output)
-
-    @torch._disable_dynamo
-    def _break_graph(self, module, args, kwargs, output):
-        self._observe_forward(module, args, kwargs, output)
-
-    def _observe_forward(self, module, args, kwargs, output):
-        layer, observe = self._layer(), self._observe()
-        if layer is None or observe is None or layer.module is not module:
-            return
-        if module.training and output.requires_grad:
-            observe(layer, args[0] if args else kwargs["input"], output)
-
-    def __deepcopy__(self, memo):
-        return ForwardHook()
-
-    def __reduce__(self):
-        return ForwardHook, ()
-
-
-def remove_all(handles: Iterable[RemovableHandle]) -> None:
-    """Removes hooks."""
-    for handle in handles:
-        handle.remove()
-
-
 def summarisable(x: Tensor, output: Tensor) -> bool:
     """Whether an input is a plain dense tensor with elements, outside of `torch.func` transforms.
 
@@ -228,3 +185,46 @@ def summarisable(x: Tensor, output: Tensor) -> bool:
 def in_backward() -> bool:
     """Whether the autograd engine runs on this thread (a checkpointed segment is recomputed)."""
     return torch._C._current_graph_task_id() != -1
+
+
+def observe(
+    stage: Stage, layer: Layer, group: dict[str, Any], step: int, x: Tensor, output: Tensor
+) -> None:
+    """Summarises the input of one forward, to be committed when its gradient comes.
+
+    Args:
+        stage: What the layer has staged.
+        layer: The layer.
+        group: Its parameter group.
+        step: Steps it has taken.
+        x: The input.
+        output: The output, with a gradient to come.
+    """
+    weight = layer.weight
+    if weight.grad is None and stage.calls and not in_backward():
+        stage.clear()  # the gradient was dropped, and so was the step
+    x = x.detach()
+    images = layer.images(x)
+    size = images.shape[0] * (layer.positions(images) if group["summary"] == "sketch" else 1)
+    offset = stage.reserve(size, tentative=in_backward() or not layer.module.training)
+    seed = (group["seed"] + _SEED_STRIDE * (1 + layer.index + (step << 16))) & (2**63 - 1)
+    summary = summarise(layer, images, group["summary"], group["rank"], seed, offset)
+    rows, version, counted = None, 0, 0
+    if layer.factors_pay(x, group["dtype"]):
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        version = rows._version
+
+    def commit(gradients: tuple[Tensor | None, ...]) -> None:
+        nonlocal counted
+        gradient = gradients[slot]
+        if gradient is None or counted == stage.generation:
+            return
+        counted, factors = stage.generation, None
+        if rows is not None and weight.grad is None and gradient.dtype == rows.dtype:
+            factors = Factors(rows, gradient.reshape(len(rows), -1), version)
+        stage.commit(summary, offset + size, factors)
+
+    # what `output.register_hook` does, at half its cost
+    slot, node = output.output_nr, output.grad_fn
+    assert node is not None
+    node.register_prehook(commit)

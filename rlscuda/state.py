@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rlscuda import _C
-from rlscuda.fallback import IN_P
+from rlscuda.fallback import ENTRIES
 from rlscuda.forms import OPTIONS
 from rlscuda.layers import Layer, state_dtype
 
@@ -48,6 +48,38 @@ def initial_state(layer: Layer, group: dict[str, Any]) -> dict[str, Any]:
         shape = (layer.weight.shape[0], layer.fan_in)
         state["momentum_buffer"] = torch.zeros(shape, dtype=dtype, device=device)
     return state
+
+
+def forget(states: dict[nn.Parameter, Any], layer: Layer, group: dict[str, Any]) -> None:
+    """Takes back the entries of `initial_state`, from a state that may have others."""
+    entries = states.get(layer.weight, {})
+    for name in ("step", "momentum_buffer", *_shapes(layer, group["form"])):
+        entries.pop(name, None)
+    for parameter in layer.parameters():
+        if parameter is not layer.weight and parameter in states:
+            states[parameter].pop("in_P", None)
+        if not states.get(parameter, True):
+            del states[parameter]
+
+
+def check_fits(layer: Layer, state: Mapping[str, Any]) -> None:
+    """Raises ValueError where a layer's weight or its gradient is no longer what `P` was made for.
+
+    Whatever refuses a layer must do so before the first one moves.
+    """
+    weight, P = layer.weight, state["P"]
+    if weight.device != P.device:
+        raise ValueError(f"the weight of {layer.name!r} is on {weight.device}, its P on {P.device}: "
+                         "move the model before the optimizer is made, or load its state_dict "
+                         "after")  # fmt: skip
+    shape = (weight.shape[0], weight[0].numel() + layer.bias)
+    moment = state.get("first_moment", state.get("momentum_buffer"))
+    if shape[1] != layer.fan_in or (moment is not None and shape != moment.shape):
+        expected = layer.fan_in if moment is None else list(moment.shape)
+        raise ValueError(f"the weight of {layer.name!r} must be {expected} with its bias, got "
+                         f"{list(shape)}")  # fmt: skip
+    if weight.grad is not None and weight.grad.layout != torch.strided:
+        raise ValueError(f"the gradient of {layer.name!r} must be dense, got {weight.grad.layout}")
 
 
 @torch.no_grad()
@@ -115,10 +147,11 @@ def _check_state(
         if layer is not None:
             _check_layer(layer, forms[parameter], entries)
             continue
-        if entries == IN_P:
+        if "in_P" in entries:
             continue
-        if fallback_entries is not None and entries and entries.keys() != fallback_entries:
-            raise ValueError(f"state_dict has fallback entries {sorted(entries)}, the fallback "
+        own = entries.keys() & set().union(*ENTRIES.values())  # the rest is of others
+        if fallback_entries is not None and own and own != fallback_entries:
+            raise ValueError(f"state_dict has fallback entries {sorted(own)}, the fallback "
                              f"rule keeps {sorted(fallback_entries)}")  # fmt: skip
         for name in entries.keys() & {"exp_avg", "exp_avg_sq", "momentum_buffer"}:
             value = entries[name]

@@ -75,7 +75,7 @@ def everything(model: nn.Module, optimizer) -> dict[str, Any]:
                 found[f"stage {i}"] = [id(value.summary), value.calls, id(value.factors)]
     if hasattr(optimizer, "_fallback"):
         inner = optimizer._fallback
-        found["fallback"] = (id(inner._inner), id(inner._covered), inner._fusable)
+        found["fallback"] = (id(inner._inner), inner._trained, inner._fusable)
     return found
 
 

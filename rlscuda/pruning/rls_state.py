@@ -163,5 +163,5 @@ def changes(
         "_group_of": {new(weight): group for weight, group in optimizer._group_of.items()},
     }
     found += [Change(optimizer, name, value) for name, value in rekeyed.items()]
-    fresh = {"_inner": None, "_fusable": False, "_covered": None}
+    fresh = {"_inner": None, "_fusable": False, "_trained": None}
     return found + [Change(optimizer._fallback, name, value) for name, value in fresh.items()]

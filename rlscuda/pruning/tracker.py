@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from rlscuda import functional as RF
+from rlscuda import hooks
 from rlscuda.layers import Layer
 from rlscuda.pruning.algebra import downdate
 from rlscuda.pruning.matrices import Matrices, pruning_layers
-from rlscuda.staging import ForwardHook, remove_all, summarisable, summarise
+from rlscuda.staging import summarisable, summarise
 
 _DEAD = 1e-12  # mean squared input taken for the noise of a layer that never fires
 
@@ -92,16 +91,8 @@ class SketchTracker:
         self.seed, self.dtype = seed, dtype
         self._layers = {layer.name: layer for layer in pruning_layers(model, layers)}
         self._tracks: dict[str, _Track] = {}
-        handles = [
-            layer.module.register_forward_hook(
-                ForwardHook(layer, self._observe), prepend=True, with_kwargs=True
-            )
-            for layer in self._layers.values()
-        ]
-        self._finalizer = weakref.finalize(self, remove_all, handles)
-        self._finalizer.atexit = False
-        if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # what was compiled without the hooks would never call them
+        self._finalizer = hooks.attach(self, self._layers.values(), self._observe)
+        hooks.forget_compiled(model)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -115,7 +106,7 @@ class SketchTracker:
     @torch.no_grad()
     def _observe(self, layer: Layer, x: Tensor, output: Tensor) -> None:
         """Takes in the input of one forward."""
-        if not summarisable(x, output):
+        if not (layer.module.training and summarisable(x, output)):
             return
         track = self._tracks.get(layer.name) or self._fresh(layer, x.device)
         device, seed = x.device, self._seed_of(layer, track.seen)

@@ -1,0 +1,75 @@
+"""What the optimizer warns of by itself, since nobody prints `coverage()` and `health()`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from rlscuda.layers import Layer, matrix_bytes
+from rlscuda.staging import Stage
+from rlscuda.stepping import Move
+
+NOTHING_COVERED = (
+    "no layer of the model is covered: the fallback rule trains everything, see coverage()"
+)
+CUT_SHORT = (
+    "step() was cut short by {error}: some parameters have moved and others have not; load a "
+    "checkpoint to go on from a whole step"
+)
+PATIENCE = 3  # steps without an input: one may be no training step, as that of a checkpointer
+_OVERSHOOT = (
+    "one input row a step and lr above twice the gain: the step can go beyond the minimum and "
+    "diverge, choose lr <= 2 * gain"
+)
+_SHARE = 0.25  # of a device's memory
+
+
+def of_steps(moves: list[Move], stages: Mapping[nn.Parameter, Stage]) -> Iterator[str]:
+    """Of layers that step while their input is not seen, and of a rate that overshoots."""
+    blind = []
+    for move in moves:
+        stage = stages[move.layer.weight]
+        stage.missed = 0 if stage.summary is not None else stage.missed + 1
+        if stage.missed == PATIENCE:
+            blind.append(move.layer.name)
+        if stage.overshoots(move.group):
+            yield _OVERSHOOT
+    if blind:
+        yield (
+            f"no input was seen in the last {PATIENCE} steps of {', '.join(map(repr, blind))}: "
+            "they train without P. Their forward is not that of the module itself "
+            "(functional_call, torch.func, DataParallel), was compiled in eval mode or before the "
+            "optimizer was made (call torch.compiler.reset()), has sparse input, or somebody "
+            "removed its hooks"
+        )
+
+
+def of_memory(
+    layers: Mapping[nn.Parameter, Layer], group_of: Mapping[nn.Parameter, dict], state: Mapping
+) -> Iterator[str]:
+    """Of matrices still to be allocated that will take a large share of their device's memory."""
+    sizes: dict[torch.device, dict[str, int]] = {}
+    for weight, layer in layers.items():
+        if weight in group_of and weight not in state:
+            size = matrix_bytes(layer, group_of[weight]["dtype"])
+            sizes.setdefault(weight.device, {})[layer.name] = size
+    for device, of in sizes.items():
+        total, most, there = sum(of.values()), max(of, key=of.__getitem__), _memory_of(device)
+        if there and total > _SHARE * there:
+            yield (
+                f"P of the covered layers will take {total / 2**30:.1f} of the {there / 2**30:.1f} "
+                f"GiB of {device}, {of[most] / 2**30:.1f} of them for {most!r}; layers named in "
+                "exclude= are trained by the fallback rule, see coverage()"
+            )
+
+
+def _memory_of(device: torch.device) -> int | None:
+    """Bytes, None where that is unknown."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
