@@ -59,7 +59,7 @@ class PatchCase:
     @property
     def geometry(self) -> tuple:
         """The operators' arguments after x: kernel, stride, padding, dilation, groups, mode."""
-        return [self.kernel] * 2, [1, 1], [self.padding] * 4, [1, 1], 1, "zeros"
+        return [self.kernel] * 2, [1, 1], [self.padding] * 4, [1, 1], 1, 0
 
     @property
     def traffic(self) -> int:

@@ -58,7 +58,7 @@ STABLE_TORCH_LIBRARY(rlscuda, m) {
       "bool divide_by_h) -> ()");
 #define PATCH_ARGS                                                              \
   "(Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, " \
-  "int groups, str padding_mode, bool ones"
+  "int groups, int padding_mode, bool ones"
   m.def("patch_mean" PATCH_ARGS ") -> Tensor");
   m.def("patch_sketch" PATCH_ARGS ", int rank, SymInt seed, SymInt offset) -> Tensor");
   m.def("patch_sample" PATCH_ARGS ", int rank, SymInt seed, SymInt offset) -> (Tensor, Tensor)");

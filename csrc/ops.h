@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -61,17 +60,16 @@ void foreach_weight_step_(std::vector<Tensor> weight, std::vector<Tensor> bias,
 
 Tensor patch_mean(const Tensor& x, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
                   std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-                  std::string padding_mode, bool ones);
+                  int64_t padding_mode, bool ones);
 
 Tensor patch_sketch(const Tensor& x, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
                     std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-                    std::string padding_mode, bool ones, int64_t rank, int64_t seed,
-                    int64_t offset);
+                    int64_t padding_mode, bool ones, int64_t rank, int64_t seed, int64_t offset);
 
 std::tuple<Tensor, Tensor> patch_sample(const Tensor& x, std::vector<int64_t> kernel_size,
                                         std::vector<int64_t> stride, std::vector<int64_t> padding,
                                         std::vector<int64_t> dilation, int64_t groups,
-                                        std::string padding_mode, bool ones, int64_t rank,
-                                        int64_t seed, int64_t offset);
+                                        int64_t padding_mode, bool ones, int64_t rank, int64_t seed,
+                                        int64_t offset);
 
 }  // namespace rlscuda

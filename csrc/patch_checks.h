@@ -11,13 +11,12 @@ namespace rlscuda {
 
 using IntList = std::vector<int64_t>;
 
-inline Padding padding_of(const std::string& mode) {
-  if (mode == "zeros") return Padding::kZeros;
-  if (mode == "reflect") return Padding::kReflect;
-  if (mode == "replicate") return Padding::kReplicate;
-  if (mode == "circular") return Padding::kCircular;
-  throw std::runtime_error("padding_mode must be zeros, reflect, replicate or circular, got " +
-                           mode);
+// The schema names the mode by a number: a string argument of the stable ABI leaks at every call.
+inline Padding padding_of(int64_t mode) {
+  RLS_CHECK(mode >= 0 && mode < kPaddingModes,
+            "padding_mode must be 0 (zeros), 1 (reflect), 2 (replicate) or 3 (circular), got ",
+            mode);
+  return Padding(mode);
 }
 
 inline void check_list(const char* name, const IntList& list, size_t count, int64_t least) {
@@ -40,8 +39,8 @@ inline Tensor walkable(const Tensor& x) {
 // The geometry of a convolution over x [N, C, H, W]; padding is (left, right, top, bottom).
 inline PatchGeometry patch_geometry(const Tensor& x, const IntList& kernel_size,
                                     const IntList& stride, const IntList& padding,
-                                    const IntList& dilation, int64_t groups,
-                                    const std::string& padding_mode, bool ones) {
+                                    const IntList& dilation, int64_t groups, int64_t padding_mode,
+                                    bool ones) {
   check_list("kernel_size", kernel_size, 2, 1);
   check_list("stride", stride, 2, 1);
   check_list("padding", padding, 4, 0);

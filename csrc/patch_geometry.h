@@ -19,6 +19,7 @@ template <class T>
 using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 enum class Padding { kZeros, kReflect, kReplicate, kCircular };
+constexpr int64_t kPaddingModes = 4;
 
 struct PatchGeometry {
   int64_t images, channels, height, width;               // of x

@@ -8,7 +8,7 @@ namespace rlscuda {
 
 Tensor patch_mean(const Tensor& x, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
                   std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-                  std::string padding_mode, bool ones) {
+                  int64_t padding_mode, bool ones) {
   check_patch_input(x);
   const Tensor input = walkable(x);
   const PatchGeometry g =

@@ -9,8 +9,8 @@ namespace rlscuda {
 std::tuple<Tensor, Tensor> patch_sample(const Tensor& x, std::vector<int64_t> kernel_size,
                                         std::vector<int64_t> stride, std::vector<int64_t> padding,
                                         std::vector<int64_t> dilation, int64_t groups,
-                                        std::string padding_mode, bool ones, int64_t rank,
-                                        int64_t seed, int64_t offset) {
+                                        int64_t padding_mode, bool ones, int64_t rank, int64_t seed,
+                                        int64_t offset) {
   check_patch_input(x);
   const PatchGeometry g =
       patch_geometry(x, kernel_size, stride, padding, dilation, groups, padding_mode, ones);

@@ -9,14 +9,14 @@ from torch import Tensor
 
 IntOrPair = int | Sequence[int]
 Padding = int | Sequence[int] | str
-Geometry = tuple[list[int], list[int], list[int], list[int], int, str]
+Geometry = tuple[list[int], list[int], list[int], list[int], int, int]
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
-_MODES = ("zeros", "reflect", "replicate", "circular")
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")  # the operators take the index
 _mean = torch.ops.rlscuda.patch_mean.default
 _sketch = torch.ops.rlscuda.patch_sketch.default
 _sample = torch.ops.rlscuda.patch_sample.default
-_ROW_GEOMETRY: Geometry = ([1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1, "zeros")
+_ROW_GEOMETRY: Geometry = ([1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1, 0)
 
 
 def patch_mean(
@@ -185,13 +185,15 @@ def conv_geometry(
     """The arguments of a convolution as the ops take them, checked against x [N, C, H, W].
 
     Returns:
-        Kernel size, stride, padding (left, right, top, bottom), dilation, groups, padding mode.
+        Kernel size, stride, padding (left, right, top, bottom), dilation, groups, padding mode
+        as an index of `PADDING_MODES`.
     """
     kernel = _pair("kernel_size", kernel_size, 1)
     step = _pair("stride", stride, 1)
     dilate = _pair("dilation", dilation, 1)
-    if padding_mode not in _MODES:
-        raise ValueError(f"padding_mode must be one of {', '.join(_MODES)}, got {padding_mode!r}")
+    if padding_mode not in PADDING_MODES:
+        modes = ", ".join(PADDING_MODES)
+        raise ValueError(f"padding_mode must be one of {modes}, got {padding_mode!r}")
     pad = _padding(padding, kernel, step, dilate)
     _, channels, height, width = x.shape
     if groups < 1 or channels % groups:
@@ -205,7 +207,7 @@ def conv_geometry(
     spans = [d * (k - 1) + 1 for d, k in zip(dilate, kernel, strict=True)]
     if spans[0] > padded[0] or spans[1] > padded[1]:
         raise ValueError(f"the dilated kernel {spans} must fit the padded input, got {padded}")
-    return kernel, step, pad, dilate, groups, padding_mode
+    return kernel, step, pad, dilate, groups, PADDING_MODES.index(padding_mode)
 
 
 def _pair(name: str, value: IntOrPair, least: int) -> list[int]:

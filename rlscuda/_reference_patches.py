@@ -60,14 +60,15 @@ def patch_rows(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    padding_mode: str = "zeros",
+    padding_mode: int = 0,
     ones: bool = False,
 ) -> Tensor:
     """The im2col matrix of x [N, C, H, W]: float64 [groups, N * L, n (+ 1)].
 
-    The arguments are those of the ops: pairs, and padding as (left, right, top, bottom).
+    The arguments are those of the ops: pairs, padding as (left, right, top, bottom), and the
+    padding mode as an index of zeros, reflect, replicate, circular.
     """
-    mode = "constant" if padding_mode == "zeros" else padding_mode
+    mode = ("constant", "reflect", "replicate", "circular")[padding_mode]
     padded = F.pad(x.detach().double(), list(padding), mode=mode)
     columns = F.unfold(
         padded, tuple(kernel_size), dilation=tuple(dilation), stride=tuple(stride)

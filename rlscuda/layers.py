@@ -9,6 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from rlscuda._patches import PADDING_MODES
+
 SUMMARIES = ("mean", "sketch", "sample")
 
 
@@ -67,7 +69,7 @@ class Layer:
         self.weight, self.bias_parameter = cast(nn.Parameter, m.weight), m._parameters.get("bias")
         self.columns = m.weight.numel() // max(1, m.weight.shape[0])
         if isinstance(m, nn.Linear):
-            self.geometry = ([1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1, "zeros")
+            self.geometry = ([1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1, 0)
             return
         if isinstance(m.padding, str):
             total = [d * (k - 1) * (m.padding == "same") for d, k in zip(m.dilation, m.kernel_size)]
@@ -76,7 +78,7 @@ class Layer:
             top, left = bottom, right = m.padding
         self.geometry = (
             list(m.kernel_size), list(m.stride), [left, right, top, bottom],
-            list(m.dilation), m.groups, m.padding_mode,
+            list(m.dilation), m.groups, PADDING_MODES.index(m.padding_mode),
         )  # fmt: skip
 
     def factors_pay(self, x: Tensor, dtype: torch.dtype | None) -> bool:

@@ -6,7 +6,7 @@ import torch
 from rlscuda import _patches as RF
 
 X = torch.randn(3, 6, 8, 9, generator=torch.Generator().manual_seed(0))
-ARGS = ([3, 3], [2, 1], [1, 1, 0, 2], [1, 1], 2, "zeros", True)
+ARGS = ([3, 3], [2, 1], [1, 1, 0, 2], [1, 1], 2, 0, True)
 
 
 @pytest.mark.parametrize("x", [X, X.double(), X.bfloat16(), X[1:]], ids=range(4))
@@ -150,7 +150,7 @@ def test_wrong_rows():
         (4, [1, 0], "dilation must be at least 1, got 0"),
         (1, [12, 3], "a dilated kernel of 12 x 3 does not fit the padded input of x"),
         (5, 4, "groups must divide the 6 channels of x, got 4"),
-        (6, "wrap", "padding_mode must be zeros, reflect, replicate or circular, got wrap"),
+        (6, 4, "padding_mode must be 0 .zeros., 1 .reflect., 2 .replicate. or 3 .circular., got 4"),
     ],
 )
 def test_the_ops_themselves_refuse(position, value, message):

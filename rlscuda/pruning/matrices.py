@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlscuda._patches import PADDING_MODES
 from rlscuda.discovery import Match, discover, selection
 from rlscuda.layers import Layer
 from rlscuda.optimizer import RLSOptimizer
@@ -275,7 +276,7 @@ def im2col(layer: Layer, images: Tensor) -> Tensor:
     """
     kernel, stride, padding, dilation, groups, mode = layer.geometry
     if any(padding):
-        images = F.pad(images, padding, mode="constant" if mode == "zeros" else mode)
+        images = F.pad(images, padding, mode=("constant", *PADDING_MODES[1:])[mode])
     if kernel == [1, 1] and stride == [1, 1]:
         columns = images.flatten(2)
     else:
