@@ -41,7 +41,7 @@ enum Health {
   kLargestGain,  // largest h - lambda
   kMissing,      // steps with a gradient but no summary
   kSteps,        // steps since a restart of the moments that a non-finite gradient did not void
-  kEarlier,      // updates from before it that still count, and the missing steps
+  kEarlier,      // steps from before it that still count
   kHealthSlots
 };
 constexpr const char* kHealthNames[kHealthSlots] = {"updates", "refused", "resets", "largest_gain",
@@ -71,9 +71,10 @@ RLS_HOST_DEVICE inline UpdateRule rule_at(UpdateRule rule, double updates) {
   return rule;
 }
 
-// Updates that a layer has seen: its steps, but for those without a summary, and earlier ones.
+// Steps of a layer that count for its gain and its warm-up; those without a summary count, or a
+// layer whose input is never seen would never be warm.
 RLS_HOST_DEVICE inline double updates_seen(const double* health) {
-  return health ? health[kEarlier] + health[kSteps] - health[kMissing] : 0;
+  return health ? health[kEarlier] + health[kSteps] : 0;
 }
 
 // What is held back of a matrix: with V the rows of the `count` updates that its memory lacks,

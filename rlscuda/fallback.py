@@ -148,7 +148,7 @@ class Fallback:
 
 
 def set_rates(
-    group: dict[str, Any], options: Mapping[str, Any], covered: bool, of_layers: bool, lr: Any
+    group: dict[str, Any], options: Mapping[str, Any], covered: bool, peak: Any
 ) -> None:
     """Notes in a new group what its `lr` is the rate of, and how the fallback rule follows it.
 
@@ -156,14 +156,14 @@ def set_rates(
         group: The group, with every option.
         options: What the user has set of them.
         covered: Whether the group has a covered layer, for which its weight decay is then.
-        of_layers: Whether its `lr` is that of the layers, else the fallback rule's own.
-        lr: The rate of the optimizer.
+        peak: The `lr` of the layers at which the rule has its own rate; None where the group's `lr`
+            is the rule's.
     """
     group["fallback_decays"] = not covered
     if not covered:
         group["weight_decay"] = options["weight_decay"] or 0.0
-    if of_layers:
-        group["peak_lr"] = float(lr)
+    if peak is not None:
+        group["peak_lr"] = float(peak)
         return
     if options["lr"] is None:
         rates = (group["fallback_lr"], FORMS[group["form"]]["lr"] * group["fallback_share"])

@@ -72,7 +72,7 @@ def check_names(group: dict[str, Any]) -> None:
             continue
         close = difflib.get_close_matches(str(name), public, n=1, cutoff=0.8)
         instead = _OF_OTHERS.get(name) or (close[0] if close else None)
-        if instead and (value or name not in _OF_OTHERS):
+        if instead and value is not None and value is not False:
             raise ValueError(f"group option {name!r} is unknown, there is: {instead} "
                              f"(all options: {', '.join(public)})")  # fmt: skip
 

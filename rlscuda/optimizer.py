@@ -149,8 +149,10 @@ class RLSOptimizer(Optimizer):
         self._follow_groups()
         covered = any(p in self._layers for p in group["params"])
         layers = any(match.layer is not None for match in self._matches)
-        own_lr = own.get("lr") is not None and not covered
-        set_rates(group, merged, covered, layers and not own_lr, self.defaults["lr"])
+        of_layers = covered or (layers and own.get("lr") is None)
+        apart = own.get("fallback_lr") is not None
+        peak = group["lr"] if apart else self.defaults["lr"]
+        set_rates(group, merged, covered, peak if of_layers else None)
         if self._attached is not None:
             self._warn(advice.of_memory(self._layers, self._group_of, self.state), 3)
 

@@ -86,16 +86,15 @@ def check_fits(layer: Layer, state: Mapping[str, Any]) -> None:
 def restart(state: dict[str, Any], memory: int) -> None:
     """Lets a layer's moments start anew, and its gain as if `memory` updates had been seen.
 
-    Nothing is read from the device. What is missing stays counted, and so is added to what counts
-    as earlier, of which the number of updates takes it off.
+    Nothing is read from the device.
     """
     for name in ("first_moment", "second_moment", "momentum_buffer"):
         if name in state:
             state[name].zero_()
-    steps, missing, earlier = (
-        state["health"][_C.health_slots.index(name)] for name in ("steps", "missing", "earlier")
+    steps, earlier = (
+        state["health"][_C.health_slots.index(name)] for name in ("steps", "earlier")
     )
-    earlier.add_(steps).sub_(missing).clamp_(max=memory).add_(missing)
+    earlier.add_(steps).clamp_(max=memory)
     steps.zero_()
 
 

@@ -74,6 +74,7 @@ def test_compiled_model_trains_as_the_eager_one(order):
 
 
 def test_compiled_model_in_eval_mode_leaves_the_matrix_alone():
+    """So that it compiles as a whole; the optimizer warns if that goes on."""
     model = cnn()
     optimizer = make(model)
     train(model, optimizer, 1)

@@ -151,7 +151,7 @@ def test_multihead_attention_and_transformer_layer():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     model = nn.Sequential(layer, nn.Linear(8, 2))
-    optimizer = RLSOptimizer(model, lr=0.02)
+    optimizer = RLSOptimizer(model, lr=0.02, fallback_lr=0.01)
     exact = {row.name for row in optimizer.coverage() if row.status == "exact"}
     assert exact == {"0.linear1", "0.linear2", "1"}
     x, y = torch.randn(6, 5, 8), torch.randn(6, 5, 2)

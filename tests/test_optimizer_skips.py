@@ -12,11 +12,6 @@ def unused(model, optimizer):
     model(batch(model)).sum()
 
 
-def evaluated(model, optimizer):
-    model.eval()
-    model(batch(model)).sum().backward()
-
-
 def undifferentiated(model, optimizer):
     with torch.no_grad():
         model(batch(model))
@@ -50,22 +45,6 @@ def test_skipped_step_changes_nothing(name, skip):
     skip(model, optimizer)
     optimizer.step()
     assert not differing(before, snapshot(model, optimizer))
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_eval_mode_leaves_every_matrix_alone_and_says_so(name):
-    model = MODELS[name]()
-    optimizer = make(model)
-    evaluated(model, optimizer)
-    weight = model[0].weight.clone()
-    optimizer.step()
-    assert not torch.equal(weight, model[0].weight)
-    assert len(optimizer.health()) == len([m for m in model if hasattr(m, "in_features")
-                                           or hasattr(m, "kernel_size")])  # fmt: skip
-    for layer, health in optimizer.health().items():
-        assert (health.missing, health.updates) == (1, 0)
-        P = optimizer.inverse_autocorrelation(layer)
-        assert torch.equal(P, torch.eye(P.shape[-1]).expand_as(P))
 
 
 def test_second_step_without_a_new_backward_is_reported():

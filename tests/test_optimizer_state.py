@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from rlscuda import RLSOptimizer
-from rlscuda.staging import ForwardHook
+from rlscuda.hooks import ForwardHook
 
 FORMS = ["paper", "natural", "adaptive"]
 SUMMARIES = ["mean", "sketch", "sample"]
