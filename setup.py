@@ -1,9 +1,8 @@
-"""Build of the extension `rlscuda._C`; metadata lives in pyproject.toml.
+"""Build of the extension `rlscuda._C`; metadata lives in pyproject.toml. Environment switches.
 
-Environment switches:
-    RLSCUDA_CUDA=auto|0|1    build the CUDA sources: if nvcc is found, never, always (default auto)
-    TORCH_CUDA_ARCH_LIST     architectures to compile for (default 8.0 8.6 8.9 9.0+PTX)
-    MAX_JOBS                 parallel compile jobs
+RLSCUDA_CUDA=auto|0|1    build the CUDA sources: if nvcc is found, never, always (default auto)
+TORCH_CUDA_ARCH_LIST     architectures to compile for (default 8.0 8.6 8.9 9.0+PTX)
+MAX_JOBS                 parallel compile jobs
 """
 
 import hashlib
@@ -11,11 +10,20 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import sysconfig
+import tempfile
 from pathlib import Path
 
-import pybind11
-from setuptools import setup
-from torch.utils import cpp_extension
+try:
+    import pybind11
+    import torch
+    from setuptools import setup
+    from torch.utils import cpp_extension
+except ImportError as error:
+    raise SystemExit(f"building rlscuda needs {error.name}, which is not installed") from None
+if torch.__version__ < "2.10":
+    raise SystemExit(f"building rlscuda needs torch 2.10 or newer, got {torch.__version__}")
 
 ROOT = Path(__file__).parent.resolve()
 PATCHES = ["patch_mean", "patch_sample", "patch_sketch"]
@@ -24,7 +32,17 @@ FILES = [name for op in ["factors_agree", "rls_filter", *OPS] for name in (op, f
 CPU_SOURCES = [f"csrc/{name}.cpp" for name in ["library", *FILES]]
 CUDA_SOURCES = ["csrc/cuda_call.cpp", *(f"csrc/cuda/{op}.cu" for op in ["runtime", *OPS])]
 ARCHS = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0 8.6 8.9 9.0+PTX")  # torch reads it
-OLDEST_NVCC = 12  # the first that compiles C++20
+
+
+def check_compiler() -> None:
+    """Says in one line what a build lacks to compile C++20 against Python."""
+    code = "#include <Python.h>\n#include <bit>\nstatic_assert(std::bit_cast<int>(1.f) != 1);\n"
+    flags = f'-std=c++20 -fsyntax-only -I"{sysconfig.get_path("include")}" -xc++ -'
+    command = f"LC_ALL=C {os.environ.get('CXX', 'c++')} {flags}"  # CXX as torch reads it
+    run = subprocess.run(command, shell=True, input=code, capture_output=True, text=True)
+    if run.returncode and not {"sdist", "egg_info", "dist_info"} & set(sys.argv):
+        why = re.search(r".*(error|not found).*|$", run.stderr)[0]
+        raise SystemExit(f"building rlscuda needs C++20 (as of g++ 11) and Python.h, got {why!r}")
 
 
 def source_hash() -> str:
@@ -46,22 +64,20 @@ def cuda_home() -> Path | None:
     # nvcc may be a wrapper script: its dry run names its own toolkit
     dryrun = [nvcc, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull]
     text = subprocess.run(dryrun, capture_output=True, text=True, check=True).stderr
-    version = int(re.search(r"__CUDACC_VER_MAJOR__=(\d+)", text)[1])
-    if version < OLDEST_NVCC:
-        raise SystemExit(f"nvcc must be {OLDEST_NVCC} or newer (or RLSCUDA_CUDA=0), got {version}")
+    if (version := int(re.search(r"__CUDACC_VER_MAJOR__=(\d+)", text)[1])) < 12:  # without C++20
+        raise SystemExit(f"nvcc must be 12 or newer (or RLSCUDA_CUDA=0), got {version}")
     return Path(re.search(r"TOP=(.*)", text)[1]).resolve()
 
 
-def extension():
+def extension(generated: Path):
     """The one extension module: operators on the stable ABI of torch 2.10, and its Python side."""
     cuda = cuda_home()
     defines = ["-DNDEBUG", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     defines += ["-DRLSCUDA_WITH_CUDA"] if cuda else []
-    generated = ROOT / "build" / "generated"
+    info = f'#define RLSCUDA_SOURCE_HASH "{source_hash()}"\n'
+    info += f'#define RLSCUDA_CUDA_ARCHS "{ARCHS if cuda else ""}"\n'
     generated.mkdir(parents=True, exist_ok=True)
-    facts = {"SOURCE_HASH": source_hash(), "CUDA_ARCHS": ARCHS if cuda else ""}
-    lines = "".join(f'#define RLSCUDA_{name} "{value}"\n' for name, value in facts.items())
-    (generated / "build_info.h").write_text(lines)
+    (generated / "build_info.h").write_text(info)
     cxx = ["-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi", f"-ffile-prefix-map={ROOT}=."]
     ext = cpp_extension.CppExtension(
         "rlscuda._C",
@@ -77,4 +93,8 @@ def extension():
     return ext
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": cpp_extension.BuildExtension})
+check_compiler()
+base = str(ROOT / "build") if os.access(ROOT, os.W_OK) else tempfile.mkdtemp()
+folders = {"build": {"build_base": base}, "egg_info": {"egg_base": base}}
+commands = {"build_ext": cpp_extension.BuildExtension}
+setup(ext_modules=[extension(Path(base, "generated"))], cmdclass=commands, options=folders)

@@ -109,8 +109,9 @@ def test_half_precision_values_convert_exactly():
     every = torch.arange(-(2**15), 2**15).to(torch.int16)
     for dtype in (torch.float16, torch.bfloat16):
         x = every.view(dtype).reshape(1, 2**16)
-        mean = RF.row_mean(x)  # of one row: the row itself
-        assert torch.equal(mean.nan_to_num(7.0), x[0].float().nan_to_num(7.0))
+        for row in (x, torch.stack([x, -x], -1)[..., 0]):  # dense: in vectors; strided: one by one
+            mean = RF.row_mean(row)  # of one row: the row itself
+            assert torch.equal(mean.nan_to_num(7.0), x[0].float().nan_to_num(7.0))
 
 
 def test_nonfinite_input_shows_in_the_mean_and_the_sketch():

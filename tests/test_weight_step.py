@@ -178,6 +178,24 @@ def test_many_rows_on_many_threads_are_the_same_bits():
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("compute", [torch.float32, torch.float64])
+def test_half_precision_rounds_as_torch_does(compute, storage):
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(storage).float()
+    finite = every[every.isfinite()].sort().values
+    ties = (finite[:-1].double() + finite[1:].double()).div(2).float()
+    bits = torch.arange(-(2**31), 2**31, 8191).to(torch.int32)
+    values = [every, ties, bits.view(torch.float32)]
+    values += [ties.nextafter(torch.tensor(to)) for to in (-math.inf, math.inf)]
+    product = torch.cat(values).to(compute)[None]
+    weight = torch.full_like(product, -0.0, dtype=storage)
+    RF.weight_step_(weight, product.clone(), -1.0)  # -0 + product, to the sign of a zero
+    expected = product.to(storage)
+    assert torch.equal(weight.isnan(), expected.isnan())
+    number = ~expected.isnan()
+    assert torch.equal(weight[number].view(torch.int16), expected[number].view(torch.int16))
+
+
 def wrong_arguments():
     f = torch.float32
     return {
