@@ -57,7 +57,10 @@ def _require(ok: bool, name: str, expected: str, value: Any) -> None:
 
 def _real(value: Any) -> float:
     """`value` as a float, NaN where it is no number, so that every range check fails."""
-    return float(value) if isinstance(value, (Real, Tensor)) else math.nan
+    try:
+        return float(value) if isinstance(value, (Real, Tensor)) else math.nan
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return math.nan  # several numbers, a complex one, or an int beyond every float
 
 
 def check_names(group: dict[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+import math
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 
 from rlscuda import _C
 from rlscuda.fallback import ENTRIES
-from rlscuda.forms import OPTIONS
+from rlscuda.forms import OPTIONS, resolve_options
 from rlscuda.layers import Layer, state_dtype
 
 _DTYPES = (torch.float32, torch.float64)
@@ -123,8 +124,7 @@ def _check_state(
         layers: Its covered weights.
         fallback_entries: What its fallback rule keeps for a parameter; None where unknown.
     """
-    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
-        raise ValueError("state_dict must have the keys 'state' and 'param_groups'")
+    _check_structure(state_dict)
     sizes = [len(group["params"]) for group in state_dict["param_groups"]]
     expected = [len(group["params"]) for group in groups]
     if sizes != expected:
@@ -134,6 +134,7 @@ def _check_state(
         if not saved.keys() >= OPTIONS:
             raise ValueError("state_dict is not that of an RLSOptimizer: its groups have no "
                              f"{sorted(OPTIONS - saved.keys())}")  # fmt: skip
+        _check_options(saved)
         if saved["form"] != group["form"]:
             raise ValueError(f"state_dict is of form {saved['form']!r}, the optimizer of "
                              f"{group['form']!r}")  # fmt: skip
@@ -152,17 +153,70 @@ def _check_state(
         if fallback_entries is not None and own and own != fallback_entries:
             raise ValueError(f"state_dict has fallback entries {sorted(own)}, the fallback "
                              f"rule keeps {sorted(fallback_entries)}")  # fmt: skip
-        for name in entries.keys() & {"exp_avg", "exp_avg_sq", "momentum_buffer"}:
-            value = entries[name]
-            if fallback_entries and value is not None and value.shape != parameter.shape:
-                raise ValueError(f"{name} must be {list(parameter.shape)}, got "
-                                 f"{list(value.shape)} in state_dict")  # fmt: skip
+        if fallback_entries:
+            _check_fallback({name: entries[name] for name in own}, parameter)
+
+
+def _check_structure(state_dict: Any) -> None:
+    """Raises ValueError where what holds the entries and the options has not the usual types."""
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        raise ValueError("state_dict must have the keys 'state' and 'param_groups'")
+    state, groups = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(state, Mapping) or not all(isinstance(e, Mapping) for e in state.values()):
+        raise ValueError("state of state_dict must map parameters to dicts of their entries")
+    if not isinstance(groups, Sequence) or not all(
+        isinstance(group, Mapping)
+        and isinstance(group.get("params"), Sequence)
+        and all(isinstance(key, (int, str)) for key in group["params"])
+        for group in groups
+    ):
+        raise ValueError("param_groups of state_dict must be a list of dicts, each with its params")
+
+
+def _check_options(saved: Mapping[str, Any]) -> None:
+    """Raises ValueError where an option of a saved group is of another type or out of its range."""
+    plain = (type(None), bool, int, float, str, torch.dtype, Tensor)
+    for name in sorted(OPTIONS):
+        value = saved[name]
+        if not isinstance(value, plain) or isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"{name} in state_dict must be one value, got {type(value).__name__}")
+    try:
+        resolved = resolve_options({name: saved[name] for name in OPTIONS})
+    except ValueError as error:
+        raise ValueError(f"state_dict has an option out of its range: {error}") from None
+    for name in sorted(OPTIONS):
+        if saved[name] is None and resolved[name] is not None:
+            raise ValueError(f"{name} in state_dict must have a value, got None")
+    for name in ("fallback_share", "peak_lr"):
+        value = saved[name]
+        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ValueError(f"{name} in state_dict must be >= 0 and finite, got {value!r}")
+    if not isinstance(saved["fallback_decays"], bool):
+        raise ValueError("fallback_decays in state_dict must be a bool, got "
+                         f"{saved['fallback_decays']!r}")  # fmt: skip
+
+
+def _check_fallback(entries: Mapping[str, Any], parameter: nn.Parameter) -> None:
+    """Raises ValueError where the moments or the count of a fallback parameter do not fit it."""
+    for name, value in entries.items():
+        if name == "step":
+            count = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+            if not isinstance(count, (int, float)) or not 0 <= count < math.inf:
+                raise ValueError(f"step of a fallback parameter in state_dict must be a count, "
+                                 f"got {value!r}")  # fmt: skip
+        elif value is not None or name != "momentum_buffer":
+            if not isinstance(value, Tensor) or value.shape != parameter.shape:
+                got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{name} must be {list(parameter.shape)}, got {got} in state_dict")
+            if not value.is_floating_point():
+                raise ValueError(f"{name} in state_dict must be floating point, got {value.dtype}")
 
 
 def _check_layer(layer: Layer, form: str, entries: Mapping[str, Any]) -> None:
     where = f"of {layer.name!r} in state_dict"
-    if not isinstance(entries.get("step"), int):
-        raise ValueError(f"step {where} must be an int, got {entries.get('step')!r}")
+    step = entries.get("step")
+    if not isinstance(step, int) or not 0 <= step < 2**63:
+        raise ValueError(f"step {where} must be an int >= 0, got {step!r}")
     shapes = _shapes(layer, form)
     if "momentum_buffer" in entries:
         shapes["momentum_buffer"] = (layer.weight.shape[0], layer.fan_in)
@@ -175,6 +229,12 @@ def _check_layer(layer: Layer, form: str, entries: Mapping[str, Any]) -> None:
         if value.dtype != wanted or wanted not in _DTYPES:
             raise ValueError(f"{name} {where} must be float32 or float64, as P is, got "
                              f"{value.dtype}")  # fmt: skip
+        if value.layout != torch.strided or value.is_meta:
+            raise ValueError(f"{name} {where} must be a dense tensor with data, got "
+                             f"{value.layout} on {value.device}")  # fmt: skip
+    for name, count in zip(_C.health_slots, entries["health"].tolist()):
+        if name != "largest_gain" and not 0 <= count < math.inf:
+            raise ValueError(f"the counter {name} {where} must be a count, got {count}")
 
 
 def _restore_dtypes(

@@ -266,9 +266,9 @@ def test_unreadable_config(run, capsys):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("epochs", "5", "config.json: epochs must be of the type int, got '5'"),
-        ("optimizer", 3, "config.json: optimizer must be of the type str, got 3"),
-        ("lr", 0.1, "config.json: lr must be of the type str | None, got 0.1"),
+        ("epochs", "5", "config.json: epochs of the options must be of the type int, got '5'"),
+        ("optimizer", 3, "config.json: optimizer of the options must be of the type str, got 3"),
+        ("lr", 0.1, "config.json: lr of the options must be of the type str, got 0.1"),
     ],
 )
 def test_a_config_with_an_option_of_another_type(run, capsys, name, value, message):

@@ -127,6 +127,16 @@ def wrong_states(state, model):
     def entry(name, value):
         return changed(lambda s: s["state"][0].__setitem__(name, value))
 
+    def option(name, value):
+        return changed(lambda s: s["param_groups"][0].__setitem__(name, value))
+
+    def fallback(**entries):
+        adamw = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(6), "exp_avg_sq": torch.zeros(6)}
+        return changed(lambda s: s["state"].__setitem__(1, {**adamw, **entries}))
+
+    def counter(place, value):
+        return changed(lambda s: s["state"][0]["health"].__setitem__(place, value))
+
     adam = torch.optim.Adam(model.parameters())
     paper = RLSOptimizer(model, form="paper")
     other = RLSOptimizer(nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)))
@@ -156,17 +166,41 @@ def wrong_states(state, model):
         "second_moment of '0' in state_dict must be float32 or float64, as P is, got torch.float64":
             entry("second_moment", torch.zeros(6).double()),
         "health of '0' in state_dict must be [7], got [3]": entry("health", torch.zeros(3)),
-        "step of '0' in state_dict must be an int, got None": entry("step", None),
+        "step of '0' in state_dict must be an int >= 0, got None": entry("step", None),
+        "step of '0' in state_dict must be an int >= 0, got -1": entry("step", -1),
+        "the counter steps of '0' in state_dict must be a count, got nan":
+            counter(5, float("nan")),
+        "must be a dense tensor with data, got torch.strided on meta":
+            entry("P", torch.empty(5, 5, device="meta")),
+        "must be a dense tensor with data, got torch.sparse_coo":
+            entry("P", torch.eye(5).to_sparse()),
+        "state of state_dict must map parameters to dicts": {**state, "state": [state["state"]]},
+        "map parameters to dicts of their entries": changed(lambda s: s["state"].update({0: 5})),
+        "param_groups of state_dict must be a list of dicts": {**state, "param_groups": 3},
+        "list of dicts, each with its params": option("params", [0, 1, 2, [3]]),
+        "gain must be > 0 and finite, got 0": option("gain", 0),
+        "gain must be > 0 and finite, got 1000": option("gain", 10**400),
+        "lr must be >= 0 and finite, got nan": option("lr", float("nan")),
+        "drift must be at most 1": option("drift", 7.0),
+        "rank must be an int >= 1, got 'many'": option("rank", "many"),
+        "beta2 in state_dict must have a value, got None": option("beta2", None),
+        "gain in state_dict must be one value, got Tensor": option("gain", torch.ones(2)),
+        "form in state_dict must be one value, got list": option("form", ["adaptive"]),
+        "fallback_share in state_dict must be >= 0 and finite": option("fallback_share", -1.0),
+        "peak_lr in state_dict must be >= 0 and finite": option("peak_lr", float("nan")),
+        "fallback_decays in state_dict must be a bool, got 2": option("fallback_decays", 2),
         "fallback entries ['momentum_buffer'], the fallback rule keeps":
             changed(lambda s: s["state"].__setitem__(1, {"momentum_buffer": torch.zeros(6)})),
-        "exp_avg must be [6], got [7]": changed(lambda s: s["state"].__setitem__(
-            1, {"step": torch.tensor(1.0), "exp_avg": torch.zeros(7),
-                "exp_avg_sq": torch.zeros(6)})),
+        "exp_avg must be [6], got [7]": fallback(exp_avg=torch.zeros(7)),
+        "exp_avg_sq must be [6], got str": fallback(exp_avg_sq="0"),
+        "exp_avg in state_dict must be floating point":
+            fallback(exp_avg=torch.zeros(6, dtype=torch.int64)),
+        "step of a fallback parameter in state_dict must be a count": fallback(step=torch.zeros(2)),
     }  # fmt: skip
 
 
 MESSAGES = list(wrong_states(RLSOptimizer(m := mlp()).state_dict() | {
-    "state": {0: {"P": torch.eye(5)}}}, m))  # fmt: skip
+    "state": {0: {"P": torch.eye(5), "health": torch.zeros(7)}}}, m))  # fmt: skip
 
 
 @pytest.mark.parametrize("message", MESSAGES)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from rlscuda.cli.config import RunConfig
 from rlscuda.cli.errors import UserError
 from rlscuda.cli.prune_options import IMPORTANCES, PruneOptions
+from rlscuda.cli.texts import terminal
 
 app = typer.Typer(
     name="rlscuda",
@@ -100,7 +100,7 @@ def train(
     options = {field.name: context.params[field.name] for field in dataclasses.fields(RunConfig)}
     execution = Execution(device, threads, checkpoint_every, cache)
     folder = out or Path("runs") / f"{model.replace(':', '.')}-{_data_stem(data)}"
-    console = Console()
+    console = terminal()
     try:
         if resume:
             command.resume(_given(context, options), execution, folder, console)
@@ -200,7 +200,7 @@ def prune(
     execution = Execution(device, threads, cache=cache)
     folder = out or _pruned_folder(run)
     try:
-        command.prune(run, optimizer, options, execution, folder, overwrite, Console())
+        command.prune(run, optimizer, options, execution, folder, overwrite, terminal())
     except KeyboardInterrupt:
         raise UserError("interrupted; nothing was written", exit_code=130) from None
 
@@ -210,7 +210,7 @@ def info() -> None:
     """Print versions, what was built, and what runs here."""
     from rlscuda.cli.info import print_info
 
-    print_info(Console())
+    print_info(terminal())
 
 
 @app.command()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from typing import Any, get_type_hints
+from typing import Any
 
-from rlscuda.cli.errors import UserError
+from rlscuda._documents import check
+from rlscuda.cli.errors import UserError, in_range, reading
 from rlscuda.cli.prune_options import ScheduleSpec
 
 OPTIMIZERS = ("rls", "sgd", "adam")
@@ -52,11 +53,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check every value that can be checked without reading the data."""
-        _at_least("--epochs", self.epochs, 1)
-        _at_least("--batch-size", self.batch_size, 1)
-        _at_least("--seed", self.seed, 0)
+        in_range("--epochs", self.epochs, 1)
+        in_range("--batch-size", self.batch_size, 1)
+        in_range("--seed", self.seed, 0, 2**63 - 1)
         if self.image_size is not None:
-            _at_least("--image-size", self.image_size, 1)
+            in_range("--image-size", self.image_size, 1)
         if not 0.0 < self.val_fraction < 1.0:
             raise UserError(
                 f"--val-fraction must lie between 0 and 1, both excluded, got {self.val_fraction}"
@@ -150,15 +151,11 @@ class RunConfig:
                 from the stored one. Only ``data`` may: the files can have moved, and their
                 fingerprint is checked.
         """
-        kinds = get_type_hints(cls)
-        if not isinstance(stored, dict) or stored.keys() != kinds.keys():
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(stored, dict) or stored.keys() != names:
             raise UserError("config.json does not hold the options of this version of rlscuda")
-        for field in dataclasses.fields(cls):
-            if not isinstance(stored[field.name], kinds[field.name]):
-                raise UserError(
-                    f"config.json: {field.name} must be of the type {field.type}, got "
-                    f"{stored[field.name]!r}"
-                )
+        with reading("config.json"):
+            check(stored, cls, "the options")
         for name, value in given.items():
             if name != "data" and stored[name] != value:
                 raise UserError(
@@ -168,11 +165,6 @@ class RunConfig:
         if "data" in given:
             stored = {**stored, "data": given["data"]}
         return cls(**stored)
-
-
-def _at_least(flag: str, value: int, least: int) -> None:
-    if value < least:
-        raise UserError(f"{flag} must be at least {least}, got {value}")
 
 
 def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlscuda.cli.arrays import Labelled, check_labelled
+from rlscuda.cli.arrays import Labelled, check_labelled, check_labels, check_test_shape
 from rlscuda.cli.errors import UserError
 from rlscuda.cli.models import ImageShape
 from rlscuda.cli.sources import read_source
@@ -100,10 +100,12 @@ def load_dataset(
     """
     source = read_source(name, image_size, cache)
     labelled, load_test, notes = source.train, source.load_test, "the data set's own test images"
-    classes = len(source.classes) if source.classes else int(labelled.labels.max()) + 1
+    classes = len(source.classes) or _classes(name, labelled.labels)
     if classes < 2:
         raise UserError(f"{name} must have at least 2 classes, got {classes}")
     check_labelled(name, labelled, classes)
+    if source.test_labels is not None:
+        check_labels(f"{name} (test)", source.test_labels, classes)
     if load_test is None:
         held_out, rest = _split(len(labelled.labels), TEST_FRACTION, name)
         whole, labelled = labelled, labelled.take(rest)
@@ -130,17 +132,24 @@ def load_dataset(
     )
 
 
+def _classes(name: str, labels: np.ndarray) -> int:
+    """How many classes labels without names stand for: no more than there are images."""
+    highest = int(labels.max())
+    if highest >= len(labels):
+        raise UserError(
+            f"{name}: labels must be class numbers counted from 0, below the {len(labels)} images; "
+            f"got {highest}"
+        )
+    return highest + 1
+
+
 def _checked(
     name: str, load_test: Callable[[], Labelled], shape: ImageShape, classes: int
 ) -> Callable[[], Split]:
     def load() -> Split:
         labelled = load_test()
         check_labelled(f"{name} (test)", labelled, classes)
-        if labelled.images.shape[1:] != tuple(shape):
-            raise UserError(
-                f"{name}: test images must be {list(shape)} like the training images, got "
-                f"{list(labelled.images.shape[1:])}"
-            )
+        check_test_shape(name, tuple(shape), labelled.images.shape[1:])
         return _tensors(labelled)
 
     return load

@@ -14,9 +14,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from rlscuda.cli.plots import LABELS
+from rlscuda.cli.texts import one_line
 from rlscuda.cli.training import Trainer
 
 REFRESH_SECONDS = 0.25
@@ -36,10 +38,10 @@ class StepBar:
     def __init__(self, console: Console, trainer: Trainer):
         self.console, self.trainer = console, trainer
         self.progress = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("loss {task.fields[loss]}", markup=False),
             TimeRemainingColumn(),
             console=console,
             transient=True,
@@ -78,7 +80,6 @@ class StepBar:
             f"{LABELS[row['optimizer']]:<15} epoch {row['epoch']:>3}/{self.trainer.config.epochs}  "
             f"train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  "
             f"val accuracy {100 * row['val_accuracy']:6.2f} %  {row['seconds']:6.1f} s",
-            highlight=False,
             soft_wrap=True,
         )
         pruning = self.trainer.pruning
@@ -88,8 +89,7 @@ class StepBar:
             self.console.print(
                 f"{'':<15} {what}: {stage.parameters:,} parameters  val loss {stage.val_loss:.4f}"
                 f"  val accuracy {100 * stage.val_accuracy:6.2f} %",
-                highlight=False,
-                soft_wrap=True,
+                    soft_wrap=True,
             )
 
     def _description(self) -> str:
@@ -107,13 +107,14 @@ def result_table(
         rows: the rows of ``metrics.json``.
         results: of each optimizer, its entry in ``summary.json``.
     """
-    table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left")
+    table = Table(title=one_line(title), title_justify="left", title_style="bold", caption_justify="left")
     table.add_column("validation accuracy, %", justify="left")
     for name in results:
         table.add_column(LABELS[name], justify="right")
     accuracy = {(row["optimizer"], row["epoch"]): 100 * row["val_accuracy"] for row in rows}
-    last = max(epoch for _, epoch in accuracy)
-    shown = [epoch for epoch in range(1, last + 1) if last <= LONGEST_TABLE or _kept(epoch, last)]
+    epochs = sorted({epoch for _, epoch in accuracy})
+    last = epochs[-1]
+    shown = [epoch for epoch in epochs if last <= LONGEST_TABLE or _kept(epoch, last)]
     for epoch in shown:
         cells = [accuracy.get((name, epoch)) for name in results]
         table.add_row(f"after epoch {epoch}", *_best_in_bold(cells, "{:.2f}", max))
@@ -137,7 +138,7 @@ def result_table(
             [100 * result["test_accuracy"] for result in results.values()], "{:.2f}", max
         ),
     )
-    if len(shown) < last:
+    if len(shown) < len(epochs):
         table.caption = "every epoch is in metrics.csv"
     return table
 
@@ -147,10 +148,9 @@ def _kept(epoch: int, last: int) -> bool:
     return epoch <= 5 or epoch == last or epoch % max(1, last // 10) == 0
 
 
-def _best_in_bold(cells: list[float | None], pattern: str, best: Any) -> list[str]:
+def _best_in_bold(cells: list[float | None], pattern: str, best: Any) -> list[Text]:
     values = [pattern.format(cell) for cell in cells if cell is not None]
     top = pattern.format(best(cell for cell in cells if cell is not None)) if values else ""
     texts = ["–" if cell is None else pattern.format(cell) for cell in cells]
-    if len(cells) == 1:
-        return texts
-    return [f"[bold]{text}[/bold]" if text == top else text for text in texts]
+    several = len(cells) > 1
+    return [Text(text, style="bold" if several and text == top else "") for text in texts]

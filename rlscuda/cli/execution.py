@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from rlscuda.cli.errors import UserError
+from rlscuda.cli.errors import UserError, in_range
 
+MOST_THREADS = 1024  # beyond what a system gives, where OpenMP ends the process
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
@@ -28,10 +29,9 @@ class Execution:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if self.threads is not None and self.threads < 1:
-            raise UserError(f"--threads must be at least 1, got {self.threads}")
-        if self.checkpoint_every < 0:
-            raise UserError(f"--checkpoint-every must be at least 0, got {self.checkpoint_every}")
+        if self.threads is not None:
+            in_range("--threads", self.threads, 1, MOST_THREADS)
+        in_range("--checkpoint-every", self.checkpoint_every, 0)
 
     def prepare(self) -> torch.device:
         """Set the threads, make cuDNN deterministic, and return the device.
@@ -44,7 +44,7 @@ class Execution:
             name = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             device = torch.device(name)
-        except RuntimeError:
+        except (RuntimeError, ValueError, OverflowError):
             device = torch.device("meta")
         if device.type not in ("cpu", "cuda"):
             raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")

@@ -8,17 +8,18 @@ import numpy as np
 
 from rlscuda.cli.arrays import Labelled
 from rlscuda.cli.errors import UserError
-from rlscuda.cli.extras import require
+from rlscuda.cli.images import ImageReader, Size, check_one_size, opened
 from rlscuda.cli.sources import Source
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+Files = list[tuple[Path, int]]  # of an image, and its label
 
 
 def read_folder(folder: Path, image_size: int | None) -> Source:
     """Read ``folder/CLASS/IMAGE``, or ``folder/train/CLASS/IMAGE`` with ``folder/test`` beside it.
 
     Images are read in the order of their names and kept in memory, as grey levels if all of them
-    are grey, else as RGB.
+    are grey, else as RGB. Of the test images only the headers are read at first.
 
     Args:
         folder: the folder.
@@ -31,7 +32,9 @@ def read_folder(folder: Path, image_size: int | None) -> Source:
     has_own_test = train.is_dir() and test.is_dir()
     root = train if has_own_test else folder
     classes = _classes(root)
-    labelled, mode = _read(root, classes, image_size, mode=None)
+    files = _files(root, classes)
+    mode, size = _look(root, files, image_size, None)
+    labelled = _read(root, files, mode, image_size)
     if not has_own_test:
         return Source(labelled, None, classes)
     if _classes(test) != classes:
@@ -39,7 +42,9 @@ def read_folder(folder: Path, image_size: int | None) -> Source:
             f"--data {folder}: test must have the class folders of train, {', '.join(classes)}, "
             f"got {', '.join(_classes(test))}"
         )
-    return Source(labelled, lambda: _read(test, classes, image_size, mode)[0], classes)
+    test_files = _files(test, classes)
+    _look(test, test_files, image_size, size)
+    return Source(labelled, lambda: _read(test, test_files, mode, image_size), classes)
 
 
 def _classes(root: Path) -> tuple[str, ...]:
@@ -49,10 +54,7 @@ def _classes(root: Path) -> tuple[str, ...]:
     return names
 
 
-def _read(
-    root: Path, classes: tuple[str, ...], image_size: int | None, mode: str | None
-) -> tuple[Labelled, str]:
-    """Images [N, C, H, W] uint8 and their mode, ``L`` or ``RGB``; None chooses it."""
+def _files(root: Path, classes: tuple[str, ...]) -> Files:
     files = [
         (file, label)
         for label, name in enumerate(classes)
@@ -62,40 +64,25 @@ def _read(
     empty = sorted(set(range(len(classes))) - {label for _, label in files})
     if empty:
         raise UserError(f"--data {root}: no images in the class folder {classes[empty[0]]}")
-    if mode is None:
-        mode = "L" if all(_mode(file) in ("1", "L") for file, _ in files) else "RGB"
-    images = []
+    return files
+
+
+def _look(root: Path, files: Files, side: int | None, size: Size | None) -> tuple[str, Size]:
+    """Mode and size of all images, by their headers; the size is that of the training images."""
+    grey = True
     for file, _ in files:
-        images.append(_decode(file, mode, image_size))
-        if images[-1].shape != images[0].shape:
-            sizes = [f"{array.shape[1]} x {array.shape[0]}" for array in (images[0], images[-1])]
-            raise UserError(
-                f"--data {root}: images must have one size, got {sizes[0]} and, in {file}, "
-                f"{sizes[1]}; --image-size resizes them"
-            )
-    stacked = np.stack(images)
-    stacked = stacked[:, None] if mode == "L" else stacked.transpose(0, 3, 1, 2)
-    return Labelled(stacked, np.array([label for _, label in files])), mode
+        with opened(file, file) as image:
+            grey &= image.mode in ("1", "L")
+            size = size or image.size
+            if side is None:
+                check_one_size(f"--data {root}", size, image.size, file)
+    assert size is not None
+    return "L" if grey else "RGB", size
 
 
-def _mode(file: Path) -> str:
-    with _open(file) as image:
-        return image.mode
-
-
-def _decode(file: Path, mode: str, image_size: int | None) -> np.ndarray:
-    with _open(file) as image:
-        try:
-            converted = image.convert(mode)
-        except (OSError, SyntaxError) as error:
-            raise UserError(f"{file}: not a readable image: {error}") from None
-        if image_size is not None:
-            converted = converted.resize((image_size, image_size))
-        return np.asarray(converted)
-
-
-def _open(file: Path):
-    try:
-        return require("PIL.Image").open(file)
-    except (OSError, SyntaxError) as error:
-        raise UserError(f"{file}: not a readable image: {error}") from None
+def _read(root: Path, files: Files, mode: str, image_size: int | None) -> Labelled:
+    """Images [N, C, H, W] uint8 and labels."""
+    reader = ImageReader(f"--data {root}", mode, len(files), image_size)
+    for file, _ in files:
+        reader.add(file, file)
+    return Labelled(reader.images(), np.array([label for _, label in files]))

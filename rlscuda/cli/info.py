@@ -7,6 +7,7 @@ import platform
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import rlscuda
 
@@ -29,5 +30,5 @@ def print_info(console: Console) -> None:
         ("threads", build["threads"]),
         ("kernel sources", build["source_hash"]),
     ):
-        table.add_row(f"[bold]{key}[/bold]", str(value))
-    console.print(table, highlight=False)
+        table.add_row(Text(key, style="bold"), str(value))
+    console.print(table)

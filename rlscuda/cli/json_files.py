@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rlscuda._atomic import write_text
-from rlscuda.cli.errors import UserError
+from rlscuda.cli.errors import UserError, reading
+from rlscuda.cli.files import is_there
+
+LARGEST = 2**28  # bytes of a document; what a run writes is a thousandth of it
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -22,10 +25,13 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: the file is missing or no JSON.
     """
-    try:
+    if not is_there(path):
+        raise UserError(f"{path} cannot be read as JSON: no such file")
+    with reading(f"{path} cannot be read as JSON"):
+        size = path.stat().st_size
+        if size > LARGEST:
+            raise ValueError(f"it must have at most {LARGEST} bytes, got {size}")
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
 
 
 def _without_nan(document: Any) -> Any:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rlscuda.cli.errors import UserError
+from rlscuda.cli.errors import UserError, reading
+from rlscuda.cli.memory import check_fits
 
 
 class ImageShape(NamedTuple):
@@ -152,6 +153,9 @@ def build_model(name: str, shape: ImageShape, classes: int) -> nn.Module:
             [N, channels, height, width] to [N, classes].
     """
     if name in MODELS:
+        with torch.device("meta"):
+            size = sum(p.numel() * p.itemsize for p in MODELS[name](shape, classes).parameters())
+        check_fits(f"--model {name} for images {list(shape)} of {classes} classes", size)
         model = MODELS[name](shape, classes)
     elif ":" in name:
         model = _call_factory(name, shape, classes)
@@ -159,18 +163,28 @@ def build_model(name: str, shape: ImageShape, classes: int) -> nn.Module:
         raise UserError(
             f"--model must be one of {', '.join(MODELS)} or module:factory, got {name!r}"
         )
+    _check_names(name, model)
     _check_output(name, model, shape, classes)
     return model
+
+
+def _check_names(name: str, model: nn.Module) -> None:
+    """Layers must have names that a file can hold."""
+    for layer, _ in (*model.named_modules(), *model.named_parameters()):
+        try:
+            layer.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"--model {name}: layers must have names that UTF-8 can say, got {layer!r}"
+            ) from None
 
 
 def _call_factory(name: str, shape: ImageShape, classes: int) -> nn.Module:
     module_name, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    try:
+    with reading(f"--model {name}: expected an importable module:factory"):
         factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"--model {name}: expected an importable module:factory: {error}") from None
     if not callable(factory):
         raise UserError(
             f"--model {name}: expected a callable that returns a module, got "
@@ -192,7 +206,8 @@ def _call_factory(name: str, shape: ImageShape, classes: int) -> nn.Module:
             f"--model {name}: the factory can be given in_channels, image_size and num_classes "
             f"by name, nothing else: {error}"
         ) from None
-    model = factory(**offered)
+    with reading(f"--model {name}: the factory failed"):
+        model = factory(**offered)
     if not isinstance(model, nn.Module):
         raise UserError(f"--model {name}: expected a torch.nn.Module, got {type(model).__name__}")
     return model
@@ -203,13 +218,14 @@ def _check_output(name: str, model: nn.Module, shape: ImageShape, classes: int) 
     expected = (2, classes)
     was_training = model.training
     model.eval()
+    accepted = f"images [N, {', '.join(map(str, shape))}]"
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with (
+            reading(f"--model {name} does not accept {accepted}"),
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+        ):
             output = model(torch.zeros(2, *shape))
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise UserError(
-            f"--model {name} does not accept images [N, {', '.join(map(str, shape))}]: {error}"
-        ) from None
     finally:
         model.train(was_training)
     got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__

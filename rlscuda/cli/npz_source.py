@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import io
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 from numpy.lib import format as npy
 
 from rlscuda.cli.arrays import (
+    Header,
     Labelled,
     as_images,
     as_labels,
     check_image_header,
     check_label_header,
     check_lengths,
+    check_test_shape,
+    image_shape,
 )
-from rlscuda.cli.errors import UserError
-from rlscuda.cli.extras import require
+from rlscuda.cli.errors import UserError, reading
+from rlscuda.cli.files import is_there
+from rlscuda.cli.images import ImageReader
+from rlscuda.cli.memory import check_fits
 from rlscuda.cli.sources import Source
 
-Headers = dict[str, tuple[tuple[int, ...], np.dtype]]
+Headers = dict[str, Header]
 
-_UNREADABLE = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, KeyError)
 _EXPECTED = (
     "x_train and y_train (x_test and y_test too, if there are test images), or "
     "train_jpeg, train_ends and train_labels (and the same with test_)"
@@ -32,12 +35,13 @@ _EXPECTED = (
 
 
 def read_npz(path: Path) -> Source:
-    """Read the training arrays of an archive; the test arrays only by their headers.
+    """Read the training arrays of an archive; of the test arrays the headers and the labels.
 
     Raises:
-        UserError: no such file, a corrupt archive, unknown keys, or lengths that differ.
+        UserError: no such file, a corrupt archive, unknown keys, lengths or shapes that differ, or
+            more than the memory can hold.
     """
-    if not path.is_file():
+    if not is_there(path):
         raise UserError(f"--data {path}: no such file")
     headers = _headers(path)
     if {"x_train", "y_train"} <= headers.keys():
@@ -56,66 +60,69 @@ def read_npz(path: Path) -> Source:
             f"--data {path}: expected all of {', '.join(test_keys)} or none, got "
             f"{', '.join(present)}"
         )
+    test_labels = None
     if present:
         check(path, headers, "test")
+        if "x_test" in headers:
+            shapes = [image_shape(headers[f"x_{split}"].shape) for split in ("train", "test")]
+            check_test_shape(str(path), *shapes)
+        test_labels = as_labels(f"{path}: {test_keys[-1]}", _load(path, headers, test_keys[-1]))
     classes: tuple[str, ...] = ()
     if "classes" in headers:
-        classes = tuple(str(entry) for entry in _load(path, "classes").reshape(-1))
-    return Source(read(path, "train"), (lambda: read(path, "test")) if present else None, classes)
+        classes = tuple(str(entry) for entry in _load(path, headers, "classes").reshape(-1))
+    load_test = (lambda: read(path, headers, "test")) if present else None
+    return Source(read(path, headers, "train"), load_test, classes, test_labels)
 
 
-def _read_arrays(path: Path, split: str) -> Labelled:
-    images = as_images(f"{path}: x_{split}", _load(path, f"x_{split}"))
-    labels = as_labels(f"{path}: y_{split}", _load(path, f"y_{split}"))
+def _read_arrays(path: Path, headers: Headers, split: str) -> Labelled:
+    images = as_images(f"{path}: x_{split}", _load(path, headers, f"x_{split}"))
+    labels = as_labels(f"{path}: y_{split}", _load(path, headers, f"y_{split}"))
     return Labelled(images, labels)
 
 
-def _read_jpeg(path: Path, split: str) -> Labelled:
+def _read_jpeg(path: Path, headers: Headers, split: str) -> Labelled:
     """Decode the files in ``{split}_jpeg``, end to end; ``{split}_ends`` says where each ends."""
-    image_module = require("PIL.Image")
-    data, ends = _load(path, f"{split}_jpeg"), _load(path, f"{split}_ends")
-    labels = as_labels(f"{path}: {split}_labels", _load(path, f"{split}_labels"))
-    starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
+    data, ends = _load(path, headers, f"{split}_jpeg"), _load(path, headers, f"{split}_ends")
+    labels = as_labels(f"{path}: {split}_labels", _load(path, headers, f"{split}_labels"))
+    starts = np.concatenate([np.zeros(1, ends.dtype), ends[:-1]])
     if len(ends) == 0 or (ends <= starts).any() or ends[-1] != len(data):
         raise UserError(
             f"{path}: {split}_ends must rise to the length of {split}_jpeg, {len(data)}, got "
             f"{'no entries' if len(ends) == 0 else f'a last entry of {ends[-1]}'}"
         )
-    images = []
-    for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        try:
-            with image_module.open(io.BytesIO(data[start:end].tobytes())) as image:
-                images.append(np.asarray(image.convert("RGB")))
-        except (OSError, SyntaxError) as error:
-            raise UserError(f"{path}: image {number} of {split}_jpeg: {error}") from None
-        if images[-1].shape != images[0].shape:
-            raise UserError(
-                f"{path}: images of {split}_jpeg must have one size, got "
-                f"{images[0].shape[:2]} and, at {number}, {images[-1].shape[:2]}"
-            )
-    return Labelled(np.stack(images).transpose(0, 3, 1, 2), labels)
+    reader = ImageReader(f"{path}: {split}_jpeg", "RGB", count=len(ends))
+    for number, (start, end) in enumerate(zip(starts.tolist(), ends.tolist())):
+        reader.add(io.BytesIO(data[start:end].tobytes()), f"image {number} of {path}")
+    return Labelled(reader.images(), labels)
 
 
 def _check_arrays(path: Path, headers: Headers, split: str) -> None:
-    (x_shape, x_dtype), (y_shape, y_dtype) = headers[f"x_{split}"], headers[f"y_{split}"]
-    check_image_header(f"{path}: x_{split}", x_shape, x_dtype)
-    check_label_header(f"{path}: y_{split}", y_shape, y_dtype)
-    check_lengths(f"{path}: x_{split} and y_{split}", x_shape[0], y_shape[0])
+    x, y = headers[f"x_{split}"], headers[f"y_{split}"]
+    check_image_header(f"{path}: x_{split}", x)
+    check_label_header(f"{path}: y_{split}", y)
+    check_lengths(f"{path}: x_{split} and y_{split}", x.shape[0], y.shape[0])
 
 
 def _check_jpeg(path: Path, headers: Headers, split: str) -> None:
-    (e_shape, _), (y_shape, y_dtype) = headers[f"{split}_ends"], headers[f"{split}_labels"]
-    check_label_header(f"{path}: {split}_labels", y_shape, y_dtype)
-    check_lengths(f"{path}: {split}_ends and {split}_labels", e_shape[0], y_shape[0])
+    for key, kinds, words in (("jpeg", "u", "uint8"), ("ends", "ui", "whole numbers")):
+        shape, dtype = headers[f"{split}_{key}"]
+        if len(shape) != 1 or dtype.kind not in kinds or (key == "jpeg" and dtype.itemsize != 1):
+            raise UserError(
+                f"{path}: {split}_{key} must be [N] of {words}, got {list(shape)} of {dtype}"
+            )
+    labels = headers[f"{split}_labels"]
+    check_label_header(f"{path}: {split}_labels", labels)
+    ends = headers[f"{split}_ends"].shape[0]
+    check_lengths(f"{path}: {split}_ends and {split}_labels", ends, labels.shape[0])
 
 
 def _headers(path: Path) -> Headers:
-    """Shape and dtype of every array, without reading one."""
+    """Shape and dtype of every array, without reading one; what it promises, it must hold."""
     headers = {}
-    try:
+    with reading(f"--data {path}: not a readable .npz archive"):
         with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                with archive.open(name) as stream:
+            for entry in archive.infolist():
+                with archive.open(entry) as stream:
                     version = npy.read_magic(stream)
                     read = (
                         npy.read_array_header_1_0
@@ -123,15 +130,21 @@ def _headers(path: Path) -> Headers:
                         else npy.read_array_header_2_0
                     )
                     shape, _, dtype = read(stream)
-                    headers[name.removesuffix(".npy")] = (shape, dtype)
-    except _UNREADABLE as error:
-        raise UserError(f"--data {path}: not a readable .npz archive: {error}") from None
+                    header = Header(shape, dtype)
+                    held = entry.file_size - stream.tell()
+                if not dtype.hasobject and header.bytes != held:
+                    raise ValueError(
+                        f"{entry.filename} must hold {header.bytes} bytes for {list(shape)} of "
+                        f"{dtype}, got {held}"
+                    )
+                headers[entry.filename.removesuffix(".npy")] = header
     return headers
 
 
-def _load(path: Path, key: str) -> np.ndarray:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return archive[key]
-    except _UNREADABLE as error:
-        raise UserError(f"--data {path}: cannot read {key}: {error}") from None
+def _load(path: Path, headers: Headers, key: str) -> np.ndarray:
+    check_fits(f"--data {path}: {key}", headers[key].bytes)
+    with (
+        reading(f"--data {path}: cannot read {key}"),
+        np.load(path, allow_pickle=False) as archive,
+    ):
+        return archive[key]

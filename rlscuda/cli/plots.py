@@ -9,10 +9,12 @@ from typing import Any
 
 from rlscuda._atomic import write_atomically
 from rlscuda.cli.extras import require
+from rlscuda.cli.texts import drawing, shortened
 
 LABELS = {"rls": "RLS", "sgd": "SGD + momentum", "adam": "Adam"}
 COLOURS = {"rls": "#D1495B", "sgd": "#30638E", "adam": "#3C9D7B"}  # told apart by the colour-blind
 MARKERS = {"rls": "o", "sgd": "s", "adam": "^"}
+_LONGEST = 100  # characters of the title
 INK, FAINT = "#22272E", "#D8DEE4"
 
 
@@ -27,12 +29,10 @@ def plot_run(
         rows: the rows of ``metrics.json``.
         test_accuracy: of each optimizer, in [0, 1], for the legend; may be empty.
     """
-    require("matplotlib").use("Agg")
-    pyplot = require("matplotlib.pyplot")
     histories: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         histories.setdefault(row["optimizer"], []).append(row)
-    with pyplot.rc_context(_style()):
+    with drawing(_style()) as pyplot:
         figure, axes = pyplot.subplots(2, 2, figsize=(11, 7.4), sharex="col", sharey="row")
         for column, (key, label) in enumerate(
             (("epoch", "epoch"), ("seconds", "seconds of training"))
@@ -100,7 +100,7 @@ def _finish(figure, axes, title: str, histories: dict, test_accuracy: dict[str, 
         bbox_to_anchor=(0.992, 0.962),
         ncols=2,
     )
-    figure.suptitle(title, x=0.015, ha="left", fontsize=14, fontweight="bold")
+    figure.suptitle(shortened(title, _LONGEST), x=0.015, ha="left", fontsize=14, fontweight="bold")
     figure.tight_layout(rect=(0, 0, 1, 0.95))
 
 

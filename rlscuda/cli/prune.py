@@ -25,6 +25,7 @@ from rlscuda.cli.prune_options import EXPORTS, PruneOptions
 from rlscuda.cli.prune_record import PruneRecord, Stage, size_of
 from rlscuda.cli.prune_report import print_report, write_report
 from rlscuda.cli.runfolder import RunFolder
+from rlscuda.cli.texts import one_line
 from rlscuda.cli.train import Run
 from rlscuda.cli.training import Trainer, evaluate
 from rlscuda.pruning.measure import Gains, compare, measure
@@ -88,7 +89,7 @@ def prune(
     print_report(record, console)
     console.print("\nfiles of this pruning:")
     for path in files.existing():
-        console.print(f"  {path}", highlight=False, soft_wrap=True)
+        console.print(f"  {one_line(path)}", soft_wrap=True)
 
 
 def _finished_run(source: Path, optimizer: str | None) -> tuple[RunFolder, RunConfig, str]:
@@ -284,7 +285,6 @@ class Pruning:
         self.console.print(
             f"{kind:<10} {size['parameters']:>12,} parameters  val loss {loss:.4f}  "
             f"val accuracy {100 * accuracy:6.2f} %",
-            highlight=False,
             soft_wrap=True,
         )
 
@@ -303,11 +303,11 @@ def _accumulate_gradients(model: nn.Module, batches: list[Batch]) -> None:
 def _ranking_bar(console: Console) -> Iterator[Callable[[str], None]]:
     """A bar that names the layer whose channels are being ranked; yields what tells it."""
     columns = (
-        TextColumn("[bold]pruning"),
+        TextColumn("pruning", style="bold"),
         BarColumn(bar_width=None),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, transient=True, expand=True) as progress:
         task = progress.add_task("reading the matrices", total=None)
-        yield lambda name: progress.update(task, description=f"ranking {name}")
+        yield lambda name: progress.update(task, description=f"ranking {one_line(name)}")

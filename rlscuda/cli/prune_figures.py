@@ -8,12 +8,14 @@ from typing import Any
 
 from rlscuda.cli.extras import require
 from rlscuda.cli.prune_record import PruneRecord, Stage
+from rlscuda.cli.texts import shortened
 
 INK, MUTED, FAINT, PAPER = "#22272e", "#57606a", "#d8dee4", "#fefefe"
 KEPT, GONE, CUT, REGAINED = "#30638e", "#bccbd9", "#d1495b", "#3c9d7b"
 WIDTH = 9.0  # inches
 MOST_SPECTRA = 24
 _COLUMNS = 4
+_LONGEST = 24  # characters of the name above a small figure
 
 DASHED: dict[str, Any] = {"linewidth": 0.8, "linestyle": (0, (3, 2))}
 STYLE: dict[str, Any] = {
@@ -56,7 +58,7 @@ def draw_widths(figure: Any, record: PruneRecord) -> None:
             width.before + 0.012 * most, place, f"{width.before} → {width.after}",
             va="center", color=INK,
         )  # fmt: skip
-    axis.set_yticks(places, [width.name for width in widths])
+    axis.set_yticks(places, [shortened(width.name, 40) for width in widths])
     axis.tick_params(axis="y", length=0, labelcolor=INK)
     axis.set_xlim(0, 1.14 * most)
     axis.set_ylim(len(widths) - 0.4, -0.6)
@@ -101,7 +103,7 @@ def draw_spectra(figure: Any, record: PruneRecord) -> None:
             if segment.last:
                 axis.plot(x[cut:], cost[cut:], color=KEPT, **line)
             axis.axvline(segment.start + cut + 0.5, color=MUTED, **DASHED)
-        axis.set_title(_shortened(name))
+        axis.set_title(shortened(name, _LONGEST))
         axis.set_yscale("log")
         axis.xaxis.set_major_locator(ticker.MaxNLocator(3, integer=True))
         axis.yaxis.set_major_locator(ticker.LogLocator(numticks=5))
@@ -188,10 +190,6 @@ def _power(value: float, _: object = None) -> str:
     if -2 <= exponent <= 2:
         return f"{value:g}"
     return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-
-
-def _shortened(name: str, most: int = 24) -> str:
-    return name if len(name) <= most else "…" + name[1 - most :]
 
 
 _LOOKS = {

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from rlscuda.cli import prune_figures as figures
-from rlscuda.cli.extras import require
 from rlscuda.cli.prune_record import PruneRecord
 from rlscuda.cli.prune_words import gain_rows, headline, subtitle
+from rlscuda.cli.texts import drawing, shortened
 
 _THEMED = {
     figures.INK: "ink",
@@ -22,6 +22,7 @@ _THEMED = {
     figures.CUT: "cut",
     figures.REGAINED: "regained",
 }
+_LONGEST = 88  # characters of the headline
 Part = tuple[str, float, Callable[[Any, PruneRecord], None]]  # name, inches high, how to draw
 
 
@@ -38,12 +39,10 @@ def parts(record: PruneRecord) -> list[Part]:
 
 def draw_svg(record: PruneRecord) -> dict[str, str]:
     """Each figure as an SVG element whose colours are the page's custom properties."""
-    require("matplotlib").use("Agg")
-    pyplot = require("matplotlib.pyplot")
     drawn = {}
     for name, height, draw in parts(record):
         style = {**figures.STYLE, "svg.fonttype": "none", "svg.hashsalt": name}
-        with pyplot.rc_context(style):
+        with drawing(style) as pyplot:
             figure = pyplot.figure(figsize=(figures.WIDTH, height), layout="constrained")
             draw(figure, record)
             stream = io.StringIO()
@@ -59,27 +58,30 @@ def _themed(svg: str, name: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", svg)
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'href="#', f'href="#{name}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
+    return re.sub(r"<[^>]*>", lambda tag: _themed_tag(tag[0], name), svg)  # text stays as it is
+
+
+def _themed_tag(tag: str, name: str) -> str:
+    tag = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", tag)
+    tag = re.sub(r'\bid="', f'id="{name}-', tag)
+    tag = re.sub(r'href="#', f'href="#{name}-', tag)
+    tag = re.sub(r"url\(#", f"url(#{name}-", tag)
     for colour, variable in _THEMED.items():
-        svg = svg.replace(colour, f"var(--{variable})")
-    return svg
+        tag = tag.replace(colour, f"var(--{variable})")
+    return tag
 
 
 def draw_png(record: PruneRecord) -> bytes:
     """Headline, figures and the table of gains on one sheet."""
-    require("matplotlib").use("Agg")
-    pyplot = require("matplotlib.pyplot")
     drawn = parts(record)
     rows = gain_rows(record)
     heights = [0.75, *(height + 0.45 for _, height, _ in drawn), 0.5 + 0.27 * (len(rows) + 1)]
-    with pyplot.rc_context({**figures.STYLE, "axes.titlesize": 10}):
+    with drawing({**figures.STYLE, "axes.titlesize": 10}) as pyplot:
         figure = pyplot.figure(figsize=(figures.WIDTH, sum(heights)), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12)
         pieces = figure.subfigures(len(heights), 1, height_ratios=heights)
-        pieces[0].text(0.012, 0.62, headline(record), fontsize=15, fontweight="bold", va="center")
+        head = shortened(headline(record), _LONGEST)
+        pieces[0].text(0.012, 0.62, head, fontsize=15, fontweight="bold", va="center")
         pieces[0].text(0.012, 0.2, subtitle(record), color=figures.MUTED, va="center")
         for piece, (name, _, draw) in zip(pieces[1:], drawn):
             piece.suptitle(TITLES[name], x=0.012, ha="left", fontsize=11.5, fontweight="bold")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
-from rlscuda.cli.errors import UserError
+from rlscuda.cli.errors import UserError, in_range
 from rlscuda.pruning.ratios import CURVES
 
 IMPORTANCES = (
@@ -81,8 +82,8 @@ class PruneOptions:
             ("round_to", 1), ("calibration_images", 1), ("recover", 0), ("measure_batch", 1)
         ):  # fmt: skip
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+            if value is not None:
+                in_range("--" + name.replace("_", "-"), value, least)
         if self.recover_lr is not None and not 0 < self.recover_lr < float("inf"):
             raise UserError(f"--recover-lr must be a positive number, got {self.recover_lr}")
         if self.recover_lr is not None and not self.recover:
@@ -186,7 +187,7 @@ def read_amount(flag: str, text: str) -> float:
         number, unit = float(match[1]), match[2]
         is_share = unit in ("%", "x") or (not unit and number < 1)
         value = number / 100 if unit == "%" else number * _POWERS.get(unit, 1)
-        if (0 < value < 1) if is_share else value >= 1:
+        if (0 < value < 1) if is_share else 1 <= value < math.inf:
             return value if is_share else float(int(value))
     raise UserError(
         f"{flag} must be a number such as 250000 or 1.5M, or a share of the whole between 0 and 1 "
@@ -201,9 +202,10 @@ def read_rise(flag: str, text: str) -> float:
         UserError: no such number, or a negative one.
     """
     match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(%?)", text.strip())
-    if not match:
+    rise = float(match[1]) / (100 if match[2] else 1) if match else math.inf
+    if rise == math.inf:
         raise UserError(f"{flag} must be a rise such as 0.1 or 10%, got {text!r}")
-    return float(match[1]) / (100 if match[2] else 1)
+    return rise
 
 
 def read_ratio(text: str, flag: str = "--ratio") -> float | dict[str, float]:
@@ -232,9 +234,11 @@ def _share(flag: str, text: str) -> float:
 
 
 def _integer(flag: str, name: str, text: str, least: int) -> int:
-    if not re.fullmatch(r"\d+", text) or int(text) < least:
+    number = int(text) if re.fullmatch(r"\d{1,18}", text) else -1
+    if number < least:
         raise UserError(f"{flag}: {name} must be a whole number >= {least}, got {text!r}")
-    return int(text)
+    in_range(f"{flag}: {name}", number, least)
+    return number
 
 
 def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from importlib.resources import files
 
 import torch
@@ -20,6 +19,7 @@ from rlscuda.cli.prune_words import (
     subtitle,
     times,
 )
+from rlscuda.cli.texts import html
 
 
 def render_page(record: PruneRecord, figures: Mapping[str, str]) -> str:
@@ -30,10 +30,10 @@ def render_page(record: PruneRecord, figures: Mapping[str, str]) -> str:
         figures: of :func:`rlscuda.cli.prune_images.draw_svg`.
     """
     css = files("rlscuda.cli").joinpath("report.css").read_text(encoding="utf-8")
-    title = escape(headline(record))
+    title = html(headline(record))
     body = [
         f"<header><h1>{title}</h1>",
-        f'<p class="lead">{escape(_sentence(subtitle(record)))}</p>',
+        f'<p class="lead">{html(_sentence(subtitle(record)))}</p>',
         _tiles(record),
         "</header>",
         _section("What was gained", _gains(record)),
@@ -55,7 +55,7 @@ def render_page(record: PruneRecord, figures: Mapping[str, str]) -> str:
 
 
 def _section(title: str, content: str) -> str:
-    return f"<section>\n<h2>{escape(title)}</h2>\n{content}\n</section>"
+    return f"<section>\n<h2>{html(title)}</h2>\n{content}\n</section>"
 
 
 def _sentence(text: str) -> str:
@@ -73,11 +73,11 @@ def _table(
             tag = "th" if head or column == 0 else "td"
             scope = ' scope="col"' if head else ' scope="row"' if column == 0 else ""
             kind = ' class="number"' if column >= words else ""
-            parts.append(f"<{tag}{scope}{kind}>{escape(cell)}</{tag}>")
+            parts.append(f"<{tag}{scope}{kind}>{html(cell)}</{tag}>")
         return "<tr>" + "".join(parts) + "</tr>"
 
     lines = [cells(row, False) for row in rows]
-    above = f"<caption>{escape(caption)}</caption>" if caption else ""
+    above = f"<caption>{html(caption)}</caption>" if caption else ""
     return (
         f'<div class="scroll"><table>{above}<thead>{cells(head, True)}</thead><tbody>\n'
         + "\n".join(lines)
@@ -86,10 +86,10 @@ def _table(
 
 
 def _figure(svg: str, name: str, caption: str) -> str:
-    labelled = svg.replace("<svg", f'<svg role="img" aria-label="{escape(name)}"', 1)
+    labelled = svg.replace("<svg", f'<svg role="img" aria-label="{html(name)}"', 1)
     return (
         f'<figure><div class="scroll">{labelled}</div>'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        f"<figcaption>{html(caption)}</figcaption></figure>"
     )
 
 
@@ -109,7 +109,7 @@ def _tiles(record: PruneRecord) -> str:
          f"{record.gains.before.batch_size} images, {record.gains.before.device}"),
     ]  # fmt: skip
     cells = [
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(small)}</small></dd></div>"
+        f"<div><dt>{html(name)}</dt><dd>{html(value)}<small>{html(small)}</small></dd></div>"
         for name, value, small in tiles
     ]
     return '<dl class="figures">\n' + "\n".join(cells) + "\n</dl>"
@@ -184,7 +184,7 @@ def _matrices(record: PruneRecord) -> str:
     report = record.last_report
     if report["source"] == "none":
         return ""
-    text = f"<p>Read from {escape(source_in_words(report['source']))}.</p>"
+    text = f"<p>Read from {html(source_in_words(report['source']))}.</p>"
     if report["disagreement"]:
         rows = [(name, f"{value:.3g}") for name, value in report["disagreement"].items()]
         caption = (
@@ -222,12 +222,12 @@ def _loading(record: PruneRecord) -> str:
     if model is None:
         return ""
     code = (
-        "from rlscuda.pruning.saving import load_pruned\n"
-        f'model = load_pruned(make_whole_model, "{model}")'
+        "from rlscuda.pruning.saving import load_pruned",
+        f'model = load_pruned(make_whole_model, "{model}")',
     )
-    return f"<pre>{escape(code)}</pre>"
+    return f"<pre>{chr(10).join(map(html, code))}</pre>"
 
 
 def _footer() -> str:
     versions = f"rlscuda {rlscuda.__version__}, torch {torch.__version__}"
-    return f"<footer>{escape(versions)}. The same figures are in <code>report.png</code>.</footer>"
+    return f"<footer>{html(versions)}. The same figures are in <code>report.png</code>.</footer>"

@@ -13,6 +13,9 @@ from rlscuda.pruning._inputs import inference
 from rlscuda.pruning.measure import Gains
 
 
+KINDS = ("whole", "pruned", "recovered", "recovering", "rolled back", "final")
+
+
 @dataclass(frozen=True)
 class Stage:
     """How good and how large the network was at one moment.

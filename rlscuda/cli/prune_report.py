@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from rlscuda._atomic import write_atomically, write_text
@@ -15,6 +14,7 @@ from rlscuda.cli.prune_images import draw_png, draw_svg
 from rlscuda.cli.prune_page import render_page
 from rlscuda.cli.prune_record import PruneRecord
 from rlscuda.cli.prune_words import caption_of_gains, gain_rows, headline, percent, subtitle
+from rlscuda.cli.texts import one_line
 
 
 def write_report(folder: Path, record: PruneRecord, options: dict[str, Any]) -> None:
@@ -34,8 +34,8 @@ def write_report(folder: Path, record: PruneRecord, options: dict[str, Any]) -> 
 def print_report(record: PruneRecord, console: Console) -> None:
     """Print accuracies and gains as tables."""
     console.print()
-    console.print(f"[bold]{escape(headline(record))}[/bold]", highlight=False, soft_wrap=True)
-    console.print(escape(subtitle(record)), highlight=False, soft_wrap=True)
+    console.print(one_line(headline(record)), style="bold", soft_wrap=True)
+    console.print(one_line(subtitle(record)), soft_wrap=True)
     console.print()
     console.print(_accuracies(record))
     console.print()

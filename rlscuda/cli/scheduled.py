@@ -5,24 +5,68 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
 
+from rlscuda._documents import check
 from rlscuda.cli.errors import UserError
+from rlscuda.cli.optimizers import build_optimizer
 from rlscuda.cli.prune_files import MODELS, PruneFiles
 from rlscuda.cli.prune_options import ScheduleSpec
-from rlscuda.cli.prune_record import PruneRecord, Stage, size_of
+from rlscuda.cli.prune_record import KINDS, PruneRecord, Stage, size_of
 from rlscuda.cli.prune_report import write_report
+from rlscuda.cli.rng import capture_rng, restore_rng
 from rlscuda.pruning.graph import trace
 from rlscuda.pruning.measure import compare, measure
 from rlscuda.pruning.pruner import RLSPruner
 from rlscuda.pruning.report import PruneReport
-from rlscuda.pruning.saving import describe, save_pruned
+from rlscuda.pruning.saving import Described, describe, rebuild, save_pruned
 from rlscuda.pruning.schedule import PruneSchedule
 
 if TYPE_CHECKING:
     from rlscuda.cli.training import Trainer
+
+
+class SavedPoint(TypedDict):
+    """Of :class:`Point`."""
+
+    network: Described
+    optimizer: dict[str, Any]
+
+
+class SavedRound(TypedDict):
+    """Of :meth:`rlscuda.pruning.schedule.Round.to_dict`."""
+
+    ratio: float
+    report: PruneReport
+    losses: list[float]
+    outcome: str
+
+
+class SavedSchedule(TypedDict):
+    """Of :meth:`rlscuda.pruning.schedule.PruneSchedule.state_dict`."""
+
+    epochs: int
+    reference: float | None
+    finished: bool
+    rounds: list[SavedRound]
+
+
+class SavedPruner(TypedDict):
+    """Of :meth:`rlscuda.pruning.pruner.RLSPruner.state_dict`."""
+
+    original: dict[str, int]
+
+
+class SavedPruning(TypedDict):
+    """Of :meth:`ScheduledPruning.state_dict`."""
+
+    network: Described
+    before: SavedPoint | None
+    schedule: SavedSchedule
+    pruner: SavedPruner
+    stages: list[Stage]
 
 
 class Point:
@@ -43,6 +87,18 @@ class Point:
         """The present moment."""
         state = {"network": describe(trainer.model), "optimizer": trainer.optimizer.state_dict()}
         return cls(trainer, copy.deepcopy(state))
+
+    def check(self) -> None:
+        """Check that :meth:`restore` will find what it needs.
+
+        Raises:
+            ValueError: the state is not one of the trainer's network.
+        """
+        streams = capture_rng(self.trainer.device)
+        model = rebuild(self.trainer.whole_model, self.state["network"])
+        optimizer = build_optimizer(self.trainer.config, self.trainer.name, model)
+        optimizer.load_state_dict(self.state["optimizer"])
+        restore_rng(streams, self.trainer.device)
 
     def restore(self) -> None:
         """Replace the trainer's network and optimizer by those of the moment."""
@@ -85,6 +141,7 @@ class ScheduledPruning:
             raise UserError(
                 f"--prune-schedule: {trainer.config.model} has no channels that can be removed"
             )
+        self.units = {coupling.name: coupling.units for coupling in couplings}
 
     @property
     def example(self) -> Tensor:
@@ -161,13 +218,41 @@ class ScheduledPruning:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to where the rounds were; the trainer's network becomes that of the moment."""
+        """Go to where the rounds were; the trainer's network becomes that of the moment.
+
+        Raises:
+            ValueError: the state is not one of this network and schedule.
+        """
+        self._check(state)
         self.trainer.rebuild(state["network"])
         self.pruner = self._pruner()
         self.pruner.load_state_dict(state["pruner"])
         self.before = None if state["before"] is None else Point(self.trainer, state["before"])
         self.schedule.load_state_dict(state["schedule"], self.before)
-        self.stages = [Stage(**stage) for stage in state["stages"]]
+        own = [field.name for field in dataclasses.fields(Stage)]
+        self.stages = [Stage(**{name: stage[name] for name in own}) for stage in state["stages"]]
+
+    def _check(self, state: Any) -> None:
+        check(state, SavedPruning, "the pruning")
+        rounds, stages = state["schedule"]["rounds"], state["stages"]
+        units = self.units if rounds else {}
+        if state["pruner"]["original"] != units:
+            raise ValueError(f"the units before pruning must be {units}, got "
+                             f"{state['pruner']['original']}")  # fmt: skip
+        if len(rounds) > self.schedule.total:
+            raise ValueError(f"at most {self.schedule.total} rounds, got {len(rounds)}")
+        for done in rounds:
+            if not done["report"]["couplings"]:
+                raise ValueError("the report of a round must have couplings, got none")
+            for change in done["report"]["couplings"]:
+                if not (change["before"] >= max(1, change["after"]) and change["after"] >= 0):
+                    raise ValueError(f"the widths of {change['name']!r} must shrink, got "
+                                     f"{change['before']} to {change['after']}")  # fmt: skip
+        kinds = {stage["kind"] for stage in stages}
+        if not kinds <= set(KINDS):
+            raise ValueError(f"a stage must be one of {', '.join(KINDS)}, got {sorted(kinds)}")
+        if state["before"] is not None:
+            Point(self.trainer, state["before"]).check()
 
 
 def write_pruning(

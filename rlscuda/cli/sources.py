@@ -21,11 +21,13 @@ class Source:
         train: training images and labels.
         load_test: reads the test images; None where the data set has none.
         classes: names of the classes; empty where only their numbers are known.
+        test_labels: labels [M] of the test images, where they can be had without the images.
     """
 
     train: Labelled
     load_test: Callable[[], Labelled] | None = None
     classes: tuple[str, ...] = ()
+    test_labels: np.ndarray | None = None
 
 
 def read_source(name: str, image_size: int | None, cache: Path | None) -> Source:

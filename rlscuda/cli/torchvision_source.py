@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from rlscuda.cli.arrays import Labelled, as_images, as_labels, check_lengths
-from rlscuda.cli.errors import UserError
+from rlscuda.cli.errors import UserError, reading
 from rlscuda.cli.extras import require
+from rlscuda.cli.out_folder import check_writable
 from rlscuda.cli.sources import Source
 
 
@@ -47,17 +48,16 @@ def read_torchvision(name: str, cache: Path | None) -> Source:
         )
     construct: Any = factory
     root = cache or default_cache()
+    check_writable(root, "--cache")
     root.mkdir(parents=True, exist_ok=True)
     which = "train" if "train" in parameters else "split"
 
     def read(train: bool) -> tuple[Labelled, tuple[str, ...]]:
         chosen: Any = train if which == "train" else ("train" if train else "test")
-        try:
+        with reading(f"torchvision:{name}: cannot be read into {root}"):
             dataset = construct(root=str(root), download=True, **{which: chosen})
-        except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"torchvision:{name}: cannot be read into {root}: {error}") from None
-        classes = tuple(str(entry) for entry in getattr(dataset, "classes", ()))
-        return _labelled(f"torchvision:{name}", dataset), classes
+            classes = tuple(str(entry) for entry in getattr(dataset, "classes", ()))
+            return _labelled(f"torchvision:{name}", dataset), classes
 
     labelled, classes = read(train=True)
     return Source(labelled, lambda: read(train=False)[0], classes)

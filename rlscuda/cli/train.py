@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 from torch import nn
 
 import rlscuda
@@ -21,7 +21,9 @@ from rlscuda.cli.errors import UserError
 from rlscuda.cli.execution import Execution
 from rlscuda.cli.plots import plot_run
 from rlscuda.cli.runfolder import RunFolder
+from rlscuda.cli.texts import one_line
 from rlscuda.cli.training import Trainer, evaluate
+from rlscuda.report import Coverage
 
 
 class Run:
@@ -40,7 +42,7 @@ class Run:
         self.config, self.folder, self.console = config, folder, console
         self.checkpoint_every = execution.checkpoint_every
         self.device = execution.prepare()
-        with console.status(f"reading {config.data}"):
+        with console.status(Text(f"reading {one_line(config.data)}")):
             self.data: Dataset = load_dataset(
                 config.data, config.val_fraction, config.image_size, execution.cache
             ).to(self.device)
@@ -166,14 +168,12 @@ class Run:
 
     def _print_head(self) -> None:
         data = self.data
-        self.console.print(
-            f"[bold]{escape(self.title)}[/bold], seed {self.config.seed}, "
-            f"{self.config.schedule} schedule, {self.device}\n"
+        rest = (
+            f", seed {self.config.seed}, {self.config.schedule} schedule, {self.device}\n"
             f"{len(data.train)} training and {len(data.val)} validation images of shape "
-            f"{list(data.shape)}, {data.classes} classes\ntest: {data.notes}",
-            highlight=False,
-            soft_wrap=True,
+            f"{list(data.shape)}, {data.classes} classes\ntest: {data.notes}"
         )
+        self.console.print(Text.assemble((one_line(self.title), "bold"), rest), soft_wrap=True)
 
     def _print_start(self, trainer: Trainer) -> None:
         total = trainer.steps_per_epoch * self.config.epochs
@@ -190,10 +190,11 @@ class Run:
                 f": resumed in epoch {trainer.epoch + 1} after {trainer.step} of "
                 f"{trainer.steps_per_epoch} steps ({trainer.steps_done} of {total} in all)"
             )
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, soft_wrap=True)
         if isinstance(trainer.optimizer, rlscuda.RLSOptimizer) and not trainer.finished:
-            coverage = str(trainer.optimizer.coverage())
-            self.console.print(coverage, highlight=False, markup=False, soft_wrap=True)
+            rows = trainer.optimizer.coverage()
+            named = Coverage(dataclasses.replace(row, name=one_line(row.name)) for row in rows)
+            self.console.print(str(named), soft_wrap=True)
 
 
 def start(
@@ -235,7 +236,7 @@ def resume(given: dict[str, Any], execution: Execution, out: Path, console: Cons
     stored = folder.read_config()
     config = RunConfig.resumed(stored.get("options", {}), given)
     if folder.read_summary() is not None:
-        console.print(f"the run in {out} is finished")
+        console.print(f"the run in {one_line(out)} is finished", soft_wrap=True)
         show_run(folder, console)
         return
     run = Run(config, execution, folder, console)
@@ -254,4 +255,4 @@ def show_run(folder: RunFolder, console: Console) -> None:
     console.print(result_table(summary["title"], folder.read_metrics(), summary["results"]))
     console.print("\nfiles of this run:")
     for path in folder.files():
-        console.print(f"  {path}", highlight=False, soft_wrap=True)
+        console.print(f"  {one_line(path)}", soft_wrap=True)

@@ -16,14 +16,15 @@ from torch.nn import functional as F
 from rlscuda.cli.checkpoint import save_checkpoint
 from rlscuda.cli.config import RunConfig
 from rlscuda.cli.data import Dataset, Split
-from rlscuda.cli.errors import UserError
+from rlscuda.cli.errors import UserError, reading
 from rlscuda.cli.extras import require
 from rlscuda.cli.models import build_model
 from rlscuda.cli.optimizers import build_optimizer, build_scheduler
 from rlscuda.cli.prune_options import ScheduleSpec
 from rlscuda.cli.rng import capture_rng, restore_rng, seed_everything
+from rlscuda.cli.saved_training import check_network, check_training
 from rlscuda.optimizer import RLSOptimizer
-from rlscuda.pruning.saving import rebuild
+from rlscuda.pruning.saving import Described, rebuild
 
 if TYPE_CHECKING:
     from rlscuda.cli.scheduled import ScheduledPruning
@@ -88,7 +89,7 @@ class Trainer:
         config, data = self.config, self.data
         return build_model(config.model, data.shape, data.classes).to(self.device)
 
-    def rebuild(self, network: dict[str, Any]) -> None:
+    def rebuild(self, network: Described) -> None:
         """Replace the network by a described one, and the optimizer by a new one for it.
 
         The schedule of the step size goes on; no random stream moves.
@@ -250,24 +251,24 @@ class Trainer:
         Raises:
             UserError: the model or the optimizer is not the one that was saved.
         """
-        try:
+        with reading(
+            f"{self.checkpoint} does not fit the model {self.config.model} as it is now",
+            "; nothing was overwritten",
+        ):
+            check_training(state, self)
             if self.pruning is not None:
                 self.pruning.load_state_dict(state["pruning"])
+            check_network(state, self)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise UserError(
-                f"{self.checkpoint} does not fit the model {self.config.model} as it is now: "
-                f"{error}; nothing was overwritten"
-            ) from None
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.shuffler.set_state(state["shuffler"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.shuffler.set_state(state["shuffler"])
+            restore_rng(state["rng"], self.device)
         self.order = state["order"]
         self.epoch, self.step = state["epoch"], state["step"]
         self.loss_sum.copy_(state["loss_sum"])
         self.epoch_seconds = state["epoch_seconds"]
         self.history = list(state["history"])
-        restore_rng(state["rng"], self.device)
 
 
 def _scheduled_pruning(trainer: Trainer, text: str) -> ScheduledPruning:

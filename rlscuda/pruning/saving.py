@@ -15,7 +15,7 @@ import os
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,46 @@ from torch.optim import Optimizer
 
 import rlscuda
 from rlscuda._atomic import write_atomically
+from rlscuda._documents import check, short
 from rlscuda.pruning._inputs import optional
 from rlscuda.pruning.isolation import all_tensors
 
 FORMAT = "rlscuda-pruned"
 VERSION = 1
 _OPTIMIZER = ".optimizer"  # no parameter's name starts with a dot
+
+class TensorEntry(TypedDict):
+    """What a manifest says of a parameter or buffer."""
+
+    shape: list[int]
+    dtype: str
+    parameter: bool
+    requires_grad: bool
+
+
+class ModuleEntry(TypedDict):
+    """What a manifest says of a module."""
+
+    type: str
+    attributes: dict[str, Any]
+
+
+class Manifest(TypedDict):
+    """What a file says of its model."""
+
+    torch: str
+    rlscuda: str
+    modules: dict[str, ModuleEntry]
+    tensors: dict[str, TensorEntry]
+    ties: dict[str, str]
+
+
+class Described(TypedDict):
+    """Of `describe`."""
+
+    manifest: Manifest
+    tensors: dict[str, Tensor]
+
 
 StrPath = str | os.PathLike[str]
 
@@ -115,7 +149,7 @@ def _optimizer_bytes(optimizer: Optimizer) -> Tensor:
     return torch.frombuffer(bytearray(stream.getbuffer()), dtype=torch.uint8)
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
+def describe(model: nn.Module) -> Described:
     """What `rebuild` needs to make a pruned model again, to be part of a checkpoint.
 
     Returns:
@@ -127,7 +161,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     _check_savable(model)
     manifest, tensors = _manifest(model)
-    return {"manifest": manifest, "tensors": tensors}
+    return {"manifest": cast(Manifest, manifest), "tensors": tensors}
 
 
 def save_pruned(model: nn.Module, path: StrPath, *, optimizer: Optimizer | None = None) -> None:
@@ -171,7 +205,7 @@ def _read(path: StrPath, wanted: Callable[[str], bool]) -> tuple[dict[str, Any],
                                  f"{metadata.get('version')}")  # fmt: skip
             tensors = {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
             return json.loads(metadata["manifest"]), tensors
-    except (safetensors.SafetensorError, json.JSONDecodeError, KeyError) as error:
+    except (safetensors.SafetensorError, json.JSONDecodeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from None
 
 
@@ -183,6 +217,32 @@ def _check_modules(model: nn.Module, saved: Mapping[str, Any]) -> None:
         if entry["type"] != own[name]:
             raise ValueError(f"the factory does not fit the file: {name!r} must be a "
                              f"{entry['type']}, got {own[name]}")  # fmt: skip
+
+
+def _check_attributes(model: nn.Module, saved: Mapping[str, Any]) -> None:
+    """A saved number is one, and so are those of a list or tuple, which has its own length."""
+    for name, module in model.named_modules():
+        for key, value in saved[name]["attributes"].items():
+            current = vars(module).get(key)
+            if _is_numeric(current) and not _is_alike(_decoded(value, key, name), current):
+                raise ValueError(
+                    f"the file does not fit: {key} of {name!r} must be like {current}, got "
+                    f"{short(value)}"
+                )
+
+
+def _decoded(value: Any, key: str, name: str) -> Any:
+    try:
+        return _decode(value)
+    except (KeyError, TypeError, RecursionError):
+        raise ValueError(f"{key} of {name!r} must be numbers, got {short(value)}") from None
+
+
+def _is_alike(value: Any, current: Any) -> bool:
+    if isinstance(current, (list, tuple)):
+        same = isinstance(value, (list, tuple)) and len(value) == len(current)
+        return same and all(_is_alike(item, own) for item, own in zip(value, current))
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def _raise_difference(what: str, saved: Any, own: Any) -> None:
@@ -215,6 +275,8 @@ def _check_tensors(
             raise ValueError(
                 f"the factory does not fit the file: {name!r} {shape} is no pruned {whole}"
             )
+        if entry["requires_grad"] and not (tensor.is_floating_point() or tensor.is_complex()):
+            raise ValueError(f"{name!r} cannot require a gradient, being {dtype}")
         if isinstance(own[name], nn.Parameter) != entry["parameter"]:
             kinds = ("parameter", "buffer") if entry["parameter"] else ("buffer", "parameter")
             raise ValueError(f"the factory does not fit the file: {name!r} must be a {kinds[0]}, "
@@ -254,15 +316,18 @@ def rebuild(factory: Callable[[], nn.Module], described: Mapping[str, Any]) -> n
         described: The description; its tensors are copied.
 
     Raises:
-        ValueError: The factory's model has other modules, types, names or dimensions.
+        ValueError: The description is none, or the factory's model has other modules, types, names
+            or dimensions.
         TypeError: `factory` does not return a module.
     """
+    check(described, Described, "the file")
     manifest, tensors = described["manifest"], described["tensors"]
     made = factory()
     if not isinstance(made, nn.Module):
         raise TypeError(f"factory must return a module, got {type(made).__name__}")
     model = getattr(made, "_orig_mod", made)  # what torch.compile wraps
     _check_modules(model, manifest["modules"])
+    _check_attributes(model, manifest["modules"])
     _check_tensors(model, manifest, tensors)
     loaded: dict[str, Tensor] = {}
     own = all_tensors(model)
@@ -305,5 +370,11 @@ def load_optimizer(optimizer: Optimizer, path: StrPath) -> None:
     _, tensors = _read(path, lambda name: name == _OPTIMIZER)
     if _OPTIMIZER not in tensors:
         raise ValueError(f"{path} holds no optimizer: it was saved without optimizer=")
+    if tensors[_OPTIMIZER].dtype != torch.uint8:
+        raise ValueError(f"{path}: the optimizer must be bytes, got {tensors[_OPTIMIZER].dtype}")
     stream = io.BytesIO(tensors[_OPTIMIZER].numpy().tobytes())
-    optimizer.load_state_dict(torch.load(stream, map_location="cpu", weights_only=True))
+    try:
+        state = torch.load(stream, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes lead to errors of any type
+        raise ValueError(f"{path}: the optimizer's state is damaged: {error}") from None
+    optimizer.load_state_dict(state)
