@@ -147,9 +147,7 @@ class Fallback:
                 state[p].update(entries)
 
 
-def set_rates(
-    group: dict[str, Any], options: Mapping[str, Any], covered: bool, peak: Any
-) -> None:
+def set_rates(group: dict[str, Any], options: Mapping[str, Any], covered: bool, peak: Any) -> None:
     """Notes in a new group what its `lr` is the rate of, and how the fallback rule follows it.
 
     Args:

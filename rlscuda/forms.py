@@ -36,7 +36,11 @@ _COMMON: dict[str, Any] = {
     "shrinkage": None, "initial_scale": 1.0, "beta2": 0.99, "eps": 1e-8, "seed": 0, "dtype": None,
     "fallback_lr": None,
 }  # fmt: skip
-_KEPT = {"fallback_share", "fallback_decays", "peak_lr"}  # what the optimizer itself notes in groups
+_KEPT = {
+    "fallback_share",
+    "fallback_decays",
+    "peak_lr",
+}  # what the optimizer itself notes in groups
 OPTIONS = frozenset({"form", *_KEPT, *_COMMON, *FORMS["paper"]})
 
 # What other optimizers do with these would change a result; what is neutral there is neutral here.

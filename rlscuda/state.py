@@ -92,9 +92,7 @@ def restart(state: dict[str, Any], memory: int) -> None:
     for name in ("first_moment", "second_moment", "momentum_buffer"):
         if name in state:
             state[name].zero_()
-    steps, earlier = (
-        state["health"][_C.health_slots.index(name)] for name in ("steps", "earlier")
-    )
+    steps, earlier = (state["health"][_C.health_slots.index(name)] for name in ("steps", "earlier"))
     earlier.add_(steps).clamp_(max=memory)
     steps.zero_()
 

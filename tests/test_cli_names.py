@@ -22,7 +22,7 @@ HOSTILE = {
     "backslash": "d\\",
     "picture": ":bell:",
     "tag": "<script>alert(1)</script>",
-    "attribute": "\" id=\"x' #30638e url(#y)",
+    "attribute": '" id="x\' #30638e url(#y)',
     "newline": "e\nf\r\n",
     "escape": "\x1b[31mred\x1b]0;title\x07",
     "direction": "g\u202eh",
@@ -105,7 +105,7 @@ def test_layers_of_any_name_are_trained_pruned_and_reported(folder, capsys):
     pruning = folder / "run[/]$_$" / "pruning"
     page = (pruning / "report.html").read_text(encoding="utf-8")
     assert "<script" not in page and "$x_{$[red]&lt;b&gt;.npz" in page
-    assert "\" id=\"x' #30638e url(#y)" in unescape(page)  # in figures too nothing replaced it
+    assert '" id="x\' #30638e url(#y)' in unescape(page)  # in figures too nothing replaced it
     assert page.count("#30638e") >= page.count("<svg") - 1
     report = json.loads((pruning / "report.json").read_text(encoding="ascii"))
     changed = {change["name"] for change in report["rounds"][0]["report"]["couplings"]}

@@ -89,7 +89,7 @@ class StepBar:
             self.console.print(
                 f"{'':<15} {what}: {stage.parameters:,} parameters  val loss {stage.val_loss:.4f}"
                 f"  val accuracy {100 * stage.val_accuracy:6.2f} %",
-                    soft_wrap=True,
+                soft_wrap=True,
             )
 
     def _description(self) -> str:
@@ -107,7 +107,9 @@ def result_table(
         rows: the rows of ``metrics.json``.
         results: of each optimizer, its entry in ``summary.json``.
     """
-    table = Table(title=one_line(title), title_justify="left", title_style="bold", caption_justify="left")
+    table = Table(
+        title=one_line(title), title_justify="left", title_style="bold", caption_justify="left"
+    )
     table.add_column("validation accuracy, %", justify="left")
     for name in results:
         table.add_column(LABELS[name], justify="right")

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 MOST = 10**9  # of any count, so that products of counts stay within 64 bits
 
+
 class UserError(Exception):
     """Something the user can put right: a wrong argument, a missing file, a corrupt checkpoint.
 

@@ -11,6 +11,7 @@ from rlscuda.cli.errors import UserError, in_range
 
 MOST_THREADS = 1024  # beyond what a system gives, where OpenMP ends the process
 
+
 @dataclasses.dataclass(frozen=True)
 class Execution:
     """Options that may differ when a run is resumed.

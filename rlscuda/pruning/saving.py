@@ -32,6 +32,7 @@ FORMAT = "rlscuda-pruned"
 VERSION = 1
 _OPTIMIZER = ".optimizer"  # no parameter's name starts with a dot
 
+
 class TensorEntry(TypedDict):
     """What a manifest says of a parameter or buffer."""
 

@@ -1,0 +1,210 @@
+"""A step happens as a whole or not at all: refusals, interrupts, gradients of any layout."""
+
+import signal
+
+import pytest
+import torch
+from conftest import batch, cnn, differing, make, mlp, snapshot, train
+from torch import nn
+
+import rlscuda.optimizer
+from rlscuda import RLSOptimizer, advice
+from rlscuda.interrupts import uninterrupted
+
+FORMS = ["paper", "natural", "adaptive"]
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+def moved_to_another_device(model, optimizer):
+    optimizer.state[model[5].weight]["P"] = optimizer.state[model[5].weight]["P"].to("meta")
+    return "the weight of '5' is on cpu, its P on meta"
+
+
+def narrowed(model, optimizer):
+    model[5].weight.data = model[5].weight.data[:, :-1].clone()
+    model[5].weight.grad = torch.zeros_like(model[5].weight)
+    return r"the weight of '5' must be .* with its bias, got \[3, 36\]"
+
+
+def shortened(model, optimizer):
+    model[5].weight.data = model[5].weight.data[:-1].clone()
+    model[5].weight.grad = torch.zeros_like(model[5].weight)
+    return r"the weight of '5' must be \[3, 37\] with its bias, got \[2, 37\]"
+
+
+def sparse(model, optimizer):
+    model[5].weight.grad = None
+    model[5].weight.grad = torch.zeros(3, 36).to_sparse()
+    return "the gradient of '5' must be dense, got torch.sparse_coo"
+
+
+@pytest.mark.parametrize("seen", [0, 2])
+@pytest.mark.parametrize("spoil", [moved_to_another_device, narrowed, shortened, sparse])
+def test_a_refused_step_changes_nothing(spoil, seen):
+    """The layer that cannot move is the last of all: nothing before it may have moved."""
+    model = cnn()
+    optimizer = RLSOptimizer(model)
+    if not seen and spoil is not sparse:
+        pytest.skip("nothing to disagree with before the first step")
+    train(model, optimizer, seen)
+    optimizer.zero_grad()
+    model(batch(model)).sum().backward()
+    message = spoil(model, optimizer)
+    before = snapshot(model, optimizer)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    after = snapshot(model, optimizer)
+    meta = {key for key, value in before.items() if value.is_meta}
+    assert not {key for key in differing(
+        {k: v for k, v in before.items() if k not in meta},
+        {k: v for k, v in after.items() if k not in meta})}  # fmt: skip
+    assert optimizer._stages[model[0].weight].calls == 1  # what is staged can still be used
+
+
+def test_a_fallback_that_refuses_leaves_no_new_state():
+    model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 2))
+    optimizer = RLSOptimizer(model)
+    optimizer.state[model[1].weight]["mine"] = 1
+    model(torch.tensor([1, 2])).square().sum().backward()
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        optimizer.step()
+    assert dict(optimizer.state) == {model[1].weight: {"mine": 1}}
+
+
+def test_a_step_cut_short_says_so(monkeypatch):
+    def fail(moves, workspace):
+        raise MemoryError("no room")
+
+    model = cnn()
+    optimizer = RLSOptimizer(model)
+    model(batch(model)).sum().backward()
+    monkeypatch.setattr(rlscuda.optimizer, "step_layers", fail)
+    with pytest.warns(UserWarning, match="step\\(\\) was cut short by MemoryError"):  # noqa: SIM117
+        with pytest.raises(MemoryError):
+            optimizer.step()
+    assert {optimizer.state[m.weight]["step"] for m in (model[0], model[3], model[5])} == {0}
+
+
+# -- Ctrl-C ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_interrupt_waits_for_the_end_of_the_step(form, monkeypatch):
+    model, twin = cnn(), cnn()
+    optimizer, other = RLSOptimizer(model, form=form), RLSOptimizer(twin, form=form)
+    for m, o in ((model, optimizer), (twin, other)):
+        train(m, o, 1)
+        o.zero_grad()
+        m(batch(m)).square().sum().backward()
+    other.step()
+    move = rlscuda.optimizer.step_layers
+
+    def interrupted(moves, workspace):
+        signal.raise_signal(signal.SIGINT)
+        move(moves, workspace)
+
+    monkeypatch.setattr(rlscuda.optimizer, "step_layers", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert not differing(snapshot(model, optimizer), snapshot(twin, other))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.undo()
+    for m, o in ((model, optimizer), (twin, other)):
+        train(m, o, 1, seed=9)
+    assert not differing(snapshot(model, optimizer), snapshot(twin, other))
+
+
+def test_a_handler_of_the_user_is_left_to_decide():
+    seen = []
+    before = signal.signal(signal.SIGINT, lambda *_: seen.append("now"))
+    try:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            assert seen == ["now"]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_an_error_inside_goes_on_beside_an_interrupt():
+    with pytest.raises(KeyboardInterrupt) as caught, uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        raise ValueError("inside")
+    assert isinstance(caught.value.__context__, ValueError)
+
+
+# -- layouts --------------------------------------------------------------------------------------
+
+
+def transposed_weight(layer):
+    """As of an import from a framework that keeps [in, out]."""
+    layer.weight.data = layer.weight.data.t().contiguous().t()
+
+
+def transposed_gradient(layer):
+    layer.weight.grad = layer.weight.grad.t().contiguous().t()
+
+
+def expanded_bias_gradient(layer):
+    layer.bias.grad = layer.bias.new_ones(()).expand_as(layer.bias)
+
+
+def strided_bias_gradient(layer):
+    layer.bias.grad = torch.stack([layer.bias.grad] * 2, 1)[:, 0]
+
+
+def strided_bias(layer):
+    both = torch.cat([layer.weight.detach(), layer.bias.detach()[:, None]], 1)
+    layer.bias.data = both[:, -1]
+
+
+LAYOUTS = {f.__name__: f for f in (transposed_weight, transposed_gradient, expanded_bias_gradient,
+                                   strided_bias_gradient, strided_bias)}  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [4, 200], ids=["factored", "whole"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_change_nothing(name, form, rows):
+    """Of weights, biases and gradients; a small batch takes the factored product."""
+    models = [nn.Sequential(nn.Linear(48, 64)).double() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [RLSOptimizer(m, form=form, lr=0.01) for m in models]
+    for step in range(3):
+        x = torch.randn(rows, 48, generator=torch.Generator().manual_seed(step)).double()
+        for i, (model, optimizer) in enumerate(zip(models, optimizers)):
+            if i and step == 0 and "gradient" not in name:
+                LAYOUTS[name](model[0])
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            if "expanded" in name:
+                expanded_bias_gradient(model[0])
+                if not i:
+                    model[0].bias.grad = model[0].bias.grad.contiguous()
+            elif i and "gradient" in name:
+                LAYOUTS[name](model[0])
+            optimizer.step()
+    for p, q in zip(*(m.parameters() for m in models)):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+
+def test_matrices_that_take_much_of_the_memory_are_announced(monkeypatch):
+    monkeypatch.setattr(advice, "_memory_of", lambda device: 4 << 20)
+    model = nn.Sequential(nn.Linear(600, 3), nn.Linear(3, 2))
+    with pytest.warns(UserWarning, match=r"P of the covered layers will take .* for '0'; layers"):
+        optimizer = RLSOptimizer(model)
+    assert not optimizer.state  # nothing is allocated yet
+    RLSOptimizer(model, exclude=["0"])
+    optimizer = RLSOptimizer(model[1].parameters(), model=model)
+    with pytest.warns(UserWarning, match="will take"):
+        optimizer.add_param_group({"params": model[0].parameters()})
+
+
+def test_memory_of_this_machine_is_known():
+    assert advice._memory_of(torch.device("cpu")) > 1 << 28
+    assert advice._memory_of(torch.device("meta")) is None
+    make(mlp())  # which is small: no warning
