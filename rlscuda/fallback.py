@@ -122,8 +122,10 @@ class Fallback:
             return
         members = [p for inner in self._inner.param_groups for p in inner["params"]]
         if self.entries and any(p.grad is not None and p.grad.is_sparse for p in members):
-            raise RuntimeError(f"{type(self._inner).__name__} does not support sparse gradients: "
-                               "pass a fallback that does, such as torch.optim.SparseAdam")  # fmt: skip
+            raise RuntimeError(
+                f"{type(self._inner).__name__} does not support sparse gradients: pass a fallback "
+                "that does, such as torch.optim.SparseAdam"
+            )
         self._inner.state = state
         for inner, group in zip(self._inner.param_groups, groups):
             inner["lr"], inner["weight_decay"] = rate(group), _decay(group)

@@ -40,7 +40,7 @@ _KEPT = {
     "fallback_share",
     "fallback_decays",
     "peak_lr",
-}  # what the optimizer itself notes in groups
+}  # the optimizer's own notes
 OPTIONS = frozenset({"form", *_KEPT, *_COMMON, *FORMS["paper"]})
 
 # What other optimizers do with these would change a result; what is neutral there is neutral here.

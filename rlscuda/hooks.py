@@ -109,7 +109,7 @@ def _register(layer: Layer, observe: Callable) -> RemovableHandle:
     return handle
 
 
-def _remove(handles: list[tuple[weakref.ref[nn.Module], RemovableHandle]]) -> None:
+def _remove(handles: list[tuple[weakref.ref, RemovableHandle]]) -> None:
     for reference, handle in handles:
         handle.remove()
         module = reference()

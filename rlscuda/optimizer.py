@@ -163,7 +163,7 @@ class RLSOptimizer(Optimizer):
                 self._said.add(text)
                 warnings.warn(text, stacklevel=stacklevel + 1)
 
-    # -- groups and layers, as they are now ---------------------------------------------------------
+    # -- groups and layers, as they are now -------------------------------------------------------
 
     def _look_anew(self) -> None:
         """Forgets what was seen of the groups."""

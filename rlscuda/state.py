@@ -51,7 +51,7 @@ def initial_state(layer: Layer, group: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def forget(states: dict[nn.Parameter, Any], layer: Layer, group: dict[str, Any]) -> None:
+def forget(states: dict, layer: Layer, group: dict[str, Any]) -> None:
     """Takes back the entries of `initial_state`, from a state that may have others."""
     entries = states.get(layer.weight, {})
     for name in ("step", "momentum_buffer", *_shapes(layer, group["form"])):
@@ -70,9 +70,10 @@ def check_fits(layer: Layer, state: Mapping[str, Any]) -> None:
     """
     weight, P = layer.weight, state["P"]
     if weight.device != P.device:
-        raise ValueError(f"the weight of {layer.name!r} is on {weight.device}, its P on {P.device}: "
-                         "move the model before the optimizer is made, or load its state_dict "
-                         "after")  # fmt: skip
+        raise ValueError(
+            f"the weight of {layer.name!r} is on {weight.device}, its P on {P.device}: move the "
+            "model before the optimizer is made, or load its state_dict after"
+        )
     shape = (weight.shape[0], weight[0].numel() + layer.bias)
     moment = state.get("first_moment", state.get("momentum_buffer"))
     if shape[1] != layer.fan_in or (moment is not None and shape != moment.shape):

@@ -119,8 +119,11 @@ def test_a_replaced_head_is_reported_as_it_is():
     train(model, optimizer, 1)
     model[2] = nn.Linear(6, 5)
     rows = {row.name: (row.status, row.why) for row in optimizer.coverage()}
-    assert rows == {"0": ("exact", ""), "2": ("refused", "in no parameter group"),
-                    "(parameters)": ("fallback", "2 parameters of no module of the model")}  # fmt: skip
+    assert rows == {
+        "0": ("exact", ""),
+        "2": ("refused", "in no parameter group"),
+        "(parameters)": ("fallback", "2 parameters of no module of the model"),
+    }
     optimizer.add_param_group({"params": model[2].parameters()})
     train(model, optimizer, 1)
     assert optimizer.inverse_autocorrelation(model[2]).shape == (7, 7)

@@ -115,7 +115,7 @@ def test_saved_model_loads_where_this_package_is_not_installed(tmp_path):
     assert done.stdout.strip() == "3", done.stderr
 
 
-# -- other tools, while the optimizer lives ---------------------------------------------------------
+# -- other tools, while the optimizer lives --------------------------------------------------------
 
 
 def quantised(model):

@@ -75,7 +75,7 @@ def test_no_schedule_multiplies_the_fallback(name, given):
         assert seen == pytest.approx([share * lr for lr in used])
     else:
         peak = max(used + [optimizer.param_groups[0].get("max_lr", 0)])
-        assert 0 <= min(seen) and max(seen) <= given * (1 + 1e-9)
+        assert min(seen) >= 0 and max(seen) <= given * (1 + 1e-9)
         after = used.index(max(used))
         assert seen[after:] == pytest.approx([given * lr / peak for lr in used[after:]])
 

@@ -40,14 +40,14 @@ def sparse(model, optimizer):
     return "the gradient of '5' must be dense, got torch.sparse_coo"
 
 
-@pytest.mark.parametrize("seen", [0, 2])
-@pytest.mark.parametrize("spoil", [moved_to_another_device, narrowed, shortened, sparse])
+@pytest.mark.parametrize(
+    "spoil, seen",
+    [(moved_to_another_device, 2), (narrowed, 2), (shortened, 2), (sparse, 0), (sparse, 2)],
+)
 def test_a_refused_step_changes_nothing(spoil, seen):
     """The layer that cannot move is the last of all: nothing before it may have moved."""
     model = cnn()
     optimizer = RLSOptimizer(model)
-    if not seen and spoil is not sparse:
-        pytest.skip("nothing to disagree with before the first step")
     train(model, optimizer, seen)
     optimizer.zero_grad()
     model(batch(model)).sum().backward()
@@ -56,10 +56,9 @@ def test_a_refused_step_changes_nothing(spoil, seen):
     with pytest.raises(ValueError, match=message):
         optimizer.step()
     after = snapshot(model, optimizer)
-    meta = {key for key, value in before.items() if value.is_meta}
-    assert not {key for key in differing(
-        {k: v for k, v in before.items() if k not in meta},
-        {k: v for k, v in after.items() if k not in meta})}  # fmt: skip
+    on_cpu = {key for key, value in before.items() if not value.is_meta}
+    assert before.keys() == after.keys()
+    assert not differing(*({key: d[key] for key in on_cpu} for d in (before, after)))
     assert optimizer._stages[model[0].weight].calls == 1  # what is staged can still be used
 
 

@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from rlscuda.pruning._inputs import inference
 from rlscuda.pruning.measure import Gains
 
-
 KINDS = ("whole", "pruned", "recovered", "recovering", "rolled back", "final")
 
 
