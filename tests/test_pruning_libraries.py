@@ -10,7 +10,9 @@ import torch
 from pruning_surgery_common import every_other
 
 from rlscuda import RLSOptimizer
+from rlscuda.cli.prune_record import size_of
 from rlscuda.pruning.graph import trace
+from rlscuda.pruning.measure import count_flops
 from rlscuda.pruning.surgery import operate, plan
 
 # what torchvision registers for its own operators needs a build for the very torch at hand; the
@@ -72,3 +74,18 @@ def test_fixed_reshapes_of_attention_are_refused():
     structure = trace(model, torch.randn(2, 3, 32, 32))
     assert "blocks.0.attn.qkv" in structure.refused
     assert "blocks.0.mlp.fc1" in {coupling.name for coupling in structure.couplings}
+
+
+def test_counts_of_a_vision_transformer():
+    width, layers, tokens, patch = 24, 2, 17, 4 * 4 * 3
+    model = timm.models.VisionTransformer(
+        16, 4, num_classes=5, embed_dim=width, depth=layers, num_heads=3
+    )
+    rows = 2 * tokens * (3 * width * width + width * width + 2 * width * 4 * width)
+    products = layers * (rows + 2 * 2 * tokens * tokens * width)
+    expected = 2 * (tokens - 1) * patch * width + products + 2 * width * 5
+    for hooked in (False, True):
+        if hooked:
+            RLSOptimizer(model)
+        assert count_flops(model, torch.randn(1, 3, 16, 16)) == expected
+        assert size_of(model, torch.randn(1, 3, 16, 16))["flops"] == expected

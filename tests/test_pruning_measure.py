@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 from conftest import cnn
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rlscuda.cli.prune_record import gains_of, size_of
 from rlscuda.pruning import RLSPruner
-from rlscuda.pruning.measure import Measurement, compare, count_flops, measure
+from rlscuda.pruning.measure import _UNCOUNTED, Measurement, compare, count_flops, measure
 
 
 def three_layers() -> nn.Sequential:
@@ -61,6 +64,63 @@ def test_counts_of_a_transformer(enabled):
     projections = 2 * tokens * (4 * width * width + 2 * width * hidden)
     attention = 2 * 2 * tokens * length * width  # scores, and sums of values
     assert flops == projections + attention + 2 * batch * width * 3
+
+
+class SelfAttention(nn.Module):
+    """Four heads over rows [batch, 5, 16], by the products that `way` names."""
+
+    def __init__(self, way: str):
+        super().__init__()
+        self.way, self.layer = way, nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x):
+        if self.way == "module":
+            return self.layer(x, x, x)[0]
+        if self.way == "module without weights":
+            return self.layer(x, x, x, need_weights=False)[0]
+        rows = nn.functional.linear(x, self.layer.in_proj_weight, self.layer.in_proj_bias)
+        q, k, v = (part.unflatten(-1, (4, 4)).transpose(1, 2) for part in rows.chunk(3, -1))
+        if self.way == "products":
+            mixed = (q @ k.mT).softmax(-1) @ v
+        elif self.way == "einsum":
+            mixed = torch.einsum("bhqk,bhkd->bhqd", torch.einsum("bhqd,bhkd->bhqk", q, k), v)
+        else:
+            with sdpa_kernel(getattr(SDPBackend, self.way)):
+                mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.layer.out_proj(mixed.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(
+    "way",
+    ["module", "module without weights", "products", "einsum", "MATH", "FLASH_ATTENTION"],
+)
+def test_attention_counts_the_same_however_it_is_computed(way):
+    model, x = SelfAttention(way), torch.randn(2, 5, 16)
+    products = 2 * 10 * 4 * 16 * 16 + 2 * 2 * 2 * 25 * 16  # projections, and scores and their sums
+    assert count_flops(model, x) == size_of(model, x)["flops"] == products
+
+
+@pytest.mark.parametrize("layer, gates", [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+def test_counts_of_a_recurrent_layer(layer, gates):
+    model = layer(8, 16, num_layers=2, bidirectional=True)
+    inputs = 2 * gates * 16 * (8 + 16) + 2 * gates * 16 * (32 + 16)  # both ways of each layer
+    assert count_flops(model, torch.randn(5, 3, 8)) == 2 * 5 * 3 * inputs
+
+
+def test_counts_of_the_recurrent_operator_of_cuda():
+    weights = [torch.Size(shape) for shape in ((64, 8), (64, 16), (64,), (64,))]
+    count = _UNCOUNTED[torch.ops.aten._cudnn_rnn]
+    assert count(torch.Size((5, 3, 8)), weights, 4, None) == 2 * 15 * 64 * (8 + 16)
+
+
+def test_hooks_change_no_report():
+    whole, image = Encoder().eval(), torch.randn(1, 5, 8)
+    hooked = copy.deepcopy(whole)
+    for part in hooked.modules():
+        part.register_forward_hook(lambda *_: None)  # with which torch leaves its operator
+    assert size_of(hooked, image) == size_of(whole, image)
+    ratios = gains_of(whole, hooked, image, 4).ratios
+    assert {name for name, ratio in ratios.items() if ratio != 1} == {"latency_seconds"}
 
 
 def test_a_target_of_flops_is_met_by_a_transformer():

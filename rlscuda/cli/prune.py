@@ -22,13 +22,13 @@ from rlscuda.cli.execution import Execution
 from rlscuda.cli.extras import require
 from rlscuda.cli.prune_files import MODELS, PruneFiles
 from rlscuda.cli.prune_options import EXPORTS, PruneOptions
-from rlscuda.cli.prune_record import PruneRecord, Stage, size_of
+from rlscuda.cli.prune_record import PruneRecord, Stage, gains_of, size_of
 from rlscuda.cli.prune_report import print_report, write_report
 from rlscuda.cli.runfolder import RunFolder
 from rlscuda.cli.texts import one_line
 from rlscuda.cli.train import Run
 from rlscuda.cli.training import Trainer, evaluate
-from rlscuda.pruning.measure import Gains, compare, measure
+from rlscuda.pruning.measure import Gains
 from rlscuda.pruning.report import PruneReport
 from rlscuda.pruning.saving import describe, load_pruned, rebuild, save_pruned
 
@@ -267,13 +267,9 @@ class Pruning:
             raise UserError(f"--export {kind} failed: {reason[0]}") from None
 
     def _gains(self) -> Gains:
-        """Both networks measured one after the other, so that the machine is in one state."""
         size = self.options.measure_batch or self.trainer.config.batch_size
         example = self.data.normalise(self.data.train.images[:1])
-        whole, final = (
-            measure(model, example, batch_size=size) for model in (self.whole, self.trainer.model)
-        )
-        return compare(whole, final)
+        return gains_of(self.whole, self.trainer.model, example, size)
 
     def _look(self, kind: str) -> None:
         """Evaluate the network on the validation images and keep what was seen."""

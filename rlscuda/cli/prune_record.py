@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from rlscuda.pruning._inputs import inference
-from rlscuda.pruning.measure import Gains
+from rlscuda.pruning.isolation import isolated_copy
+from rlscuda.pruning.measure import Gains, compare, count_flops, count_parameters, measure
 
 KINDS = ("whole", "pruned", "recovered", "recovering", "rolled back", "final")
 
@@ -153,7 +152,22 @@ class PruneRecord:
 
 def size_of(model: nn.Module, image: Tensor) -> dict[str, int]:
     """The parameters of a network, and the FLOPs of its forward of one image [1, C, H, W]."""
-    with inference(model), FlopCounterMode(display=False) as flops:
-        model(image)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {"parameters": parameters, "flops": flops.get_total_flops()}
+    return {"parameters": count_parameters(model), "flops": count_flops(model, image)}
+
+
+def gains_of(whole: nn.Module, final: nn.Module, image: Tensor, batch_size: int) -> Gains:
+    """Both networks measured one after the other, so that the machine is in one state.
+
+    They are measured as they will be used, without the hooks of an optimizer: where there are any,
+    torch leaves its fused operators of transformer layers, which need less memory.
+
+    Args:
+        whole: before.
+        final: after.
+        image: an example [1, C, H, W].
+        batch_size: images of the forwards.
+    """
+    before, after = (
+        measure(isolated_copy(model), image, batch_size=batch_size) for model in (whole, final)
+    )
+    return compare(before, after)

@@ -14,11 +14,10 @@ from rlscuda.cli.errors import UserError
 from rlscuda.cli.optimizers import build_optimizer
 from rlscuda.cli.prune_files import MODELS, PruneFiles
 from rlscuda.cli.prune_options import ScheduleSpec
-from rlscuda.cli.prune_record import KINDS, PruneRecord, Stage, size_of
+from rlscuda.cli.prune_record import KINDS, PruneRecord, Stage, gains_of, size_of
 from rlscuda.cli.prune_report import write_report
 from rlscuda.cli.rng import capture_rng, restore_rng
 from rlscuda.pruning.graph import trace
-from rlscuda.pruning.measure import compare, measure
 from rlscuda.pruning.pruner import RLSPruner
 from rlscuda.pruning.report import PruneReport
 from rlscuda.pruning.saving import Described, describe, rebuild, save_pruned
@@ -272,10 +271,7 @@ def write_pruning(
     pruning = trainer.pruning
     assert pruning is not None
     size = trainer.config.batch_size
-    gains = compare(
-        measure(trainer.whole_model(), pruning.example, batch_size=size),
-        measure(trainer.model, pruning.example, batch_size=size),
-    )
+    gains = gains_of(trainer.whole_model(), trainer.model, pruning.example, size)
     seen = {key: result[key] for key in ("val_loss", "val_accuracy", "test_accuracy")}
     rounds = pruning.schedule.rounds
     stages = [*pruning.stages, Stage("final", len(rounds), **pruning.size(), **seen)]

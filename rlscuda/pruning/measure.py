@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import weakref
 from collections.abc import Iterable, Iterator
@@ -151,8 +152,7 @@ def count_flops(model: nn.Module, example_inputs: Any) -> int:
 
 
 def _flops(model: nn.Module, call: Call) -> int:
-    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch has no count of it
-    counter = FlopCounterMode(display=False, custom_mapping={on_cpu: _attention_flops})
+    counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
     with inference(model), _plain_attention(), counter:
         call(model)
     return counter.get_total_flops()
@@ -162,6 +162,23 @@ def _attention_flops(
     query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
 ) -> int:
     return sdpa_flop_count(query, key, value)
+
+
+def _mkldnn_rnn_flops(x: torch.Size, *weights: Any, **_: Any) -> int:
+    """Of x [length, batch, features], and first of weights that of the input, [gates, features]."""
+    return _cudnn_rnn_flops(x, weights[:2])
+
+
+def _cudnn_rnn_flops(x: torch.Size, weights: Iterable[torch.Size], *_: Any, **__: Any) -> int:
+    matrices = [math.prod(shape) for shape in weights if len(shape) == 2]
+    return 2 * math.prod(x[:-1]) * sum(matrices)
+
+
+_UNCOUNTED = {  # by torch
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten.mkldnn_rnn_layer: _mkldnn_rnn_flops,
+    torch.ops.aten._cudnn_rnn: _cudnn_rnn_flops,
+}
 
 
 @contextmanager
