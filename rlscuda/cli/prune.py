@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from rlscuda.cli.config import RunConfig
 from rlscuda.cli.display import StepBar
-from rlscuda.cli.errors import UserError
+from rlscuda.cli.errors import UserError, reading
 from rlscuda.cli.execution import Execution
 from rlscuda.cli.extras import require
+from rlscuda.cli.files import is_there
 from rlscuda.cli.prune_files import MODELS, PruneFiles
 from rlscuda.cli.prune_options import EXPORTS, PruneOptions
 from rlscuda.cli.prune_record import PruneRecord, Stage, gains_of, size_of
@@ -95,9 +96,9 @@ def prune(
 def _finished_run(source: Path, optimizer: str | None) -> tuple[RunFolder, RunConfig, str]:
     """The run, its config and the optimizer whose network is meant."""
     folder = RunFolder(source)
-    if not folder.config.is_file():
+    if not is_there(folder.config):
         raise UserError(f"--run {source} holds no run of rlscuda: {folder.config} does not exist")
-    config = RunConfig.resumed(folder.read_config().get("options", {}), {})
+    config = RunConfig.resumed(folder.read_config()["options"], {})
     if folder.read_summary() is None:
         raise UserError(
             f"the run in {source} is not finished: rlscuda train --resume --out {source} "
@@ -108,7 +109,7 @@ def _finished_run(source: Path, optimizer: str | None) -> tuple[RunFolder, RunCo
     if name not in names:
         got = f"got {name!r}" if name else "say which"
         raise UserError(f"--optimizer must be one of this run's, {', '.join(names)}; {got}")
-    if not folder.checkpoint(name).is_file():
+    if not is_there(folder.checkpoint(name)):
         raise UserError(
             f"the run in {source} lacks the network of {name}: {folder.checkpoint(name)} does not "
             "exist"
@@ -118,11 +119,10 @@ def _finished_run(source: Path, optimizer: str | None) -> tuple[RunFolder, RunCo
 
 def _test_accuracy(folder: RunFolder, name: str) -> float:
     """Of the run's own test of one optimizer's network."""
-    summary: Any = folder.read_summary()
-    try:
-        return float(summary["results"][name]["test_accuracy"])
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{folder.summary} does not hold the test accuracy of {name}") from None
+    summary = folder.read_summary()
+    if summary is None or name not in summary["results"]:
+        raise UserError(f"{folder.summary} does not hold the test accuracy of {name}")
+    return summary["results"][name]["test_accuracy"]
 
 
 class Pruning:
@@ -256,15 +256,9 @@ class Pruning:
         from rlscuda.pruning.export import export_onnx, export_program
 
         example = self.data.normalise(self.data.val.images[:2])
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # of PyTorch to itself
-                {"onnx": export_onnx, "pt2": export_program}[kind](
-                    self.trainer.model, example, path
-                )
-        except (RuntimeError, TypeError, ValueError) as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(f"--export {kind} failed: {reason[0]}") from None
+        with reading(f"--export {kind} failed"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of PyTorch to itself
+            {"onnx": export_onnx, "pt2": export_program}[kind](self.trainer.model, example, path)
 
     def _gains(self) -> Gains:
         size = self.options.measure_batch or self.trainer.config.batch_size

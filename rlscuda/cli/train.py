@@ -19,6 +19,7 @@ from rlscuda.cli.data import Dataset, load_dataset
 from rlscuda.cli.display import StepBar, result_table
 from rlscuda.cli.errors import UserError
 from rlscuda.cli.execution import Execution
+from rlscuda.cli.files import is_there
 from rlscuda.cli.plots import plot_run
 from rlscuda.cli.runfolder import RunFolder
 from rlscuda.cli.texts import one_line
@@ -60,7 +61,7 @@ class Run:
         trainer = Trainer(
             self.config, name, self.data, path, self.fingerprint, self.checkpoint_every
         )
-        if path.is_file():
+        if is_there(path):
             trainer.load_state_dict(load_checkpoint(path, self.fingerprint, name))
         return trainer
 
@@ -101,7 +102,7 @@ class Run:
         Raises:
             UserError: they are others.
         """
-        if self.data.fingerprint != stored.get("data", {}).get("fingerprint"):
+        if self.data.fingerprint != stored["data"]["fingerprint"]:
             raise UserError(
                 f"--data {self.config.data} does not hold the images this run was started with; "
                 "nothing was overwritten"
@@ -234,7 +235,7 @@ def resume(given: dict[str, Any], execution: Execution, out: Path, console: Cons
     """
     folder = RunFolder(out)
     stored = folder.read_config()
-    config = RunConfig.resumed(stored.get("options", {}), given)
+    config = RunConfig.resumed(stored["options"], given)
     if folder.read_summary() is not None:
         console.print(f"the run in {one_line(out)} is finished", soft_wrap=True)
         show_run(folder, console)
