@@ -14,6 +14,7 @@ import argparse
 import collections
 import ctypes
 import fcntl
+import io
 import os
 import resource
 import shutil
@@ -64,9 +65,8 @@ def child(work: Path, case: Case, drawn: bool) -> Ended:
         try:
             for number, (_, end) in enumerate(pipes, 1):
                 os.dup2(end, number)
-            sys.stdout, sys.stderr = (
-                open(number, "w", encoding="utf-8") for number in (1, 2)
-            )  # fmt: skip
+            sys.stdout = io.TextIOWrapper(io.FileIO(1, "w"), encoding="utf-8", write_through=True)
+            sys.stderr = io.TextIOWrapper(io.FileIO(2, "w"), encoding="utf-8", write_through=True)
             os.chdir(work)
             status = in_child(case, drawn)
         except BaseException:
@@ -234,8 +234,8 @@ def main() -> int:
         whole.mkdir()
         made = os.fork()  # no thread of autograd may be older than the children
         if made == 0:
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")
-            make_workspace(whole)
+            with open(os.devnull, "w", encoding="utf-8") as sys.stdout:
+                make_workspace(whole)
             os._exit(0)
         if os.waitpid(made, 0)[1]:
             raise SystemExit("the workspace could not be made")
