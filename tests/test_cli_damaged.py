@@ -35,7 +35,7 @@ def test_a_sample_of_the_attack_leaves_nothing_over():
     """Of all 1,900, which `tests/attack/damaged_inputs.py` tries one after the other."""
     script = ROOT / "tests" / "attack" / "damaged_inputs.py"
     ended = subprocess.run(
-        [sys.executable, str(script), "--every", "70"],
+        [sys.executable, str(script), "--every", "100"],
         env=subprocess_environment(OMP_NUM_THREADS="1"), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
