@@ -199,8 +199,9 @@ class RLSOptimizer(Optimizer):
         """Puts hooks, which end with this object, on every layer that has none yet."""
         self._attached = self._attached or set()
         layers = {match.layer for match in self._matches if match.layer is not None}
-        hooks.attach(self, layers - self._attached, self._observe)
-        self._attached |= layers
+        if layers - self._attached:
+            hooks.attach(self, layers - self._attached, self._observe)
+            self._attached |= layers
 
     def _observe(self, layer: Layer, x: Tensor, output: Tensor) -> None:
         """Stages what one forward shows."""
