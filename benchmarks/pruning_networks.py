@@ -6,7 +6,6 @@ last epochs, which start from a saved state.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rlscuda
+from rlscuda._archive import load_archive, save_archive
+from rlscuda._atomic import write_atomically
 from rlscuda.cli.models import ImageShape, lenet5, resnet20
 from rlscuda.pruning import SketchTracker
 
@@ -151,7 +152,7 @@ def train_to(name: str, seed: int, epochs: int, split: tasks.Split, cache: Path)
     run = Run(CASES[name], seed, len(split.y))
     path = cache / f"{name}-{seed}-epoch{epochs}.pt"
     if path.is_file():
-        run.load(torch.load(path, weights_only=True))
+        run.load(load(path))
         return run
     while run.epoch < epochs:
         run.train_epoch(split)
@@ -163,7 +164,7 @@ def tracked(name: str, seed: int, split: tasks.Split, cache: Path) -> tuple[Run,
     """The run of `CASES[name]` at its end, and the sketch tracked beside its last epochs."""
     case, path = CASES[name], cache / f"{name}-{seed}-tracked.pt"
     if path.is_file():
-        saved = torch.load(path, weights_only=True)
+        saved = load(path)
         run = Run(case, seed, len(split.y))
         run.load(saved["run"])
         tracker = SketchTracker(run.model, rank=RANK)
@@ -179,7 +180,10 @@ def tracked(name: str, seed: int, split: tasks.Split, cache: Path) -> tuple[Run,
 
 def save(state: dict[str, Any], path: Path) -> None:
     """Write a state, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}")
-    torch.save(state, part)
-    part.replace(path)
+    write_atomically(path, lambda stream: save_archive(state, stream))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a state, if every bit is as it was written."""
+    with open(path, "rb") as stream:
+        return load_archive(stream)

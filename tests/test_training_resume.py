@@ -275,7 +275,7 @@ def make_other_model(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate, "cannot be read as a checkpoint: it is truncated or was not written by rlscuda"),
+        (truncate, "cannot be read as a checkpoint: it is truncated, damaged or was not written"),
         (make_empty, "cannot be read as a checkpoint"),
         (make_text, "cannot be read as a checkpoint"),
         (make_pickle, "cannot be read as a checkpoint"),

@@ -202,7 +202,7 @@ def prune(
     try:
         command.prune(run, optimizer, options, execution, folder, overwrite, terminal())
     except KeyboardInterrupt:
-        raise UserError("interrupted; nothing was written", exit_code=130) from None
+        raise UserError("interrupted; no file is half-written", exit_code=130) from None
 
 
 @app.command()

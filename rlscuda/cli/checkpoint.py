@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from rlscuda._archive import load_archive, save_archive
 from rlscuda._atomic import write_atomically
 from rlscuda.cli.errors import UserError
 
@@ -33,7 +30,7 @@ def save_checkpoint(path: Path, run: str, optimizer_name: str, training: dict[st
         "optimizer_name": optimizer_name,
         "training": training,
     }
-    write_atomically(path, lambda stream: torch.save(document, stream))
+    write_atomically(path, lambda stream: save_archive(document, stream))
 
 
 def load_checkpoint(path: Path, run: str, optimizer_name: str) -> dict[str, Any]:
@@ -43,10 +40,10 @@ def load_checkpoint(path: Path, run: str, optimizer_name: str) -> dict[str, Any]
         the ``training`` part, its tensors on the CPU.
 
     Raises:
-        UserError: the file is truncated, is no checkpoint of this program, or belongs to another
-            run or optimizer. Nothing is written.
+        UserError: the file is truncated or damaged, is no checkpoint of this program, or belongs to
+            another run or optimizer. Nothing is written.
     """
-    document = _read(path)
+    document = _read(path, optimizer_name)
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise UserError(f"{path} is not an rlscuda checkpoint; nothing was overwritten")
     if document.get("version") != VERSION or not document.keys() >= KEYS:
@@ -67,22 +64,14 @@ def load_checkpoint(path: Path, run: str, optimizer_name: str) -> dict[str, Any]
     return document["training"]
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, optimizer_name: str) -> Any:
     try:
         with open(path, "rb") as stream:
-            return torch.load(stream, map_location="cpu", weights_only=True)
-    except (
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        OSError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:
+            return load_archive(stream)
+    except Exception as error:  # damaged bytes lead to errors of any type
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"{path} cannot be read as a checkpoint: it is truncated or was not written by "
-            f"rlscuda ({reason[0][:120]}); nothing was overwritten"
+            f"{path} cannot be read as a checkpoint: it is truncated, damaged or was not "
+            f"written by rlscuda ({reason[0][:120]}); nothing was overwritten; put back a copy of "
+            f"it, or delete it and summary.json: train --resume trains {optimizer_name} again"
         ) from None

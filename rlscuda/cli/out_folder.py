@@ -1,11 +1,19 @@
-"""Whether a result can be written where it is wanted: known before any work is done."""
+"""The folder of a result: whether it can be written, and that one process at a time writes it."""
 
 from __future__ import annotations
 
 import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from rlscuda._atomic import has_name, lock
 from rlscuda.cli.errors import UserError
+
+_LOCK = ".rlscuda.lock"
+_ATTEMPTS, _PAUSE = 10, 0.02  # a reader looks at a lock for an instant, which is no refusal
 
 
 def check_writable(out: Path, what: str = "--out") -> None:
@@ -25,3 +33,99 @@ def check_writable(out: Path, what: str = "--out") -> None:
         raise UserError(f"{what} {above}{nearest} is a file, expected a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{what} {out} must be a folder that can be written, {nearest} cannot")
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder is missing, or holds nothing but the lock of :func:`writing`."""
+    return not folder.is_dir() or all(path.name == _LOCK for path in folder.iterdir())
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Hold a folder, made where it is missing, so that no other process writes to it meanwhile.
+
+    The system takes the lock back from a process that is killed. A folder that was made for it and
+    is left empty is removed.
+
+    Args:
+        out: the folder.
+
+    Raises:
+        UserError: another process holds it, or it or a file in it cannot be written, as on a full
+            disk.
+    """
+    check_writable(out)
+    made = [path for path in (out, *out.parents) if not os.path.exists(path)]
+    try:
+        descriptor = _hold(out)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                os.unlink(out / _LOCK)
+            os.close(descriptor)
+            with suppress(OSError):  # not empty
+                for path in made:
+                    path.rmdir()
+    except OSError as error:
+        if not isinstance(error.filename, str | Path):
+            raise
+        file = Path(error.filename)
+        if not {file, *file.parents} & {out, *made}:
+            raise  # of a file elsewhere
+        raise UserError(
+            f"{file} cannot be written: {error.strerror}; the files in {out} are whole: mend that, "
+            "then give the command again, with --resume where a training had begun"
+        ) from None
+
+
+def check_free(folder: Path) -> None:
+    """Check that no process writes to a folder now; touch nothing.
+
+    Raises:
+        UserError: one does.
+    """
+    try:
+        descriptor = os.open(folder / _LOCK, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return
+    try:
+        if lock(descriptor, shared=True) is False:
+            raise _in_use(folder)
+    finally:
+        os.close(descriptor)
+
+
+def _hold(out: Path) -> int:
+    """The lock file of a folder, open and locked."""
+    for _ in range(_ATTEMPTS):
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = _open(out / _LOCK)
+        except FileNotFoundError:  # the folder was removed by another process that had made it
+            continue
+        locked = lock(descriptor)
+        if locked is None:
+            print(f"{out} is on a file system without locks: nothing else may write to it now",
+                  file=sys.stderr)  # fmt: skip
+        if locked is not False and has_name(descriptor, out / _LOCK):
+            return descriptor
+        os.close(descriptor)
+        time.sleep(_PAUSE)
+    raise _in_use(out)
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:
+        if not os.path.exists(path):
+            raise
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # another user's
+
+
+def _in_use(folder: Path) -> UserError:
+    return UserError(
+        f"{folder} is being written by another process of rlscuda: wait until it has ended, or "
+        "choose another folder"
+    )

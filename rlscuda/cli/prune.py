@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from rlscuda.cli.display import StepBar
 from rlscuda.cli.errors import UserError
 from rlscuda.cli.execution import Execution
 from rlscuda.cli.extras import require
+from rlscuda.cli.out_folder import writing
 from rlscuda.cli.prune_files import MODELS, PruneFiles
 from rlscuda.cli.prune_options import EXPORTS, PruneOptions
 from rlscuda.cli.prune_record import PruneRecord, Stage, gains_of, size_of
@@ -57,48 +58,53 @@ def prune(
         console: where to print.
 
     Raises:
-        UserError: an option is wrong, the run is not there, not finished or lacks a file, or
-            ``out`` holds something or cannot be written. Nothing is written then.
+        UserError: an option is wrong, the run is not there, not finished, lacks a file or is
+            written by another process, or ``out`` holds something, cannot be written or is written
+            by another process. Nothing is written then.
     """
-    folder, config, name = _finished_run(source, optimizer)
-    test_accuracy = _test_accuracy(folder, name)
-    if source.resolve() in (out.resolve(), *out.resolve().parents):
-        raise UserError(f"--out {out} lies in --run {source}, which stays as it is")
-    files = PruneFiles(out)
-    files.check_new(overwrite)
-    if options.source == "own" and name != "rls":
-        raise UserError(
-            f"--source own reads the matrices of rls, the run of {name} has none: "
-            "--source calibration takes them from its training images"
-        )
-    require("torch_pruning", "safetensors", "matplotlib")
-    if "onnx" in options.exports:
-        require("onnx", "onnxscript", "onnxruntime")
-    run = Run(config, execution, folder, console)
-    run.check_data(folder.read_config())
-    trainer = run.trainer(name)
-    if trainer.diverged:
-        raise UserError(f"the training of {name} in {source} diverged: there is nothing to prune")
-    pruning = Pruning(trainer, options, console)
-    pruning.cut()
-    with files.replaced() as new:
-        pruning.finish(new, test_accuracy)
-        recorded = {"run": str(source), "optimizer": name, **options.to_dict()}
-        record = pruning.record(Path(config.data).name, {path.name for path in new.iterdir()})
-        write_report(new, record, recorded)
+    files, folder = PruneFiles(out), RunFolder(source)
+    with ExitStack() as held:
+        with folder.reading():
+            config, name = _finished_run(folder, optimizer)
+            test_accuracy = _test_accuracy(folder, name)
+            if source.resolve() in (out.resolve(), *out.resolve().parents):
+                raise UserError(f"--out {out} lies in --run {source}, which stays as it is")
+            held.enter_context(writing(out))
+            files.finish()
+            files.check_new(overwrite)
+            if options.source == "own" and name != "rls":
+                raise UserError(
+                    f"--source own reads the matrices of rls, the run of {name} has none: "
+                    "--source calibration takes them from its training images"
+                )
+            require("torch_pruning", "safetensors", "matplotlib")
+            if "onnx" in options.exports:
+                require("onnx", "onnxscript", "onnxruntime")
+            run = Run(config, execution, folder, console)
+            run.check_data(folder.read_config())
+            trainer = run.trainer(name)
+        if trainer.diverged:
+            raise UserError(f"the training of {name} in {source} diverged: nothing can be pruned")
+        pruning = Pruning(trainer, options, console)
+        pruning.cut()
+        with files.replaced() as new:
+            pruning.finish(new, test_accuracy)
+            recorded = {"run": str(source), "optimizer": name, **options.to_dict()}
+            record = pruning.record(Path(config.data).name, {path.name for path in new.iterdir()})
+            write_report(new, record, recorded)
     print_report(record, console)
     console.print("\nfiles of this pruning:")
     for path in files.existing():
         console.print(f"  {one_line(path)}", soft_wrap=True)
 
 
-def _finished_run(source: Path, optimizer: str | None) -> tuple[RunFolder, RunConfig, str]:
-    """The run, its config and the optimizer whose network is meant."""
-    folder = RunFolder(source)
+def _finished_run(folder: RunFolder, optimizer: str | None) -> tuple[RunConfig, str]:
+    """The config of a run, and the optimizer whose network is meant."""
+    source = folder.path
     if not folder.config.is_file():
         raise UserError(f"--run {source} holds no run of rlscuda: {folder.config} does not exist")
     config = RunConfig.resumed(folder.read_config().get("options", {}), {})
-    if folder.read_summary() is None:
+    if folder.read_summary() is None or folder.is_pending:
         raise UserError(
             f"the run in {source} is not finished: rlscuda train --resume --out {source} "
             "continues it"
@@ -113,7 +119,7 @@ def _finished_run(source: Path, optimizer: str | None) -> tuple[RunFolder, RunCo
             f"the run in {source} lacks the network of {name}: {folder.checkpoint(name)} does not "
             "exist"
         )
-    return folder, config, name
+    return config, name
 
 
 def _test_accuracy(folder: RunFolder, name: str) -> float:

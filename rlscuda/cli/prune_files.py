@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlscuda.cli.errors import UserError
 from rlscuda.cli.json_files import read_json, write_json
-from rlscuda.cli.out_folder import check_writable
+from rlscuda.cli.out_folder import is_empty
+from rlscuda.cli.swap import finish, replaced
 
 FORMAT = "rlscuda-prune"
 VERSION = 1
@@ -39,12 +37,6 @@ class PruneFiles:
 
     path: Path
 
-    @property
-    def _new(self) -> Path:
-        """The folder beside it that is written first."""
-        path = self.path.resolve()
-        return path.parent / f".{path.name}.tmp"
-
     def existing(self) -> list[Path]:
         """Every file of the pruning that exists, report.json last."""
         return [self.path / name for name in (*MODELS, *REPORTS) if (self.path / name).is_file()]
@@ -58,12 +50,10 @@ class PruneFiles:
         """Check that a pruning may be put here; touch nothing.
 
         Raises:
-            UserError: the folder cannot be written, holds a pruning and ``overwrite`` is False, or
-                holds something that is no pruning.
+            UserError: the folder holds a pruning and ``overwrite`` is False, or something that is
+                no pruning.
         """
-        check_writable(self.path)
-        check_writable(self._new.parent, f"the folder beside --out {self.path}, written first,")
-        if not self.path.is_dir() or not any(self.path.iterdir()):
+        if is_empty(self.path):
             return
         marker = self.path / "report.json"
         document = read_json(marker) if marker.is_file() else None
@@ -75,25 +65,16 @@ class PruneFiles:
         if not overwrite:
             raise UserError(f"--out {self.path} already holds a pruning: --overwrite replaces it")
 
-    @contextmanager
-    def replaced(self) -> Iterator[Path]:
-        """A new folder to write to, whose files then take the place of those here.
+    def replaced(self) -> AbstractContextManager[Path]:
+        """A new folder to write to, whose files then take the place of those here, all at once.
 
-        Where the block raises, this folder stays as it was.
+        Where the block raises, the files here stay as they were.
         """
-        new = self._new
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        try:
-            yield new
-            self.path.mkdir(exist_ok=True)
-            for path in reversed(self.existing()):
-                path.unlink()
-            for name in (*MODELS, *REPORTS):
-                if (new / name).is_file():
-                    os.replace(new / name, self.path / name)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
+        return replaced(self.path, self.existing())
+
+    def finish(self) -> None:
+        """Go on where a process was killed while it replaced the files; else change nothing."""
+        finish(self.path, self.existing())
 
 
 def write_document(path: Path, content: dict[str, Any]) -> None:

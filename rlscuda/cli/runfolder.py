@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rlscuda._atomic import write_text
+from rlscuda._atomic import remove_leftovers, write_text
 from rlscuda.cli.errors import UserError
 from rlscuda.cli.json_files import read_json, write_json
-from rlscuda.cli.out_folder import check_writable
+from rlscuda.cli.out_folder import check_free, is_empty
 from rlscuda.cli.prune_files import PruneFiles
+from rlscuda.cli.swap import finish, is_pending, replaced
 
 FORMAT = "rlscuda-run"
 VERSION = 1
@@ -90,11 +93,10 @@ class RunFolder:
         """Check that a new run may be put here; touch nothing.
 
         Raises:
-            UserError: the folder cannot be written, holds a run and ``overwrite`` is False, or
-                holds something that is no run.
+            UserError: the folder holds a run and ``overwrite`` is False, or something that is no
+                run.
         """
-        check_writable(self.path)
-        if not self.path.is_dir() or not any(self.path.iterdir()):
+        if is_empty(self.path):
             return
         if not self.config.is_file():
             raise UserError(
@@ -108,10 +110,39 @@ class RunFolder:
                 "replaces it"
             )
 
-    def clear(self) -> None:
-        """Delete the files of the run that is here, config.json last."""
-        for path in reversed(self.files()):
-            path.unlink()
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Read files of the run that belong together, in the block.
+
+        Raises:
+            UserError: another process writes to the folder, or has done so meanwhile.
+        """
+        before = self._state()
+        try:
+            yield
+        finally:
+            if self._state() != before:
+                raise UserError(f"{self.path} was changed by another process while it was read")
+
+    def _state(self) -> list[tuple[Path, int, int]]:
+        check_free(self.path)
+        state = []
+        for path in self.files():
+            with suppress(FileNotFoundError):  # deleted just now
+                stat = path.stat()
+                state.append((path, stat.st_ino, stat.st_mtime_ns))
+        return state
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a process was killed while it replaced the run that was here."""
+        return is_pending(self.path)
+
+    def finish(self) -> None:
+        """Go on where a process was killed while it replaced files; else change nothing."""
+        finish(self.path, self.files())
+        remove_leftovers(self.path / "checkpoints")
+        self.pruning.finish()
         self.pruning.remove_folder()
 
     def read_config(self) -> dict[str, Any]:
@@ -131,9 +162,11 @@ class RunFolder:
             )
         return document
 
-    def write_config(self, document: dict[str, Any]) -> None:
-        """Write ``config.json``."""
-        write_json(self.config, {"format": FORMAT, "version": VERSION, **document})
+    def begin(self, document: dict[str, Any]) -> None:
+        """Write ``config.json`` in place of all the files of the run that is here."""
+        with replaced(self.path, self.files()) as new:
+            write_json(new / "config.json", {"format": FORMAT, "version": VERSION, **document})
+        self.pruning.remove_folder()
 
     def read_summary(self) -> dict[str, Any] | None:
         """Read ``summary.json``; None while the run is not finished."""

@@ -19,6 +19,7 @@ from rlscuda.cli.data import Dataset, load_dataset
 from rlscuda.cli.display import StepBar, result_table
 from rlscuda.cli.errors import UserError
 from rlscuda.cli.execution import Execution
+from rlscuda.cli.out_folder import writing
 from rlscuda.cli.plots import plot_run
 from rlscuda.cli.runfolder import RunFolder
 from rlscuda.cli.texts import one_line
@@ -107,14 +108,14 @@ class Run:
                 "nothing was overwritten"
             )
 
-    def write_config(self, settings: dict[str, dict[str, float]]) -> None:
-        """Write ``config.json``: the options, the data, the machine.
+    def begin(self, settings: dict[str, dict[str, float]]) -> None:
+        """Write ``config.json``, in place of an earlier run: the options, the data, the machine.
 
         Args:
             settings: what each optimizer's step size and weight decay were resolved to.
         """
         data = self.data
-        self.folder.write_config(
+        self.folder.begin(
             {
                 "options": dataclasses.asdict(self.config),
                 "settings": settings,
@@ -203,20 +204,21 @@ def start(
     """Start a new run in ``out``.
 
     Raises:
-        UserError: an option is wrong, the data cannot be read, or ``out`` holds something or cannot
-            be written. The folder is then as it was.
+        UserError: an option is wrong, the data cannot be read, or ``out`` holds something, cannot
+            be written or is written by another process. The folder is then as it was.
     """
     config.check_new()
     folder = RunFolder(out)
-    folder.check_new(overwrite)
-    run = Run(config, execution, folder, console)
-    settings = {}
-    for name in config.optimizers:
-        trainer = Trainer(config, name, run.data, folder.checkpoint(name), run.fingerprint)
-        settings[name] = trainer.settings
-    folder.clear()
-    run.write_config(settings)
-    run.train()
+    with writing(out):
+        folder.finish()
+        folder.check_new(overwrite)
+        run = Run(config, execution, folder, console)
+        settings = {}
+        for name in config.optimizers:
+            trainer = Trainer(config, name, run.data, folder.checkpoint(name), run.fingerprint)
+            settings[name] = trainer.settings
+        run.begin(settings)
+        run.train()
 
 
 def resume(given: dict[str, Any], execution: Execution, out: Path, console: Console) -> None:
@@ -229,21 +231,30 @@ def resume(given: dict[str, Any], execution: Execution, out: Path, console: Cons
         console: where to print.
 
     Raises:
-        UserError: there is no run, an option or the data differ, or a checkpoint is unreadable.
-            Nothing is overwritten then.
+        UserError: there is no run, another process writes to it, an option or the data differ, or
+            a checkpoint is unreadable. Nothing is overwritten then.
     """
     folder = RunFolder(out)
+    with folder.reading():
+        if folder.read_summary() is not None and not folder.is_pending:
+            _stored(folder, given)
+            console.print(f"the run in {one_line(out)} is finished", soft_wrap=True)
+            show_run(folder, console)
+            return
+    with writing(out):
+        folder.finish()
+        stored, config = _stored(folder, given)
+        run = Run(config, execution, folder, console)
+        run.check_data(stored)
+        for name in config.optimizers:
+            run.trainer(name)
+        run.train()
+
+
+def _stored(folder: RunFolder, given: dict[str, Any]) -> tuple[dict[str, Any], RunConfig]:
+    """The content of ``config.json``, and the config in it, which the given options agree with."""
     stored = folder.read_config()
-    config = RunConfig.resumed(stored.get("options", {}), given)
-    if folder.read_summary() is not None:
-        console.print(f"the run in {one_line(out)} is finished", soft_wrap=True)
-        show_run(folder, console)
-        return
-    run = Run(config, execution, folder, console)
-    run.check_data(stored)
-    for name in config.optimizers:
-        run.trainer(name)
-    run.train()
+    return stored, RunConfig.resumed(stored.get("options", {}), given)
 
 
 def show_run(folder: RunFolder, console: Console) -> None:

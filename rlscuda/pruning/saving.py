@@ -2,13 +2,15 @@
 
 The file is an ordinary safetensors file. Its header's metadata hold the manifest (JSON): format
 version, versions of torch and rlscuda, of each module its type and numeric attributes, of each
-parameter and buffer its shape and dtype, and which names are one tensor. The state of an optimizer,
-where one is saved, is the uint8 tensor `.optimizer`: bytes of `torch.save`. One file is replaced in
+parameter and buffer its shape and dtype, which names are one tensor, and the SHA-256 of each
+tensor's bytes. The state of an optimizer, where one is saved, is the uint8 tensor `.optimizer`:
+bytes of `torch.save`. The metadata hold the SHA-256 of the manifest, too. One file is replaced in
 one step, so model and optimizer are always of the same moment.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -23,6 +25,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.optim import Optimizer
 
 import rlscuda
+from rlscuda._archive import load_archive, save_archive
 from rlscuda._atomic import write_atomically
 from rlscuda._documents import check, short
 from rlscuda.pruning._inputs import optional
@@ -139,10 +142,10 @@ def _manifest(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _optimizer_bytes(optimizer: Optimizer) -> Tensor:
     """The state as [bytes] uint8, sure to be loadable without code."""
     stream = io.BytesIO()
-    torch.save(optimizer.state_dict(), stream)
+    save_archive(optimizer.state_dict(), stream)
     stream.seek(0)
     try:
-        torch.load(stream, map_location="cpu", weights_only=True)
+        load_archive(stream)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"the state of {type(optimizer).__name__} cannot be saved without code: {error}"
@@ -186,7 +189,9 @@ def save_pruned(model: nn.Module, path: StrPath, *, optimizer: Optimizer | None 
     tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in kept.items()}
     if optimizer is not None:
         tensors[_OPTIMIZER] = _optimizer_bytes(optimizer)
-    metadata = {"format": FORMAT, "version": str(VERSION), "manifest": json.dumps(manifest)}
+    text = json.dumps({**manifest, "sha256": {name: _sha256_of(t) for name, t in tensors.items()}})
+    metadata = {"format": FORMAT, "version": str(VERSION), "manifest": text}
+    metadata["sha256"] = _sha256(text.encode())
     data = safetensors.save(tensors, metadata)
     write_atomically(Path(path), lambda stream: stream.write(data))
 
@@ -204,10 +209,38 @@ def _read(path: StrPath, wanted: Callable[[str], bool]) -> tuple[dict[str, Any],
             if metadata.get("version") != str(VERSION):
                 raise ValueError(f"{path} must be of format version {VERSION}, got "
                                  f"{metadata.get('version')}")  # fmt: skip
-            tensors = {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
-            return json.loads(metadata["manifest"]), tensors
+            text = metadata["manifest"]
+            if metadata.get("sha256", _sha256(text.encode())) != _sha256(text.encode()):
+                raise _damaged(path, "the manifest")
+            manifest = json.loads(text)
+            names = set(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names if wanted(name)}
     except (safetensors.SafetensorError, json.JSONDecodeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from None
+    check(manifest, Manifest, f"the manifest of {path}")
+    if "sha256" in manifest:  # older files have none
+        check(manifest["sha256"], dict[str, str], f"the checksums of {path}")
+        if names != manifest["sha256"].keys():
+            raise _damaged(path, "a tensor's name")
+        for name, tensor in tensors.items():
+            if _sha256_of(tensor) != manifest["sha256"][name]:
+                raise _damaged(path, repr(name))
+    return manifest, tensors
+
+
+def _sha256(data: Any) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _sha256_of(tensor: Tensor) -> str:
+    return _sha256(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _damaged(path: StrPath, what: str) -> ValueError:
+    return ValueError(
+        f"{path} is damaged: {what} is not what its SHA-256 was taken of; put back a copy "
+        "of the file, or save the model again"
+    )
 
 
 def _check_modules(model: nn.Module, saved: Mapping[str, Any]) -> None:
@@ -375,7 +408,7 @@ def load_optimizer(optimizer: Optimizer, path: StrPath) -> None:
         raise ValueError(f"{path}: the optimizer must be bytes, got {tensors[_OPTIMIZER].dtype}")
     stream = io.BytesIO(tensors[_OPTIMIZER].numpy().tobytes())
     try:
-        state = torch.load(stream, map_location="cpu", weights_only=True)
+        state = load_archive(stream)
     except Exception as error:  # damaged bytes lead to errors of any type
         raise ValueError(f"{path}: the optimizer's state is damaged: {error}") from None
     optimizer.load_state_dict(state)
