@@ -119,25 +119,21 @@ def _check_jpeg(path: Path, headers: Headers, split: str) -> None:
 def _headers(path: Path) -> Headers:
     """Shape and dtype of every array, without reading one; what it promises, it must hold."""
     headers = {}
-    with reading(f"--data {path}: not a readable .npz archive"):
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                with archive.open(entry) as stream:
-                    version = npy.read_magic(stream)
-                    read = (
-                        npy.read_array_header_1_0
-                        if version == (1, 0)
-                        else npy.read_array_header_2_0
-                    )
-                    shape, _, dtype = read(stream)
-                    header = Header(shape, dtype)
-                    held = entry.file_size - stream.tell()
-                if not dtype.hasobject and header.bytes != held:
-                    raise ValueError(
-                        f"{entry.filename} must hold {header.bytes} bytes for {list(shape)} of "
-                        f"{dtype}, got {held}"
-                    )
-                headers[entry.filename.removesuffix(".npy")] = header
+    problem = f"--data {path}: not a readable .npz archive"
+    with reading(problem), zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            with archive.open(entry) as stream:
+                old = npy.read_magic(stream) == (1, 0)
+                read = npy.read_array_header_1_0 if old else npy.read_array_header_2_0
+                shape, _, dtype = read(stream)
+                header = Header(shape, dtype)
+                held = entry.file_size - stream.tell()
+            if not dtype.hasobject and header.bytes != held:
+                raise ValueError(
+                    f"{entry.filename} must hold {header.bytes} bytes for {list(shape)} of "
+                    f"{dtype}, got {held}"
+                )
+            headers[entry.filename.removesuffix(".npy")] = header
     return headers
 
 
