@@ -37,8 +37,10 @@ inline Tensor dense_copy(const Tensor& t) {
 // lives as long as this.
 class Arguments {
  public:
-  Arguments(const char* first_name, const Tensor& first)
-      : first_name_(first_name), type_(device_type(first)), index_(first.get_device_index()) {
+  Arguments(const char* first_name, const Tensor& first) : first_name_(first_name) {
+    RLS_CHECK(first.defined(), first_name, " must be a tensor, got none");
+    type_ = device_type(first);
+    index_ = first.get_device_index();
     uses_.reserve(16);
   }
 

@@ -152,7 +152,8 @@ class Hostile:
     def _values(self, t: Tensor) -> Tensor:
         if not t.is_floating_point() or t.numel() == 0:
             return t
-        other, value = t.clone(), self.random.choice(VALUES)
+        other = t.clone(memory_format=torch.contiguous_format)
+        value = torch.tensor(self.random.choice(VALUES)).to(t.dtype)
         if self.random.random() < 0.5:
             return other.fill_(value)
         other.view(-1)[self.random.randrange(t.numel())] = value
@@ -178,11 +179,22 @@ class Hostile:
         fixed.flags.writeable = False
         wild = a.copy()
         wild.flat[: self.random.randrange(a.size + 1)] = self.random.choice(VALUES)
-        return self.random.choice([
-            lambda: a.T, lambda: a[..., ::-1], lambda: a[:0], lambda: a[..., None],
-            lambda: a.ravel(), lambda: np.repeat(a, 2, 0)[::2], lambda: a.astype(np.float16), lambda: a.astype(">f4"),
-            lambda: a.astype(np.float64), lambda: a.astype(np.float32), lambda: other,
-            lambda: other[:1], lambda: shift, lambda: fixed, lambda: wild, lambda: wild,
-            lambda: np.broadcast_to(a[:1], (2**40, *a.shape[1:])), lambda: None, lambda: "x",
-            lambda: np.concatenate([a, a]), lambda: a.tolist(), lambda: np.zeros((0, 0), a.dtype),
-        ])()  # fmt: skip
+        ways: list[Callable[[], Any]] = [
+            lambda: a.T,
+            lambda: a[..., ::-1],
+            lambda: a[:0],
+            lambda: a[..., None],
+            lambda: a.ravel(),
+            lambda: np.repeat(a, 2, 0)[::2],
+            lambda: np.broadcast_to(a[:1], (2**40, *a.shape[1:])),
+            lambda: np.concatenate([a, a]),
+            lambda: np.zeros((0, 0), a.dtype),
+            lambda: a.astype(self.random.choice(["f2", ">f4", "f4", "f8"])),
+            lambda: a.tolist(),
+            lambda: other,
+            lambda: other[:1],
+            lambda: self.random.choice([shift, fixed, None, "x"]),
+            lambda: wild,
+            lambda: wild,
+        ]
+        return self.random.choice(ways)()
