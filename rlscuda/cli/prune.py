@@ -233,6 +233,7 @@ class Pruning:
             loader=batches,
             evaluate=lambda model: evaluate(model, self.data, self.data.val)[0],
             compensate=options.compensate,
+            adapt_norms=options.adapt_norms,
             round_to=options.round_to,
             seed=trainer.config.seed,
         )
