@@ -258,7 +258,8 @@ def test_unreadable_config(run, capsys):
     (run / "config.json").write_text("{")
     assert "cannot be read as JSON" in train(capsys, "--resume")[2]
     (run / "config.json").write_text(
-        '{"format": "rlscuda-run", "version": 1, "options": {"epochs": 2}}'
+        '{"format": "rlscuda-run", "version": 1, "options": {"epochs": 2}, "data": '
+        '{"fingerprint": ""}}'
     )
     assert "does not hold the options" in train(capsys, "--resume")[2]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -98,7 +99,7 @@ class StepBar:
 
 
 def result_table(
-    title: str, rows: list[dict[str, Any]], results: dict[str, dict[str, Any]]
+    title: str, rows: Sequence[Mapping[str, Any]], results: Mapping[str, Mapping[str, Any]]
 ) -> Table:
     """Validation accuracy after each epoch, then seconds and test accuracy; a column an optimizer.
 

@@ -1,4 +1,4 @@
-"""Whether a name is a file that can be read: nothing else is ever opened."""
+"""Whether a name is a file that can be read, or a folder: nothing else is ever opened."""
 
 from __future__ import annotations
 
@@ -35,3 +35,13 @@ def is_there(path: Path) -> bool:
         kind = _KINDS.get(stat.S_IFMT(mode), "something else")
         raise UserError(f"{path} must be a file, got {kind}")
     return True
+
+
+def check_folder(path: Path) -> None:
+    """Check that a name is that of a folder, or of nothing.
+
+    Raises:
+        UserError: something else has it.
+    """
+    if os.path.lexists(path) and not path.is_dir():
+        raise UserError(f"{path} must be a folder, got something else")

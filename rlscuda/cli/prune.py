@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from rlscuda.cli.config import RunConfig
 from rlscuda.cli.display import StepBar
-from rlscuda.cli.errors import UserError
+from rlscuda.cli.errors import UserError, reading
 from rlscuda.cli.execution import Execution
 from rlscuda.cli.extras import require
+from rlscuda.cli.files import is_there
 from rlscuda.cli.out_folder import writing
 from rlscuda.cli.prune_files import MODELS, PruneFiles
 from rlscuda.cli.prune_options import EXPORTS, PruneOptions
@@ -29,9 +30,10 @@ from rlscuda.cli.runfolder import RunFolder
 from rlscuda.cli.texts import one_line
 from rlscuda.cli.train import Run
 from rlscuda.cli.training import Trainer, evaluate
+from rlscuda.pruning.manifest import describe, rebuild
 from rlscuda.pruning.measure import Gains
 from rlscuda.pruning.report import PruneReport
-from rlscuda.pruning.saving import describe, load_pruned, rebuild, save_pruned
+from rlscuda.pruning.saving import load_pruned, save_pruned
 
 _CALIBRATION_BATCH = 100
 Batch = tuple[Tensor, Tensor]
@@ -101,9 +103,9 @@ def prune(
 def _finished_run(folder: RunFolder, optimizer: str | None) -> tuple[RunConfig, str]:
     """The config of a run, and the optimizer whose network is meant."""
     source = folder.path
-    if not folder.config.is_file():
+    if not is_there(folder.config):
         raise UserError(f"--run {source} holds no run of rlscuda: {folder.config} does not exist")
-    config = RunConfig.resumed(folder.read_config().get("options", {}), {})
+    config = RunConfig.resumed(folder.read_config()["options"], {})
     if folder.read_summary() is None or folder.is_pending:
         raise UserError(
             f"the run in {source} is not finished: rlscuda train --resume --out {source} "
@@ -114,7 +116,7 @@ def _finished_run(folder: RunFolder, optimizer: str | None) -> tuple[RunConfig, 
     if name not in names:
         got = f"got {name!r}" if name else "say which"
         raise UserError(f"--optimizer must be one of this run's, {', '.join(names)}; {got}")
-    if not folder.checkpoint(name).is_file():
+    if not is_there(folder.checkpoint(name)):
         raise UserError(
             f"the run in {source} lacks the network of {name}: {folder.checkpoint(name)} does not "
             "exist"
@@ -124,11 +126,10 @@ def _finished_run(folder: RunFolder, optimizer: str | None) -> tuple[RunConfig, 
 
 def _test_accuracy(folder: RunFolder, name: str) -> float:
     """Of the run's own test of one optimizer's network."""
-    summary: Any = folder.read_summary()
-    try:
-        return float(summary["results"][name]["test_accuracy"])
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{folder.summary} does not hold the test accuracy of {name}") from None
+    summary = folder.read_summary()
+    if summary is None or name not in summary["results"]:
+        raise UserError(f"{folder.summary} does not hold the test accuracy of {name}")
+    return summary["results"][name]["test_accuracy"]
 
 
 class Pruning:
@@ -262,15 +263,9 @@ class Pruning:
         from rlscuda.pruning.export import export_onnx, export_program
 
         example = self.data.normalise(self.data.val.images[:2])
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # of PyTorch to itself
-                {"onnx": export_onnx, "pt2": export_program}[kind](
-                    self.trainer.model, example, path
-                )
-        except (RuntimeError, TypeError, ValueError) as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(f"--export {kind} failed: {reason[0]}") from None
+        with reading(f"--export {kind} failed"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of PyTorch to itself
+            {"onnx": export_onnx, "pt2": export_program}[kind](self.trainer.model, example, path)
 
     def _gains(self) -> Gains:
         size = self.options.measure_batch or self.trainer.config.batch_size

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlscuda.cli.errors import UserError
+from rlscuda.cli.files import check_folder, is_there
 from rlscuda.cli.json_files import read_json, write_json
 from rlscuda.cli.out_folder import is_empty
 from rlscuda.cli.swap import finish, replaced
@@ -38,8 +39,13 @@ class PruneFiles:
     path: Path
 
     def existing(self) -> list[Path]:
-        """Every file of the pruning that exists, report.json last."""
-        return [self.path / name for name in (*MODELS, *REPORTS) if (self.path / name).is_file()]
+        """Every file of the pruning that exists, report.json last.
+
+        Raises:
+            UserError: something that is no file has the name of one, or no folder that of theirs.
+        """
+        check_folder(self.path)
+        return [self.path / name for name in (*MODELS, *REPORTS) if is_there(self.path / name)]
 
     def remove_folder(self) -> None:
         """Remove the folder where it is there and empty."""
@@ -56,12 +62,13 @@ class PruneFiles:
         if is_empty(self.path):
             return
         marker = self.path / "report.json"
-        document = read_json(marker) if marker.is_file() else None
+        document = read_json(marker) if is_there(marker) else None
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise UserError(
                 f"--out {self.path} is not empty and holds no pruning of rlscuda (no report.json "
                 "of one); choose another folder"
             )
+        self.existing()
         if not overwrite:
             raise UserError(f"--out {self.path} already holds a pruning: --overwrite replaces it")
 

@@ -8,10 +8,13 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from rlscuda._atomic import remove_leftovers, write_text
-from rlscuda.cli.errors import UserError
+from rlscuda._documents import check
+from rlscuda.cli.config import OPTIMIZERS
+from rlscuda.cli.errors import UserError, reading
+from rlscuda.cli.files import check_folder, is_there
 from rlscuda.cli.json_files import read_json, write_json
 from rlscuda.cli.out_folder import check_free, is_empty
 from rlscuda.cli.prune_files import PruneFiles
@@ -36,6 +39,42 @@ PRUNING_COLUMNS = (
     "changed_val_loss",
     "changed_val_accuracy",
 )  # of the rows of a training that prunes as it goes
+
+
+class Fingerprint(TypedDict):
+    """Of the data, in ``config.json``."""
+
+    fingerprint: str
+
+
+class Config(TypedDict):
+    """``config.json``: what is read of it; the options are checked by :class:`RunConfig`."""
+
+    options: dict[str, Any]
+    data: Fingerprint
+
+
+class Result(TypedDict):
+    """Of one optimizer, in ``summary.json``: what is read of it."""
+
+    test_accuracy: float
+    seconds: float
+    steps: int
+
+
+class Summary(TypedDict):
+    """``summary.json``."""
+
+    title: str
+    results: dict[str, Result]
+
+
+class Metrics(TypedDict):
+    """A row of ``metrics.json``: what is read of it."""
+
+    optimizer: str
+    epoch: int
+    val_accuracy: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +122,15 @@ class RunFolder:
         return self.path / "checkpoints" / f"{optimizer}.pt"
 
     def files(self) -> list[Path]:
-        """Every file of the run that exists."""
+        """Every file of the run that exists.
+
+        Raises:
+            UserError: something that is no file has the name of one, or no folder that of one.
+        """
+        check_folder(self.path / "checkpoints")
         named = [self.config, self.metrics_csv, self.metrics_json, self.summary, self.plot]
         checkpoints = sorted((self.path / "checkpoints").glob("*.pt"))
-        found = [path for path in named if path.is_file()]
-        return found + checkpoints + self.pruning.existing()
+        return [path for path in named + checkpoints if is_there(path)] + self.pruning.existing()
 
     def check_new(self, overwrite: bool) -> None:
         """Check that a new run may be put here; touch nothing.
@@ -98,12 +141,13 @@ class RunFolder:
         """
         if is_empty(self.path):
             return
-        if not self.config.is_file():
+        if not is_there(self.config):
             raise UserError(
                 f"--out {self.path} is not empty and holds no run of rlscuda (no config.json); "
                 "choose another folder"
             )
         self.read_config()
+        self.files()
         if not overwrite:
             raise UserError(
                 f"--out {self.path} already holds a run: --resume continues it, --overwrite "
@@ -151,7 +195,7 @@ class RunFolder:
         Raises:
             UserError: there is none, or it is not one of this program's.
         """
-        if not self.config.is_file():
+        if not is_there(self.config):
             raise UserError(f"nothing to resume in {self.path}: {self.config} does not exist")
         document = read_json(self.config)
         if not isinstance(document, dict) or document.get("format") != FORMAT:
@@ -160,6 +204,8 @@ class RunFolder:
             raise UserError(
                 f"{self.config} has format version {document.get('version')}, expected {VERSION}"
             )
+        with reading(str(self.config)):
+            check(document, Config, "the run")
         return document
 
     def begin(self, document: dict[str, Any]) -> None:
@@ -168,9 +214,22 @@ class RunFolder:
             write_json(new / "config.json", {"format": FORMAT, "version": VERSION, **document})
         self.pruning.remove_folder()
 
-    def read_summary(self) -> dict[str, Any] | None:
-        """Read ``summary.json``; None while the run is not finished."""
-        return read_json(self.summary) if self.summary.is_file() else None
+    def read_summary(self) -> Summary | None:
+        """Read ``summary.json``; None while the run is not finished.
+
+        Raises:
+            UserError: it is not one of this program's.
+        """
+        if not is_there(self.summary):
+            return None
+        document = read_json(self.summary)
+        with reading(str(self.summary)):
+            check(document, Summary, "the summary")
+            for name, result in document["results"].items():
+                if name not in OPTIMIZERS or result["steps"] < 1:
+                    raise ValueError(f"steps of one of {', '.join(OPTIMIZERS)} expected, got "
+                                     f"{result['steps']} of {name!r}")  # fmt: skip
+        return document
 
     def write_summary(self, document: dict[str, Any]) -> None:
         """Write ``summary.json``."""
@@ -186,6 +245,15 @@ class RunFolder:
         write_text(self.metrics_csv, text.getvalue())
         write_json(self.metrics_json, rows)
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """Read ``metrics.json``; NaN and infinity come back as None."""
-        return read_json(self.metrics_json)
+    def read_metrics(self) -> list[Metrics]:
+        """Read ``metrics.json``; NaN and infinity come back as None.
+
+        Raises:
+            UserError: it is not one of this program's.
+        """
+        rows = read_json(self.metrics_json)
+        with reading(str(self.metrics_json)):
+            check(rows, list[Metrics], "the metrics")
+            if not rows:
+                raise ValueError("the metrics must have a row, got none")
+        return rows

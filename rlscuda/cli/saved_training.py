@@ -143,10 +143,10 @@ def check_optimizer(state: Any, trainer: Trainer) -> None:
     for saved, group in zip(state["param_groups"], own):
         _require(saved.keys() == group.keys(), f"a group must have {sorted(group)}", sorted(saved))
         for name, value in group.items():
-            if name == "lr":
+            if name in ("lr", "peak_lr"):  # what a schedule changes
                 rate, start = saved[name], group["initial_lr"]
                 _require(type(rate) is float and 0 <= rate <= start,
-                         f"lr must lie in [0, {start}]", short(rate))  # fmt: skip
+                         f"{name} must lie in [0, {start}]", short(rate))  # fmt: skip
             else:
                 same = type(saved[name]) is type(value) and saved[name] == value
                 _require(same, f"{name} must be {value}, as in config.json", short(saved[name]))

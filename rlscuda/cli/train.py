@@ -19,6 +19,7 @@ from rlscuda.cli.data import Dataset, load_dataset
 from rlscuda.cli.display import StepBar, result_table
 from rlscuda.cli.errors import UserError
 from rlscuda.cli.execution import Execution
+from rlscuda.cli.files import is_there
 from rlscuda.cli.out_folder import writing
 from rlscuda.cli.plots import plot_run
 from rlscuda.cli.runfolder import RunFolder
@@ -61,7 +62,7 @@ class Run:
         trainer = Trainer(
             self.config, name, self.data, path, self.fingerprint, self.checkpoint_every
         )
-        if path.is_file():
+        if is_there(path):
             trainer.load_state_dict(load_checkpoint(path, self.fingerprint, name))
         return trainer
 
@@ -102,7 +103,7 @@ class Run:
         Raises:
             UserError: they are others.
         """
-        if self.data.fingerprint != stored.get("data", {}).get("fingerprint"):
+        if self.data.fingerprint != stored["data"]["fingerprint"]:
             raise UserError(
                 f"--data {self.config.data} does not hold the images this run was started with; "
                 "nothing was overwritten"
@@ -254,7 +255,7 @@ def resume(given: dict[str, Any], execution: Execution, out: Path, console: Cons
 def _stored(folder: RunFolder, given: dict[str, Any]) -> tuple[dict[str, Any], RunConfig]:
     """The content of ``config.json``, and the config in it, which the given options agree with."""
     stored = folder.read_config()
-    return stored, RunConfig.resumed(stored.get("options", {}), given)
+    return stored, RunConfig.resumed(stored["options"], given)
 
 
 def show_run(folder: RunFolder, console: Console) -> None:
