@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from rlscuda._archive import load_archive, save_archive
 from rlscuda._atomic import write_atomically
-from rlscuda.cli.errors import UserError
+from rlscuda._documents import check
+from rlscuda.cli.errors import UserError, reading
 
 FORMAT = "rlscuda-checkpoint"
 VERSION = 1
-KEYS = frozenset({"format", "version", "run", "optimizer_name", "training"})
+
+
+class Checkpoint(TypedDict):
+    """What a file holds."""
+
+    format: str
+    version: int
+    run: str
+    optimizer_name: str
+    training: dict[str, Any]
 
 
 def save_checkpoint(path: Path, run: str, optimizer_name: str, training: dict[str, Any]) -> None:
@@ -44,9 +54,11 @@ def load_checkpoint(path: Path, run: str, optimizer_name: str) -> dict[str, Any]
             another run or optimizer. Nothing is written.
     """
     document = _read(path, optimizer_name)
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
+    with reading(f"{path} is not an rlscuda checkpoint", "; nothing was overwritten"):
+        check(document, Checkpoint, "the checkpoint")
+    if document["format"] != FORMAT:
         raise UserError(f"{path} is not an rlscuda checkpoint; nothing was overwritten")
-    if document.get("version") != VERSION or not document.keys() >= KEYS:
+    if document["version"] != VERSION:
         raise UserError(
             f"{path} is a checkpoint of format version {document.get('version')}, expected "
             f"{VERSION}; nothing was overwritten"

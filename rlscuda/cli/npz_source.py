@@ -28,6 +28,8 @@ from rlscuda.cli.sources import Source
 
 Headers = dict[str, Header]
 
+_CHUNK = 2**20  # bytes
+
 _EXPECTED = (
     "x_train and y_train (x_test and y_test too, if there are test images), or "
     "train_jpeg, train_ends and train_labels (and the same with test_)"
@@ -63,6 +65,8 @@ def read_npz(path: Path) -> Source:
     test_labels = None
     if present:
         check(path, headers, "test")
+        for key in test_keys:
+            _verify(path, headers, key)
         if "x_test" in headers:
             shapes = [image_shape(headers[f"x_{split}"].shape) for split in ("train", "test")]
             check_test_shape(str(path), *shapes)
@@ -135,6 +139,18 @@ def _headers(path: Path) -> Headers:
                 )
             headers[entry.filename.removesuffix(".npy")] = header
     return headers
+
+
+def _verify(path: Path, headers: Headers, key: str) -> None:
+    """Check that an array which is read later can be, by its checksum."""
+    check_fits(f"--data {path}: {key}", headers[key].bytes)
+    with (
+        reading(f"--data {path}: cannot read {key}"),
+        zipfile.ZipFile(path) as archive,
+        archive.open(f"{key}.npy") as stream,
+    ):
+        while stream.read(_CHUNK):
+            pass
 
 
 def _load(path: Path, headers: Headers, key: str) -> np.ndarray:

@@ -30,9 +30,10 @@ from rlscuda.cli.runfolder import RunFolder
 from rlscuda.cli.texts import one_line
 from rlscuda.cli.train import Run
 from rlscuda.cli.training import Trainer, evaluate
+from rlscuda.pruning.manifest import describe, rebuild
 from rlscuda.pruning.measure import Gains
 from rlscuda.pruning.report import PruneReport
-from rlscuda.pruning.saving import describe, load_pruned, rebuild, save_pruned
+from rlscuda.pruning.saving import load_pruned, save_pruned
 
 _CALIBRATION_BATCH = 100
 Batch = tuple[Tensor, Tensor]

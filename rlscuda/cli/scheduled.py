@@ -18,9 +18,10 @@ from rlscuda.cli.prune_record import KINDS, PruneRecord, Stage, gains_of, size_o
 from rlscuda.cli.prune_report import write_report
 from rlscuda.cli.rng import capture_rng, restore_rng
 from rlscuda.pruning.graph import trace
+from rlscuda.pruning.manifest import Described, describe, rebuild
 from rlscuda.pruning.pruner import RLSPruner
 from rlscuda.pruning.report import PruneReport
-from rlscuda.pruning.saving import Described, describe, rebuild, save_pruned
+from rlscuda.pruning.saving import save_pruned
 from rlscuda.pruning.schedule import PruneSchedule
 
 if TYPE_CHECKING:

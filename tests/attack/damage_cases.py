@@ -204,7 +204,9 @@ def _header(path: str, random: Random) -> None:
         "(90, 100000, 100000)", "(1099511627776,)", "(90, -8, 8)", "(90, 8.0, 8)", "(90, 8, 9)",
         "(" * 3000, "()", "(90,) * 10**9", "(9" + "9" * 500 + ",)", "[90, 8, 8]", "None",
     ))  # fmt: skip
-    kind = random.choice(("'|u1'", "'<f8'", "'|O'", "'<U1000000'", "'u1' * 9", "object", "[('a', '<f4')]"))
+    kind = random.choice(
+        ("'|u1'", "'<f8'", "'|O'", "'<U1000000'", "'u1' * 9", "object", "[('a', '<f4')]")
+    )
     header = f"{{'descr': {kind}, 'fortran_order': False, 'shape': {shape}, }}".encode()
     version = random.choice(((1, 0), (2, 0), (3, 0), (9, 9)))
     length = len(header).to_bytes(2 if version == (1, 0) else 4, "little")
@@ -473,7 +475,9 @@ def _load_state(form: str, seed: int) -> None:
     model, optimizer = make()
     train(model, optimizer)
     under = random.choice([(), ("state",), ("param_groups", 0), ("state", 0), ("state", 2)])
-    state = damages.mutated(optimizer.state_dict(), random, damages.HOSTILE + damages.tensors(), under)
+    state = damages.mutated(
+        optimizer.state_dict(), random, damages.HOSTILE + damages.tensors(), under
+    )
     twin, other = make()
     train(twin, other)
     before = [p.detach().clone() for p in twin.parameters()]

@@ -225,6 +225,7 @@ def main() -> int:
     parser.add_argument("--show", action="store_true", help="print each case and its line")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    command("info")  # what all commands import, once for all the children
     totals: collections.Counter[str] = collections.Counter()
     faults = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -242,7 +243,9 @@ def main() -> int:
             if number % given.every or given.only not in case.name:
                 continue
             random = Random(f"{given.seed} {number}")
-            kind, fault, error = attempt(case, whole, random, drawn=Random(number).random() < 1 / 40)
+            kind, fault, error = attempt(
+                case, whole, random, drawn=Random(number).random() < 1 / 40
+            )
             totals[kind] += 1
             if given.show:
                 print(f"{number} {case.name}: {kind} {error.strip()[-300:]}", flush=True)

@@ -68,7 +68,10 @@ def noise(path: Path, random: Random) -> None:
 
 
 def text(path: Path, random: Random) -> None:
-    write(path, random.choice((b"", b"no such thing\n", b"\xff\xfe{\x00}\x00", b"PK\x03\x04", b"\x93")))
+    write(
+        path,
+        random.choice((b"", b"no such thing\n", b"\xff\xfe{\x00}\x00", b"PK\x03\x04", b"\x93")),
+    )
 
 
 def append(path: Path, random: Random) -> None:
