@@ -1,6 +1,6 @@
 """Gives the program damaged inputs, one at a time, and looks at how it ends.
 
-    python tests/attack/damaged_inputs.py [--count N] [--every K] [--seed S] [--only TEXT]
+    python tests/attack/damaged_inputs.py [--count N] [--every K] [--first I] [--seed S] [--only X]
 
 Each command must end: with 0 where the damage does no harm, else with one line on stderr, `error:`
 and what was expected, without a traceback, having changed no file and taken little memory; each
@@ -14,6 +14,7 @@ import argparse
 import collections
 import ctypes
 import fcntl
+import io
 import os
 import resource
 import shutil
@@ -28,6 +29,7 @@ from random import Random
 
 import matplotlib.pyplot  # noqa: F401 - imported once, for all the children
 import torch
+import torch._dynamo
 import torch_pruning  # noqa: F401
 from damage_cases import Case, cases
 from workspace import DATA, command, make_workspace
@@ -64,9 +66,8 @@ def child(work: Path, case: Case, drawn: bool) -> Ended:
         try:
             for number, (_, end) in enumerate(pipes, 1):
                 os.dup2(end, number)
-            sys.stdout, sys.stderr = (
-                open(number, "w", encoding="utf-8") for number in (1, 2)
-            )  # fmt: skip
+            sys.stdout = io.TextIOWrapper(io.FileIO(1, "w"), encoding="utf-8", write_through=True)
+            sys.stderr = io.TextIOWrapper(io.FileIO(2, "w"), encoding="utf-8", write_through=True)
             os.chdir(work)
             status = in_child(case, drawn)
         except BaseException:
@@ -220,12 +221,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=1900, help="about how many cases there are")
     parser.add_argument("--every", type=int, default=1, help="run each K-th of them only")
+    parser.add_argument("--first", type=int, default=0, help="starting with this one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="run those whose name has this text")
     parser.add_argument("--show", action="store_true", help="print each case and its line")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    command("info")  # what all commands import, once for all the children
+    command("info")  # with the imports above, what all commands need, once for all the children
+    torch.optim.AdamW([torch.zeros(1)])
     totals: collections.Counter[str] = collections.Counter()
     faults = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -234,13 +237,13 @@ def main() -> int:
         whole.mkdir()
         made = os.fork()  # no thread of autograd may be older than the children
         if made == 0:
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")
-            make_workspace(whole)
+            with open(os.devnull, "w", encoding="utf-8") as sys.stdout:
+                make_workspace(whole)
             os._exit(0)
         if os.waitpid(made, 0)[1]:
             raise SystemExit("the workspace could not be made")
         for number, case in enumerate(cases(given.count)):
-            if number % given.every or given.only not in case.name:
+            if number % given.every != given.first or given.only not in case.name:
                 continue
             random = Random(f"{given.seed} {number}")
             kind, fault, error = attempt(

@@ -23,9 +23,10 @@ Damage = Callable[[Path, Random], object]
 DEEP = 100_000
 
 HOSTILE: list[Any] = [
-    None, True, False, -1, 0, 1, 7, 2**31, 2**63, -(2**63), 10**9, 10**18, 10**400, 0.5, -0.0, 1e308,
-    math.inf, -math.inf, math.nan, "", "x", "\x00", "\ud800", "$x_{$[red]\x1b[31m", "9" * 5000,
-    "n" * 10_000, [], {}, [[[[]]]], {"a": {"b": {}}}, [0] * 1000, {"": ""}, [None], ["x"],
+    None, True, False, -1, 0, 1, 7, 2**31, 2**63, -(2**63), 10**9, 10**18, 10**400, 0.5, -0.0,
+    1e308, math.inf, -math.inf, math.nan, "", "x", "\x00", "\ud800", "$x_{$[red]\x1b[31m",
+    "9" * 5000, "n" * 10_000, [], {}, [[[[]]]], {"a": {"b": {}}}, [0] * 1000,
+    {"": ""}, [None], ["x"],
 ]  # fmt: skip
 
 
@@ -348,8 +349,9 @@ def image(path: Path, random: Random) -> None:
         zipped.writestr("a", b"b")
     write(path, random.choice((
         png(60_000, 60_000), png(20_000, 20_000, bytes(1000)), png(9_000, 9_000), png(8, 8),
-        png(8, 8, bytes(72), kind=2), png(8, 8, bytes(72), depth=3), png(0, 8), png(9, 8, bytes(80)),
-        png(8, 8, bytes(136), depth=16), png(2**31 - 1, 2**31 - 1), stretched.getvalue(),
+        png(8, 8, bytes(72), kind=2), png(8, 8, bytes(72), depth=3), png(0, 8),
+        png(9, 8, bytes(80)), png(8, 8, bytes(136), depth=16), png(2**31 - 1, 2**31 - 1),
+        stretched.getvalue(),
         b"\xff\xd8\xff\xe0" + bytes(30), b"GIF89a\xff\xff\xff\xff" + bytes(20), b"BM" + bytes(60),
         b"II*\x00\x08\x00\x00\x00\xff\xff", b"RIFF\x00\x00\x00\x00WEBPVP8 ", b"P5 99999999 9 255\n",
         b"P6\n8 8\n255\n", b"P5 8 8 65535\n" + bytes(128),

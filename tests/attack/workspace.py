@@ -15,6 +15,8 @@ from rlscuda.cli.training import Trainer
 DATA = "data.npz"
 TRAIN = ("train", "--model", "mlp", "--data", DATA, "--epochs", "2", "--batch-size", "27",
          "--optimizer", "rls,sgd,adam", "--checkpoint-every", "2")  # fmt: skip
+NEW = ("train", "--model", "mlp", "--epochs", "1", "--optimizer", "sgd", "--batch-size", "5",
+       "--out", "new", "--data")  # fmt: skip
 ROUNDS = ("train", "--model", "mlp", "--data", DATA, "--epochs", "3", "--batch-size", "27",
           "--optimizer", "rls", "--prune-schedule", "linear:0.4:2,budget=2,tolerance=1000%",
           "--checkpoint-every", "1")  # fmt: skip
