@@ -16,7 +16,7 @@ NUMBERS = {  # option -> what it must be, and values that it must not be
     "gain": ("> 0 and finite", [0.0, -1.0, math.nan, math.inf]),
     "momentum": ("in [0, 1)", [-0.1, 1.0, math.nan]),
     "weight_decay": (">= 0 and finite", [-0.1, math.nan, math.inf]),
-    "rank": ("an int >= 1", [0, -1, 2.0, "4"]),
+    "rank": ("an int >= 1 and at most 65536", [0, -1, 2.0, "4"]),
     "summary": ("mean | sketch | sample", ["median", 3]),
     "form": ("adaptive | paper | natural", ["adam", 0, None, ["paper"]]),
     "shrinkage": ("in [0, 1]", [-0.1, 1.1, math.nan]),
