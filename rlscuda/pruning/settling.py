@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlscuda.pruning._inputs import feed, inference
+from rlscuda.pruning._inputs import feed
+from rlscuda.pruning.isolation import isolated_copy, rng_kept
 from rlscuda.pruning.kept import Kept
 
 FEWEST_SAMPLES = 16  # below which what a batch shows is as much chance as the cut
@@ -56,8 +57,7 @@ def settle(
     batch reaches stay as they are.
 
     Args:
-        whole: The model before the cut; its modes and the random generators are as before
-            afterwards.
+        whole: The model before the cut; a copy of it is run.
         pruned: The copy, with the statistics of the whole model; it is left in eval mode.
         kept: What the cut keeps, by name of a parameter or buffer.
         batches: The same batch for either, as `feed` takes them.
@@ -69,10 +69,11 @@ def settle(
     norms = _norms(pruned)
     if not norms:
         return Settled({}, 0)
+    whole = isolated_copy(whole).eval()
     modules = dict(whole.named_modules())
     found = {name: _Shift(norm, kept.get(f"{name}.running_mean")) for name, norm in norms.items()}
     count = 0
-    with inference(whole), ExitStack() as hooks:
+    with rng_kept(whole), ExitStack() as hooks:
         for name, shift in found.items():
             hooks.enter_context(_seen(modules[name], shift.whole.add))
             hooks.enter_context(_seen(norms[name], shift.follow))
