@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,8 +75,8 @@ def settle(
     count = 0
     with rng_kept(whole), ExitStack() as hooks:
         for name, shift in found.items():
-            hooks.enter_context(_seen(modules[name], shift.whole.add))
-            hooks.enter_context(_seen(norms[name], shift.follow))
+            for norm, see in ((modules[name], shift.whole.add), (norms[name], shift.follow)):
+                hooks.callback(norm.register_forward_pre_hook(_showing(see)).remove)
         for of_whole, of_pruned in batches:
             feed(whole, of_whole)
             feed(pruned, of_pruned)
@@ -109,14 +109,9 @@ def _norms(model: nn.Module) -> dict[str, Any]:
     return norms
 
 
-@contextmanager
-def _seen(norm: nn.Module, see: Any) -> Iterator[None]:
-    """Shows what a norm is given, before it is normalised."""
-    handle = norm.register_forward_pre_hook(lambda _, args: see(args[0]))
-    try:
-        yield
-    finally:
-        handle.remove()
+def _showing(see: Callable[[Tensor], None]) -> Callable[[nn.Module, Any], None]:
+    """A hook that shows what a norm is given, before it is normalised."""
+    return lambda _, args: see(args[0])
 
 
 class _Moments:
