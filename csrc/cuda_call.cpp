@@ -12,7 +12,7 @@ namespace rlscuda {
 bool on_cuda(const Tensor& t) { return t.is_cuda(); }
 
 CudaCall::CudaCall(const Tensor& t) {
-  RLS_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
+  RLS_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "CUDA: this torch has none");
   guard_.emplace(t.get_device_index());
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));

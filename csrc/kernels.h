@@ -65,7 +65,7 @@ struct RowLayout {
 template <class T>
 struct WeightStep {
   void* weight;       // [rows, n] of the parameter's dtype, updated in place
-  void* bias;         // [rows] or null, likewise
+  void* bias;         // [rows] by bias_stride or null, likewise
   T* product;         // [rows, n (+ 1)]: G P; completed in place
   const T* grad;      // [rows, n]: G (adaptive form)
   const T* bias_row;  // P[n, :] of each group, or null where the product is complete
@@ -77,7 +77,7 @@ struct WeightStep {
   const double* health;   // [kHealthSlots] or null: counts the steps in place of `step`
   const float* rate;      // [] or null: multiplies lr
   RowLayout layout;
-  int64_t rows, rows_per_group, n;
+  int64_t bias_stride, rows, groups, rows_per_group, n;
   double lr, momentum, beta2, weight_decay, eps, step;
   double gain;  // > 0: lr rises with the gain of an averaging update, lr gain / kappa_t
   bool divide_by_h;
@@ -96,7 +96,7 @@ template <class T>
 RLS_HOST_DEVICE inline StepConstants step_constants(const WeightStep<T>& a) {
   StepConstants c{a.lr * (a.rate ? double(*a.rate) : 1.0), 1, 1};
   if (a.health && a.gain > 0) {
-    const double updates = updates_seen(a.health) - 1;  // before the update of this step
+    const double updates = steps_counted(a.health) - 1;  // before the update of this step
     c.lr *= a.gain / gain_at(a.gain, true, updates > 0 ? updates : 0);
   }
   if (a.second_moment) {

@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdint>
+#include <exception>
+#include <mutex>
 
 #include "rls_math.h"
 
@@ -27,9 +29,20 @@ template <class F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   if (end - begin <= grain) {
     if (end > begin) f(begin, end);
-  } else {
-    torch::stable::parallel_for(begin, end, grain, f);
+    return;
   }
+  // the C interface of the pool would replace what an exception says
+  std::exception_ptr failure;
+  std::mutex guard;
+  torch::stable::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) {
+    try {
+      f(first, last);
+    } catch (...) {
+      const std::lock_guard lock(guard);
+      failure = std::current_exception();
+    }
+  });
+  if (failure) std::rethrow_exception(failure);
 }
 
 }  // namespace rlscuda

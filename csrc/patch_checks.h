@@ -1,9 +1,7 @@
 // What the patch ops share before their kernels: checks of the geometry, and dispatch on the dtype.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
-#include "checks.h"
+#include "arguments.h"
 #include "half.h"
 #include "patch_geometry.h"
 
@@ -19,21 +17,44 @@ inline Padding padding_of(int64_t mode) {
   return Padding(mode);
 }
 
+// Entries are at most 2^31 - 1, so that no product of two can overflow.
 inline void check_list(const char* name, const IntList& list, size_t count, int64_t least) {
   RLS_CHECK(list.size() == count, name, " must have ", count, " integers, got ", list.size());
-  for (int64_t value : list)
+  for (int64_t value : list) {
     RLS_CHECK(value >= least, name, " must be at least ", least, ", got ", value);
+    RLS_CHECK(value <= INT32_MAX, name, " must be at most ", INT32_MAX, ", got ", value);
+  }
 }
 
 inline void check_patch_input(const Tensor& x) {
   RLS_CHECK(x.dim() == 4, "x must be [N, C, H, W], got ", shape_of(x));
   RLS_CHECK(x.numel() > 0, "x must not be empty, got ", shape_of(x));
+  Arguments("x", x).read_strided("x", x);
 }
 
 // x with a layout that the kernels walk: rows along w or pixels along c dense, else a copy.
 inline Tensor walkable(const Tensor& x) {
   const bool rows = x.size(3) == 1 || x.stride(3) == 1, pixels = x.size(1) > 1 && x.stride(1) == 1;
-  return rows || pixels ? x : torch::stable::contiguous(x);
+  return rows || pixels ? x : dense_copy(x);
+}
+
+// Refuses work out of all proportion to x, which nothing could interrupt for minutes: a padding of
+// 2^27, say. Up to `free` is allowed whatever the size of x, and `each` for every element.
+inline void check_work(const Tensor& x, const char* what, double work, double free, double each) {
+  double elements = 1;  // of x in memory: one that was expanded has fewer than it shows
+  for (int64_t d = 0; d < 4; ++d) elements *= x.stride(d) ? double(x.size(d)) : 1.0;
+  RLS_CHECK(work <= free + each * elements, "padding, kernel and rank must be in proportion to x ",
+            shape_of(x), ", got ", work, " ", what);
+}
+
+// The multiply-adds of a kernel.
+inline void check_products(const Tensor& x, double products) {
+  check_work(x, "multiply-adds", products, 1LL << 31, 1 << 18);
+}
+
+// The rows of the im2col matrix times those of the result.
+inline void check_patches(const Tensor& x, const PatchGeometry& g, int64_t rank) {
+  check_work(x, "patches", double(g.images) * double(g.positions()) * double(rank), 1 << 27, 4096);
 }
 
 // The geometry of a convolution over x [N, C, H, W]; padding is (left, right, top, bottom).
@@ -73,6 +94,11 @@ inline PatchGeometry patch_geometry(const Tensor& x, const IntList& kernel_size,
   RLS_CHECK(span_h >= 1 && span_w >= 1, "a dilated kernel of ", g.kernel_h, " x ", g.kernel_w,
             " does not fit the padded input of x ", shape_of(x));
   g.out_h = (span_h - 1) / g.step_h + 1, g.out_w = (span_w - 1) / g.step_w + 1;
+  const double high = double(span_h) + double(g.dilation_h) * double(g.kernel_h - 1);
+  const double wide = double(span_w) + double(g.dilation_w) * double(g.kernel_w - 1);
+  const double taps = std::max(double(g.kernel_h) * high, double(g.kernel_w) * wide);
+  check_work(x, "taps along one side", taps, 1 << 27, 4096);
+  check_patches(x, g, 1);
   return g;
 }
 
@@ -89,14 +115,20 @@ auto dispatch_element(const Tensor& x, const F& f) {
       return f(static_cast<const BFloat16*>(data));
     default:
       RLS_CHECK(x.scalar_type() == ScalarType::Half,
-                "x must be float32, float64, bfloat16 or float16, got another dtype");
+                "x must be float32, float64, bfloat16 or float16, got ", dtype_of(x));
       return f(static_cast<const Half*>(data));
   }
 }
 
-inline PatchDraw patch_draw(int64_t rank, int64_t seed, int64_t offset) {
+// The draw of `rank` rows, whose counters go on from `offset`; each row costs `columns` of x.
+inline PatchDraw patch_draw(const Tensor& x, const PatchGeometry& g, int64_t rank, int64_t seed,
+                            int64_t offset) {
   RLS_CHECK(rank >= 1, "rank must be at least 1, got ", rank);
   RLS_CHECK(offset >= 0, "offset must be at least 0, got ", offset);
+  check_patches(x, g, rank);
+  int64_t end;
+  RLS_CHECK(!__builtin_add_overflow(offset, g.images * g.positions(), &end),
+            "offset must leave room for the patches of x below 2^63, got ", offset);
   return {rank, offset, uint64_t(seed)};
 }
 

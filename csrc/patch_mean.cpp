@@ -13,6 +13,7 @@ Tensor patch_mean(const Tensor& x, std::vector<int64_t> kernel_size, std::vector
   const Tensor input = walkable(x);
   const PatchGeometry g =
       patch_geometry(input, kernel_size, stride, padding, dilation, groups, padding_mode, ones);
+  check_products(x, double(g.channels) * double(g.taps()) * double(g.height));
   Tensor mean = new_tensor(x, {g.groups, g.row_size()}, summary_dtype(x));
   dispatch_element(input, [&]<class T>(const T* data) {
     auto* out = static_cast<Accumulate<T>*>(mean.mutable_data_ptr());

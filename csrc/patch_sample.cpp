@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor> patch_sample(const Tensor& x, std::vector<int64_t> ke
   check_patch_input(x);
   const PatchGeometry g =
       patch_geometry(x, kernel_size, stride, padding, dilation, groups, padding_mode, ones);
-  const PatchDraw draw = patch_draw(rank, seed, offset);
+  const PatchDraw draw = patch_draw(x, g, rank, seed, offset);
   Tensor rows = new_tensor(x, {g.groups, rank, g.row_size()}, summary_dtype(x));
   Tensor keys = new_tensor(x, {rank}, ScalarType::Long);
   dispatch_element(x, [&]<class T>(const T* data) {

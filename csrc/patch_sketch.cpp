@@ -13,7 +13,9 @@ Tensor patch_sketch(const Tensor& x, std::vector<int64_t> kernel_size, std::vect
   const Tensor input = walkable(x);
   const PatchGeometry g =
       patch_geometry(input, kernel_size, stride, padding, dilation, groups, padding_mode, ones);
-  const PatchDraw draw = patch_draw(rank, seed, offset);
+  const PatchDraw draw = patch_draw(x, g, rank, seed, offset);
+  check_products(x, double(g.images) * double(g.positions()) * double(rank) * double(g.channels) *
+                        double(g.taps()));
   Tensor rows = new_tensor(x, {g.groups, rank, g.row_size()}, summary_dtype(x));
   dispatch_element(input, [&]<class T>(const T* data) {
     auto* out = static_cast<Accumulate<T>*>(rows.mutable_data_ptr());

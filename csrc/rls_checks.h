@@ -4,47 +4,48 @@
 #include <cmath>
 #include <optional>
 
-#include "checks.h"
+#include "arguments.h"
 #include "kernels.h"
 
 namespace rlscuda {
 
-inline void check_rule(const UpdateRule& rule) {
+constexpr int64_t kMostRank = 4096;  // rows of a summary: H [r, r] and its factor stay small
+
+// The rule, of which everything that P is multiplied by or set to must be a number of type T.
+template <class T>
+void check_rule(const UpdateRule& rule) {
+  constexpr double kMost = std::numeric_limits<T>::max();
   RLS_CHECK(rule.forgetting > 0 && rule.forgetting <= 1, "forgetting must be in (0, 1], got ",
             rule.forgetting);
-  const auto finite = [](double value, double least) { return value >= least && value < INFINITY; };
-  RLS_CHECK(rule.gain > 0 && finite(rule.gain, 0), "gain must be > 0, got ", rule.gain);
-  RLS_CHECK(finite(rule.decay, 0), "decay must be >= 0, got ", rule.decay);
-  RLS_CHECK(finite(rule.diffusion, 0), "diffusion must be >= 0, got ", rule.diffusion);
-  RLS_CHECK(finite(rule.drift, 0), "drift must be >= 0, got ", rule.drift);
-  RLS_CHECK(rule.initial_scale > 0 && finite(rule.initial_scale, 0),
+  const auto within = [](double value, double most) { return value >= 0 && value <= most; };
+  RLS_CHECK(rule.gain > 0 && within(rule.gain, kMost), "gain must be > 0, got ", rule.gain);
+  RLS_CHECK(within(rule.decay, kMost), "decay must be >= 0, got ", rule.decay);
+  RLS_CHECK(within(rule.diffusion, kMost), "diffusion must be >= 0, got ", rule.diffusion);
+  RLS_CHECK(within(rule.drift, kMost), "drift must be >= 0, got ", rule.drift);
+  RLS_CHECK(T(rule.initial_scale) > 0 && within(rule.initial_scale, kMost),
             "initial_scale must be > 0, got ", rule.initial_scale);
+  RLS_CHECK(rule.decay / rule.forgetting <= kMost, "decay / forgetting must be finite, got ",
+            rule.decay, " / ", rule.forgetting);
+  const double largest = rule.averaging ? std::max(rule.gain, 1.0) : rule.gain;
+  RLS_CHECK(rule.drift <= 1 / largest, "drift must be at most ", 1 / largest,
+            ", or P could turn negative, got ", rule.drift);
 }
 
-inline const bool* found_inf_pointer(const std::optional<Tensor>& found_inf, const Tensor& P) {
+inline const bool* found_inf_pointer(Arguments& arguments, const std::optional<Tensor>& found_inf) {
   if (!found_inf) return nullptr;
-  check_same_device("found_inf", *found_inf, "P", P);
   RLS_CHECK(found_inf->numel() == 1 && found_inf->scalar_type() == ScalarType::Bool,
-            "found_inf must be one bool, got ", shape_of(*found_inf));
-  return static_cast<const bool*>(found_inf->const_data_ptr());
-}
-
-template <class T>
-T* pointer_like(const char* name, const Tensor& t, const Tensor& P) {
-  check_same_device(name, t, "P", P);
-  check_same_dtype(name, t, "P", P);
-  check_contiguous(name, t);
-  return static_cast<T*>(t.mutable_data_ptr());
+            "found_inf must be one bool, got ", dtype_of(*found_inf), " ", shape_of(*found_inf));
+  return arguments.read<bool>("found_inf", *found_inf);
 }
 
 // A layer of which only P [n, n] or [b, n, n] is known.
 template <class T>
-RlsUpdate<T> layer_of(const Tensor& P) {
+RlsUpdate<T> layer_of(Arguments& arguments, const Tensor& P) {
   const bool batched = P.dim() == 3;
   RLS_CHECK(batched || P.dim() == 2, "P must be [n, n] or [b, n, n], got ", shape_of(P));
   RLS_CHECK(P.size(-2) == P.size(-1), "P must be square, got ", shape_of(P));
   RlsUpdate<T> layer{};
-  layer.P = pointer_like<T>("P", P, P);
+  layer.P = arguments.write<T>("P", P);
   layer.batch = batched ? P.size(0) : 1;
   layer.n = P.size(-1);
   return layer;
@@ -52,27 +53,28 @@ RlsUpdate<T> layer_of(const Tensor& P) {
 
 // The update of one layer's P by rows S.
 template <class T>
-RlsUpdate<T> layer_update(const Tensor& P, const Tensor& S, const Tensor* power,
-                          const Tensor* health) {
-  RlsUpdate<T> args = layer_of<T>(P);
+RlsUpdate<T> layer_update(Arguments& arguments, const Tensor& P, const Tensor& S,
+                          const Tensor* power, const Tensor* health) {
+  RlsUpdate<T> args = layer_of<T>(arguments, P);
   const bool batched = P.dim() == 3;
   const int64_t n = args.n, batch = args.batch;
   RLS_CHECK(S.dim() >= 1 && S.size(-1) == n, "s must have n=", n, " columns, got ", shape_of(S));
   RLS_CHECK(batched ? S.dim() == 3 && S.size(0) == batch : S.dim() <= 2, "s must be ",
             batched ? "[b, r, n] for a batched P" : "[n] or [r, n]", ", got ", shape_of(S));
-  args.S = pointer_like<const T>("s", S, P);
+  check_same_dtype("s", S, "P", P);
+  args.S = arguments.read<T>("s", S);
   args.rank = S.dim() == 1 ? 1 : S.size(-2);
+  RLS_CHECK(args.rank <= kMostRank, "s must have at most ", kMostRank, " rows, got ", shape_of(S));
   if (power) {
     RLS_CHECK(power->numel() == batch, "power must have ", batch, " elements, got ",
               shape_of(*power));
-    args.power = pointer_like<T>("power", *power, P);
+    check_same_dtype("power", *power, "P", P);
+    args.power = arguments.write<T>("power", *power);
   }
   if (health) {
     check_shape("health", *health, {kHealthSlots});
-    RLS_CHECK(health->scalar_type() == ScalarType::Double, "health must be float64");
-    check_contiguous("health", *health);
-    check_same_device("health", *health, "P", P);
-    args.health = static_cast<double*>(health->mutable_data_ptr());
+    check_dtype("health", *health, ScalarType::Double, "float64");
+    args.health = arguments.write<double>("health", *health);
   }
   return args;
 }
@@ -81,7 +83,7 @@ RlsUpdate<T> layer_update(const Tensor& P, const Tensor& S, const Tensor* power,
 template <class F>
 auto dispatch_matrix(const Tensor& P, const F& f) {
   if (P.scalar_type() == ScalarType::Float) return f(float{});
-  RLS_CHECK(P.scalar_type() == ScalarType::Double, "P must be float32 or float64");
+  check_dtype("P", P, ScalarType::Double, "float32 or float64");
   return f(double{});
 }
 

@@ -3,8 +3,8 @@
 
 #include <pybind11/numpy.h>
 
-#include "checks.h"
 #include "kernels.h"
+#include "rls_checks.h"
 
 namespace rlscuda {
 namespace {
@@ -24,6 +24,35 @@ void check_finite(const char* name, const T* data, int64_t rows, int64_t cols,
     throw std::invalid_argument(
         concatenate(name, " must be finite, got NaN or inf in sample ", row));
 }
+
+// The arrays of a call: aligned, of strides in whole elements, and apart where one is written.
+class Arrays {
+ public:
+  void add(const char* name, const py::array& array, bool written) {
+    const auto item = array.itemsize();
+    auto first = reinterpret_cast<intptr_t>(array.data()), last = first;
+    bool whole = first % item == 0;
+    for (py::ssize_t d = 0; d < array.ndim(); ++d) {
+      const auto step = array.strides(d) * (array.shape(d) - 1);
+      (step < 0 ? first : last) += step;
+      whole = whole && array.strides(d) % item == 0;
+    }
+    if (array.size() == 0) return;
+    RLS_CHECK(whole, name, " must be aligned, and its strides whole elements");
+    for (const Use& other : uses_)
+      RLS_CHECK(!(written || other.written) || last + item <= other.begin || other.end <= first,
+                name, " and ", other.name, " must not share memory, since one of them is written");
+    uses_.push_back({name, first, last + item, written});
+  }
+
+ private:
+  struct Use {
+    const char* name;
+    intptr_t begin, end;
+    bool written;
+  };
+  std::vector<Use> uses_;
+};
 
 template <class T>
 void strides_of(const Strided<T>& array, int64_t stride[2]) {
@@ -48,7 +77,13 @@ std::pair<py::array_t<T>, int64_t> run(Dense<T> P, Dense<T> W, const Strided<T>&
   RLS_CHECK(shaped && P.shape(0) == P.shape(1) && W.shape(1) == P.shape(0) &&
                 X.shape(1) == P.shape(0) && Y.shape(0) == X.shape(0) && Y.shape(1) == W.shape(0),
             "shapes must be P [n, n], W [n_out, n], X [T, n], Y [T, n_out]");
+  RLS_CHECK(W.size() > 0, "W must not be empty, got [", W.shape(0), ", ", W.shape(1), "]");
   check_held(P, held, state);
+  check_rule<T>({forgetting, gain, decay, diffusion, 0, initial_scale, false});
+  Arrays arrays;
+  arrays.add("X", X, false), arrays.add("Y", Y, false);
+  arrays.add("P", P, true), arrays.add("W", W, true);
+  arrays.add("held", held, true), arrays.add("state", state, true);
   py::array_t<T> predictions({X.shape(0), W.shape(0)});
   RlsFilter<T> args{P.mutable_data(),           W.mutable_data(), X.data(),   Y.data(),
                     predictions.mutable_data(), X.shape(0),       X.shape(1), W.shape(0)};
@@ -75,6 +110,8 @@ std::pair<py::array_t<T>, int64_t> run(Dense<T> P, Dense<T> W, const Strided<T>&
 template <class T>
 void flush(Dense<T> P, Dense<T> held, Dense<double> state) {
   check_held(P, held, state);
+  Arrays arrays;
+  arrays.add("P", P, true), arrays.add("held", held, false), arrays.add("state", state, true);
   RlsUpdate<T> layer{};
   layer.P = P.mutable_data();
   layer.batch = layer.rank = 1;

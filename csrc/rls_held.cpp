@@ -1,5 +1,4 @@
 // rls_update_held_ and rls_flush_: checks, dtype dispatch, launch.
-#include "checks.h"
 #include "cuda_call.h"
 #include "kernels.h"
 #include "ops.h"
@@ -10,7 +9,8 @@ namespace {
 
 // Adds what is held of P to the layer, whose P and sizes are known.
 template <class T>
-void hold_back(RlsUpdate<T>& layer, const Tensor& P, const Tensor& held, const Tensor& state) {
+void hold_back(Arguments& arguments, RlsUpdate<T>& layer, const Tensor& P, const Tensor& held,
+               const Tensor& state) {
   const bool batched = P.dim() == 3;
   RLS_CHECK(held.dim() == P.dim() + 1, "held must be ", batched ? "[b, K, r, n]" : "[K, r, n]",
             ", got ", shape_of(held));
@@ -22,13 +22,14 @@ void hold_back(RlsUpdate<T>& layer, const Tensor& P, const Tensor& held, const T
     check_shape("held", held, {layer.hold, layer.rank, layer.n});
     check_shape("state", state, {kHeldSlots});
   }
-  RLS_CHECK(layer.hold >= 2 && layer.hold * layer.rank <= kHeldRows,
+  RLS_CHECK(layer.hold >= 2 && layer.hold <= kHeldRows && layer.rank <= kHeldRows &&
+                layer.hold * layer.rank <= kHeldRows,
             "held must have K >= 2 updates and at most ", kHeldRows, " rows, got ", shape_of(held));
-  RLS_CHECK(state.scalar_type() == ScalarType::Double, "state must be float64");
-  check_contiguous("state", state);
-  check_same_device("state", state, "P", P);
-  layer.held = pointer_like<T>("held", held, P);
-  layer.held_state = static_cast<HeldState*>(state.mutable_data_ptr());
+  check_dtype("state", state, ScalarType::Double, "float64");
+  check_same_dtype("held", held, "P", P);
+  layer.held = arguments.write<T>("held", held);
+  layer.held_state = arguments.write<HeldState>("state", state);
+  arguments.check_apart();
 }
 
 // Calls on_host(), or on_device(workspace, stream).
@@ -51,12 +52,14 @@ std::tuple<Tensor, Tensor> rls_update_held_(Tensor P, Tensor held, Tensor state,
                                             const std::optional<Tensor>& found_inf) {
   return dispatch_matrix(P, [&](auto zero) {
     using T = decltype(zero);
-    auto layer = layer_update<T>(P, S, power ? &*power : nullptr, health ? &*health : nullptr);
+    Arguments arguments("P", P);
+    auto layer =
+        layer_update<T>(arguments, P, S, power ? &*power : nullptr, health ? &*health : nullptr);
     RLS_CHECK(layer.rank >= 1, "s must have at least one row, got ", shape_of(S));
     layer.rule = {forgetting, gain, decay, diffusion, 0, initial_scale, false};
-    check_rule(layer.rule);
-    hold_back(layer, P, held, state);
-    layer.found_inf = found_inf_pointer(found_inf, P);
+    check_rule<T>(layer.rule);
+    layer.found_inf = found_inf_pointer(arguments, found_inf);
+    hold_back(arguments, layer, P, held, state);
     Tensor U = new_tensor(S, S.sizes(), S.scalar_type());
     Tensor h = P.dim() == 3 ? new_tensor(P, {layer.batch}, P.scalar_type())
                             : new_tensor(P, {}, P.scalar_type());
@@ -72,9 +75,10 @@ std::tuple<Tensor, Tensor> rls_update_held_(Tensor P, Tensor held, Tensor state,
 void rls_flush_(Tensor P, const Tensor& held, Tensor state) {
   dispatch_matrix(P, [&](auto zero) {
     using T = decltype(zero);
-    auto layer = layer_of<T>(P);
+    Arguments arguments("P", P);
+    auto layer = layer_of<T>(arguments, P);
     layer.rank = held.dim() >= 2 ? held.size(-2) : 0;
-    hold_back(layer, P, held, state);
+    hold_back(arguments, layer, P, held, state);
     run_held(
         P, layer, [&] { rls_flush_cpu(layer); },
         [&](void* workspace, auto stream) { rls_flush_cuda(layer, workspace, stream); });

@@ -9,7 +9,7 @@
 //   H         lambda I + (kappa / r) S U^T [r, r]; for r = 1 the scalar h of the papers
 //   lambda    forgetting factor, (0, 1]
 //   kappa     gain of a new observation, > 0
-//   power     running mean of the squared input, by which a summary is normalised
+//   power     running mean of the squared input, by which a summary is normalised; see Power
 //   decay, diffusion   P <- decay P + diffusion I after the update: shrinkage towards P_0
 //   held      updates not yet applied to the P in memory, kept as thin factors; see HeldState
 //   drift     delta of the random-walk drift of a Kalman filter: P <- (1 - kappa delta) P + kappa I
@@ -20,6 +20,7 @@
 // V_i V_j is the same number for (i, j) and (j, i), so P stays symmetric to the bit.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 
@@ -36,7 +37,7 @@ namespace rlscuda {
 // convolution counts its own updates, refusals and resets; a step of the layer counts once.
 enum Health {
   kUpdates,      // updates applied to a matrix
-  kRefused,      // updates refused for a non-finite summary or gradient
+  kRefused,      // updates refused for a non-finite or immense summary, or a non-finite gradient
   kResets,       // times that P was set back to its start
   kLargestGain,  // largest h - lambda
   kMissing,      // steps with a gradient but no summary
@@ -71,9 +72,32 @@ RLS_HOST_DEVICE inline UpdateRule rule_at(UpdateRule rule, double updates) {
   return rule;
 }
 
+// The running mean of the squared input, `power`, at one update by a summary of mean square `seen`:
+// what normalises the summary, and what is kept. The latter takes no more than kPowerRise times
+// itself for seen, so that one wild batch does not blind the layer for the next 1 / gain ones;
+// inputs that do grow are followed by a factor 1 + gain (kPowerRise - 1) an update.
+struct Power {
+  double now, kept;
+};
+constexpr double kPowerRise = 100;
+RLS_HOST_DEVICE inline Power power_after(double before, double seen, double gain) {
+  if (!(before > 0 && before < INFINITY)) return {seen, seen};
+  const double most = kPowerRise * before;
+  return {(1 - gain) * before + gain * seen,
+          (1 - gain) * before + gain * (seen < most ? seen : most)};
+}
+
+// Whether rows with this sum of squares can enter P: it is finite, and so is its mean as a number
+// of type T, in which `power` is kept.
+template <class T>
+RLS_HOST_DEVICE inline bool rows_can_enter(double square, int64_t elements, bool normalised) {
+  constexpr double kMost = sizeof(T) == 4 ? FLT_MAX : DBL_MAX;
+  return square <= DBL_MAX && !(normalised && square > kMost * double(elements));
+}
+
 // Steps of a layer that count for its gain and its warm-up; those without a summary count, or a
 // layer whose input is never seen would never be warm.
-RLS_HOST_DEVICE inline double updates_seen(const double* health) {
+RLS_HOST_DEVICE inline double steps_counted(const double* health) {
   return health ? health[kEarlier] + health[kSteps] : 0;
 }
 

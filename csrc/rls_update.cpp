@@ -1,5 +1,4 @@
 // rls_update_ and foreach_rls_update_: checks, dtype dispatch, launch.
-#include "checks.h"
 #include "cuda_call.h"
 #include "kernels.h"
 #include "ops.h"
@@ -33,11 +32,14 @@ std::tuple<Tensor, Tensor> rls_update_(Tensor P, const Tensor& S, double forgett
                                        const std::optional<Tensor>& found_inf) {
   return dispatch_matrix(P, [&](auto zero) {
     using T = decltype(zero);
-    auto args = layer_update<T>(P, S, power ? &*power : nullptr, health ? &*health : nullptr);
+    Arguments arguments("P", P);
+    auto args =
+        layer_update<T>(arguments, P, S, power ? &*power : nullptr, health ? &*health : nullptr);
     RLS_CHECK(args.rank >= 1, "s must have at least one row, got ", shape_of(S));
     args.rule = {forgetting, gain, decay, diffusion, 0, initial_scale, false};
-    check_rule(args.rule);
-    args.found_inf = found_inf_pointer(found_inf, P);
+    check_rule<T>(args.rule);
+    args.found_inf = found_inf_pointer(arguments, found_inf);
+    arguments.check_apart();
     Tensor U = new_tensor(S, S.sizes(), S.scalar_type());
     Tensor h = P.dim() == 3 ? new_tensor(P, {args.batch}, P.scalar_type())
                             : new_tensor(P, {}, P.scalar_type());
@@ -59,37 +61,48 @@ Tensor foreach_rls_update_(std::vector<Tensor> P, std::vector<Tensor> S, std::ve
   check_list_size("s", S, count);
   check_list_size("power", power, count, true);
   check_list_size("health", health, count);
-  for (auto* list : {&projection, &projected, &projected_x})
-    check_list_size("projection, projected and projected_x", *list, count, true);
+  for (auto* list : {&projection, &projected})
+    check_list_size("projection and projected", *list, count, true);
+  check_list_size("projected_x", projected_x, projected.size());
   return dispatch_matrix(P[0], [&](auto zero) {
     using T = decltype(zero);
     std::vector<RlsUpdate<T>> layers;
+    Arguments arguments("the first P", P[0]);
+    const bool* void_step = found_inf_pointer(arguments, found_inf);
     int64_t matrices = 0;
     for (size_t i = 0; i < count; ++i) {
       check_same_dtype("every P", P[i], "the first", P[0]);
-      check_same_device("every P", P[i], "the first", P[0]);
-      auto args = layer_update<T>(P[i], S[i], power.empty() ? nullptr : &power[i], &health[i]);
+      auto args =
+          layer_update<T>(arguments, P[i], S[i], power.empty() ? nullptr : &power[i], &health[i]);
       args.rule = {forgetting, gain, decay, diffusion, drift, initial_scale, averaging};
-      args.found_inf = found_inf_pointer(found_inf, P[0]);
-      matrices += args.batch;
+      args.found_inf = void_step;
+      RLS_CHECK(!__builtin_add_overflow(matrices, args.batch, &matrices),
+                "P must hold fewer matrices");
       if (!projection.empty() && projection[i].numel() > 0) {
+        RLS_CHECK(P[i].dim() == 2, "projection is for one matrix P [n, n], got ", shape_of(P[i]));
         check_shape("projection", projection[i], {args.rank, args.n});
-        args.projection = pointer_like<const T>("projection", projection[i], P[i]);
+        check_same_dtype("projection", projection[i], "P", P[i]);
+        args.projection = arguments.read<T>("projection", projection[i]);
       }
       if (!projected.empty() && projected[i].numel() > 0) {
         RLS_CHECK(P[i].dim() == 2, "projected is for one matrix P [n, n], got ", shape_of(P[i]));
+        RLS_CHECK(projected[i].dim() == 2 && projected[i].size(1) == args.n,
+                  "projected must be [N, ", args.n, "], got ", shape_of(projected[i]));
         args.projected_rows = projected[i].size(0);
-        args.projected_columns = projected_x[i].size(-1);
-        check_shape("projected", projected[i], {args.projected_rows, args.n});
-        RLS_CHECK(args.projected_columns <= args.n, "projected_x must have at most ", args.n,
-                  " columns, got ", shape_of(projected_x[i]));
-        check_shape("projected_x", projected_x[i], {args.projected_rows, args.projected_columns});
-        args.projected = pointer_like<T>("projected", projected[i], P[i]);
-        args.projected_x = pointer_like<const T>("projected_x", projected_x[i], P[i]);
+        const Tensor& X = projected_x[i];
+        RLS_CHECK(X.dim() == 2 && X.size(0) == args.projected_rows && X.size(1) <= args.n,
+                  "projected_x must be [", args.projected_rows, ", ", args.n,
+                  "] or without the columns of ones, got ", shape_of(X));
+        args.projected_columns = X.size(1);
+        check_same_dtype("projected", projected[i], "P", P[i]);
+        check_same_dtype("projected_x", X, "P", P[i]);
+        args.projected = arguments.write<T>("projected", projected[i]);
+        args.projected_x = arguments.read<T>("projected_x", X);
       }
       layers.push_back(args);
     }
-    check_rule(layers[0].rule);
+    check_rule<T>(layers[0].rule);
+    arguments.check_apart();
     Tensor h = new_tensor(P[0], {matrices}, P[0].scalar_type());
     T* next = static_cast<T*>(h.mutable_data_ptr());
     for (auto& layer : layers) {

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rlscuda._calls import call, check_tensor, fake
+
 IntOrPair = int | Sequence[int]
 Padding = int | Sequence[int] | str
 Geometry = tuple[list[int], list[int], list[int], list[int], int, int]
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")  # the operators take the index
+_SEEDS = 1 << 63
 _mean = torch.ops.rlscuda.patch_mean.default
 _sketch = torch.ops.rlscuda.patch_sketch.default
 _sample = torch.ops.rlscuda.patch_sample.default
@@ -59,7 +62,7 @@ def patch_mean(
     """
     x = _images(x)
     geometry = conv_geometry(x, kernel_size, stride, padding, dilation, groups, padding_mode)
-    return _mean(x, *geometry, ones)
+    return call(_mean, x, *geometry, ones)
 
 
 def patch_sketch(
@@ -104,7 +107,7 @@ def patch_sketch(
     """
     x = _images(x)
     geometry = conv_geometry(x, kernel_size, stride, padding, dilation, groups, padding_mode)
-    return _sketch(x, *geometry, ones, *_draw(rank, seed, offset))
+    return call(_sketch, x, *geometry, ones, *_draw(rank, seed, offset))
 
 
 def patch_sample(
@@ -150,18 +153,18 @@ def patch_sample(
     """
     x = _images(x)
     geometry = conv_geometry(x, kernel_size, stride, padding, dilation, groups, padding_mode)
-    return _sample(x, *geometry, ones, *_draw(rank, seed, offset))
+    return call(_sample, x, *geometry, ones, *_draw(rank, seed, offset))
 
 
 def row_mean(x: Tensor, *, ones: bool = False) -> Tensor:
     """The mean row of x [..., n]: [n (+ 1)]. `patch_mean` of a Linear layer's input."""
-    return _mean(_rows(x), *_ROW_GEOMETRY, ones).squeeze(0)
+    return call(_mean, _rows(x), *_ROW_GEOMETRY, ones).squeeze(0)
 
 
 def row_sketch(x: Tensor, rank: int, seed: int, *, offset: int = 0, ones: bool = False) -> Tensor:
     """Random-sign sums of the rows of x [..., n]: [rank, n (+ 1)]. See `patch_sketch`."""
     draw = _draw(rank, seed, offset)
-    return _sketch(_rows(x), *_ROW_GEOMETRY, ones, *draw).squeeze(0)
+    return call(_sketch, _rows(x), *_ROW_GEOMETRY, ones, *draw).squeeze(0)
 
 
 def row_sample(
@@ -169,7 +172,7 @@ def row_sample(
 ) -> tuple[Tensor, Tensor]:
     """`rank` random rows of x [..., n], [rank, n (+ 1)], and their keys. See `patch_sample`."""
     draw = _draw(rank, seed, offset)
-    rows, keys = _sample(_rows(x), *_ROW_GEOMETRY, ones, *draw)
+    rows, keys = call(_sample, _rows(x), *_ROW_GEOMETRY, ones, *draw)
     return rows.squeeze(0), keys
 
 
@@ -245,6 +248,10 @@ def _draw(rank: int, seed: int, offset: int) -> tuple[int, int, int]:
         raise ValueError(f"rank must be at least 1, got {rank}")
     if offset < 0:
         raise ValueError(f"offset must be at least 0, got {offset}")
+    if not -_SEEDS <= seed < _SEEDS or max(rank, offset) >= _SEEDS:
+        raise ValueError(
+            f"rank, seed and offset must be 64-bit integers, got {rank}, {seed} and {offset}"
+        )
     return rank, seed, offset
 
 
@@ -257,6 +264,7 @@ def _checked(x: Tensor) -> Tensor:
 
 
 def _images(x: Tensor) -> Tensor:
+    check_tensor("x", x)
     if x.dim() not in (3, 4):
         raise ValueError(f"x must be [N, C, H, W] or [C, H, W], got {list(x.shape)}")
     x = _checked(x)
@@ -264,6 +272,7 @@ def _images(x: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
+    check_tensor("x", x)
     if x.dim() < 1:
         raise ValueError("x must be [..., n], got a scalar")
     return _checked(x).reshape(-1, x.shape[-1], 1, 1)
@@ -275,17 +284,17 @@ def _like(x: Tensor, groups: int, rows: list[int], kernel_size: list[int], ones:
     return x.new_empty([groups, *rows, n], dtype=dtype)
 
 
-@torch.library.register_fake("rlscuda::patch_mean")
+@fake("patch_mean")
 def _(x, kernel_size, stride, padding, dilation, groups, padding_mode, ones):
     return _like(x, groups, [], kernel_size, ones)
 
 
-@torch.library.register_fake("rlscuda::patch_sketch")
+@fake("patch_sketch")
 def _(x, kernel_size, stride, padding, dilation, groups, padding_mode, ones, rank, seed, offset):
     return _like(x, groups, [rank], kernel_size, ones)
 
 
-@torch.library.register_fake("rlscuda::patch_sample")
+@fake("patch_sample")
 def _(x, kernel_size, stride, padding, dilation, groups, padding_mode, ones, rank, seed, offset):
     rows = _like(x, groups, [rank], kernel_size, ones)
     return rows, x.new_empty([rank], dtype=torch.int64)

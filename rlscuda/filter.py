@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from rlscuda import _C
+from rlscuda._calls import refusal
 from rlscuda.held import updates_to_hold
 
 _ALIGNMENT = 64  # bytes of a cache line: a row that starts on one is read at full speed
@@ -198,9 +199,12 @@ class RLSFilter:
         return self._learn(inputs, columns).reshape(targets.shape)
 
     def _learn(self, X: NDArray[Any], Y: NDArray[Any]) -> NDArray[Any]:
-        predictions, resets = _C.rls_filter_run(
-            self._P, self._W, X, Y, *self._coefficients(), self._held, self._held_state
-        )
+        try:
+            predictions, resets = _C.rls_filter_run(
+                self._P, self._W, X, Y, *self._coefficients(), self._held, self._held_state
+            )
+        except RuntimeError as error:
+            raise refusal(error) from None
         self.updates += len(X) - resets
         self.resets += resets
         return predictions

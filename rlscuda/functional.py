@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rlscuda._calls import call, check_tensor, fake, refusal
 from rlscuda._patches import (
     patch_mean,
     patch_sample,
@@ -45,11 +46,6 @@ _MATRIX_DTYPES = (torch.float32, torch.float64)
 def _check(ok: bool, message: str) -> None:
     if not ok:
         raise ValueError(message)
-
-
-def _check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
 def _changed(*tensors: Tensor | None) -> None:
@@ -90,7 +86,9 @@ def rls_update_(
         diffusion: What is added to its diagonal: mu P_0 for shrinkage, kappa for drift.
         initial_scale: Diagonal of the matrix after a reset.
         power: [b] running mean of the squared input; updated with `gain`, and the rows then count
-            as divided by its square root.
+            as divided by its square root. What is kept of it takes no more than 100 times itself
+            for the mean square of `s`, which bounds what a wild batch leaves behind; where the
+            dtype cannot hold that mean square, the update is refused.
         health: float64 counters [7], one for each of `rlscuda._C.health_slots`.
         found_inf: One bool; where it is true, the update is refused.
 
@@ -100,7 +98,7 @@ def rls_update_(
 
     Raises:
         ValueError: A shape, dtype, device or value is not as above.
-        TypeError: `P` or `s` is not a tensor.
+        TypeError: An argument is not of its type.
 
     Example:
         >>> P = torch.eye(2)
@@ -113,21 +111,20 @@ def rls_update_(
     """
     options = (forgetting, gain, decay, diffusion, initial_scale)
     try:
-        if s.requires_grad or not s.is_contiguous():
-            s = s.detach().contiguous()
-        _check(s.device == P.device, "s must be on the device of P")  # a fake kernel takes any
+        if s.requires_grad:
+            s = s.detach()
         result = _rls_update(P, s, *options, power, health, found_inf)
-    except Exception:
+    except Exception as error:
         _explain_update(P, s, *options)
-        raise
+        raise refusal(error) from None
     _changed(P, power, health)
     return result
 
 
 def _explain_update(P, s, forgetting, gain, decay, diffusion, initial_scale) -> None:
     """Says what is wrong with the arguments of an update that the operator has refused."""
-    _check_tensor("P", P)
-    _check_tensor("s", s)
+    check_tensor("P", P)
+    check_tensor("s", s)
     shape, rows = list(P.shape), list(s.shape)
     _check(
         P.dim() in (2, 3) and shape[-1] == shape[-2], f"P must be [n, n] or [b, n, n], got {shape}"
@@ -195,19 +192,17 @@ def rls_update_held_(
         `u`, the rows P_true s before the update, and `h`, as `rls_update_` does.
 
     Raises:
-        ValueError: A shape, dtype, device or value is not as `rls_update_` takes it.
-        RuntimeError: `held` or `state` does not fit `P` and `s`.
-        TypeError: `P` or `s` is not a tensor.
+        ValueError: A shape, dtype, device or value is not as above or as `rls_update_` takes it.
+        TypeError: An argument is not of its type.
     """
     options = (forgetting, gain, decay, diffusion, initial_scale)
     try:
-        if s.requires_grad or not s.is_contiguous():
-            s = s.detach().contiguous()
-        _check(s.device == P.device, "s must be on the device of P")  # a fake kernel takes any
+        if s.requires_grad:
+            s = s.detach()
         result = _rls_update_held(P, held, state, s, *options, power, health, found_inf)
-    except Exception:
+    except Exception as error:
         _explain_update(P, s, *options)
-        raise
+        raise refusal(error) from None
     _changed(P, held, state, power, health)
     return result
 
@@ -221,9 +216,10 @@ def rls_flush_(P: Tensor, held: Tensor, state: Tensor) -> None:
         state: float64 [3] or [b, 3].
 
     Raises:
-        RuntimeError: Shapes or dtypes do not fit one another.
+        ValueError: Shapes, dtypes or devices do not fit one another.
+        TypeError: An argument is not of its type.
     """
-    _ops.rls_flush_(P, held, state)
+    call(_ops.rls_flush_.default, P, held, state)
     _changed(P, state)
 
 
@@ -234,15 +230,17 @@ def factors_agree(grad: Tensor, x: Tensor, delta: Tensor, grad_bias: Tensor | No
     Agreement also says that `grad` is finite.
 
     Args:
-        grad: [c, n], float32 or float64, contiguous.
+        grad: [c, n], float32 or float64.
         x: Input rows [N, n], likewise.
         delta: Gradient of the output [N, c], likewise.
         grad_bias: [c], where a bias takes part.
 
     Raises:
-        RuntimeError: Shapes or dtypes do not fit one another.
+        ValueError: Shapes, dtypes or devices do not fit one another.
+        TypeError: An argument is not of its type.
     """
-    return _ops.factors_agree(grad.detach(), x.detach(), delta.detach(), grad_bias)
+    with torch.no_grad():
+        return call(_ops.factors_agree.default, grad, x, delta, grad_bias)
 
 
 def nonfinite(tensors: Sequence[Tensor]) -> Tensor:
@@ -255,12 +253,14 @@ def nonfinite(tensors: Sequence[Tensor]) -> Tensor:
         One bool [], on the device of the first.
 
     Raises:
-        ValueError: No tensor is given, or one is not floating-point.
+        ValueError: No tensor is given, or one is not floating-point or on another device.
+        TypeError: One is no tensor.
     """
     _check(len(tensors) > 0, "nonfinite expects at least one tensor, got none")
     for t in tensors:
+        check_tensor("every tensor", t)
         _check(t.is_floating_point(), f"nonfinite expects floating-point tensors, got {t.dtype}")
-    return _ops.nonfinite([t.detach() for t in tensors])
+    return call(_ops.nonfinite.default, [t.detach() for t in tensors])
 
 
 def weight_step_(
@@ -298,14 +298,15 @@ def weight_step_(
         divide_by_h: Whether D is divided by h (the paper's form).
 
     Raises:
-        RuntimeError: Shapes or dtypes do not fit one another.
-        ValueError: `momentum` without `momentum_buffer`.
+        ValueError: Shapes, dtypes or devices do not fit one another, or `momentum` comes without
+            `momentum_buffer`.
+        TypeError: An argument is not of its type.
     """
     _check(not momentum or momentum_buffer is not None, "momentum needs a momentum_buffer")
     with torch.no_grad():
-        _ops.weight_step_(
-            weight, bias, product, bias_row, grad_bias, h, momentum_buffer, lr, momentum,
-            weight_decay, divide_by_h,
+        call(
+            _ops.weight_step_.default, weight, bias, product, bias_row, grad_bias, h,
+            momentum_buffer, lr, momentum, weight_decay, divide_by_h,
         )  # fmt: skip
     _changed(weight, bias, product, momentum_buffer)
 
@@ -340,7 +341,7 @@ def adaptive_weight_step_(
     Args:
         weight: [c, n] or [c, C, kh, kw] in any dense layout; updated in place.
         product: D [c, n], or [c, n + 1] with a bias. It is overwritten.
-        grad: G [c, n], contiguous, of the dtype of D.
+        grad: G [c, n], of the dtype of D.
         first_moment: M, of the shape of D.
         second_moment: v [c].
         lr: Learning rate eta.
@@ -355,36 +356,41 @@ def adaptive_weight_step_(
         eps: Added to the root.
 
     Raises:
-        RuntimeError: Shapes or dtypes do not fit one another.
+        ValueError: Shapes, dtypes or devices do not fit one another.
+        TypeError: An argument is not of its type.
     """
     with torch.no_grad():
-        _ops.adaptive_weight_step_(
-            weight, bias, product, grad, bias_row, grad_bias, h, first_moment, second_moment, lr,
-            beta1, beta2, weight_decay, eps, step,
+        call(
+            _ops.adaptive_weight_step_.default, weight, bias, product, grad, bias_row, grad_bias, h,
+            first_moment, second_moment, lr, beta1, beta2, weight_decay, eps, step,
         )  # fmt: skip
     _changed(weight, bias, product, first_moment, second_moment)
 
 
-@torch.library.register_fake("rlscuda::rls_update_")
+@fake("rls_update_")
 def _(P, s, forgetting, gain, decay, diffusion, initial_scale, power, health, found_inf):
-    return torch.empty_like(s), P.new_empty(P.shape[:-2])
+    return s.new_empty(s.shape), P.new_empty(P.shape[:-2])
 
 
-@torch.library.register_fake("rlscuda::rls_update_held_")
+@fake("rls_update_held_")
 def _(P, held, state, s, forgetting, gain, decay, diffusion, initial_scale, *rest):
-    return torch.empty_like(s), P.new_empty(P.shape[:-2])
+    return s.new_empty(s.shape), P.new_empty(P.shape[:-2])
 
 
-@torch.library.register_fake("rlscuda::foreach_rls_update_")
+@fake("foreach_rls_update_")
 def _(P, s, *rest):
     return P[0].new_empty(sum(p.shape[0] if p.dim() == 3 else 1 for p in P))
 
 
-@torch.library.register_fake("rlscuda::nonfinite")
+@fake("nonfinite")
 def _(tensors):
     return tensors[0].new_empty((), dtype=torch.bool)
 
 
-@torch.library.register_fake("rlscuda::factors_agree")
+@fake("factors_agree")
 def _(grad, x, delta, grad_bias):
     return True
+
+
+for _name in ("rls_flush_", "weight_step_", "adaptive_weight_step_", "foreach_weight_step_"):
+    fake(_name)(lambda *arguments: None)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlscuda._calls import check_tensor
 from rlscuda.functional import rls_flush_, rls_update_, rls_update_held_
 
 _MOST_ROWS = 64  # that the operator holds
@@ -50,7 +51,8 @@ class HeldMatrix:
         rank: Rows of one update.
 
     Raises:
-        ValueError: `rank` or `hold` is out of its range.
+        ValueError: `rank` or `hold` is out of its range, or `P` of another shape.
+        TypeError: `P` is no tensor.
 
     Example:
         >>> import torch
@@ -65,6 +67,9 @@ class HeldMatrix:
     """
 
     def __init__(self, P: Tensor, rank: int = 1, hold: int | None = None) -> None:
+        check_tensor("P", P)
+        if P.dim() not in (2, 3):
+            raise ValueError(f"P must be [n, n] or [b, n, n], got {list(P.shape)}")
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
         if hold is None:
@@ -103,7 +108,8 @@ class HeldMatrix:
         Raises:
             ValueError: `s` does not have `rank` rows, or what `functional.rls_update_` refuses.
         """
-        rows = 1 if s.dim() == 1 else s.shape[-2]
+        check_tensor("s", s)
+        rows = 1 if s.dim() < 2 else s.shape[-2]
         if rows != self.rank:
             raise ValueError(f"s must have {self.rank} rows, got {list(s.shape)}")
         if not self.hold:

@@ -43,6 +43,8 @@ class RLSOptimizer(Optimizer):
             sample, paper mean, natural sketch).
         shrinkage: Pull of ``P`` towards its start, 2 (1 - forgetting) by default, 0 for none.
         drift: Random-walk drift of ``P`` (adaptive .3, else None).
+        trust_ratio: No step moves a layer by more than this part of its norm (paper, natural .1;
+            adaptive inf, as it normalises anyway); inf for exact least squares.
         initial_scale: ``P`` starts as this multiple of the identity (1).
         beta2: Decay of the adaptive form's row second moments (.99).
         eps: Added to their square root (1e-8).
@@ -83,6 +85,7 @@ class RLSOptimizer(Optimizer):
         summary: str | None = None,
         shrinkage: float | None = None,
         drift: float | None = None,
+        trust_ratio: float | None = None,
         initial_scale: float | None = None,
         beta2: float | None = None,
         eps: float | None = None,
@@ -96,8 +99,8 @@ class RLSOptimizer(Optimizer):
         self._given = {
             "lr": lr, "form": form, "forgetting": forgetting, "gain": gain, "momentum": momentum,
             "weight_decay": weight_decay, "rank": rank, "summary": summary, "shrinkage": shrinkage,
-            "drift": drift, "initial_scale": initial_scale, "beta2": beta2, "eps": eps,
-            "fallback_lr": fallback_lr, "dtype": dtype, "seed": seed,
+            "drift": drift, "trust_ratio": trust_ratio, "initial_scale": initial_scale,
+            "beta2": beta2, "eps": eps, "fallback_lr": fallback_lr, "dtype": dtype, "seed": seed,
         }  # fmt: skip
         defaults = forms.resolve_options(self._given)
         self._fallback = Fallback(fallback)
@@ -199,8 +202,9 @@ class RLSOptimizer(Optimizer):
         """Puts hooks, which end with this object, on every layer that has none yet."""
         self._attached = self._attached or set()
         layers = {match.layer for match in self._matches if match.layer is not None}
-        hooks.attach(self, layers - self._attached, self._observe)
-        self._attached |= layers
+        if layers - self._attached:
+            hooks.attach(self, layers - self._attached, self._observe)
+            self._attached |= layers
 
     def _observe(self, layer: Layer, x: Tensor, output: Tensor) -> None:
         """Stages what one forward shows."""

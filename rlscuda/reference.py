@@ -6,6 +6,7 @@ operators are tested against these functions, and a reader may take them as the 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ __all__ = [
     "patch_sample",
     "patch_sketch",
     "rls_update",
+    "running_power",
     "weight_step",
 ]
 
@@ -60,6 +62,24 @@ def rls_update(
         return initial_scale * identity, U, nan
     updated = (P - gain / r * U.T @ torch.linalg.solve(H, U)) / forgetting
     return decay * updated + diffusion * identity, U, H.diagonal().mean()
+
+
+def running_power(before: float, seen: float, gain: float) -> tuple[float, float]:
+    """The running mean of the squared input at one update.
+
+    Args:
+        before: What was kept; 0 where there was no update yet.
+        seen: Mean square of the summary.
+        gain: kappa.
+
+    Returns:
+        What normalises the summary, and what is kept: that takes no more than 100 times itself for
+        seen, which bounds what one wild batch leaves behind.
+    """
+    if not 0 < before < math.inf:
+        return seen, seen
+    rest = (1 - gain) * before
+    return rest + gain * seen, rest + gain * min(seen, 100 * before)
 
 
 @dataclass

@@ -122,7 +122,11 @@ class Whole:
     kind: str | None = None
 
 
-GOOD: dict[str, Any] = {"inner": {"a": {"number": 1, "names": ["x"]}}, "place": (1, 2), "kind": None}
+GOOD: dict[str, Any] = {
+    "inner": {"a": {"number": 1, "names": ["x"]}},
+    "place": (1, 2),
+    "kind": None,
+}
 
 
 @pytest.mark.parametrize(
@@ -206,7 +210,9 @@ def test_the_memory_of_a_container_counts(tmp_path, monkeypatch):
 
 def test_labels_of_a_billion_make_no_network(folder):
     path = write_npz(folder / "d.npz", y_train=np.arange(90) % 3 * 10**9)
-    with pytest.raises(UserError, match="class numbers counted from 0, below the 90 images; got 2000"):
+    with pytest.raises(
+        UserError, match="class numbers counted from 0, below the 90 images; got 2000"
+    ):
         load_dataset(str(path), 0.1)
 
 

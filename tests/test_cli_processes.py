@@ -218,6 +218,7 @@ def test_files_replaced_together_are_the_old_or_the_new_ones_wherever_it_is_kill
         if not killed_before(kills + 1, replace_files, folder):
             break
         kills += 1
+        assert (folder / "a").is_file() and (folder / "note").is_file()
         expected = NEW if is_pending(folder) or snapshot(folder) == NEW else OLD
         again = kills % 3 + 1  # those that go on are killed, too
         while killed_before(again, finish, folder, old_files(folder)):

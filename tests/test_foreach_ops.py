@@ -101,10 +101,9 @@ class Layers:
     def expect_one(self, layer, b, S, constants, initial_scale) -> float:
         P, health = self.exact_P[layer], self.exact_health[layer]
         if self.power:
-            power, seen = self.exact_power[layer], S.square().mean()
-            gain = constants["gain"]
-            power[b] = (1 - gain) * power[b] + gain * seen if power[b] > 0 else seen
-            S = S / power[b].sqrt()
+            power, seen = self.exact_power[layer], S.square().mean().item()
+            now, power[b] = reference.running_power(power[b].item(), seen, constants["gain"])
+            S = S / now**0.5
         P[b], _, h = reference.rls_update(P[b], S, initial_scale=initial_scale, **constants)
         if math.isnan(h):
             health[RESETS] += 1
@@ -305,8 +304,8 @@ class Steps:
         W, (D, G), M = self.stacked(layer), self.matrices[layer], self.first[layer].double()
         health, lr = self.health[layer], 0.05 * rate
         if gain > 0:
-            updates = (health[EARLIER] + health[STEPS] - health[MISSING]).item()
-            lr *= gain / max(gain, 1 / updates)
+            counted = (health[EARLIER] + health[STEPS]).item()  # those that saw no input too
+            lr *= gain / max(gain, 1 / counted)
         if self.adaptive:
             constants = reference.AdaptiveStep(lr, self.momentum, 0.99, 0.1, 1e-8)
             v = self.second[layer].double()

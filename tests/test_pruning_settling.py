@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
+from conftest import assert_close
 from pruning_surgery_common import changed, everything
 from torch import nn
-from torch.optim.swa_utils import update_bn
-from torch.utils.data import DataLoader
 
 from rlscuda.pruning import RLSPruner
 from rlscuda.pruning._inputs import SlicedBatches
+from rlscuda.pruning.kept import Kept
 from rlscuda.pruning.settling import settle
 
 WITHOUT_MATRICES = {"importance": "l1", "compensate": False}
@@ -24,19 +24,93 @@ def normed():
     return model
 
 
-def test_settling_is_that_of_torch():
-    model, batches = normed(), [(torch.randn(16, 6), 0), (torch.randn(9, 6), 0)]
-    expected, count = copy.deepcopy(model), model[1].num_batches_tracked.clone()
-    state = torch.get_rng_state()
-    update_bn(batches, expected)
-    torch.set_rng_state(state)
-    found = settle(model, batches)
-    assert found.keys() == {f"1.{name}" for name in dict(model[1].named_buffers())}
-    assert torch.equal(found["1.running_mean"], expected[1].running_mean)
-    assert torch.equal(found["1.running_var"], expected[1].running_var)
-    assert torch.equal(found["1.num_batches_tracked"], count)
+NORMS = {
+    "1d": (nn.BatchNorm1d, (6,)), "1d rows": (nn.BatchNorm1d, (6, 4)),
+    "2d": (nn.BatchNorm2d, (6, 3, 2)), "3d": (nn.BatchNorm3d, (6, 2, 3, 2)),
+    "sync": (nn.SyncBatchNorm, (6, 3, 2)),
+}  # fmt: skip
+
+
+def trained(norm, shape, **options):
+    """A norm that has seen other inputs than those to come."""
+    model = nn.Sequential(norm(shape[0], **options))
+    model.train()
+    if norm is not nn.SyncBatchNorm:  # which trains on GPUs alone
+        for _ in range(20):
+            model(3 * torch.randn(16, *shape) + 1)
+    return model.eval()
+
+
+def halved(model):
+    """A copy that keeps the even channels, and what it keeps."""
+    pruned, even = copy.deepcopy(model), torch.arange(0, 6, 2)
+    kept = {}
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        kept[f"0.{name}"] = Kept.along((6,), {0: even})
+        value = getattr(pruned[0], name).detach()[even]
+        setattr(pruned[0], name, nn.Parameter(value) if name in ("weight", "bias") else value)
+    pruned[0].num_features = 3
+    return pruned, kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NORMS)
+def test_statistics_move_by_the_difference_of_inputs(name, dtype):
+    norm, shape = NORMS[name]
+    model = trained(norm, shape, momentum=None).to(dtype)
+    count = model[0].num_batches_tracked.clone()
+    pruned, kept = halved(model)
+    x = torch.randn(40, *shape).to(dtype)
+    y = 0.5 * x[:, ::2] + 2
+    found = settle(model, pruned, kept, zip(x.split(7), y.split(7)))
+    whole, then, now = model[0], x[:, ::2].double(), y.double()
+    axes = [dim for dim in range(x.dim()) if dim != 1]
+    mean = whole.running_mean[::2].double() + 40 / 41 * (now.mean(axes) - then.mean(axes))
+    old = whole.running_var[::2].double() + whole.eps
+    after, before = (40 * (v.var(axes, correction=0) + whole.eps) + old for v in (now, then))
+    assert_close(found.statistics["0.running_mean"], mean)
+    assert_close(found.statistics["0.running_var"], old * after / before - whole.eps)
+    assert found.samples == 40 and pruned[0].momentum is None
+    assert torch.equal(found.statistics["0.num_batches_tracked"], count)
+
+
+def deep(drop=0.5):
+    torch.manual_seed(0)
+    layers: list = [nn.Linear(6, 8)]
+    for _ in range(3):
+        layers += [nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(drop), nn.Linear(8, 8)]
+    model = nn.Sequential(*layers, nn.BatchNorm1d(8))
+    for _ in range(50):
+        model(3 * torch.randn(16, 6) + 1)
+    return model
+
+
+@pytest.mark.parametrize("size", [1, 2, 40])
+def test_where_nothing_was_cut_nothing_changes(size):
+    model, batches = deep(), torch.randn(40, 6).split(size)
+    model[1].running_var[0] = 0.0  # of a dead channel
+    flags, state = [m.training for m in model.modules()], torch.get_rng_state()
+    pruned = copy.deepcopy(model)
+    found = settle(model, pruned, {}, zip(batches, batches))
+    own = dict(model.named_buffers())
+    assert found.statistics.keys() == own.keys()
+    for name, value in found.statistics.items():
+        torch.testing.assert_close(value, own[name], rtol=0, atol=0)
+    assert [m.training for m in model.modules()] == flags and not pruned.training
     assert torch.equal(torch.get_rng_state(), state)
-    assert model[1].momentum == 0.1 and not model.training
+    assert not any(m._forward_pre_hooks for one in (model, pruned) for m in one.modules())
+
+
+@pytest.mark.parametrize("size", [1, 400])
+def test_a_cut_that_scales_everything_is_undone(size):
+    model, x = deep().eval(), 3 * torch.randn(400, 6) + 1
+    pruned = copy.deepcopy(model)
+    with torch.no_grad():
+        pruned[0].weight *= 0.5
+        pruned[0].bias *= 0.5
+        before = (pruned(x) - model(x)).square().mean()
+        settle(model, pruned, {}, zip(x.split(size), x.split(size)))
+        assert (pruned(x) - model(x)).square().mean() < 0.02 * before
 
 
 @pytest.mark.parametrize("options", [{}, WITHOUT_MATRICES])
@@ -50,30 +124,11 @@ def test_named_batches(options):
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def test_a_batch_that_a_later_norm_refuses_is_left_out_of_all():
-    torch.manual_seed(0)
-    layers = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    model = nn.Sequential(*layers, nn.Linear(3, 4), nn.BatchNorm1d(4))
-    x = torch.randn(8, 1, 6, 6)
-    expected = settle(copy.deepcopy(model), [x])
-    found = settle(model, [x, 100 * x[:1]])
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
-
-
-def test_a_last_batch_of_one_sample_is_left_out():
-    x, (one, other) = torch.randn(9, 6), (normed(), normed())
-    expected = settle(copy.deepcopy(one), [x[:4], x[4:8]])
-    found = settle(one, DataLoader(x, 4))
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
-    assert RLSPruner(other, None, x[:2], ratio=0.5, loader=DataLoader(x, 4)).step().ratio == 0.5
-
-
 @pytest.mark.parametrize(
     ("loader", "message"),
     [
-        ([], "a batch with several values a channel, got none"),
-        ([torch.randn(1, 6)], "a batch with several values a channel, got none"),
-        ([torch.randn(4, 6), torch.full((4, 6), torch.nan)], "'1.running_mean' finite values"),
+        ([], "at least one batch, got none"),
+        ([torch.randn(16, 6), torch.full((4, 6), torch.nan)], "'1.running_mean' finite values"),
     ],
 )
 def test_a_loader_without_statistics_leaves_everything(loader, message):
@@ -88,9 +143,31 @@ def test_a_loader_without_statistics_leaves_everything(loader, message):
     assert not changed(before, everything(model, optimizer))
 
 
-def test_other_errors_of_a_batch_are_raised():
+@pytest.mark.parametrize("samples", [1, 15])
+def test_few_samples_are_warned_of_once(samples):
+    x, model = torch.randn(samples, 6), normed()
+    loss = {"max_loss": 9.0, "evaluate": lambda copy: copy(x).detach().square().mean()}
+    pruner = RLSPruner(model, None, x[:1], loader=x.split(1), **loss, **WITHOUT_MATRICES)
+    with pytest.warns(UserWarning, match=f"cut by {samples} samples of loader") as caught:
+        pruner.step()
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert all(torch.isfinite(buffer).all() for buffer in model.buffers())
+
+
+def test_statistics_can_be_left_alone():
+    model, x = normed(), torch.randn(2, 6)
+    mean = model[1].running_mean.clone()
+    options = {"ratio": 0.5, "loader": [5 * x], "adapt_norms": False, **WITHOUT_MATRICES}
+    removed = RLSPruner(model, None, x, **options).step().couplings[0].removed
+    kept = [unit for unit in range(8) if unit not in removed]
+    assert len(kept) == 4 and torch.equal(model[1].running_mean, mean[kept])
+
+
+def test_errors_of_a_batch_leave_no_hook():
+    model = _Failing(nn.BatchNorm1d(6))
     with pytest.raises(ValueError, match="planted"):
-        settle(_Failing(nn.BatchNorm1d(6)), [torch.randn(4, 6)])
+        settle(model, copy.deepcopy(model), {}, [(torch.randn(4, 6),) * 2])
+    assert not model[0]._forward_pre_hooks
 
 
 class _Failing(nn.Sequential):
@@ -105,12 +182,26 @@ class _Frozen(nn.BatchNorm1d):
         return super().train(False)
 
 
-def test_a_norm_that_does_not_train_keeps_its_statistics():
-    model = nn.Sequential(_Frozen(6), nn.BatchNorm1d(6))
-    model[0].running_mean.fill_(2.0)
-    found = settle(model, [torch.randn(8, 6)])
-    assert torch.equal(found["0.running_mean"], torch.full((6,), 2.0))
-    assert not torch.equal(found["1.running_mean"], torch.zeros(6))
+def test_norms_that_do_not_train_or_have_no_statistics_stay():
+    frozen, bare = _Frozen(6), nn.BatchNorm1d(6, track_running_stats=False)
+    model = nn.Sequential(frozen, bare, nn.BatchNorm1d(6))
+    pruned = copy.deepcopy(model)
+    x = torch.randn(20, 6)
+    found = settle(model, pruned, {}, [(x, 2 * x**3)])
+    assert found.statistics.keys() == {f"2.{name}" for name, _ in model[2].named_buffers()}
+    assert torch.equal(pruned[0].running_mean, frozen.running_mean)
+    assert not torch.equal(pruned[2].running_mean, model[2].running_mean)
+
+
+def test_a_norm_that_no_batch_reaches_stays():
+    model = nn.Sequential(nn.BatchNorm1d(6))
+    model.spare = nn.BatchNorm1d(6)
+    model.forward = lambda x: model[0](x)
+    pruned = copy.deepcopy(model)
+    pruned.forward = lambda x: pruned[0](x)
+    x = torch.randn(20, 6)
+    found = settle(model, pruned, {}, [(x, 2 * x)])
+    assert found.samples == 20 and torch.equal(pruned.spare.running_var, torch.ones(6))
 
 
 class _Two(nn.Module):

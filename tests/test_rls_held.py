@@ -273,7 +273,7 @@ def test_wrong_argument(message):
     given = {"P": torch.eye(4), "held": torch.zeros(3, 1, 4), "s": torch.ones(1, 4),
              "state": torch.tensor([1.0, 0.0, 0.0]).double(), **WRONG[message]}  # fmt: skip
     before = {name: t.clone() for name, t in given.items()}
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(ValueError) as caught:
         RF.rls_update_held_(**given)
     assert message in str(caught.value)
     for name, tensor in given.items():
@@ -301,7 +301,7 @@ def test_what_the_plain_update_refuses(given, message):
     (torch.ones(4, 3), torch.zeros(3, 1, 4), "P must be square, got [4, 3]"),
 ])  # fmt: skip
 def test_wrong_argument_of_a_flush(P, held, message):
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(ValueError) as caught:
         RF.rls_flush_(P, held, torch.tensor([1.0, 0.0, 0.0]).double())
     assert message in str(caught.value)
 

@@ -172,8 +172,8 @@ def test_power_normalises_the_rows(dtype):
         RF.rls_update_(P, S, gain=gain, power=power)
         for k in range(2):
             square = S[k].double().square().mean().item()
-            seen[k] = square if step == 0 else (1 - gain) * seen[k] + gain * square
-            exact[k] = reference.rls_update(exact[k], S[k].double() / seen[k] ** 0.5, gain=gain)[0]
+            now, seen[k] = reference.running_power(seen[k], square, gain)
+            exact[k] = reference.rls_update(exact[k], S[k].double() / now**0.5, gain=gain)[0]
     assert_close(power, torch.tensor(seen, dtype=torch.float64), scale=10)
     assert_close(P, exact, scale=100)
 
@@ -213,11 +213,12 @@ WRONG = {
     "decay must be >= 0, got -1": (ValueError, {"decay": -1}),
     "diffusion must be >= 0, got -0.5": (ValueError, {"diffusion": -0.5}),
     "initial_scale must be > 0, got 0": (ValueError, {"initial_scale": 0}),
-    "power must have 1 elements, got [2]": (RuntimeError, {"power": torch.ones(2)}),
-    "power must have the dtype of P": (RuntimeError, {"power": torch.ones(1).double()}),
-    "health must be [7], got [3]": (RuntimeError, {"health": torch.zeros(3).double()}),
-    "health must be float64": (RuntimeError, {"health": torch.zeros(len(_C.health_slots))}),
-    "found_inf must be one bool, got [2]": (RuntimeError,
+    "power must have 1 elements, got [2]": (ValueError, {"power": torch.ones(2)}),
+    "power must have the dtype of P": (ValueError, {"power": torch.ones(1).double()}),
+    "health must be [7], got [3]": (ValueError, {"health": torch.zeros(3).double()}),
+    "health must be float64, got float32": (ValueError,
+        {"health": torch.zeros(len(_C.health_slots))}),
+    "found_inf must be one bool, got bool [2]": (ValueError,
         {"found_inf": torch.zeros(2, dtype=torch.bool)}),
 }  # fmt: skip
 

@@ -165,6 +165,57 @@ def test_complete_product_needs_no_bias_row():
     p.check(reference.weight_step(p.W, p.D, 0.3)[0])
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_vectors_and_gradients_of_any_strides(adaptive):
+    def apart(t):
+        wide = torch.full([2 * size for size in t.shape], math.nan, dtype=t.dtype)
+        wide[tuple(slice(None, None, 2) for _ in t.shape)] = t
+        return wide[tuple(slice(None, None, 2) for _ in t.shape)]
+
+    def step(p, change):
+        names = ("bias", "grad_bias", "bias_row", "h", "grad")
+        bias, grad_bias, row, h, grad = (change(getattr(p, name)) for name in names)
+        options = {"bias": bias, "grad_bias": grad_bias, "bias_row": row, "h": h}
+        if adaptive:
+            M, v = p.buffer.clone(), torch.ones(6)
+            RF.adaptive_weight_step_(p.weight, p.product, grad, M, v, 0.1, 1, **options)
+        else:
+            RF.weight_step_(p.weight, p.product, 0.1, divide_by_h=True, **options)
+        return p.weight, bias.contiguous()
+
+    results = [
+        step(Problem((6, 5), torch.float32, torch.float32, groups=2), change)
+        for change in (lambda t: t, apart)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_weight_and_bias_that_are_columns_of_one_matrix():
+    p = Problem((6, 5), torch.float32, torch.float32)
+    both = torch.cat([p.weight, p.bias[:, None]], 1)
+    p.weight, p.bias = both[:, :5], both[:, 5]
+    expected = reference.weight_step(p.W, p.D, 0.3)[0]
+    p.step(lr=0.3)
+    p.check(expected)
+    p.bias = both[:, 4]
+    with pytest.raises(ValueError, match="weight and bias must not share memory"):
+        p.step(lr=0.3)
+
+
+def test_nothing_shares_memory_with_what_is_written():
+    D = torch.ones(4, 3)
+    with pytest.raises(ValueError, match="product and momentum_buffer must not share memory"):
+        RF.weight_step_(torch.ones(4, 3), D, 0.1, momentum=0.5, momentum_buffer=D)
+    with pytest.raises(ValueError, match="must not share memory, since one of them is written"):
+        RF.adaptive_weight_step_(D, torch.ones(4, 3), D, torch.ones(4, 3), torch.ones(4), 0.1, 1)
+
+
+def test_weight_without_columns_moves_its_bias():
+    bias = torch.ones(4)
+    RF.weight_step_(torch.ones(4, 0), torch.ones(4, 1), 0.5, bias=bias)
+    assert torch.equal(bias, torch.full((4,), 0.5))
+
+
 def test_many_rows_on_many_threads_are_the_same_bits():
     results = []
     for threads in (1, 3):
@@ -203,10 +254,16 @@ def wrong_arguments():
         "product must be [4, 4], got [4, 3]": {"product": torch.ones(4, 3)},
         "bias must be [4], got [3]": {"bias": torch.ones(3)},
         "bias must have the dtype of weight": {"bias": torch.ones(4).double()},
-        "bias must be contiguous": {"bias": torch.ones(8)[::2]},
+        "bias must not be expanded or overlap itself": {"bias": torch.ones(1).expand(4)},
         "grad_bias must be [4], got [5]": {"grad_bias": torch.ones(5)},
         "grad_bias must have the dtype of weight": {"grad_bias": torch.ones(4).half()},
-        "grad_bias must be contiguous": {"grad_bias": torch.ones(1).expand(4)},
+        "h has 4 groups, bias_row 2": {"bias_row": torch.ones(2, 4), "h": torch.ones(4)},
+        "h has 2 groups, bias_row 1": {"h": torch.ones(2)},
+        "weight must not be expanded or overlap itself, got strides [1, 1] of [4, 3]": {
+            "weight": torch.ones(6).as_strided((4, 3), (1, 1))},
+        "lr must be a finite number": {"lr": math.nan},
+        "weight_decay must be a finite number": {"weight_decay": 1e39},
+        "momentum must be a finite number": {"momentum": math.inf},
         "bias_row must be [4] or a batch of such, got [3]": {"bias_row": torch.ones(3)},
         "bias_row has 3 groups, which do not divide 4 rows": {"bias_row": torch.ones(3, 4)},
         "bias_row must have the dtype of product": {"bias_row": torch.ones(4).double()},
@@ -231,11 +288,11 @@ def test_wrong_argument(message):
     arguments = {
         "weight": torch.ones(4, 3), "product": torch.ones(4, 4), "bias": torch.ones(4),
         "grad_bias": torch.ones(4), "bias_row": torch.ones(4), "h": torch.ones(1),
-        "momentum_buffer": torch.zeros(4, 4), **changed,
+        "momentum_buffer": torch.zeros(4, 4), "lr": 0.1, "momentum": 0.5, **changed,
     }  # fmt: skip
-    before = {k: v.clone() for k, v in arguments.items() if v is not None}
-    with pytest.raises(RuntimeError) as caught:
-        RF.weight_step_(lr=0.1, momentum=0.5, **arguments)
+    before = {k: v.clone() for k, v in arguments.items() if isinstance(v, torch.Tensor)}
+    with pytest.raises(ValueError) as caught:
+        RF.weight_step_(**arguments)
     assert message in str(caught.value)
     assert all(torch.equal(arguments[k], v) for k, v in before.items())
 
@@ -249,7 +306,9 @@ def test_momentum_without_its_buffer():
     "step must count from 1, got 0": {"step": 0},
     "grad must have 12 elements, got [4, 2]": {"grad": torch.ones(4, 2)},
     "grad must have the dtype of product": {"grad": torch.ones(4, 3).double()},
-    "grad must be contiguous": {"grad": torch.ones(3, 4).t()},
+    "beta1 must be in [0, 1), got 1": {"beta1": 1.0},
+    "beta2 must be in [0, 1), got nan": {"beta2": math.nan},
+    "eps must be >= 0, got -1": {"eps": -1.0},
     "grad_bias is expected where there is a bias": {"bias": torch.ones(4),
                                                     "product": torch.ones(4, 4),
                                                     "first_moment": torch.zeros(4, 4)},
@@ -262,7 +321,7 @@ def test_wrong_adaptive_argument(message, changed):
         "first_moment": torch.zeros(4, 3), "second_moment": torch.zeros(4), "lr": 0.1, "step": 1,
         **changed,
     }  # fmt: skip
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(ValueError) as caught:
         RF.adaptive_weight_step_(**arguments)
     assert message in str(caught.value)
     assert torch.equal(arguments["weight"], torch.ones(4, 3))

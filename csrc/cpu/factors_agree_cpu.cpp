@@ -7,11 +7,11 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <vector>
 
 #include "kernels.h"
 #include "parallel.h"
 #include "rls_kernels.h"
+#include "scratch.h"
 
 namespace rlscuda {
 namespace {
@@ -63,7 +63,7 @@ template <class T>
 bool factors_agree_cpu(const T* grad, const T* x, const T* delta, const T* grad_bias, int64_t rows,
                        int64_t outputs, int64_t n) {
   constexpr T kBiasProbe = T(0.5);
-  std::vector<T> z(n), y(rows), scale(rows), expected(outputs), bound(outputs), actual(outputs);
+  Scratch<T> z(n), y(rows), scale(rows), expected(outputs), bound(outputs), actual(outputs);
   double fraction = 0, square = 0;
   for (T& value : z) {
     fraction += 0.7548776662466927;
@@ -71,7 +71,7 @@ bool factors_agree_cpu(const T* grad, const T* x, const T* delta, const T* grad_
     value = T(fraction - 0.5);
     square += double(value) * double(value);
   }
-  const int64_t grain = 65536 / n + 8;
+  const int64_t grain = 65536 / (n + 1) + 8;
   parallel_for(0, rows, grain, [&](int64_t i0, int64_t i1) {
     along_rows(x, z.data(), y.data(), scale.data(), n, i0, i1);
   });

@@ -9,10 +9,10 @@
 // with A. Pieces and chunks depend on the shape alone, so the result does not depend on the number
 // of threads; partial sums of kBlock images keep float32 accurate over long batches.
 #include <algorithm>
-#include <vector>
 
 #include "kernels.h"
 #include "parallel.h"
+#include "scratch.h"
 #include "simd_convert.h"
 
 namespace rlscuda {
@@ -212,7 +212,7 @@ MEAN_CONTRACT(double)
 template <class T>
 void patch_mean_cpu(const T* x, const PatchGeometry& g, Accumulate<T>* out) {
   using A = Accumulate<T>;
-  thread_local std::vector<A> scratch;
+  thread_local Scratch<A> scratch;
   const bool nhwc = g.channels > 1 && g.stride_c == 1 && (g.stride_w != 1 || g.width == 1);
   const int64_t plane = g.channels * g.height * g.width;
   const int64_t rows = g.channels * g.height;
@@ -233,7 +233,7 @@ void patch_mean_cpu(const T* x, const PatchGeometry& g, Accumulate<T>* out) {
   for (int64_t j = 0; j < g.kernel_w; ++j)
     for (int64_t o = 0; o < g.out_w; ++o)
       if (const int64_t w = g.source_w(o, j); w >= 0) count_w[j * g.width + w] += 1;
-  thread_local std::vector<A> sums;
+  thread_local Scratch<A> sums;
   sums.resize(chunks * t_size);
   A* t = sums.data();
 

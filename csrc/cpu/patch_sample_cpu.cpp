@@ -1,11 +1,11 @@
 // patch_sample on the CPU: row j is the patch of the image whose hash is the least of stream j, at
 // the position that a second hash names. Merging two batches is keeping the row of the lesser hash.
-#include <vector>
 
 #include "counter_rng.h"
 #include "half.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace rlscuda {
 namespace {
@@ -14,7 +14,7 @@ namespace {
 template <class T, class A>
 void gather(const T* x, const PatchGeometry& g, int64_t oh, int64_t ow, int64_t k, int64_t rank,
             A* out) {
-  thread_local std::vector<int64_t> taps;  // offsets in a channel, -1 in the padding
+  thread_local Scratch<int64_t> taps;  // offsets in a channel, -1 in the padding
   taps.resize(g.taps());
   for (int64_t i = 0; i < g.kernel_h; ++i) {
     const int64_t h = g.source_h(oh, i);

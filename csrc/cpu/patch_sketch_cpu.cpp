@@ -10,11 +10,11 @@
 // taken as one line each (every tap has its own E then); the rest is converted image by image.
 // A task is a chunk of the images and a block of the channels. Both depend on the shape alone and
 // are reduced in order, so the result does not depend on the number of threads.
-#include <vector>
 
 #include "counter_rng.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "scratch.h"
 #include "simd_convert.h"
 #include "sketch_tiles.h"
 
@@ -80,8 +80,8 @@ class Sketch {
   }
 
   void run(A* out) const {
-    thread_local std::vector<A> scratch;
-    thread_local std::vector<double> sign_sums;
+    thread_local Scratch<A> scratch;
+    thread_local Scratch<double> sign_sums;
     scratch.assign(chunks_ * size_, A(0));
     sign_sums.assign(chunks_ * draw_.rank, 0.0);
     A* partial = scratch.data();
@@ -216,9 +216,9 @@ class Sketch {
     }
 
     void run(int64_t b0, int64_t b1) const {
-      thread_local std::vector<A> copy, signs, row;
-      thread_local std::vector<SketchLine<A>> lines;
-      thread_local std::vector<int64_t> offsets;
+      thread_local Scratch<A> copy, signs, row;
+      thread_local Scratch<SketchLine<A>> lines;
+      thread_local Scratch<int64_t> offsets;
       signs.resize(s_.sign_size_ * s_.rank_step_ * s_.batch_);
       row.resize((s_.band_ * g_.out_w / 64 + 1) * 64);
       lines.resize(s_.batch_ * s_.band_ * g_.kernel_h);
@@ -374,7 +374,7 @@ class Sketch {
   int64_t band_, rank_step_, batch_;                 // output rows, rank rows, images at a time
   int64_t blocks_, chunks_;                          // of channels, of images
   int64_t size_, work_;                              // of one partial result; multiply-adds in all
-  std::vector<int64_t> source_h_, source_w_;         // [kernel_h, out_h], [kernel_w, out_w]
+  Scratch<int64_t> source_h_, source_w_;             // [kernel_h, out_h], [kernel_w, out_w]
 };
 
 }  // namespace

@@ -18,11 +18,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <vector>
 
 #include "kernels.h"
 #include "parallel.h"
 #include "rls_kernels.h"
+#include "scratch.h"
 
 namespace rlscuda {
 
@@ -186,7 +186,7 @@ class Buffer {
  private:
   static constexpr int64_t kLine = 64 / sizeof(T);
   int64_t stride_;
-  std::vector<T> memory_;
+  Scratch<T> memory_;
 };
 
 template <class T>

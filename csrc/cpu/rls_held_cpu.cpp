@@ -6,7 +6,6 @@
 // that P is streamed once. Every element goes through the same operations as its mirror image, so P
 // stays symmetric to the bit; no result depends on the number of threads.
 #include <algorithm>
-#include <vector>
 
 #include "held_rows.h"
 #include "parallel.h"

@@ -8,7 +8,6 @@
 // those, V joins them, and the second pass waits until they are enough (held_rows.h).
 #include <algorithm>
 #include <limits>
-#include <vector>
 
 #include "held_rows.h"
 #include "kernels.h"
@@ -16,6 +15,7 @@
 #include "rls_kernels.h"
 #include "rls_math.h"
 #include "rls_rows.h"
+#include "scratch.h"
 #include "simd.h"
 #include "symmetric_project.h"
 
@@ -65,7 +65,7 @@ void turn_projected(const RlsUpdate<T>& args, const UpdateRule& rule, const doub
                     double root) {
   const int64_t n = args.n, r = args.rank, rows = args.projected_rows;
   const int64_t columns = args.projected_columns;
-  thread_local std::vector<T> A;
+  thread_local Scratch<T> A;
   A.resize(r * rows);
   const Rows<T> projected{args.projected, n}, factor{A.data(), rows};
   const int64_t grain = 65536 / std::max<int64_t>(1, n * r) + 4;
@@ -90,15 +90,17 @@ void update_matrix(const RlsUpdate<T>& args, const UpdateRule& rule, int64_t b, 
   const int64_t n = args.n, r = args.rank;
   T* P = args.P + b * n * n;
   const T* S = args.S + b * r * n;
-  thread_local std::vector<T> scratch;
+  thread_local Scratch<T> scratch;
+  thread_local Scratch<double> H;
   scratch.resize(2 * r * n);
+  H.resize(r * r);
   T* V = scratch.data();
   T* U = args.U ? args.U + b * r * n : V + r * n;
   args.h[b] = std::numeric_limits<T>::quiet_NaN();
 
   const bool refuse = args.found_inf && *args.found_inf;
   const double square = refuse ? 0 : dot_rows(S, S, r * n);
-  if (refuse || !std::isfinite(square)) {
+  if (refuse || !rows_can_enter<T>(square, r * n, args.power)) {
     std::fill_n(U, r * n, T(0));
     health[kRefused] += 1;
     return;
@@ -110,10 +112,10 @@ void update_matrix(const RlsUpdate<T>& args, const UpdateRule& rule, int64_t b, 
 
   double gain = rule.gain / double(r);
   if (args.power) {
-    const double seen = square / double(r * n), before = args.power[b];
-    const double power = before > 0 ? (1 - rule.gain) * before + rule.gain * seen : seen;
-    args.power[b] = T(power);
-    gain = power > 0 ? gain / power : 0;
+    const double seen = square / double(std::max<int64_t>(1, r * n));
+    const Power power = power_after(args.power[b], seen, rule.gain);
+    args.power[b] = T(power.kept);
+    gain = power.now > 0 ? gain / power.now : 0;
   }
 
   const int64_t grain = std::max<int64_t>(8, 65536 / std::max<int64_t>(1, n * r) + 1);
@@ -131,8 +133,6 @@ void update_matrix(const RlsUpdate<T>& args, const UpdateRule& rule, int64_t b, 
   const HeldRows<T> held(args, b);
   if (args.held) held.correct(S, U);
 
-  thread_local std::vector<double> H;
-  H.resize(r * r);
   gram_rows(S, U, H.data(), n, r, gain, rule.forgetting);
   double trace = 0;
   for (int64_t k = 0; k < r; ++k) trace += H[k * r + k];
@@ -167,12 +167,12 @@ void update_matrix(const RlsUpdate<T>& args, const UpdateRule& rule, int64_t b, 
 // The matrices of one layer, shared among the threads where each is small.
 template <class T>
 void update_layer(const RlsUpdate<T>& args) {
-  const UpdateRule rule = rule_at(args.rule, updates_seen(args.health));
+  const UpdateRule rule = rule_at(args.rule, steps_counted(args.health));
   if (args.batch == 1) {
     double unread[kHealthSlots] = {};
     update_matrix(args, rule, 0, args.health ? args.health : unread);
   } else {
-    std::vector<double> counts(args.batch * kHealthSlots, 0.0);
+    Scratch<double> counts(args.batch * kHealthSlots, 0.0);
     const int64_t work = args.n * args.n * args.rank;
     parallel_for(0, args.batch, 65536 / (work + 1) + 1, [&](int64_t b0, int64_t b1) {
       for (int64_t b = b0; b < b1; ++b)

@@ -7,9 +7,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "parallel.h"
+#include "scratch.h"
 #include "simd.h"
 
 namespace rlscuda {
@@ -54,7 +54,7 @@ ALWAYS_INLINE void symmetric_bands(const T* P, const T* s, T* u, int64_t n, int6
 template <class T, class Rows>
 void symmetric_project(const T* P, const T* s, T* u, int64_t n, const Rows& rows) {
   constexpr int64_t kChunks = 16;
-  thread_local std::vector<T> scratch;
+  thread_local Scratch<T> scratch;
   scratch.assign(kChunks * n, T(0));
   T* partial = scratch.data();
   const auto edge = [n](int64_t c) { return int64_t(double(n) * std::sqrt(double(c) / kChunks)); };

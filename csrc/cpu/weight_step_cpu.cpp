@@ -39,7 +39,7 @@ ALWAYS_INLINE void move_row(const WeightStep<T>& a, const StepConstants& c, int6
     w = to_storage<W>(keep * to_compute<T>(w) - rate * direction[j]);
   });
   if (a.bias) {
-    W& w = static_cast<W*>(a.bias)[i];
+    W& w = static_cast<W*>(a.bias)[i * a.bias_stride];
     w = to_storage<W>(keep * to_compute<T>(w) - rate * direction[a.n]);
   }
 }

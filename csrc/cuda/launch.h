@@ -12,7 +12,7 @@ namespace rlscuda {
 inline void check_cuda(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // the error is reported here, not by whoever asks next
-  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(status) + ", " +
+  throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorName(status) + ", " +
                            cudaGetErrorString(status));
 }
 
@@ -32,14 +32,14 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
   if (shared_bytes > kGranted)
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     int(shared_bytes)),
-               "dynamic shared memory of a CUDA kernel");
+               "dynamic shared memory of a kernel");
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...),
-             "launch of a CUDA kernel");
+             "launch of a kernel");
 }
 
 }  // namespace rlscuda

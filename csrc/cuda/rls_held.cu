@@ -131,7 +131,7 @@ __device__ void solve_held(const HeldCall<T>& call, uint32_t b, uint32_t strip, 
   const bool reports = strip == 0 && threadIdx.x == 0;
   const HeldState state = call.state[b];
   const double square = step_is_void(call.found_inf) ? NAN : add_squares(a.squares(b), strips);
-  if (!std::isfinite(square)) {
+  if (!rows_can_enter<T>(square, int64_t(a.rank) * a.n, a.power)) {
     if (reports) call.turn()[b] = {state, kKeep};
     return refuse<T, kSolveThreads>(a, b, column, group, reports);
   }

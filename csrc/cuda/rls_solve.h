@@ -113,12 +113,13 @@ struct Terms {
 
 template <class T>
 __device__ Terms terms_of(const UpdateRule& base, const Layer<T>& a, uint32_t b, double square) {
-  Terms terms{rule_at(base, updates_seen(a.health)), 0, 0};
+  Terms terms{rule_at(base, steps_counted(a.health)), 0, 0};
   terms.gain = terms.rule.gain / int(a.rank);
   if (a.power) {
-    const double seen = square / (double(a.rank) * a.n), before = a.power[b];
-    terms.power = before > 0 ? (1 - terms.rule.gain) * before + terms.rule.gain * seen : seen;
-    terms.gain = terms.power > 0 ? terms.gain / terms.power : 0;
+    const double seen = square / (double(a.rank) * max(1u, a.n));
+    const Power power = power_after(a.power[b], seen, terms.rule.gain);
+    terms.power = power.kept;
+    terms.gain = power.now > 0 ? terms.gain / power.now : 0;
   }
   return terms;
 }
@@ -192,7 +193,8 @@ __device__ void solve(const UpdateRule& base, bool void_step, const Layer<T>& a,
   const int group = threadIdx.x / kStrip;
   const bool reports = strip == 0 && threadIdx.x == 0;
   const double square = void_step ? NAN : add_squares(a.squares(b), int(a.strips()));
-  if (!std::isfinite(square)) return refuse<T, THREADS>(a, b, column, group, reports);
+  if (!rows_can_enter<T>(square, int64_t(a.rank) * a.n, a.power))
+    return refuse<T, THREADS>(a, b, column, group, reports);
   add_splits<T, THREADS>(a, b, column, group);
   add_grams<THREADS>(a.grams(b), int(a.splits() * a.strips()), int(a.pairs()), rank, shared.sums,
                      shared.H);

@@ -37,7 +37,7 @@ struct Layer {
   T* first_moment;
   T* second_moment;
   const double* health;
-  int64_t row_stride, stride[3], bias_row_stride;
+  int64_t row_stride, stride[3], bias_row_stride, bias_stride;
   uint32_t height, width;  // of a convolution's kernel; 0 where a row is dense
   uint32_t rows, rows_per_group, n;
   uint32_t rows_per_block, end;  // the first block that is not for this layer
@@ -124,7 +124,7 @@ __device__ void move_row(const Layer<T>& a, const WeightStep<T>& common, const S
       if (j >= columns) continue;
       direction[u] = scale * completed(product, bias_row, grad_bias, j);
       if (moment) direction[u] += momentum * moment[j];
-      w[u] = j < a.n ? weight + offset(a, j) : static_cast<W*>(a.bias) + i;
+      w[u] = j < a.n ? weight + offset(a, j) : static_cast<W*>(a.bias) + i * a.bias_stride;
       before[u] = to_compute<T>(*w[u]);
     }
 #pragma unroll
@@ -187,6 +187,7 @@ Layer<T> layer_of(const WeightStep<T>& a) {
   layer.row_stride = layout.row_stride;
   std::copy(layout.stride, layout.stride + 3, layer.stride);
   layer.bias_row_stride = a.bias_row_stride;
+  layer.bias_stride = a.bias_stride;
   layer.height = layout.dense ? 0 : uint32_t(layout.size[1]);
   layer.width = layout.dense ? 0 : uint32_t(layout.size[2]);
   layer.rows = uint32_t(a.rows);

@@ -158,6 +158,9 @@ def prune(
     compensate: Annotated[
         bool, typer.Option(help="Change the remaining weights to make up for what goes.")
     ] = PruneOptions.compensate,
+    adapt_norms: Annotated[
+        bool, typer.Option(help="Let the statistics of batch norms follow the cut.")
+    ] = PruneOptions.adapt_norms,
     calibration_images: Annotated[
         int, typer.Option(help="Training images that calibrate, or that own matrices are held to.")
     ] = PruneOptions.calibration_images,

@@ -13,7 +13,7 @@ from rlscuda._atomic import has_name, lock
 from rlscuda.cli.errors import UserError
 
 _LOCK = ".rlscuda.lock"
-_ATTEMPTS, _PAUSE = 10, 0.02  # a reader looks at a lock for an instant, which is no refusal
+_ATTEMPTS, _PAUSE = 10, 0.02  # who looks at a lock has it for an instant, which is no refusal
 
 
 def check_writable(out: Path, what: str = "--out") -> None:
@@ -80,20 +80,28 @@ def writing(out: Path) -> Iterator[None]:
 
 
 def check_free(folder: Path) -> None:
-    """Check that no process writes to a folder now; touch nothing.
+    """Check that no process writes to a folder now; remove what one left that was killed.
 
     Raises:
         UserError: one does.
     """
-    try:
-        descriptor = os.open(folder / _LOCK, os.O_RDONLY | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return
-    try:
-        if lock(descriptor, shared=True) is False:
-            raise _in_use(folder)
-    finally:
-        os.close(descriptor)
+    path = folder / _LOCK
+    for _ in range(_ATTEMPTS):
+        try:
+            descriptor = _open(path, os.O_RDWR)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        try:
+            locked = lock(descriptor)
+            if locked is not False:
+                if locked and has_name(descriptor, path):
+                    with suppress(OSError):
+                        path.unlink()
+                return
+        finally:
+            os.close(descriptor)
+        time.sleep(_PAUSE)
+    raise _in_use(folder)
 
 
 def _hold(out: Path) -> int:
@@ -101,7 +109,7 @@ def _hold(out: Path) -> int:
     for _ in range(_ATTEMPTS):
         out.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = _open(out / _LOCK)
+            descriptor = _open(out / _LOCK, os.O_RDWR | os.O_CREAT)
         except FileNotFoundError:  # the folder was removed by another process that had made it
             continue
         locked = lock(descriptor)
@@ -115,13 +123,13 @@ def _hold(out: Path) -> int:
     raise _in_use(out)
 
 
-def _open(path: Path) -> int:
+def _open(path: Path, flags: int) -> int:
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except PermissionError:
+        return os.open(path, flags, 0o666)
+    except OSError:
         if not os.path.exists(path):
             raise
-        return os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # another user's
+        return os.open(path, os.O_RDONLY)  # another user's, or on a disk that is read only
 
 
 def _in_use(folder: Path) -> UserError:

@@ -36,6 +36,7 @@ class PruneOptions:
         source: ``own`` or ``calibration``; None for what the run's optimizer has.
         round_to: what stays of each layer is a multiple of it.
         compensate: whether the remaining weights change.
+        adapt_norms: whether the statistics of batch norms follow the cut.
         calibration_images: training images that calibrate.
         recover: epochs of training on.
         recover_lr: step size they start with; None for .3 of the run's for RLS, else a fifth.
@@ -54,6 +55,7 @@ class PruneOptions:
     source: str | None = None
     round_to: int = 1
     compensate: bool = True
+    adapt_norms: bool = True
     calibration_images: int = 1000
     recover: int = 0
     recover_lr: float | None = None

@@ -181,12 +181,14 @@ class SlicedBatches:
         self._input = next(iter(_parameters(model)))
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self._loader:
-            if isinstance(batch, Mapping):
-                yield {**batch, **self._sliced(batch)}
-            else:
-                x = _first(batch)
-                yield self._sliced({self._input: x}).get(self._input, x)
+        return map(self.slice, self._loader)
+
+    def slice(self, batch: Any) -> Any:
+        """One batch without those channels."""
+        if isinstance(batch, Mapping):
+            return {**batch, **self._sliced(batch)}
+        x = _first(batch)
+        return self._sliced({self._input: x}).get(self._input, x)
 
     def _sliced(self, named: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the named arguments that the example has, as the pruned model takes them."""

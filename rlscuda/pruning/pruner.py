@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -25,7 +26,7 @@ from rlscuda.pruning.report import CouplingChange, PruneReport
 from rlscuda.pruning.scores import IMPORTANCES, WITHOUT_MATRIX
 from rlscuda.pruning.search import Cut, Search
 from rlscuda.pruning.selection import Candidate, Ladder, check_ratio
-from rlscuda.pruning.settling import check_finite, settle
+from rlscuda.pruning.settling import FEWEST_SAMPLES, Settled, check_finite, settle
 from rlscuda.pruning.snapshot import Snapshot
 from rlscuda.pruning.surgery import Surgery, operate, pruned_copy
 from rlscuda.pruning.tracker import SketchTracker
@@ -67,10 +68,12 @@ class RLSPruner:
         tracker: A `SketchTracker` that saw the training.
         loader: Batches of inputs, of tuples or lists whose first item they are, or of mappings, of
             which the model's forward gets the items it names; gone through several times. They
-            calibrate, where that is asked for, and re-estimate the statistics of all batch norms
-            after the cut.
+            calibrate, where that is asked for, and show batch norms what the cut changed.
         evaluate: The validation loss of a model, for `max_loss`.
         compensate: Whether the remaining weights change to make up for what went.
+        adapt_norms: Whether the running statistics of batch norms follow the cut, where there is a
+            `loader`: by the difference between what they are given before and after it, see
+            `rlscuda.pruning.settling.settle`. A warning says where it gives fewer than 16 samples.
         round_to: What stays of each coupling is a multiple of it, where there is as much.
         ignored: Modules, names or shell patterns whose outputs keep all their channels.
         include_inputs: Whether the model's raw input features are candidates too; it then takes
@@ -109,6 +112,7 @@ class RLSPruner:
         loader: Iterable | None = None,
         evaluate: Callable[[nn.Module], float] | None = None,
         compensate: bool = True,
+        adapt_norms: bool = True,
         round_to: int = 1,
         ignored: str | nn.Module | Iterable[str | nn.Module] = (),
         include_inputs: bool = False,
@@ -153,6 +157,7 @@ class RLSPruner:
         self.tracker, self.loader, self.evaluate = tracker, loader, evaluate
         self.source = self._checked_source(source, compensate)
         self.compensate, self.round_to, self.damping = compensate, round_to, damping
+        self.adapt_norms = adapt_norms
         self.ignored = [item for item, _ in selected(cast(Iterable, ignored), "ignored", model)]
         self.include_inputs, self.seed = include_inputs, seed
         self._original: dict[str, int] = {}
@@ -217,12 +222,18 @@ class RLSPruner:
         before = measure(whole, self.example_inputs, repeats=_REPEATS)
         del whole
         pruned = pruned_copy(self.model, cut.surgery, values)
-        statistics = self._settle(pruned, cut.surgery) if cut.removed else {}
-        check_finite(statistics)
+        settled = self._settle(pruned, cut.surgery) if cut.removed else Settled({}, 0)
+        check_finite(settled.statistics)
         inputs = cut.surgery.slice_inputs(self.example_inputs)
         after = measure(pruned, inputs, repeats=_REPEATS)
         del pruned
-        self._operate(cut, values, statistics)  # the last that can fail
+        if settled.statistics and settled.samples < FEWEST_SAMPLES:
+            warnings.warn(
+                f"batch norms adapt to the cut by {settled.samples} samples of loader: give "
+                f"{FEWEST_SAMPLES} or more, or adapt_norms=False",
+                stacklevel=2,
+            )
+        self._operate(cut, values, settled.statistics)  # the last that can fail
         return PruneReport(
             couplings=_changes(structure, candidates, cut.removed),
             importance=self.importance,
@@ -302,12 +313,15 @@ class RLSPruner:
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"evaluate must give a number, got {type(loss).__name__}") from None
 
-    def _settle(self, pruned: nn.Module, surgery: Surgery) -> dict[str, Tensor]:
-        """Estimates the statistics of a pruned copy's batch norms again where there is a loader."""
-        loader = self._sliced_loader(surgery)
-        return {} if loader is None else settle(pruned, loader)
+    def _settle(self, pruned: nn.Module, surgery: Surgery) -> Settled:
+        """Lets the batch norms of a pruned copy follow the cut where there is a loader."""
+        if self.loader is None or not self.adapt_norms:
+            return Settled({}, 0)
+        sliced = self._sliced_loader(surgery).slice if surgery.inputs else lambda batch: batch
+        pairs = ((batch, sliced(batch)) for batch in self.loader)
+        return settle(self.model, pruned, surgery.tensors, pairs)
 
-    def _sliced_loader(self, surgery: Surgery) -> Iterable | None:
+    def _sliced_loader(self, surgery: Surgery) -> Any:
         """The loader as the model takes its batches after a surgery."""
         if self.loader is None or not surgery.inputs:
             return self.loader

@@ -79,31 +79,32 @@ def save_pruned(model: nn.Module, path: StrPath, *, optimizer: Optimizer | None 
     write_atomically(Path(path), lambda stream: stream.write(data))
 
 
-def _read(path: StrPath, wanted: Callable[[str], bool]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The manifest and the tensors whose names are wanted."""
+def _read(path: StrPath) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The manifest and all tensors, if every bit is as it was written."""
     safetensors = optional("safetensors", "pruning")
+    load = optional("safetensors.torch", "pruning").load
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is no file")
+    data = Path(path).read_bytes()  # by one opening: another file can take the name meanwhile
     try:
-        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path} was not written by save_pruned")
-            if metadata.get("version") != str(VERSION):
-                raise ValueError(f"{path} must be of format version {VERSION}, got "
-                                 f"{metadata.get('version')}")  # fmt: skip
-            text = metadata["manifest"]
-            if metadata.get("sha256", _sha256(text.encode())) != _sha256(text.encode()):
-                raise _damaged(path, "the manifest")
-            manifest = json.loads(text)
-            names = set(file.keys())
-            tensors = {name: file.get_tensor(name) for name in names if wanted(name)}
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        metadata = header.get("__metadata__", {})
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} was not written by save_pruned")
+        if metadata.get("version") != str(VERSION):
+            raise ValueError(f"{path} must be of format version {VERSION}, got "
+                             f"{metadata.get('version')}")  # fmt: skip
+        text = metadata["manifest"]
+        if metadata.get("sha256", _sha256(text.encode())) != _sha256(text.encode()):
+            raise _damaged(path, "the manifest")
+        manifest = json.loads(text)
     except (safetensors.SafetensorError, json.JSONDecodeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from None
     check(manifest, Manifest, f"the manifest of {path}")
     if "sha256" in manifest:  # older files have none
         check(manifest["sha256"], dict[str, str], f"the checksums of {path}")
-        if names != manifest["sha256"].keys():
+        if tensors.keys() != manifest["sha256"].keys():
             raise _damaged(path, "a tensor's name")
         for name, tensor in tensors.items():
             if _sha256_of(tensor) != manifest["sha256"][name]:
@@ -147,7 +148,8 @@ def load_pruned(factory: Callable[[], nn.Module], path: StrPath) -> nn.Module:
         TypeError: `factory` does not return a module.
         ImportError: safetensors is missing.
     """
-    manifest, tensors = _read(path, lambda name: name != _OPTIMIZER)
+    manifest, tensors = _read(path)
+    tensors.pop(_OPTIMIZER, None)
     return rebuild(factory, {"manifest": manifest, "tensors": tensors})
 
 
@@ -171,7 +173,7 @@ def load_optimizer(optimizer: Optimizer, path: StrPath) -> None:
         >>> opt = RLSOptimizer(model, lr=0.1)                 # doctest: +SKIP
         >>> load_optimizer(opt, path)                         # doctest: +SKIP
     """
-    _, tensors = _read(path, lambda name: name == _OPTIMIZER)
+    _, tensors = _read(path)
     if _OPTIMIZER not in tensors:
         raise ValueError(f"{path} holds no optimizer: it was saved without optimizer=")
     if tensors[_OPTIMIZER].dtype != torch.uint8:

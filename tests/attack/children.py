@@ -72,7 +72,7 @@ class Ended:
     Attributes:
         status: exit status; of a killed process the negative signal.
         out: stdout.
-        error: stderr; the last line of it is the number of file operations where they are counted.
+        error: stderr.
     """
 
     status: int
@@ -102,7 +102,6 @@ def start(work: Path, task: Callable[[], object]) -> Child:
         os.chdir(work)
         for descriptor, name in ((1, "out"), (2, "error")):
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), descriptor)
-        (folder / "pid").write_text(str(os.getpid()))
         task()
         status = 0
     except SystemExit as stopped:

@@ -25,8 +25,8 @@ TRAIN = (
     *("--batch-size", 27, "--checkpoint-every", 2),
 )
 FIRST = (*TRAIN, "--optimizer", "rls,sgd", "--epochs", 2)
-SECOND = (*TRAIN, "--optimizer", "rls", "--epochs", 3)
-SECOND = (*SECOND, "--prune-schedule", "linear:0.5:1,tolerance=1000%")
+ROUNDS = ("--prune-schedule", "linear:0.5:1,tolerance=1000%")
+SECOND = (*TRAIN, "--optimizer", "rls", "--epochs", 3, *ROUNDS)
 RESUME = ("train", "--resume", "--out", "run", "--threads", 1)
 PRUNE = ("prune", "--run", "run", "--threads", 1)
 LARGE = (*PRUNE, "--ratio", 0.3, "--recover", 1)
@@ -49,6 +49,11 @@ def run(work: Path, *argv: object) -> str:
     return ended.out
 
 
+def copy(folder: Path) -> Path:
+    """A new folder of the same content."""
+    return Path(shutil.copytree(folder, tempfile.mkdtemp(), dirs_exist_ok=True)).resolve()
+
+
 class Scenario:
     """A command to be killed, and what must come of it.
 
@@ -61,21 +66,15 @@ class Scenario:
 
     def __init__(self, name: str, before: Path, argv: tuple, folder: str):
         self.name, self.before, self.argv, self.folder = name, before, argv, folder
-        work = self.copy()
+        work = copy(before)
         self.old = content(work / folder)
         self.operations = count_operations(work, *argv)
         self.new = content(work / folder)
         shutil.rmtree(work)
 
-    def copy(self) -> Path:
-        """A new folder as it is before the command."""
-        work = Path(tempfile.mkdtemp()).resolve()
-        shutil.copytree(self.before, work, dirs_exist_ok=True)
-        return work
-
     def attack(self, kills: list[int]) -> None:
         """Kill the command, then those that go on, and go on to the end."""
-        work = self.copy()
+        work = copy(self.before)
         try:
             argv = self.argv
             for number in kills:
@@ -125,10 +124,11 @@ class Pruning(Scenario):
 
 
 def scenarios(only: str | None) -> Iterator[Scenario]:
+    """The scenarios of that name, or all of them."""
     empty = make_work()
-    trained = Path(shutil.copytree(empty, tempfile.mkdtemp(), dirs_exist_ok=True)).resolve()
+    trained = copy(empty)
     run(trained, *FIRST)
-    pruned = Path(shutil.copytree(trained, tempfile.mkdtemp(), dirs_exist_ok=True)).resolve()
+    pruned = copy(trained)
     run(pruned, *LARGE)
     (pruned / "run-pruned" / "notes.txt").write_text("mine")
     made = {
@@ -140,6 +140,8 @@ def scenarios(only: str | None) -> Iterator[Scenario]:
     for name, (kind, *arguments) in made.items():
         if only in (None, name):
             yield kind(name, *arguments)
+    for folder in (empty, trained, pruned):
+        shutil.rmtree(folder)
 
 
 def main() -> int:

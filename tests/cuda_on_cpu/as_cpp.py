@@ -1,7 +1,8 @@
-"""Builds the extension with its CUDA kernels compiled as C++, to run on the CPU; see README.md."""
+"""Builds the extension under sanitizers, CUDA kernels as C++ if wanted; see README.md."""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -40,8 +41,32 @@ def put(path: Path, text: str) -> None:
         path.write_text(text)
 
 
-def build(root: Path, target: Path) -> None:
-    """Builds the package at `root` into `target`/rlscuda, and copies the tests beside it."""
+def environment(target: Path, asan: str) -> dict[str, str]:
+    """The environment variables under which what `build` has built runs."""
+    preloaded = [  # the second so that the first finds what it wraps, C++'s throw
+        subprocess.run(
+            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    return os.environ | {
+        "LD_PRELOAD": " ".join(preloaded),
+        "ASAN_OPTIONS": f"detect_leaks=0:{asan}",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONPATH": str(target),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def build(root: Path, target: Path, cuda: bool = True) -> None:
+    """Builds the package at `root` into `target`/rlscuda, and copies the tests beside it.
+
+    Args:
+        root: The repository.
+        target: Where the build goes.
+        cuda: Whether tensors count as those of a CUDA device, and the kernels for it are the ones
+            that are sanitized. Without, it is all of the CPU's half.
+    """
     for source in (root / "csrc").rglob("*.*"):
         text = source.read_text()
         if source.parent.name == "cuda":
@@ -54,7 +79,8 @@ def build(root: Path, target: Path) -> None:
         target / "generated" / "build_info.h",
         "".join(f"#define RLSCUDA_{name} {value}\n" for name, value in info.items()),
     )
-    for source in [*(root / "rlscuda").rglob("*.py"), *(root / "tests").glob("*.py")]:
+    tests = [*(root / "tests").glob("*.py"), *(root / "tests" / "fuzz").glob("*.py")]
+    for source in [*(root / "rlscuda").rglob("*.py"), *tests]:
         put(target / source.relative_to(root), source.read_text())
     shutil.copy(root / "pyproject.toml", target)
 
@@ -62,11 +88,13 @@ def build(root: Path, target: Path) -> None:
     includes += [*cpp_extension.include_paths(), sysconfig.get_path("include")]
     host = [p for p in (root / "csrc").glob("*.cpp") if p.name != "cuda_call.cpp"]
     host += (root / "csrc" / "cpu").glob("*.cpp")
-    kernels = (root / "csrc" / "cuda").glob("*.cu")
-    sources = {str(p.relative_to(root)): "plain" for p in sorted(host)}
-    sources |= {str(p.relative_to(root)): "sanitized" for p in sorted(kernels)}
-    sources["engine/engine.cpp"] = "plain"
-    defines = "-DNDEBUG -DRLSCUDA_WITH_CUDA -DTORCH_TARGET_VERSION=0x020a000000000000"
+    sources = {str(p.relative_to(root)): "plain" if cuda else "sanitized" for p in sorted(host)}
+    defines = "-DNDEBUG -DTORCH_TARGET_VERSION=0x020a000000000000"
+    if cuda:
+        kernels = (root / "csrc" / "cuda").glob("*.cu")
+        sources |= {str(p.relative_to(root)): "sanitized" for p in sorted(kernels)}
+        sources["engine/engine.cpp"] = "plain"
+        defines += " -DRLSCUDA_WITH_CUDA"
     flags = defines + "".join(
         f" -isystem {i}" if i.startswith("/") else f" -I{i}" for i in includes
     )
@@ -91,4 +119,4 @@ def build(root: Path, target: Path) -> None:
     put(target / "build.ninja", "\n".join(lines))
     ninja = [sys.executable, "-m", "ninja", "--quiet"]
     if subprocess.run(ninja, cwd=target).returncode:
-        raise SystemExit("the build of the kernels for the CPU failed")
+        raise SystemExit("the build under sanitizers failed")

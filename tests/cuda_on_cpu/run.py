@@ -16,7 +16,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from as_cpp import build
+from as_cpp import build, environment
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = ROOT / "build" / "cuda_on_cpu"
@@ -38,20 +38,8 @@ RUNS = [  # order of threads and blocks, pytest arguments
 
 def run(target: Path, arguments: list[str], order: str, stdout=None) -> int:
     """Runs pytest in the built `target` and returns its exit status."""
-    preloaded = [  # the second so that the first finds what it wraps, C++'s throw
-        subprocess.run(
-            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        for name in ("libasan.so", "libstdc++.so")
-    ]
-    environment = os.environ | {
-        "LD_PRELOAD": " ".join(preloaded),
-        "ASAN_OPTIONS": "detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-        "CUDA_ON_CPU_ORDER": order,
-        "PYTHONPATH": str(target),
-        "OMP_NUM_THREADS": "1",
-    }
+    variables = environment(target, "max_malloc_fill_size=1000000000:malloc_fill_byte=255")
+    variables["CUDA_ON_CPU_ORDER"] = order
     plugins = [
         "-p",
         "no:cacheprovider",
@@ -60,7 +48,7 @@ def run(target: Path, arguments: list[str], order: str, stdout=None) -> int:
     ]  # whose handler hides that of ASan
     command = [sys.executable, "-m", "pytest", "-q", *plugins, *arguments]
     return subprocess.run(
-        command, cwd=target, env=environment, stdout=stdout, stderr=stdout
+        command, cwd=target, env=variables, stdout=stdout, stderr=stdout
     ).returncode
 
 

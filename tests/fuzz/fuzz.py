@@ -1,0 +1,170 @@
+"""Calls every operator and entry point with hostile arguments; see README.md.
+
+python tests/fuzz/fuzz.py CALLS SEED
+"""
+
+from __future__ import annotations
+
+import collections
+import faulthandler
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from hostile import Hostile
+from op_cases import RULE, VALID, registered
+from torch import Tensor
+
+from rlscuda import _C, reference
+
+HANG_SECONDS = 60
+REFUSALS = {"operator": (RuntimeError,), "entry point": (RuntimeError, TypeError, ValueError)}
+
+
+def _filter_arrays(dtype: type, hold: int) -> list[Any]:
+    n, n_out, samples = 6, 2, hold + 3
+    draw = np.random.default_rng(0).standard_normal
+    return [
+        np.eye(n, dtype=dtype), np.zeros((n_out, n), dtype),
+        draw((samples, n)).astype(dtype), draw((samples, n_out)).astype(dtype), *RULE, 1.0,
+        np.zeros((hold, n), dtype), np.array([1.0, 0.0, 0.0]),
+    ]  # fmt: skip
+
+
+def entry_points() -> dict[str, tuple[Callable[..., Any], Callable[[], list[Any]]]]:
+    """The functions of the module that NumPy arrays go to, and valid arguments of each."""
+    known = {
+        "rls_filter_run": lambda: _filter_arrays(np.float32, 4),
+        "rls_filter_flush": lambda: [
+            np.eye(6, dtype=np.float32), np.full((4, 6), 0.1, np.float32), np.array([1.0, 0.0, 2.0])
+        ],
+    }  # fmt: skip
+    functions = sorted(name for name in vars(_C) if callable(getattr(_C, name)))
+    assert functions == sorted(known), functions
+    return {name: (getattr(_C, name), arguments) for name, arguments in known.items()}
+
+
+def doubled(value: Any) -> Any:
+    """The same in float64."""
+    if isinstance(value, list):
+        return [doubled(v) for v in value]
+    if isinstance(value, np.ndarray):
+        return value.astype(np.float64)
+    single = isinstance(value, Tensor) and value.dtype == torch.float32
+    return value.double() if single else value
+
+
+def copied(value: Any) -> Any:
+    """A copy that keeps nothing of the memory; None for a tensor that has none."""
+    if isinstance(value, list):
+        return [copied(v) for v in value]
+    if isinstance(value, np.ndarray):
+        return value.copy() if value.size < 1 << 20 else None
+    if not isinstance(value, Tensor):
+        return value
+    short = value.layout == torch.strided and value.device.type == "cpu" and value.numel() and (
+        value.untyped_storage().nbytes() < value.element_size() * (1 + value.storage_offset() + sum(
+            (size - 1) * stride for size, stride in zip(value.shape, value.stride())
+        ))
+    )  # fmt: skip
+    if short or value.layout != torch.strided or value.is_meta or value.numel() > 1 << 20:
+        return None
+    return value.detach().clone(memory_format=torch.contiguous_format)
+
+
+def same(a: Any, b: Any, tolerance: float = 0.0) -> bool:
+    """Whether two values agree; what could not be copied agrees with anything."""
+    if a is None or b is None:
+        return True
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y, tolerance) for x, y in zip(a, b))
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b, equal_nan=True)
+    if not isinstance(a, Tensor):
+        return a == b or (a != a and b != b)
+    if not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if tolerance and a.is_floating_point():
+        return torch.allclose(a.double(), b.double(), tolerance, tolerance, equal_nan=True)
+    a, b = (t.contiguous().flatten().view(torch.uint8) for t in (a, b))
+    return torch.equal(a, b)
+
+
+def exact(name: str, given: list[Any], left: list[Any], result: Any) -> bool:
+    """Whether a valid call did what `reference.py` says, where that is cheap."""
+    wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in given]
+    if name == "rls_update_":
+        power, kept = reference.running_power(1.0, float(wide[1].square().mean()), RULE[1])
+        P, U, h = reference.rls_update(wide[0], wide[1] / power**0.5, *RULE)
+        after = [left[0].double(), result[0].double() / power**0.5, result[1].double(), left[7]]
+        return same(after, [P, U, h, torch.tensor([kept], dtype=left[7].dtype)], 1e-3)
+    if name.startswith("patch_"):
+        draw = dict(zip(("rank", "seed", "offset"), given[8:]))
+        return same(_doubled(result), getattr(reference, name)(*given[:8], **draw), 1e-4)
+    if name == "nonfinite":
+        return bool(result) == any(not t.isfinite().all() for t in given[0])
+    if name == "factors_agree":
+        return result is True or given[0].dtype == torch.float64  # of a gradient in float32
+    return True
+
+
+def _doubled(result: Any) -> Any:
+    if isinstance(result, tuple):
+        return tuple(_doubled(r) for r in result)
+    return result.double() if result.is_floating_point() else result
+
+
+def main(calls: int, seed: int) -> int:
+    """Makes the calls; 0 where every one was refused as documented or did what it should."""
+    warnings.simplefilter("ignore")
+    torch.manual_seed(seed)
+    hostile = Hostile(seed)
+    assert sorted(VALID) == registered(), "tests/op_cases.py must know every operator"
+    targets = [
+        ("operator", name, getattr(torch.ops.rlscuda, name).default, VALID[name]) for name in VALID
+    ] + [("entry point", name, *both) for name, both in entry_points().items()]
+    counts: collections.Counter[str] = collections.Counter()
+    for number in range(calls):
+        kind, name, function, valid = hostile.random.choice(targets)
+        arguments = valid()
+        if hostile.random.random() < 0.3:
+            arguments = doubled(arguments)
+        hostile.start(arguments)
+        for place in hostile.random.sample(
+            range(len(arguments)), min(len(arguments), hostile.random.choice([0, 1, 1, 2, 3]))
+        ):
+            arguments[place] = hostile.changed(arguments[place])
+        before = copied(arguments)
+        faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
+        try:
+            result = function(*arguments)
+        except REFUSALS[kind] as error:
+            faulthandler.cancel_dump_traceback_later()
+            outcome = "refused"
+            text = str(error)
+            fine = same(copied(arguments), before) and "API call failed" not in text
+        else:
+            faulthandler.cancel_dump_traceback_later()
+            outcome, text = "accepted", "no exception"
+            fine = True
+            if hostile.plain and kind == "operator":
+                outcome = "compared"
+                again = copied(before)
+                fine = same(function(*again), result, 1e-4) and same(again, copied(arguments), 1e-4)
+                fine = fine and exact(name, before, copied(arguments), result)
+        counts[f"{name} {outcome}"] += 1
+        if not fine:
+            print(f"call {number} of seed {seed}, {name}: {outcome}, but not as it should")
+            print(f"  {text}\n  given {before}\n  left  {copied(arguments)}")
+            return 1
+    for name, count in sorted(counts.items()):
+        print(f"{count:6d} {name}")
+    print(f"{calls} calls of seed {seed}, none amiss")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))
