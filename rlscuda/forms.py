@@ -112,8 +112,8 @@ def resolve_options(given: dict[str, Any]) -> dict[str, Any]:
     _require(0 < _real(o["eps"]) < math.inf, "eps", "> 0 and finite", o["eps"])
     _require(0 <= _real(o["weight_decay"]) < math.inf, "weight_decay", ">= 0 and finite",
              o["weight_decay"])  # fmt: skip
-    _require(isinstance(o["rank"], int) and o["rank"] >= 1, "rank", "an int >= 1", o["rank"])
-    _require(o["rank"] <= 2**16, "rank", "at most 65536", o["rank"])
+    _require(isinstance(o["rank"], int) and 1 <= o["rank"] <= 2**16, "rank",
+             "an int >= 1 and at most 65536", o["rank"])  # fmt: skip
     _require(o["summary"] in SUMMARIES, "summary", " | ".join(SUMMARIES), o["summary"])
     _require(_real(o["trust_ratio"]) > 0, "trust_ratio", "> 0, inf for none", o["trust_ratio"])
     if form == "adaptive":
