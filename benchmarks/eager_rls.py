@@ -33,6 +33,7 @@ class EagerRLS(torch.optim.Optimizer):
         weight_decay: Decoupled: W ← (1 - lr · weight_decay) W.
         shrinkage: μ of P ← (1 - μ) P + μ P₀, by default 2 (1 - λ).
         drift: δ of P ← (1 - κδ) P + κ I (adaptive form).
+        trust_ratio: τ of ‖ΔW‖ ≤ τ (1 - α) ‖W‖, where W is not 0 (paper and natural form).
         initial_scale: P₀ = initial_scale · I.
         fallback: ``adamw`` or ``sgd``, the rule for all other parameters.
         fallback_lr: Learning rate of that rule, by default 0.1 · lr.
@@ -56,6 +57,7 @@ class EagerRLS(torch.optim.Optimizer):
         weight_decay: float = 0.05,
         shrinkage: float | None = None,
         drift: float = 0.3,
+        trust_ratio: float = 0.1,
         initial_scale: float = 1.0,
         fallback: str = "adamw",
         fallback_lr: float | None = None,
@@ -74,6 +76,7 @@ class EagerRLS(torch.optim.Optimizer):
         self.momentum, self.beta2, self.weight_decay = momentum, beta2, weight_decay
         self.shrinkage = 2 * (1 - forgetting) if shrinkage is None else shrinkage
         self.drift, self.initial_scale = drift, initial_scale
+        self.longest = trust_ratio * (1 - momentum)
         self.generator = torch.Generator().manual_seed(seed)
         self.layers = [m for m in model.modules() if _covered(m)]
         self.staged: dict[nn.Module, Tensor] = {}
@@ -136,7 +139,8 @@ class EagerRLS(torch.optim.Optimizer):
             lr *= self.gain / kappa
             delta = self._adaptive(state, s, g, lr, kappa)
         else:
-            delta = self._plain(state, s, g, lr)
+            size = w.norm() if b is None else torch.hypot(w.norm(), b.norm())
+            delta = self._plain(state, s, g, lr, size)
         state["t"] += 1
         decay = 1 - lr * self.weight_decay
         n = w[0].numel()
@@ -144,12 +148,14 @@ class EagerRLS(torch.optim.Optimizer):
         if b is not None:
             b.mul_(decay).add_(delta[:, n])
 
-    def _plain(self, state: dict, s: Tensor, g: Tensor, lr: float) -> Tensor:
-        """Paper and natural form: Ψ ← αΨ + ΔW; returns Ψ."""
+    def _plain(self, state: dict, s: Tensor, g: Tensor, lr: float, size: Tensor) -> Tensor:
+        """Paper and natural form: Ψ ← αΨ + ΔW, ΔW short beside W's `size`; returns Ψ."""
         p, keep = state["P"], 1 - self.shrinkage
         step = g @ p if self.form == "paper" else None
         h = rls_update(p, s, self.gain, self.forgetting, keep, self.shrinkage * self.initial_scale)
         step = g @ p if step is None else step.div_(h)
+        part = (self.longest * size / (lr * step.norm())).clamp(max=1)
+        step.mul_(torch.where(size > 0, part, 1))
         return state["M"].mul_(self.momentum).add_(step, alpha=-lr)
 
     def _adaptive(self, state: dict, s: Tensor, g: Tensor, lr: float, kappa: float) -> Tensor:

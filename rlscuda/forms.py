@@ -1,7 +1,7 @@
 """The three forms of the RLS rule: their constants and their validation.
 
 paper     W <- W - (lr / h) G P_old    (Zhang et al. 2021, Yu et al. 2022), with momentum
-natural   W <- W - lr G P_new          likewise
+natural   W <- W - lr G P_new          likewise; in both no step is longer than a part of W
 adaptive  D = G P_new;  per output row v <- b2 v + (1 - b2) sum(D o G);
           M <- b1 M + (1 - b1) D;  W <- W - lr M^ / (sqrt(v^) + eps), P drifting to A^(-1/2)
 """
@@ -21,15 +21,18 @@ from rlscuda.layers import SUMMARIES
 FORMS: dict[str, dict[str, Any]] = {
     "adaptive": {
         "lr": 0.1, "forgetting": 1.0, "gain": 0.01, "momentum": 0.9, "weight_decay": 0.05,
-        "rank": 16, "summary": "sample", "drift": 0.3, "fallback_share": 0.1,
+        "rank": 16, "summary": "sample", "drift": 0.3, "trust_ratio": math.inf,
+        "fallback_share": 0.1,
     },
     "paper": {
         "lr": 0.3, "forgetting": 1.0, "gain": 0.1, "momentum": 0.0, "weight_decay": 0.0,
-        "rank": 1, "summary": "mean", "drift": None, "fallback_share": 1 / 300,
+        "rank": 1, "summary": "mean", "drift": None, "trust_ratio": 0.1,
+        "fallback_share": 1 / 300,
     },
     "natural": {
         "lr": 0.3, "forgetting": 1.0, "gain": 0.01, "momentum": 0.0, "weight_decay": 0.0,
-        "rank": 1, "summary": "sketch", "drift": None, "fallback_share": 1 / 300,
+        "rank": 1, "summary": "sketch", "drift": None, "trust_ratio": 0.1,
+        "fallback_share": 1 / 300,
     },
 }  # fmt: skip
 _COMMON: dict[str, Any] = {
@@ -112,6 +115,10 @@ def resolve_options(given: dict[str, Any]) -> dict[str, Any]:
     _require(isinstance(o["rank"], int) and 1 <= o["rank"] <= 2**16, "rank",
              "an int >= 1 and at most 65536", o["rank"])  # fmt: skip
     _require(o["summary"] in SUMMARIES, "summary", " | ".join(SUMMARIES), o["summary"])
+    _require(_real(o["trust_ratio"]) > 0, "trust_ratio", "> 0, inf for none", o["trust_ratio"])
+    if form == "adaptive":
+        _require(o["trust_ratio"] == math.inf, "trust_ratio", "inf in the adaptive form, which "
+                 "normalises its steps", o["trust_ratio"])  # fmt: skip
     _require(0 < _real(o["initial_scale"]) < math.inf, "initial_scale", "> 0 and finite",
              o["initial_scale"])  # fmt: skip
     if o["fallback_lr"] is not None:

@@ -12,12 +12,12 @@ from torch.optim import Optimizer
 
 from rlscuda import advice, forms, hooks
 from rlscuda.discovery import Match, as_list, discover, rediscover
-from rlscuda.fallback import IN_P, Fallback, set_rates
+from rlscuda.fallback import Fallback, set_rates
 from rlscuda.interrupts import uninterrupted
 from rlscuda.layers import Layer
 from rlscuda.report import Coverage, Health, coverage_of, health_of
 from rlscuda.staging import Stage, observe, summarisable
-from rlscuda.state import check_fits, forget, guarded_load, initial_state, restart
+from rlscuda.state import check_fits, ensure_state, forget, guarded_load, restart
 from rlscuda.stepping import Move, Workspace, step_layers
 
 
@@ -43,6 +43,8 @@ class RLSOptimizer(Optimizer):
             sample, paper mean, natural sketch).
         shrinkage: Pull of ``P`` towards its start, 2 (1 - forgetting) by default, 0 for none.
         drift: Random-walk drift of ``P`` (adaptive .3, else None).
+        trust_ratio: No step moves a layer by more than this part of its norm (paper, natural .1;
+            adaptive inf, as it normalises anyway); inf for exact least squares.
         initial_scale: ``P`` starts as this multiple of the identity (1).
         beta2: Decay of the adaptive form's row second moments (.99).
         eps: Added to their square root (1e-8).
@@ -83,6 +85,7 @@ class RLSOptimizer(Optimizer):
         summary: str | None = None,
         shrinkage: float | None = None,
         drift: float | None = None,
+        trust_ratio: float | None = None,
         initial_scale: float | None = None,
         beta2: float | None = None,
         eps: float | None = None,
@@ -96,8 +99,8 @@ class RLSOptimizer(Optimizer):
         self._given = {
             "lr": lr, "form": form, "forgetting": forgetting, "gain": gain, "momentum": momentum,
             "weight_decay": weight_decay, "rank": rank, "summary": summary, "shrinkage": shrinkage,
-            "drift": drift, "initial_scale": initial_scale, "beta2": beta2, "eps": eps,
-            "fallback_lr": fallback_lr, "dtype": dtype, "seed": seed,
+            "drift": drift, "trust_ratio": trust_ratio, "initial_scale": initial_scale,
+            "beta2": beta2, "eps": eps, "fallback_lr": fallback_lr, "dtype": dtype, "seed": seed,
         }  # fmt: skip
         defaults = forms.resolve_options(self._given)
         self._fallback = Fallback(fallback)
@@ -269,7 +272,7 @@ class RLSOptimizer(Optimizer):
 
     def _move(self, layer: Layer) -> Move:
         group, stage = self._group_of[layer.weight], self._stages[layer.weight]
-        state = self._ensure_state(layer, group)
+        state = self._ensure_state(layer)
         check_fits(layer, state)
         return Move(layer, group, state, stage.summary, stage.factors)
 
@@ -282,16 +285,8 @@ class RLSOptimizer(Optimizer):
             if p is weight or weight.grad is not None or p.grad is None
         }
 
-    def _ensure_state(self, layer: Layer, group: dict[str, Any]) -> dict[str, Any]:
-        state = self.state[layer.weight]
-        if "P" not in state:
-            state.update(initial_state(layer, group))
-            for bias in layer.parameters()[1:]:
-                if self._fallback.starts(self.state[bias]):
-                    self.state[bias].update(IN_P)
-        elif layer.weight.dtype == torch.float64 and state["P"].dtype != torch.float64:
-            state.update({k: v.double() for k, v in state.items() if isinstance(v, Tensor)})
-        return state
+    def _ensure_state(self, layer: Layer) -> dict[str, Any]:
+        return ensure_state(self.state, layer, self._group_of[layer.weight], self._fallback)
 
     def restart(self, memory: int = 30) -> None:
         r"""Readies the optimizer for another schedule, once one has ended.
@@ -361,8 +356,7 @@ class RLSOptimizer(Optimizer):
         Raises:
             ValueError: The RLS rule does not cover it.
         """
-        found = self._find(layer)
-        return self._ensure_state(found, self._group_of[found.weight])["P"]
+        return self._ensure_state(self._find(layer))["P"]
 
     def coverage(self) -> Coverage:
         """How each module of the model is trained, why, and the bytes of its `P`."""

@@ -7,6 +7,7 @@ adaptive  likewise, D normalised by row
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -261,6 +262,14 @@ def _move_weights(
         rate = group["lr"].to(h.device, torch.float32)  # read there, so that a graph follows it
     else:
         lr = float(group["lr"])
+    divide_by_h = group["form"] == "paper"
+    if not adaptive and group["trust_ratio"] < math.inf:
+        _complete(chunk, bias_rows, bias_gradients)
+        bias_rows = [h[:0]] * len(chunk)
+        h = h if divide_by_h else torch.where(h.isfinite(), 1.0, h)
+        longest = group["trust_ratio"] * (1 - group["momentum"])  # which momentum sums up
+        h = _shortened(chunk, h, biases, (lr if rate is None else rate) / longest)
+        divide_by_h = True
     _weight_step(
         [layer.weight for layer in layers], biases, [move.product for move in chunk],
         [move.grad for move in chunk] if adaptive else [], bias_rows, bias_gradients, h,
@@ -269,8 +278,36 @@ def _move_weights(
         [state["health"] for state in states], rate, lr, group["momentum"], group["beta2"],
         group["weight_decay"], group["eps"],
         # P is still far from the input's statistics while its gain is large: warm up with it
-        group["gain"] if adaptive else 0.0, group["form"] == "paper",
+        group["gain"] if adaptive else 0.0, divide_by_h,
     )  # fmt: skip
+
+
+def _complete(chunk: list[Move], bias_rows: list[Tensor], bias_gradients: list[Tensor]) -> None:
+    """Adds to every product the bias' part that it lacks."""
+    for move, row, gradient in zip(chunk, bias_rows, bias_gradients):
+        if row.numel():
+            product = move.product.view(move.layer.groups, -1, move.layer.fan_in)
+            column = gradient.to(row.dtype).view(move.layer.groups, -1, 1)
+            product.addcmul_(column, row.view(move.layer.groups, 1, -1))
+
+
+def _shortened(chunk: list[Move], h: Tensor, biases: list[Tensor], rate: float | Tensor) -> Tensor:
+    """h, larger where rate |D| / h would exceed the norm of a weight that is not zero.
+
+    Norms are those of each matrix in turn: of the weight's rows with their biases.
+    """
+    products = [move.product for move in chunk]
+    weights = [move.layer.weight.detach() for move in chunk]
+    groups = [move.layer.groups for move in chunk]
+    tensors = products + weights + [bias.detach() for bias in biases]
+    if max(groups) == 1:
+        norms = torch.stack(torch._foreach_norm(tensors, 2, h.dtype))
+    else:
+        parts = [t.reshape(n, t.numel() // n) for t, n in zip(tensors, 3 * groups)]
+        norms = torch.cat([torch.linalg.vector_norm(p, dim=1, dtype=h.dtype) for p in parts])
+    step, weight, bias = norms.view(3, -1)
+    size = torch.hypot(weight, bias)
+    return torch.where(size > 0, torch.maximum(h, rate * step / size), h)
 
 
 def _biases(layers: Iterable[Layer], h: Tensor) -> tuple[list[Tensor], list[Tensor]]:

@@ -350,3 +350,26 @@ def test_a_missing_extra_is_named(folder, capsys, monkeypatch, package, extra):
     assert status == 1
     assert f"needs the package {package}" in error and f"pip install 'rlscuda[{extra}]'" in error
     assert not (folder / "run-pruned").exists()
+
+
+NORMED = """
+from torch import nn
+def make(in_channels, image_size, num_classes):
+    inputs = in_channels * image_size[0] * image_size[1]
+    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, 8), nn.Linear(8, 8), nn.BatchNorm1d(8),
+                         nn.ReLU(), nn.Linear(8, num_classes))
+"""
+
+
+def test_norms_that_few_images_adapt_are_warned_of(tmp_path, capsys, monkeypatch):
+    (tmp_path / "normed_net.py").write_text(NORMED)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    data = write_npz(tmp_path / "data.npz")
+    train = ["--model", "normed_net:make", "--data", data, "--optimizer", "sgd", "--epochs", 1]
+    assert call(capsys, "train", *train, "--out", "run")[0] == 0
+    warned = "warning: batch norms adapt to the cut by 5 samples of loader"
+    for out, options in (("few", []), ("left", ["--no-adapt-norms"])):
+        options += ["--ratio", 0.5, "--calibration-images", 5, "--out", out]
+        status, text, error = prune(capsys, *options)
+        assert (status, error) == (0, "") and (warned in text) == (out == "few")

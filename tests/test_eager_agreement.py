@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import math
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ CASES = {
     "paper": PLAIN | {"form": "paper", "lr": 0.3, "gain": 0.1, "momentum": 0.5},
     "natural-forgetting": PLAIN
     | {"form": "natural", "lr": 0.1, "gain": 0.2, "forgetting": 0.99, "momentum": 0.9},
+    "paper-unlimited": PLAIN
+    | {"form": "paper", "lr": 0.3, "gain": 0.1, "momentum": 0.5, "trust_ratio": math.inf},
     "natural-rank4": PLAIN
     | {"form": "natural", "lr": 0.1, "gain": 0.2, "rank": 4, "weight_decay": 0.1},
     "adaptive-rank1": {"form": "adaptive", "rank": 1},

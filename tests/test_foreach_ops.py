@@ -304,8 +304,8 @@ class Steps:
         W, (D, G), M = self.stacked(layer), self.matrices[layer], self.first[layer].double()
         health, lr = self.health[layer], 0.05 * rate
         if gain > 0:
-            updates = (health[EARLIER] + health[STEPS] - health[MISSING]).item()
-            lr *= gain / max(gain, 1 / updates)
+            counted = (health[EARLIER] + health[STEPS]).item()  # those that saw no input too
+            lr *= gain / max(gain, 1 / counted)
         if self.adaptive:
             constants = reference.AdaptiveStep(lr, self.momentum, 0.99, 0.1, 1e-8)
             v = self.second[layer].double()

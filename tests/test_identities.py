@@ -1,5 +1,7 @@
 """The identities that a correct implementation satisfies, in float64."""
 
+import math
+
 import pytest
 import torch
 from cases import CONVOLUTIONS, unfolded
@@ -28,7 +30,7 @@ def test_paper_form_is_weighted_ridge_regression(forgetting, bias):
     layer = nn.Linear(n, c, bias=bias).double()
     optimizer = RLSOptimizer(
         layer, form="paper", lr=1.0, gain=1.0, forgetting=forgetting, shrinkage=0,
-        initial_scale=scale,
+        initial_scale=scale, trust_ratio=math.inf,
     )  # fmt: skip
     start = [p.detach().clone() for p in layer.parameters()]
     W = start[0] if not bias else torch.cat([start[0], start[1][:, None]], 1)
@@ -56,8 +58,9 @@ def test_paper_form_is_the_filter_of_padasip():
     layer = nn.Linear(n, 1, bias=False).double()
     nn.init.zeros_(layer.weight)
     optimizer = RLSOptimizer(
-        layer, form="paper", lr=1.0, gain=1.0, forgetting=mu, shrinkage=0, initial_scale=1 / eps
-    )
+        layer, form="paper", lr=1.0, gain=1.0, forgetting=mu, shrinkage=0, initial_scale=1 / eps,
+        trust_ratio=math.inf,
+    )  # fmt: skip
     for x, y in zip(torch.randn(60, n).double(), torch.randn(60).double()):
         oracle.adapt(y.item(), x.numpy())
         optimizer.zero_grad()

@@ -16,11 +16,12 @@ NUMBERS = {  # option -> what it must be, and values that it must not be
     "gain": ("> 0 and finite", [0.0, -1.0, math.nan, math.inf]),
     "momentum": ("in [0, 1)", [-0.1, 1.0, math.nan]),
     "weight_decay": (">= 0 and finite", [-0.1, math.nan, math.inf]),
-    "rank": ("an int >= 1", [0, -1, 2.0, "4"]),
+    "rank": ("an int >= 1 and at most 65536", [0, -1, 2.0, "4"]),
     "summary": ("mean | sketch | sample", ["median", 3]),
     "form": ("adaptive | paper | natural", ["adam", 0, None, ["paper"]]),
     "shrinkage": ("in [0, 1]", [-0.1, 1.1, math.nan]),
     "drift": ("None or >= 0", [-0.3, math.nan, "none"]),
+    "trust_ratio": ("> 0, inf for none", [0.0, -0.1, math.nan, "0.1"]),
     "initial_scale": ("> 0 and finite", [0.0, -1.0, math.inf, math.nan]),
     "beta2": ("in [0, 1)", [-0.1, 1.0, math.nan]),
     "eps": ("> 0 and finite", [0.0, -1e-8, math.inf]),
@@ -32,6 +33,7 @@ WRONG = {f"{k}-{v}": ({k: v}, f"{k} must be {expected}, got {v!r}")
          for k, (expected, values) in NUMBERS.items() for v in values}  # fmt: skip
 WRONG |= {
     "adaptive_gain": ({"gain": 1.5}, "gain must be at most 1 in the adaptive form"),
+    "adaptive_trust": ({"trust_ratio": 0.1}, "trust_ratio must be inf in the adaptive form"),
     "adaptive_drift": ({"drift": 1.5}, "drift must be at most 1, or P could turn negative"),
     "paper_drift": ({"form": "paper", "gain": 0.5, "drift": 2.5}, "drift must be at most 2, or P"),
     "lr_tensor": ({"lr": torch.ones(2)}, "Tensor lr must be 1-element, got [2]"),

@@ -1,6 +1,7 @@
 """Schedulers, closures, and what users do to gradients between backward and step."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -194,7 +195,7 @@ def wide(seed=0):
 def test_step_follows_the_gradient_as_it_is_at_the_step(change, size, form):
     """With P = I at its first step and no gain to speak of: W - lr G, whatever G has become."""
     model = wide()
-    optimizer = RLSOptimizer(model, form=form, lr=0.5, gain=1e-13)
+    optimizer = RLSOptimizer(model, form=form, lr=0.5, gain=1e-13, trust_ratio=math.inf)
     before = [p.detach().clone() for p in model.parameters()]
     loss = model(torch.randn(size, 40).double()).square().sum()
     if change == "penalty":
@@ -225,8 +226,8 @@ def test_step_follows_the_gradient_as_it_is_at_the_step(change, size, form):
 def test_without_gain_it_is_sgd(build, form, options):
     """P stays at its start, a multiple of I, which is a factor of the rate."""
     model, twin = (build().double() for _ in range(2))
-    optimizer = RLSOptimizer(model, form=form, lr=0.02, gain=1e-13, fallback="sgd", fallback_lr=0.0,
-                             **options)  # fmt: skip
+    optimizer = RLSOptimizer(model, form=form, lr=0.02, gain=1e-13, trust_ratio=math.inf,
+                             fallback="sgd", fallback_lr=0.0, **options)  # fmt: skip
     scale = options.get("initial_scale", 1.0)
     covered = [p for m in twin for p in m.parameters() if not isinstance(m, nn.BatchNorm2d)]
     sgd = torch.optim.SGD(covered, lr=0.02 * scale, momentum=options.get("momentum", 0.0),

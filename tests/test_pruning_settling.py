@@ -148,7 +148,7 @@ def test_few_samples_are_warned_of_once(samples):
     x, model = torch.randn(samples, 6), normed()
     loss = {"max_loss": 9.0, "evaluate": lambda copy: copy(x).detach().square().mean()}
     pruner = RLSPruner(model, None, x[:1], loader=x.split(1), **loss, **WITHOUT_MATRICES)
-    with pytest.warns(UserWarning, match=f"batch norms {samples} samples") as caught:
+    with pytest.warns(UserWarning, match=f"cut by {samples} samples of loader") as caught:
         pruner.step()
     assert len(caught) == 1 and caught[0].filename == __file__
     assert all(torch.isfinite(buffer).all() for buffer in model.buffers())

@@ -155,11 +155,14 @@ class Pruning:
             UserError: the target is out of reach, or nothing was removed.
         """
         self._look("whole")
-        with _ranking_bar(self.console) as progress:
+        with _ranking_bar(self.console) as progress, warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("default")
             try:
                 self.report = self._pruner().step(progress=progress)
             except ValueError as error:
                 raise UserError(f"{self.trainer.config.model} was not pruned: {error}") from None
+        for warning in said:
+            self.console.print(f"warning: {warning.message}", markup=False, highlight=False)
         if all(change.before == change.after for change in self.report.couplings):
             raise UserError(
                 "nothing was removed: the target is reached already, or nothing may go within it"

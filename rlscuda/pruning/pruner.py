@@ -229,7 +229,7 @@ class RLSPruner:
         del pruned
         if settled.statistics and settled.samples < FEWEST_SAMPLES:
             warnings.warn(
-                f"loader gave batch norms {settled.samples} samples to adapt to the cut by: give "
+                f"batch norms adapt to the cut by {settled.samples} samples of loader: give "
                 f"{FEWEST_SAMPLES} or more, or adapt_norms=False",
                 stacklevel=2,
             )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlscuda.pruning._inputs import feed, inference
+from rlscuda.pruning._inputs import feed
+from rlscuda.pruning.isolation import isolated_copy, rng_kept
 from rlscuda.pruning.kept import Kept
 
 FEWEST_SAMPLES = 16  # below which what a batch shows is as much chance as the cut
@@ -56,8 +57,7 @@ def settle(
     batch reaches stay as they are.
 
     Args:
-        whole: The model before the cut; its modes and the random generators are as before
-            afterwards.
+        whole: The model before the cut; a copy of it is run.
         pruned: The copy, with the statistics of the whole model; it is left in eval mode.
         kept: What the cut keeps, by name of a parameter or buffer.
         batches: The same batch for either, as `feed` takes them.
@@ -69,13 +69,14 @@ def settle(
     norms = _norms(pruned)
     if not norms:
         return Settled({}, 0)
+    whole = isolated_copy(whole).eval()
     modules = dict(whole.named_modules())
     found = {name: _Shift(norm, kept.get(f"{name}.running_mean")) for name, norm in norms.items()}
     count = 0
-    with inference(whole), ExitStack() as hooks:
+    with rng_kept(whole), ExitStack() as hooks:
         for name, shift in found.items():
-            hooks.enter_context(_seen(modules[name], shift.whole.add))
-            hooks.enter_context(_seen(norms[name], shift.follow))
+            for norm, see in ((modules[name], shift.whole.add), (norms[name], shift.follow)):
+                hooks.callback(norm.register_forward_pre_hook(_showing(see)).remove)
         for of_whole, of_pruned in batches:
             feed(whole, of_whole)
             feed(pruned, of_pruned)
@@ -108,14 +109,9 @@ def _norms(model: nn.Module) -> dict[str, Any]:
     return norms
 
 
-@contextmanager
-def _seen(norm: nn.Module, see: Any) -> Iterator[None]:
-    """Shows what a norm is given, before it is normalised."""
-    handle = norm.register_forward_pre_hook(lambda _, args: see(args[0]))
-    try:
-        yield
-    finally:
-        handle.remove()
+def _showing(see: Callable[[Tensor], None]) -> Callable[[nn.Module, Any], None]:
+    """A hook that shows what a norm is given, before it is normalised."""
+    return lambda _, args: see(args[0])
 
 
 class _Moments:
