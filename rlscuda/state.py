@@ -220,17 +220,18 @@ def _check_options(saved: Mapping[str, Any]) -> None:
 def _check_fallback(entries: Mapping[str, Any], parameter: nn.Parameter) -> None:
     """Raises ValueError where the moments or the count of a fallback parameter do not fit it."""
     for name, value in entries.items():
-        if name == "step":
-            count = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-            if not isinstance(count, (int, float)) or not 0 <= count < math.inf:
-                raise ValueError(f"step of a fallback parameter in state_dict must be a count, "
-                                 f"got {value!r}")  # fmt: skip
-        elif value is not None or name != "momentum_buffer":
-            if not isinstance(value, Tensor) or value.shape != parameter.shape:
-                got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"{name} must be {list(parameter.shape)}, got {got} in state_dict")
-            if not value.is_floating_point():
-                raise ValueError(f"{name} in state_dict must be floating point, got {value.dtype}")
+        if value is None and name == "momentum_buffer":
+            continue
+        shape = torch.Size() if name == "step" else parameter.shape
+        if not isinstance(value, Tensor) or value.shape != shape:
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name} must be {list(shape)}, got {got} in state_dict")
+        if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
+            raise ValueError(f"{name} in state_dict must be floating point and dense, got "
+                             f"{value.dtype}, {value.layout} on {value.device}")  # fmt: skip
+        if name == "step" and not 0 <= value.item() < math.inf:
+            raise ValueError(f"step of a fallback parameter in state_dict must be a count, got "
+                             f"{value.item()}")  # fmt: skip
 
 
 def _check_layer(layer: Layer, form: str, entries: Mapping[str, Any]) -> None:

@@ -110,9 +110,6 @@ def test_layers_of_any_name_are_trained_pruned_and_reported(folder, capsys):
     report = json.loads((pruning / "report.json").read_text(encoding="ascii"))
     changed = {change["name"] for change in report["rounds"][0]["report"]["couplings"]}
     assert changed & set(names)
-    status, out, err = call(capsys, "prune", "--run", "run[/]$_$", "--ratio", "0.3", "--out", "p")
-    assert (status, err) == (0, "")
-    assert "files of this pruning" in out
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names that are no UTF-8 are Linux's")
@@ -120,7 +117,7 @@ def test_a_file_whose_name_is_no_text(folder, capsys):
     data = write_npz(folder / "d.npz")
     named = os.fsdecode(os.fsencode(folder) + b"/\xff\xfe\n\x1b[31m" + b"d" * 180 + b".npz")
     os.rename(data, named)
-    status, out, err = train(capsys, "mlp", named, "run", "--prune-schedule", "linear:0.3:1")
+    status, out, err = train(capsys, "mlp", named, "run")
     assert (status, err) == (0, "")
     assert r"\udcff\udcfe\n\x1b[31md" in out and "\x1b" not in out
     assert json.loads((folder / "run/config.json").read_text())["options"]["data"] == named

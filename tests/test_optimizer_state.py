@@ -195,7 +195,12 @@ def wrong_states(state, model):
         "exp_avg_sq must be [6], got str": fallback(exp_avg_sq="0"),
         "exp_avg in state_dict must be floating point":
             fallback(exp_avg=torch.zeros(6, dtype=torch.int64)),
-        "step of a fallback parameter in state_dict must be a count": fallback(step=torch.zeros(2)),
+        "step must be [], got [2]": fallback(step=torch.zeros(2)),
+        "step must be [], got int": fallback(step=3),
+        "step of a fallback parameter in state_dict must be a count, got -1":
+            fallback(step=torch.tensor(-1.0)),
+        "exp_avg in state_dict must be floating point and dense, got torch.float32, torch.sparse":
+            fallback(exp_avg=torch.zeros(6).to_sparse()),
     }  # fmt: skip
 
 

@@ -177,10 +177,11 @@ def fault_of(case: Case, ended: Ended, before: dict[str, object], work: Path) ->
 def goes_on(case: Case, work: Path, whole: Path) -> str | None:
     """Without the damage: what is wrong with the run that was being written."""
     assert case.argv is not None
-    for name in DATA, "jpeg.npz", "images":
-        shutil.copytree(whole / name, work / name, dirs_exist_ok=True) if name == "images" else (
-            shutil.copy(whole / name, work / name)
-        )
+    for name in (DATA, "jpeg.npz"):
+        (work / name).unlink(missing_ok=True)
+        shutil.copy(whole / name, work / name)
+    shutil.rmtree(work / "images")
+    shutil.copytree(whole / "images", work / "images")
     out = case.argv[case.argv.index("--out") + 1]
     if case.argv[0] == "prune":
         if out == "pruned" and not (work / out / "report.json").is_file():
