@@ -12,12 +12,12 @@ from torch.optim import Optimizer
 
 from rlscuda import advice, forms, hooks
 from rlscuda.discovery import Match, as_list, discover, rediscover
-from rlscuda.fallback import IN_P, Fallback, set_rates
+from rlscuda.fallback import Fallback, set_rates
 from rlscuda.interrupts import uninterrupted
 from rlscuda.layers import Layer
 from rlscuda.report import Coverage, Health, coverage_of, health_of
 from rlscuda.staging import Stage, observe, summarisable
-from rlscuda.state import check_fits, forget, guarded_load, initial_state, restart
+from rlscuda.state import check_fits, ensure_state, forget, guarded_load, restart
 from rlscuda.stepping import Move, Workspace, step_layers
 
 
@@ -272,7 +272,7 @@ class RLSOptimizer(Optimizer):
 
     def _move(self, layer: Layer) -> Move:
         group, stage = self._group_of[layer.weight], self._stages[layer.weight]
-        state = self._ensure_state(layer, group)
+        state = self._ensure_state(layer)
         check_fits(layer, state)
         return Move(layer, group, state, stage.summary, stage.factors)
 
@@ -285,16 +285,8 @@ class RLSOptimizer(Optimizer):
             if p is weight or weight.grad is not None or p.grad is None
         }
 
-    def _ensure_state(self, layer: Layer, group: dict[str, Any]) -> dict[str, Any]:
-        state = self.state[layer.weight]
-        if "P" not in state:
-            state.update(initial_state(layer, group))
-            for bias in layer.parameters()[1:]:
-                if self._fallback.starts(self.state[bias]):
-                    self.state[bias].update(IN_P)
-        elif layer.weight.dtype == torch.float64 and state["P"].dtype != torch.float64:
-            state.update({k: v.double() for k, v in state.items() if isinstance(v, Tensor)})
-        return state
+    def _ensure_state(self, layer: Layer) -> dict[str, Any]:
+        return ensure_state(self.state, layer, self._group_of[layer.weight], self._fallback)
 
     def restart(self, memory: int = 30) -> None:
         r"""Readies the optimizer for another schedule, once one has ended.
@@ -364,8 +356,7 @@ class RLSOptimizer(Optimizer):
         Raises:
             ValueError: The RLS rule does not cover it.
         """
-        found = self._find(layer)
-        return self._ensure_state(found, self._group_of[found.weight])["P"]
+        return self._ensure_state(self._find(layer))["P"]
 
     def coverage(self) -> Coverage:
         """How each module of the model is trained, why, and the bytes of its `P`."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rlscuda import _C
-from rlscuda.fallback import ENTRIES
+from rlscuda.fallback import ENTRIES, IN_P, Fallback
 from rlscuda.forms import OPTIONS, resolve_options
 from rlscuda.layers import Layer, state_dtype
 
@@ -48,6 +48,28 @@ def initial_state(layer: Layer, group: dict[str, Any]) -> dict[str, Any]:
     if group["form"] != "adaptive" and group["momentum"]:
         shape = (layer.weight.shape[0], layer.fan_in)
         state["momentum_buffer"] = torch.zeros(shape, dtype=dtype, device=device)
+    return state
+
+
+def ensure_state(
+    states: dict, layer: Layer, group: dict[str, Any], fallback: Fallback
+) -> dict[str, Any]:
+    """A layer's entries, made before its first step; float64 once its weight is.
+
+    Args:
+        states: The optimizer's, which gives a parameter without entries an empty dictionary.
+        layer: The layer.
+        group: Its parameter group.
+        fallback: The rule that may have had its bias.
+    """
+    state = states[layer.weight]
+    if "P" not in state:
+        state.update(initial_state(layer, group))
+        for bias in layer.parameters()[1:]:
+            if fallback.starts(states[bias]):
+                states[bias].update(IN_P)
+    elif layer.weight.dtype == torch.float64 and state["P"].dtype != torch.float64:
+        state.update({k: v.double() for k, v in state.items() if isinstance(v, Tensor)})
     return state
 
 

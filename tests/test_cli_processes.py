@@ -116,6 +116,9 @@ def test_a_lock_lasts_as_long_as_its_process_and_leaves_nothing(folder, other_pr
             pass
     check_free(Path("run"))
     assert not (folder / "run" / ".rlscuda.lock").exists()
+    Path("run/.rlscuda.lock").touch()  # as of a killed process
+    check_free(Path("run"))
+    assert not (folder / "run" / ".rlscuda.lock").exists()
     with pytest.raises(KeyError), writing(Path("a/b/c")):
         raise KeyError
     assert not (folder / "a").exists()

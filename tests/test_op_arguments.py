@@ -2,12 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from op_cases import VALID, health, registered
 
 import rlscuda.functional as RF
-from rlscuda import HeldMatrix
+from rlscuda import _C, HeldMatrix, RLSFilter
 
 ops = torch.ops.rlscuda
 X = torch.randn(2, 4, 8, 9, generator=torch.Generator().manual_seed(0))
@@ -215,3 +216,51 @@ def test_sparse_tensors_are_refused():
         RF.rls_update_(torch.eye(3), torch.ones(3).to_sparse())
     with pytest.raises(ValueError):
         RF.nonfinite([torch.eye(3).to_sparse()])
+
+
+def shifted(a):
+    """The same elements at an address of which no float can be."""
+    memory = np.empty(a.nbytes + 1, np.uint8)[1:].view(a.dtype).reshape(a.shape)
+    memory[...] = a
+    return memory
+
+
+def between(a):
+    """The same elements, a stride of one float and a half apart."""
+    wide = np.zeros(a.shape, [("value", a.dtype), ("other", "i2")])
+    wide["value"] = a
+    return wide["value"]
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda a: {"X": shifted(a["X"])}, "X must be aligned, and its strides whole elements"),
+    (lambda a: {"Y": between(a["Y"])}, "Y must be aligned, and its strides whole elements"),
+    (lambda a: {"P": shifted(a["P"])}, "P must be aligned"),
+    (lambda a: {"W": a["P"][:2]}, "W and P must not share memory, since one of them is written"),
+    (lambda a: {"X": a["W"][:1].repeat(3, 0), "held": a["P"][:2]}, "held and P must not share"),
+    (lambda a: {"Y": a["W"][:, :2].repeat(2, 0)[:3], "X": a["P"][:3]}, "P and X must not share"),
+    (lambda a: {"forgetting": math.nan}, r"forgetting must be in \(0, 1\], got nan"),
+    (lambda a: {"decay": math.inf}, "decay must be >= 0, got inf"),
+    (lambda a: {"initial_scale": 1e-60}, "initial_scale must be > 0, got 1e-60"),
+    (lambda a: {"forgetting": 1e-60}, "decay / forgetting must be finite, got 1 / 1e-60"),
+    (lambda a: {"state": np.zeros(2)}, r"state \[3\]"),
+    (lambda a: {"W": np.zeros((0, 4), "f4"), "Y": np.zeros((3, 0), "f4")}, "W must not be empty"),
+])  # fmt: skip
+def test_arrays_of_the_filter(change, message):
+    arrays = {
+        "P": np.eye(4, dtype="f4"), "W": np.zeros((2, 4), "f4"), "X": np.ones((3, 4), "f4"),
+        "Y": np.ones((3, 2), "f4"), "forgetting": 0.9, "gain": 1.0, "decay": 1.0, "diffusion": 0.0,
+        "initial_scale": 1.0, "held": np.zeros((2, 4), "f4"), "state": np.array([1.0, 0.0, 0.0]),
+    }  # fmt: skip
+    arrays |= change(arrays)
+    before = {k: np.array(v) for k, v in arrays.items()}
+    with pytest.raises(RuntimeError, match=message):
+        _C.rls_filter_run(*arrays.values())
+    assert all(np.array_equal(v, before[k], equal_nan=True) for k, v in arrays.items())
+
+
+def test_what_the_filter_cannot_hold_is_a_value_error():
+    f = RLSFilter(3, forgetting=1e-60, shrinkage=0.0, dtype=np.float32)
+    with pytest.raises(ValueError, match="decay / forgetting must be finite"):
+        f.update(np.ones(3, np.float32), 1.0)
+    assert f.updates == f.resets == 0
