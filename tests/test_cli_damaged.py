@@ -263,7 +263,7 @@ def test_images_are_counted_before_they_are_decoded(folder, small_machine):
     reader = ImageReader("x", "RGB", 5)
     with pytest.raises(UserError, match="5 images of 500 x 500 must take at most half"):
         reader.add(folder / "a.png", "a.png")
-    assert not reader.decoded
+    assert reader.decoded is None
 
 
 def test_a_document_has_a_largest_size(folder, capsys):

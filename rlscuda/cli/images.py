@@ -53,7 +53,8 @@ class ImageReader:
     def __init__(self, what: str, mode: str, count: int, side: int | None = None):
         self.what, self.mode, self.count, self.side = what, mode, count, side
         self.size: Size | None = None if side is None else (side, side)
-        self.decoded: list[np.ndarray] = []
+        self.decoded: np.ndarray | None = None
+        self.added = 0
         if self.size is not None:
             self._check_memory()
 
@@ -75,12 +76,17 @@ class ImageReader:
             if self.side is None:
                 check_one_size(self.what, self.size, image.size, what)
             image = image.convert(self.mode)
-            self.decoded.append(np.asarray(image.resize(self.size) if self.side else image))
+            pixels = np.asarray(image.resize(self.size) if self.side else image)
+        if self.decoded is None:
+            self.decoded = np.empty((self.count, *pixels.shape), np.uint8)
+        self.decoded[self.added] = pixels
+        self.added += 1
 
     def images(self) -> np.ndarray:
         """All of them, [N, C, H, W]."""
-        stacked = np.stack(self.decoded)
-        return stacked[:, None] if self.mode == "L" else stacked.transpose(0, 3, 1, 2)
+        decoded = self.decoded
+        assert decoded is not None and self.added == self.count
+        return decoded[:, None] if self.mode == "L" else decoded.transpose(0, 3, 1, 2)
 
 
 def check_one_size(what: str, first: Size, other: Size, where: object) -> None:
