@@ -96,12 +96,13 @@ def check_fits(layer: Layer, state: Mapping[str, Any]) -> None:
             f"the weight of {layer.name!r} is on {weight.device}, its P on {P.device}: move the "
             "model before the optimizer is made, or load its state_dict after"
         )
-    shape = (weight.shape[0], weight[0].numel() + layer.bias)
+    rows = weight.shape[0]
     moment = state.get("first_moment", state.get("momentum_buffer"))
-    if shape[1] != layer.fan_in or (moment is not None and shape != moment.shape):
-        expected = layer.fan_in if moment is None else list(moment.shape)
+    same_rows = moment is None or len(moment) == rows
+    if not same_rows or weight.numel() != rows * layer.columns:
+        expected = [rows if moment is None else len(moment), layer.fan_in]
         raise ValueError(f"the weight of {layer.name!r} must be {expected} with its bias, got "
-                         f"{list(shape)}")  # fmt: skip
+                         f"{[rows, weight.numel() // rows + layer.bias]}")  # fmt: skip
     if weight.grad is not None and weight.grad.layout != torch.strided:
         raise ValueError(f"the gradient of {layer.name!r} must be dense, got {weight.grad.layout}")
 
