@@ -34,6 +34,7 @@ def opened(file: Path | BinaryIO, what: object) -> Iterator[Any]:
         raise UserError(f"{what}: no such file")
     pillow = require("PIL.Image")
     with reading(f"{what}: not a readable image"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the error says what is wrong
         warnings.simplefilter("error", pillow.DecompressionBombWarning)
         with pillow.open(file) as image:
             yield image
