@@ -75,6 +75,7 @@ def _reasons(
                 reason = "excluded"
             reasons[module] = reason
     alone = dict(reasons)
+    sharing = _sharing(model)
     for module, reason in alone.items():
         if reason:
             continue
@@ -83,7 +84,23 @@ def _reasons(
                 reasons[module] = f"its weight is also that of {name!r}: {alone[other]}"
             elif getattr(other, "groups", 1) != getattr(module, "groups", 1):
                 reasons[module] = f"its weight is also that of {name!r}, in other groups"
+        for name, parameter in sharing.get(module.weight, ()):
+            reasons[module] = f"its weight lies in the memory of {name!r}, another parameter"
     return reasons
+
+
+def _sharing(model: nn.Module) -> dict[nn.Parameter, list[tuple[str, nn.Parameter]]]:
+    """The other parameters that begin where each does: of these a step would move one twice."""
+    at: dict[int, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        if type(parameter) is nn.Parameter and parameter.data_ptr():  # a plain one, not on meta
+            at.setdefault(parameter.data_ptr(), []).append((name, parameter))
+    return {
+        parameter: [(name, other) for name, other in together if other is not parameter]
+        for together in at.values()
+        for _, parameter in together
+        if len(together) > 1
+    }
 
 
 def _bias_fits(module: nn.Linear | nn.Conv2d, users: _Users) -> bool:
