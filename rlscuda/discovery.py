@@ -84,22 +84,23 @@ def _reasons(
                 reasons[module] = f"its weight is also that of {name!r}: {alone[other]}"
             elif getattr(other, "groups", 1) != getattr(module, "groups", 1):
                 reasons[module] = f"its weight is also that of {name!r}, in other groups"
-        for name, parameter in sharing.get(module.weight, ()):
-            reasons[module] = f"its weight lies in the memory of {name!r}, another parameter"
+        if module.weight in sharing:
+            other_name = sharing[module.weight]
+            reasons[module] = f"its weight lies in the memory of {other_name!r}, another parameter"
     return reasons
 
 
-def _sharing(model: nn.Module) -> dict[nn.Parameter, list[tuple[str, nn.Parameter]]]:
-    """The other parameters that begin where each does: of these a step would move one twice."""
+def _sharing(model: nn.Module) -> dict[nn.Parameter, str]:
+    """Parameters that begin where another does, and its name: a step would move that memory twice."""
     at: dict[int, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if type(parameter) is nn.Parameter and parameter.data_ptr():  # a plain one, not on meta
             at.setdefault(parameter.data_ptr(), []).append((name, parameter))
+    together = [members for members in at.values() if len(members) > 1]
     return {
-        parameter: [(name, other) for name, other in together if other is not parameter]
-        for together in at.values()
-        for _, parameter in together
-        if len(together) > 1
+        parameter: members[0 if i else 1][0]
+        for members in together
+        for i, (_, parameter) in enumerate(members)
     }
 
 
