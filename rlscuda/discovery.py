@@ -91,7 +91,7 @@ def _reasons(
 
 
 def _sharing(model: nn.Module) -> dict[nn.Parameter, str]:
-    """Parameters that begin where another does, and its name: a step would move that memory twice."""
+    """Parameters that begin where another does, and its name: it would move twice."""
     at: dict[int, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if type(parameter) is nn.Parameter and parameter.data_ptr():  # a plain one, not on meta
