@@ -75,6 +75,7 @@ def _reasons(
                 reason = "excluded"
             reasons[module] = reason
     alone = dict(reasons)
+    sharing = _sharing(model)
     for module, reason in alone.items():
         if reason:
             continue
@@ -83,7 +84,24 @@ def _reasons(
                 reasons[module] = f"its weight is also that of {name!r}: {alone[other]}"
             elif getattr(other, "groups", 1) != getattr(module, "groups", 1):
                 reasons[module] = f"its weight is also that of {name!r}, in other groups"
+        if module.weight in sharing:
+            other_name = sharing[module.weight]
+            reasons[module] = f"its weight lies in the memory of {other_name!r}, another parameter"
     return reasons
+
+
+def _sharing(model: nn.Module) -> dict[nn.Parameter, str]:
+    """Parameters that begin where another does, and its name: it would move twice."""
+    at: dict[int, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        if type(parameter) is nn.Parameter and parameter.data_ptr():  # a plain one, not on meta
+            at.setdefault(parameter.data_ptr(), []).append((name, parameter))
+    together = [members for members in at.values() if len(members) > 1]
+    return {
+        parameter: members[0 if i else 1][0]
+        for members in together
+        for i, (_, parameter) in enumerate(members)
+    }
 
 
 def _bias_fits(module: nn.Linear | nn.Conv2d, users: _Users) -> bool:

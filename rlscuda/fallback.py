@@ -10,8 +10,6 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from rlscuda.forms import FORMS
-
 IN_P = {"in_P": True}  # the state of a bias whose moments are its weight's: none may have no state
 ENTRIES = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}
 
@@ -166,22 +164,21 @@ def set_rates(group: dict[str, Any], options: Mapping[str, Any], covered: bool, 
         group["peak_lr"] = float(peak)
         return
     if options["lr"] is None:
-        rates = (group["fallback_lr"], FORMS[group["form"]]["lr"] * group["fallback_share"])
-        group["lr"] = rates[rates[0] is None]
-    group.update(fallback_lr=None, fallback_share=1.0, peak_lr=float(group["lr"]))
+        group["lr"] = group["fallback_lr"]
+    group.update(fallback_lr=None, peak_lr=float(group["lr"]))
 
 
 def rate(group: dict[str, Any]) -> float | torch.Tensor:
-    """The learning rate of the fallback rule in a group; that of a GPU stays there.
+    """The learning rate of the fallback rule in a group; one on a GPU stays there.
 
-    A rate of its own follows the shape of `lr`, its value over the highest so far; else it is a
-    fixed share of `lr`.
+    It follows the shape of `lr`, its value over the highest so far, and so never exceeds
+    `fallback_lr`, whatever sets `lr`. Where there is none, `lr` is the rule's own.
     """
     lr = group["lr"]
     if not (isinstance(lr, torch.Tensor) and lr.is_cuda):
         lr = float(lr)
     if group["fallback_lr"] is None:
-        return lr * group["fallback_share"]
+        return lr
     if isinstance(lr, float):
         group["peak_lr"] = max(group["peak_lr"], lr, float(group.get("max_lr", 0.0)))
     return lr * (group["fallback_lr"] / (group["peak_lr"] or 1.0))

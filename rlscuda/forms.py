@@ -22,28 +22,23 @@ FORMS: dict[str, dict[str, Any]] = {
     "adaptive": {
         "lr": 0.1, "forgetting": 1.0, "gain": 0.01, "momentum": 0.9, "weight_decay": 0.05,
         "rank": 16, "summary": "sample", "drift": 0.3, "trust_ratio": math.inf,
-        "fallback_share": 0.1,
+        "fallback_lr": 3e-3,
     },
     "paper": {
         "lr": 0.3, "forgetting": 1.0, "gain": 0.1, "momentum": 0.0, "weight_decay": 0.0,
         "rank": 1, "summary": "mean", "drift": None, "trust_ratio": 0.1,
-        "fallback_share": 1 / 300,
+        "fallback_lr": 1e-3,
     },
     "natural": {
         "lr": 0.3, "forgetting": 1.0, "gain": 0.01, "momentum": 0.0, "weight_decay": 0.0,
         "rank": 1, "summary": "sketch", "drift": None, "trust_ratio": 0.1,
-        "fallback_share": 1 / 300,
+        "fallback_lr": 1e-3,
     },
 }  # fmt: skip
 _COMMON: dict[str, Any] = {
     "shrinkage": None, "initial_scale": 1.0, "beta2": 0.99, "eps": 1e-8, "seed": 0, "dtype": None,
-    "fallback_lr": None,
 }  # fmt: skip
-_KEPT = {
-    "fallback_share",
-    "fallback_decays",
-    "peak_lr",
-}  # the optimizer's own notes
+_KEPT = {"fallback_decays", "peak_lr"}  # the optimizer's own notes
 OPTIONS = frozenset({"form", *_KEPT, *_COMMON, *FORMS["paper"]})
 
 # What other optimizers do with these would change a result; what is neutral there is neutral here.
@@ -121,9 +116,8 @@ def resolve_options(given: dict[str, Any]) -> dict[str, Any]:
                  "normalises its steps", o["trust_ratio"])  # fmt: skip
     _require(0 < _real(o["initial_scale"]) < math.inf, "initial_scale", "> 0 and finite",
              o["initial_scale"])  # fmt: skip
-    if o["fallback_lr"] is not None:
-        _require(0 <= _real(o["fallback_lr"]) < math.inf, "fallback_lr", ">= 0 and finite",
-                 o["fallback_lr"])  # fmt: skip
+    _require(0 <= _real(o["fallback_lr"]) < math.inf, "fallback_lr", ">= 0 and finite",
+             o["fallback_lr"])  # fmt: skip
     _require(isinstance(o["seed"], int), "seed", "an int", o["seed"])
     _require(o["dtype"] in (None, torch.float32, torch.float64), "dtype",
              "None, torch.float32 or torch.float64", o["dtype"])  # fmt: skip

@@ -50,8 +50,8 @@ class RLSOptimizer(Optimizer):
         eps: Added to their square root (1e-8).
         fallback: ``"adamw"`` (default), ``"sgd"``, or a callable that makes a torch optimizer from
             parameter groups; it trains every parameter that no RLS rule covers.
-        fallback_lr: Its learning rate at the peak of `lr`, whose schedule it follows; by default a
-            fixed share of `lr` (adaptive a tenth, else 1/300).
+        fallback_lr: Its learning rate at the peak of `lr`, whose schedule it follows (adaptive
+            3e-3, else 1e-3).
         include: Names (shell patterns) or modules to which the RLS rule is limited.
         exclude: Names (shell patterns) or modules that the fallback rule trains.
         dtype: ``torch.float64`` asks for a float64 ``P``; float64 parameters have it anyway.

@@ -96,12 +96,13 @@ def check_fits(layer: Layer, state: Mapping[str, Any]) -> None:
             f"the weight of {layer.name!r} is on {weight.device}, its P on {P.device}: move the "
             "model before the optimizer is made, or load its state_dict after"
         )
-    shape = (weight.shape[0], weight[0].numel() + layer.bias)
+    rows = weight.shape[0]
     moment = state.get("first_moment", state.get("momentum_buffer"))
-    if shape[1] != layer.fan_in or (moment is not None and shape != moment.shape):
-        expected = layer.fan_in if moment is None else list(moment.shape)
+    same_rows = moment is None or len(moment) == rows
+    if not same_rows or weight.numel() != rows * layer.columns:
+        expected = [rows if moment is None else len(moment), layer.fan_in]
         raise ValueError(f"the weight of {layer.name!r} must be {expected} with its bias, got "
-                         f"{list(shape)}")  # fmt: skip
+                         f"{[rows, weight.numel() // rows + layer.bias]}")  # fmt: skip
     if weight.grad is not None and weight.grad.layout != torch.strided:
         raise ValueError(f"the gradient of {layer.name!r} must be dense, got {weight.grad.layout}")
 
@@ -159,6 +160,9 @@ def _check_state(
         if saved["form"] != group["form"]:
             raise ValueError(f"state_dict is of form {saved['form']!r}, the optimizer of "
                              f"{group['form']!r}")  # fmt: skip
+        if (saved["fallback_lr"] is None) != (group["fallback_lr"] is None):
+            raise ValueError("state_dict and optimizer disagree on whose rate lr is, that of the "
+                             "layers or of the fallback rule")  # fmt: skip
         forms.update(dict.fromkeys(group["params"], group["form"]))
     for parameter, entries in _entries(state_dict, groups):
         layer = layers.get(parameter)
@@ -206,12 +210,11 @@ def _check_options(saved: Mapping[str, Any]) -> None:
     except ValueError as error:
         raise ValueError(f"state_dict has an option out of its range: {error}") from None
     for name in sorted(OPTIONS):
-        if saved[name] is None and resolved[name] is not None:
+        if saved[name] is None and resolved[name] is not None and name != "fallback_lr":
             raise ValueError(f"{name} in state_dict must have a value, got None")
-    for name in ("fallback_share", "peak_lr"):
-        value = saved[name]
-        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise ValueError(f"{name} in state_dict must be >= 0 and finite, got {value!r}")
+    peak = saved["peak_lr"]
+    if not isinstance(peak, (int, float)) or not 0 <= peak < math.inf:
+        raise ValueError(f"peak_lr in state_dict must be >= 0 and finite, got {peak!r}")
     if not isinstance(saved["fallback_decays"], bool):
         raise ValueError("fallback_decays in state_dict must be a bool, got "
                          f"{saved['fallback_decays']!r}")  # fmt: skip

@@ -110,6 +110,15 @@ class Tied(nn.Module):
         self.layer.weight = other.weight
 
 
+class Sharing(nn.Module):
+    """Tied by their memory, as two parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.other, self.layer = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.layer.weight.data = self.other.weight.data
+
+
 def pruned():
     layer = nn.Linear(4, 4)
     prune.l1_unstructured(layer, "weight", 0.5)
@@ -139,6 +148,7 @@ REASONS = {  # why a module has no P -> the module, its place
         (lambda: Tied(nn.Embedding(4, 4)), "layer"),
     "its weight is also that of 'm.other': OwnForward has a forward of its own":
         (lambda: Tied(OwnForward(4, 4)), "layer"),
+    "its weight lies in the memory of 'm.other.weight', another parameter": (Sharing, "layer"),
 }  # fmt: skip
 
 

@@ -78,7 +78,7 @@ def test_wrong_option_of_a_group(name):
 
 
 def test_every_option_of_a_group_is_tried():
-    kept = {"params", "fallback_share", "fallback_decays", "peak_lr"}  # the optimizer's own
+    kept = {"params", "fallback_decays", "peak_lr"}  # the optimizer's own
     assert RLSOptimizer(mlp()).param_groups[0].keys() - kept == NUMBERS.keys()
 
 

@@ -186,7 +186,7 @@ def wrong_states(state, model):
         "beta2 in state_dict must have a value, got None": option("beta2", None),
         "gain in state_dict must be one value, got Tensor": option("gain", torch.ones(2)),
         "form in state_dict must be one value, got list": option("form", ["adaptive"]),
-        "fallback_share in state_dict must be >= 0 and finite": option("fallback_share", -1.0),
+        "disagree on whose rate lr is": option("fallback_lr", None),
         "peak_lr in state_dict must be >= 0 and finite": option("peak_lr", float("nan")),
         "fallback_decays in state_dict must be a bool, got 2": option("fallback_decays", 2),
         "fallback entries ['momentum_buffer'], the fallback rule keeps":

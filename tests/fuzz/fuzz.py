@@ -21,7 +21,10 @@ from torch import Tensor
 from rlscuda import _C, reference
 
 HANG_SECONDS = 60
-REFUSALS = {"operator": (RuntimeError,), "entry point": (RuntimeError, TypeError, ValueError)}
+REFUSALS = {
+    "operator": (RuntimeError,),
+    "entry point": (RuntimeError, TypeError, ValueError, MemoryError),
+}
 
 
 def _filter_arrays(dtype: type, hold: int) -> list[Any]:
