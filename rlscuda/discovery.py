@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -84,9 +84,8 @@ def _reasons(
                 reasons[module] = f"its weight is also that of {name!r}: {alone[other]}"
             elif getattr(other, "groups", 1) != getattr(module, "groups", 1):
                 reasons[module] = f"its weight is also that of {name!r}, in other groups"
-        if module.weight in sharing:
-            other_name = sharing[module.weight]
-            reasons[module] = f"its weight lies in the memory of {other_name!r}, another parameter"
+        if name := sharing.get(cast(nn.Parameter, module.weight)):
+            reasons[module] = f"its weight lies in the memory of {name!r}, another parameter"
     return reasons
 
 

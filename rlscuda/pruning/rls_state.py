@@ -161,6 +161,7 @@ def changes(
         "_layers": {new(weight): layer for weight, layer in optimizer._layers.items()},
         "_stages": stages,
         "_group_of": {new(weight): group for weight, group in optimizer._group_of.items()},
+        "_members": set(map(new, optimizer._members)),
     }
     found += [Change(optimizer, name, value) for name, value in rekeyed.items()]
     fresh = {"_inner": None, "_fusable": False, "_trained": None}
