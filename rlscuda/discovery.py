@@ -84,8 +84,8 @@ def _reasons(
                 reasons[module] = f"its weight is also that of {name!r}: {alone[other]}"
             elif getattr(other, "groups", 1) != getattr(module, "groups", 1):
                 reasons[module] = f"its weight is also that of {name!r}, in other groups"
-        if name := sharing.get(cast(nn.Parameter, module.weight)):
-            reasons[module] = f"its weight lies in the memory of {name!r}, another parameter"
+        if there := sharing.get(cast(nn.Parameter, module.weight)):
+            reasons[module] = f"its weight lies in the memory of {there!r}, another parameter"
     return reasons
 
 
