@@ -157,13 +157,15 @@ def rediscover(
     }
     # a parametrization put on later holds the weight of a layer that is known already
     weights = {match.layer.weight for match in layers.values() if match.layer is not None}
-    index = 1 + max((match.layer.index for match in known if match.layer is not None), default=-1)
+    taken = {match.layer.index for match in layers.values() if match.layer is not None}
     matches = []
     for match in _matches(model, wanted, unwanted):
         if match.module in layers:
             match = layers[match.module]
-        elif match.layer is not None:
-            match.layer.index, index = index, index + 1
+        elif match.layer is not None:  # its place is what it has in an optimizer made anew
+            if match.layer.index in taken:
+                match.layer.index = 1 + max(taken)
+            taken.add(match.layer.index)
         own = [p for p in match.module._parameters.values() if p is not None]
         if match.layer is not None or not own or not weights.issuperset(own):
             matches.append(match)
