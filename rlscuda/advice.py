@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -25,6 +27,15 @@ _OVERSHOOT = (
     "diverge, choose lr <= 2 * gain"
 )
 _SHARE = 0.25  # of a device's memory
+_NOT_THE_USER = tuple(os.path.dirname(file) + os.sep for file in (__file__, torch.__file__))
+
+
+def warn(text: str) -> None:
+    """Warns at the line that led here, through whatever wrappers of torch: a scheduler adds one."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USER):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)
 
 
 def of_steps(moves: list[Move], stages: Mapping[nn.Parameter, Stage]) -> Iterator[str]:

@@ -180,7 +180,7 @@ def rate(group: dict[str, Any]) -> float | torch.Tensor:
     if group["fallback_lr"] is None:
         return lr
     if isinstance(lr, float):
-        group["peak_lr"] = max(group["peak_lr"], lr, float(group.get("max_lr", 0.0)))
+        group["peak_lr"] = max(group["peak_lr"], lr, float(group.get("max_lr") or 0.0))
     return lr * (group["fallback_lr"] / (group["peak_lr"] or 1.0))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
@@ -40,6 +41,7 @@ _COMMON: dict[str, Any] = {
 }  # fmt: skip
 _KEPT = {"fallback_decays", "peak_lr"}  # the optimizer's own notes
 OPTIONS = frozenset({"form", *_KEPT, *_COMMON, *FORMS["paper"]})
+_OTHER_THAN_LR = sorted(OPTIONS - {"lr", *_KEPT})
 
 # What other optimizers do with these would change a result; what is neutral there is neutral here.
 _OF_OTHERS = {
@@ -80,6 +82,39 @@ def check_names(group: dict[str, Any]) -> None:
         if instead and value is not None and value is not False:
             raise ValueError(f"group option {name!r} is unknown, there is: {instead} "
                              f"(all options: {', '.join(public)})")  # fmt: skip
+
+
+def check_edited(groups: list[dict[str, Any]], checked: list[tuple]) -> None:
+    """Checks the options of groups before a step, which must not fail half-way for one of them.
+
+    Args:
+        groups: Parameter groups, whose options anybody may have set since they were made.
+        checked: What was checked last, so that a rate that changes every step costs little.
+
+    Raises:
+        ValueError: An option is out of its range.
+    """
+    for group in groups:
+        lr = group["lr"]
+        if not (isinstance(lr, Tensor) and lr.is_cuda):  # which would have to be waited for
+            _require(math.isfinite(_real(lr)), "lr", "finite", lr)
+    values = [tuple(group[name] for name in _OTHER_THAN_LR) for group in groups]
+    if values != checked:
+        for group in groups:
+            check_complete({**group, "lr": 0.0})
+        checked[:] = values
+
+
+def check_complete(group: Mapping[str, Any]) -> None:
+    """Checks the options of a group that was made already, which lacks none.
+
+    Raises:
+        ValueError: An option is out of its range or None.
+    """
+    resolved = resolve_options({name: group[name] for name in OPTIONS})
+    for name in sorted(OPTIONS - {"fallback_lr"}):
+        if group[name] is None and resolved[name] is not None:
+            raise ValueError(f"{name} must have a value, got None")
 
 
 def resolve_options(given: dict[str, Any]) -> dict[str, Any]:

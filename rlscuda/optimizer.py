@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -126,8 +125,8 @@ class RLSOptimizer(Optimizer):
         self._look_anew()
         super().__init__(params, defaults)
         if model is not None and not self._layers:
-            warnings.warn(advice.NOTHING_COVERED, stacklevel=2)
-        self._warn(advice.of_memory(self._layers, self._group_of, self.state), 2)
+            advice.warn(advice.NOTHING_COVERED)
+        self._warn(advice.of_memory(self._layers, self._group_of, self.state))
         self._fallback.prepare(self.param_groups, self._covered(), self.state)
         self._attach()
         if self._layers and model is not None:
@@ -145,31 +144,31 @@ class RLSOptimizer(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         forms.check_names(param_group)
-        own = {name: value for name, value in param_group.items() if name != "params"}
-        merged = {**self._given, **own}
+        merged = {**self._given, **param_group}
         group = {**param_group, **forms.resolve_options(merged)}
         super().add_param_group(group)
         self._follow_groups()
         covered = any(p in self._layers for p in group["params"])
         layers = any(match.layer is not None for match in self._matches)
-        of_layers = covered or (layers and own.get("lr") is None)
-        apart = own.get("fallback_lr") is not None
+        of_layers = covered or (layers and param_group.get("lr") is None)
+        apart = param_group.get("fallback_lr") is not None
         peak = group["lr"] if apart else self.defaults["lr"]
         set_rates(group, merged, covered, peak if of_layers else None)
         if self._attached is not None:
-            self._warn(advice.of_memory(self._layers, self._group_of, self.state), 3)
+            self._warn(advice.of_memory(self._layers, self._group_of, self.state))
 
-    def _warn(self, texts: Iterable[str], stacklevel: int) -> None:
+    def _warn(self, texts: Iterable[str]) -> None:
         """Warns of what has not been said yet."""
         for text in texts:
             if text not in self._said:
                 self._said.add(text)
-                warnings.warn(text, stacklevel=stacklevel + 1)
+                advice.warn(text)
 
     # -- groups and layers, as they are now -------------------------------------------------------
 
     def _look_anew(self) -> None:
         """Forgets what was seen of the groups."""
+        self._checked: list[tuple] = []
         self._held: list[tuple[int, ...]] = []
         self._members: set[nn.Parameter] = set()
         self._group_of: dict[nn.Parameter, dict[str, Any]] = {}
@@ -180,8 +179,7 @@ class RLSOptimizer(Optimizer):
         if held == self._held:
             return
         group_of = {p: group for group in self.param_groups for p in group["params"]}
-        known, self._held, self._members = self._members, held, set(group_of)
-        if self._attached is not None and not self._members <= known:
+        if self._attached is not None and not group_of.keys() <= self._members:
             self._find_new_layers()
         for match in self._matches:
             if match.layer is None or match.bound:
@@ -193,6 +191,7 @@ class RLSOptimizer(Optimizer):
         self._group_of = {p: group for p, group in group_of.items() if p in self._layers}
         if self._attached is not None:
             self._attach()
+        self._members, self._held = set(group_of), held  # after what an interrupt may cut short
 
     def _find_new_layers(self) -> None:
         if self._model is not None:  # which a copy or pickle of the optimizer does not hold
@@ -244,37 +243,37 @@ class RLSOptimizer(Optimizer):
         return loss
 
     def _step(self) -> None:
-        moving = {
-            weight: self._layers[weight] for weight in self._group_of if weight.grad is not None
-        }
-        fresh = [weight for weight in moving if "P" not in self.state.get(weight, ())]
+        forms.check_edited(self.param_groups, self._checked)
+        moving = [self._layers[w] for w in self._group_of if w.grad is not None]
+        fresh = [layer for layer in moving if "P" not in self.state.get(layer.weight, ())]
         try:  # all that may refuse comes before the first layer moves
-            moves = [self._move(layer) for layer in moving.values()]
+            moves = [self._move(layer) for layer in moving]
             self._fallback.prepare(self.param_groups, self._covered(), self.state)
             self._fallback.step(self.param_groups, self.state)
         except BaseException:
-            for weight in fresh:
-                forget(self.state, self._layers[weight], self._group_of[weight])
+            for layer in fresh:
+                forget(self.state, layer, self._group_of[layer.weight])
             raise
         try:
             if moves:
                 step_layers(moves, self._workspace)
         except BaseException as error:
-            warnings.warn(advice.CUT_SHORT.format(error=type(error).__name__), stacklevel=6)
+            advice.warn(advice.CUT_SHORT.format(error=type(error).__name__))
             raise
         for move in moves:
             move.state["step"] += 1
         # a graph that needs the old values notices
         torch.autograd.graph.increment_version([p for m in moves for p in m.layer.parameters()])
-        self._warn(advice.of_steps(moves, self._stages), 7)
+        self._warn(advice.of_steps(moves, self._stages))
         for stage in self._stages.values():
             stage.clear()
 
     def _move(self, layer: Layer) -> Move:
         group, stage = self._group_of[layer.weight], self._stages[layer.weight]
         state = self._ensure_state(layer)
-        check_fits(layer, state)
-        return Move(layer, group, state, stage.summary, stage.factors)
+        check_fits(layer, state, group["form"])
+        moves_bias = self._members.issuperset(layer.parameters())
+        return Move(layer, group, state, stage.summary, stage.factors, moves_bias)
 
     def _covered(self) -> set[nn.Parameter]:
         """What the RLS rule moves: weights, and biases in `P` unless their weight is frozen."""
@@ -356,6 +355,7 @@ class RLSOptimizer(Optimizer):
         Raises:
             ValueError: The RLS rule does not cover it.
         """
+        self._follow_groups()
         return self._ensure_state(self._find(layer))["P"]
 
     def coverage(self) -> Coverage:
@@ -367,10 +367,11 @@ class RLSOptimizer(Optimizer):
 
     def health(self) -> Health:
         """The health of every `P`; reads counters from the device, so it waits for it."""
+        self._follow_groups()
         return Health(
-            (layer.name, health_of(state["P"], state["health"]))
-            for layer, state in ((la, self.state.get(w)) for w, la in self._layers.items())
-            if state
+            (self._layers[w].name, health_of(self.state[w]["P"], self.state[w]["health"]))
+            for w in self._group_of
+            if "P" in self.state.get(w, ())
         )
 
     # -- persistence ------------------------------------------------------------------------------
@@ -381,6 +382,7 @@ class RLSOptimizer(Optimizer):
         Raises:
             ValueError: The state is not of an optimizer over these parameters; nothing is changed.
         """
+        self._follow_groups()
         with guarded_load(self, self._layers, self._fallback.entries):
             super().load_state_dict(state_dict)
 

@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 
 from rlscuda import _C
 from rlscuda.fallback import ENTRIES, IN_P, Fallback
-from rlscuda.forms import OPTIONS, resolve_options
+from rlscuda.forms import OPTIONS, check_complete
 from rlscuda.layers import Layer, state_dtype
 
 _DTYPES = (torch.float32, torch.float64)
+_OF_FALLBACK = set().union(*ENTRIES.values())
 
 
 def _shapes(layer: Layer, form: str) -> dict[str, tuple[int, ...]]:
@@ -85,12 +86,15 @@ def forget(states: dict, layer: Layer, group: dict[str, Any]) -> None:
             del states[parameter]
 
 
-def check_fits(layer: Layer, state: Mapping[str, Any]) -> None:
-    """Raises ValueError where a layer's weight or its gradient is no longer what `P` was made for.
+def check_fits(layer: Layer, state: Mapping[str, Any], form: str) -> None:
+    """Raises ValueError where a layer's weight, gradient or form is not what `P` was made for.
 
     Whatever refuses a layer must do so before the first one moves.
     """
     weight, P = layer.weight, state["P"]
+    if ("first_moment" in state) != (form == "adaptive"):
+        raise ValueError(f"the state of {layer.name!r} is not one of form {form!r}: the form of a "
+                         "group cannot change once it has stepped")  # fmt: skip
     if weight.device != P.device:
         raise ValueError(
             f"the weight of {layer.name!r} is on {weight.device}, its P on {P.device}: move the "
@@ -166,6 +170,8 @@ def _check_state(
         forms.update(dict.fromkeys(group["params"], group["form"]))
     for parameter, entries in _entries(state_dict, groups):
         layer = layers.get(parameter)
+        if entries.keys().isdisjoint({"P", *IN_P} | _OF_FALLBACK):
+            continue  # all of it is of others
         if (layer is not None) != ("P" in entries):
             name = layer.name if layer is not None else "a fallback parameter"
             raise ValueError(f"state_dict and optimizer disagree on whether {name} has a matrix P")
@@ -174,7 +180,7 @@ def _check_state(
             continue
         if "in_P" in entries:
             continue
-        own = entries.keys() & set().union(*ENTRIES.values())  # the rest is of others
+        own = entries.keys() & _OF_FALLBACK  # the rest is of others
         if fallback_entries is not None and own and own != fallback_entries:
             raise ValueError(f"state_dict has fallback entries {sorted(own)}, the fallback "
                              f"rule keeps {sorted(fallback_entries)}")  # fmt: skip
@@ -206,12 +212,9 @@ def _check_options(saved: Mapping[str, Any]) -> None:
         if not isinstance(value, plain) or isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"{name} in state_dict must be one value, got {type(value).__name__}")
     try:
-        resolved = resolve_options({name: saved[name] for name in OPTIONS})
+        check_complete(saved)
     except ValueError as error:
         raise ValueError(f"state_dict has an option out of its range: {error}") from None
-    for name in sorted(OPTIONS):
-        if saved[name] is None and resolved[name] is not None and name != "fallback_lr":
-            raise ValueError(f"{name} in state_dict must have a value, got None")
     peak = saved["peak_lr"]
     if not isinstance(peak, (int, float)) or not 0 <= peak < math.inf:
         raise ValueError(f"peak_lr in state_dict must be >= 0 and finite, got {peak!r}")

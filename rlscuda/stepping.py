@@ -8,7 +8,7 @@ adaptive  likewise, D normalised by row
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ class Move:
         state: Its state.
         summary: What is staged of its input, or None.
         factors: The factors of its gradient, where they were kept and still hold all of it.
+        moves_bias: Whether its bias, if in `P`, is still in a group.
         grad: Its gradient as [c, n], contiguous, of the dtype of `P`.
         product: Where the product goes [c, fan_in].
         projected: X P [N, fan_in] for the factored product.
@@ -48,6 +49,7 @@ class Move:
     state: dict[str, Any]
     summary: Summary | None
     factors: Factors | None
+    moves_bias: bool
     grad: Tensor = field(init=False)
     product: Tensor = field(init=False)
     projected: Tensor | None = None
@@ -57,7 +59,9 @@ class Move:
         assert weight.grad is not None
         self.grad = weight.grad if weight.dim() == 2 else weight.grad.flatten(1)
         if self.factors is not None and (
-            self.summary is None or not self.factors.agree(self.layer, self.grad)
+            self.summary is None
+            or not self.moves_bias
+            or not self.factors.agree(self.layer, self.grad)
         ):
             self.factors = None
 
@@ -165,7 +169,7 @@ def _prepare(chunk: list[Move], workspace: Workspace) -> None:
 
 def _project(layer: Layer, P: Tensor, X: Tensor, workspace: Workspace) -> Tensor:
     """X P [N, fan_in] of the input rows, a bias' column of ones included."""
-    name = f"projected {layer.index}"  # several wait at once
+    name = f"projected {id(layer)}"  # several wait at once
     out = buffer(workspace, name, P, len(X) * layer.fan_in).view(len(X), layer.fan_in)
     if layer.bias:
         return torch.addmm(P[-1], X, P[:-1], out=out)
@@ -248,7 +252,7 @@ def _move_weights(
     """Everything of the weight updates that follows the products, in one fused pass."""
     layers, states = [move.layer for move in chunk], [move.state for move in chunk]
     adaptive = group["form"] == "adaptive"
-    biases, bias_gradients = _biases(layers, h)
+    biases, bias_gradients = _biases(chunk, h)
     first: list[Tensor] = []
     if adaptive:
         first = [state["first_moment"] for state in states]
@@ -310,17 +314,17 @@ def _shortened(chunk: list[Move], h: Tensor, biases: list[Tensor], rate: float |
     return torch.where(size > 0, torch.maximum(h, rate * step / size), h)
 
 
-def _biases(layers: Iterable[Layer], h: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def _biases(chunk: list[Move], h: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """The biases in `P` and their gradients, empty tensors where there are none."""
     none = h[:0]
     biases: list[Tensor] = []
     gradients: list[Tensor] = []
-    for layer in layers:
-        bias: nn.Parameter | None = layer.bias_parameter if layer.bias else None
+    for move in chunk:
+        bias: nn.Parameter | None = move.layer.bias_parameter if move.layer.bias else None
         if bias is None:
             biases.append(none)
             gradients.append(none)
-        elif bias.grad is None:  # frozen since: it stays where it is
+        elif bias.grad is None or not move.moves_bias:  # since it was frozen or taken out
             biases.append(bias.detach().clone())
             gradients.append(torch.zeros_like(biases[-1]))
         else:

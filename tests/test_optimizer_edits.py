@@ -72,6 +72,72 @@ def test_a_parameter_taken_out_is_left_alone_and_put_back_goes_on():
     assert not any(map(torch.equal, before, model.parameters()))
 
 
+@pytest.mark.parametrize("rows", [4, 200], ids=["factored", "whole"])
+def test_a_bias_taken_out_of_the_groups_stays_as_a_frozen_one_does(rows):
+    models = [nn.Sequential(nn.Linear(48, 64)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [RLSOptimizer(m, lr=0.01) for m in models]
+    x = torch.randn(rows, 48)
+    for step in range(2):
+        for i, (model, optimizer) in enumerate(zip(models, optimizers)):
+            model.zero_grad()
+            model(x).square().mean().backward()
+            if step and i:
+                model[0].bias.grad = None
+            elif step:
+                optimizer.param_groups[0]["params"] = [model[0].weight]
+            before = model[0].bias.detach().clone()
+            optimizer.step()
+    assert torch.equal(before, models[0][0].bias) and torch.equal(before, models[1][0].bias)
+    assert torch.equal(models[0][0].weight, models[1][0].weight)
+
+
+def replaced_head():
+    """A head of the same shape in the module and in the group, and nothing of it seen yet."""
+    model = mlp()
+    optimizer = RLSOptimizer(model)
+    train(model, optimizer, 2)
+    model[2] = nn.Linear(6, 3)
+    optimizer.param_groups[0]["params"][2:] = model[2].parameters()
+    return model, optimizer
+
+
+def test_what_users_look_at_is_of_the_groups_as_they_are():
+    model, optimizer = replaced_head()
+    assert set(optimizer.health()) == {"0"}  # the old head is in no group
+    fresh = torch.eye(7)
+    assert torch.equal(optimizer.inverse_autocorrelation("2"), fresh)
+    model, optimizer = replaced_head()
+    assert torch.equal(optimizer.inverse_autocorrelation(model[2]), fresh)
+
+
+def test_a_state_is_loaded_into_the_groups_as_they_are():
+    model = mlp()
+    optimizer = RLSOptimizer(model)
+    train(model, optimizer, 3)
+    twin, other = replaced_head()
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for m, o in ((model, optimizer), (twin, other)):
+        train(m, o, 2, seed=7)
+    assert not differing(snapshot(model, optimizer), snapshot(twin, other))
+
+
+def test_a_look_that_was_cut_short_starts_anew(monkeypatch):
+    model, optimizer = replaced_head()
+    find = optimizer._find_new_layers
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(optimizer, "_find_new_layers", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    monkeypatch.setattr(optimizer, "_find_new_layers", find)
+    train(model, optimizer, 1)
+    assert "P" in optimizer.state[model[2].weight]
+
+
 def test_a_parameter_put_in_its_place_is_trained():
     """As after `resize_token_embeddings`: another tensor in the module and in the group."""
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3), nn.Linear(3, 2))
@@ -154,6 +220,29 @@ def test_selection_holds_for_layers_that_come_later():
     assert rows["head"] == ("fallback", "not in include")
 
 
+def test_an_optimizer_made_anew_goes_on_with_layers_added_later_to_the_bit():
+    """Its random draws are those of the layer's place in the model."""
+
+    def body():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3), nn.LayerNorm(3))
+
+    model = body()
+    optimizer = RLSOptimizer(model)
+    train(model, optimizer, 1)
+    model.append(nn.Linear(3, 3))
+    optimizer.add_param_group({"params": model[4].parameters()})
+    train(model, optimizer, 1)
+    twin = body().append(nn.Linear(3, 3))
+    twin.load_state_dict(model.state_dict())
+    groups = [{"params": twin[:4].parameters()}, {"params": twin[4].parameters()}]
+    other = RLSOptimizer(groups, model=twin)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for m, o in ((model, optimizer), (twin, other)):
+        train(m, o, 2, seed=7)
+    assert not differing(snapshot(model, optimizer), snapshot(twin, other))
+
+
 # -- state of others -----------------------------------------------------------------------------
 
 
@@ -220,6 +309,19 @@ def test_entries_of_others_in_the_state_change_nothing(build):
     assert all("old_p" in fresh.state[p] for p in twin.parameters())
     base.restart()
     assert all(base.state[p]["old_p"].any() for p in models[0].parameters() if p.dim() > 1)
+
+
+def test_entries_of_others_may_come_before_the_first_step():
+    """As of a wrapper that notes the weights from which it starts."""
+    model, twin = cnn(), cnn()
+    optimizer, other = RLSOptimizer(model), RLSOptimizer(twin)
+    for p in model.parameters():
+        optimizer.state[p]["slow"] = p.detach().clone()
+    assert not optimizer.health()
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for m, o in ((model, optimizer), (twin, other)):
+        train(m, o, 2)
+    assert not differing(snapshot(model, optimizer), snapshot(twin, other))
 
 
 def test_a_rate_set_after_a_resume_is_followed():

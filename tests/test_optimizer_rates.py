@@ -146,9 +146,11 @@ def test_options_that_are_not_ours_are_refused(option, instead):
 
 def test_notes_of_frameworks_and_neutral_options_stay():
     notes = {"name": "all", "lr_scale": 0.5, "lr_mult": 2.0, "layer_id": 3, "initial_lr": 0.1,
-             "max_lr": 0.1, "min_lr": 0.0, "is_last_layer": True, "wd_multiplier": 1.0,
+             "max_lr": None, "min_lr": 0.0, "is_last_layer": True, "wd_multiplier": 1.0,
              "rho": 0.05, "adaptive": False, "maximize": False, "amsgrad": False, "foreach": None,
              "fused": None, "swa_lr": 0.1, "max_momentum": 0.9}  # fmt: skip
-    model = mlp()
-    (group,) = RLSOptimizer([{"params": model.parameters(), **notes}], model=model).param_groups
+    model = norm_and_layer()
+    optimizer = RLSOptimizer([{"params": model.parameters(), **notes}], model=model)
+    (group,) = optimizer.param_groups
+    rates(optimizer, 1)
     assert {name: group[name] for name in notes} == notes

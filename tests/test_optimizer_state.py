@@ -183,7 +183,7 @@ def wrong_states(state, model):
         "lr must be >= 0 and finite, got nan": option("lr", float("nan")),
         "drift must be at most 1": option("drift", 7.0),
         "rank must be an int >= 1 and at most 65536, got 'many'": option("rank", "many"),
-        "beta2 in state_dict must have a value, got None": option("beta2", None),
+        "beta2 must have a value, got None": option("beta2", None),
         "gain in state_dict must be one value, got Tensor": option("gain", torch.ones(2)),
         "form in state_dict must be one value, got list": option("form", ["adaptive"]),
         "disagree on whose rate lr is": option("fallback_lr", None),

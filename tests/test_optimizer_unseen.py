@@ -8,6 +8,7 @@ import torch
 from conftest import batch, cnn, differing, make, mlp, snapshot, train
 from torch import nn
 from torch.func import functional_call, grad, vmap
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from rlscuda import RLSOptimizer
 
@@ -119,6 +120,21 @@ def test_layers_that_are_never_seen_still_train_and_are_named(name):
     assert loss < 0.02  # 0.25 at the hundredth of the rate that the first step has
     rows = {row.name: row for row in optimizer.coverage()}
     assert all(rows[n].why == "no input is seen: it steps without P" for n in ("0", "2"))
+
+
+def test_a_warning_names_the_line_of_the_user_through_a_scheduler_and_a_scaler():
+    model = mlp()
+    optimizer = RLSOptimizer(model)
+    CosineAnnealingLR(optimizer, 10)  # wraps step()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    with pytest.warns(UserWarning, match="no input was seen") as caught:
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            scaler.step(optimizer)
+            scaler.update()
+    assert {warning.filename for warning in caught} == {__file__}
 
 
 def test_sparse_input_is_named():

@@ -1,5 +1,6 @@
 """A step happens as a whole or not at all: refusals, interrupts, gradients of any layout."""
 
+import math
 import signal
 
 import pytest
@@ -62,6 +63,45 @@ def test_a_refused_step_changes_nothing(spoil, seen):
     assert optimizer._stages[model[0].weight].calls == 1  # what is staged can still be used
 
 
+EDITS = [  # of a group, by hand or by a scheduler
+    ("lr", math.nan, "lr must be finite"), ("lr", math.inf, "lr must be finite"),
+    ("lr", torch.tensor(math.nan), "lr must be finite"), ("lr", "a", "lr must be finite"),
+    ("momentum", 1.5, r"momentum must be in \[0, 1\)"), ("eps", -1, "eps must be > 0"),
+    ("weight_decay", math.nan, "weight_decay must be >= 0"), ("gain", 0.0, "gain must be > 0"),
+    ("weight_decay", None, "weight_decay must have a value"), ("drift", 1e9, "drift must be"),
+    ("fallback_lr", -1.0, "fallback_lr must be >= 0"), ("shrinkage", -3, "shrinkage must be in"),
+    ("initial_scale", -1, "initial_scale must be > 0"), ("summary", "foo", "summary must be"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, value, message", EDITS)
+@pytest.mark.parametrize("form", FORMS)
+def test_an_option_out_of_its_range_is_refused_before_anything_moves(form, name, value, message):
+    model = cnn()
+    optimizer = RLSOptimizer(model, form=form)
+    train(model, optimizer, 2)
+    before, kept = snapshot(model, optimizer), optimizer.param_groups[0][name]
+    optimizer.param_groups[0][name] = value
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            optimizer.step()
+    assert not differing(before, snapshot(model, optimizer))
+    optimizer.param_groups[0][name] = kept
+    optimizer.step()
+
+
+@pytest.mark.parametrize("form, other", [("adaptive", "natural"), ("paper", "adaptive")])
+def test_another_form_is_refused_once_a_group_has_stepped(form, other):
+    model = cnn()
+    optimizer = RLSOptimizer(model, form=form)
+    train(model, optimizer, 1)
+    before = snapshot(model, optimizer)
+    optimizer.param_groups[0].update(form=other, trust_ratio=math.inf, drift=0.0)
+    with pytest.raises(ValueError, match=f"is not one of form {other!r}"):
+        optimizer.step()
+    assert not differing(before, snapshot(model, optimizer))
+
+
 def test_a_fallback_that_refuses_leaves_no_new_state():
     model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 2))
     optimizer = RLSOptimizer(model)
@@ -80,9 +120,10 @@ def test_a_step_cut_short_says_so(monkeypatch):
     optimizer = RLSOptimizer(model)
     model(batch(model)).sum().backward()
     monkeypatch.setattr(rlscuda.optimizer, "step_layers", fail)
-    with pytest.warns(UserWarning, match="step\\(\\) was cut short by MemoryError"):  # noqa: SIM117
+    with pytest.warns(UserWarning, match="step\\(\\) was cut short by MemoryError") as caught:  # noqa: SIM117
         with pytest.raises(MemoryError):
             optimizer.step()
+    assert caught[0].filename == __file__
     assert {optimizer.state[m.weight]["step"] for m in (model[0], model[3], model[5])} == {0}
 
 
