@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
+from rlscuda.forms import FORMS
 from rlscuda.layers import Layer, matrix_bytes
 from rlscuda.staging import Stage
 from rlscuda.stepping import Move
@@ -27,6 +28,7 @@ _OVERSHOOT = (
     "diverge, choose lr <= 2 * gain"
 )
 _SHARE = 0.25  # of a device's memory
+_FAR_ABOVE = 10  # times the usual rate of the fallback rule
 _NOT_THE_USER = tuple(os.path.dirname(file) + os.sep for file in (__file__, torch.__file__))
 
 
@@ -53,20 +55,35 @@ def of_steps(moves: list[Move], stages: Mapping[nn.Parameter, Stage]) -> Iterato
             f"no input was seen in the last {PATIENCE} steps of {', '.join(map(repr, blind))}: "
             "they train without P. Their forward is not that of the module itself "
             "(functional_call, torch.func, DataParallel), was compiled in eval mode or before the "
-            "optimizer was made (call torch.compiler.reset()), has sparse input, or somebody "
-            "removed its hooks"
+            "optimizer was made (call torch.compiler.reset()), has sparse input, does not happen "
+            "while zero_grad(set_to_none=False) keeps a gradient, or somebody removed its hooks"
         )
 
 
-def of_memory(
-    layers: Mapping[nn.Parameter, Layer], group_of: Mapping[nn.Parameter, dict], state: Mapping
+def of_groups(
+    groups: list[dict], layers: Mapping[nn.Parameter, Layer], state: Mapping
+) -> Iterator[str]:
+    """Of what new groups will take of the memory, and of an `lr` of the layers put on the rest."""
+    yield from _of_memory(groups, layers, state)
+    for group in groups if layers else ():
+        usual, own = FORMS[group["form"]]["fallback_lr"], group["fallback_lr"] is None
+        if own and group["peak_lr"] > _FAR_ABOVE * usual:
+            yield (
+                f"a group without a covered layer has lr={group['peak_lr']:g}, which there is the "
+                f"fallback rule's own: leave it out for {usual:g} at the peak, or set fallback_lr"
+            )
+
+
+def _of_memory(
+    groups: list[dict], layers: Mapping[nn.Parameter, Layer], state: Mapping
 ) -> Iterator[str]:
     """Of matrices still to be allocated that will take a large share of their device's memory."""
     sizes: dict[torch.device, dict[str, int]] = {}
-    for weight, layer in layers.items():
-        if weight in group_of and weight not in state:
-            size = matrix_bytes(layer, group_of[weight]["dtype"])
-            sizes.setdefault(weight.device, {})[layer.name] = size
+    for group in groups:
+        for weight in group["params"]:
+            if weight in layers and "P" not in state.get(weight, ()):
+                size = matrix_bytes(layers[weight], group["dtype"])
+                sizes.setdefault(weight.device, {})[layers[weight].name] = size
     for device, of in sizes.items():
         total, most, there = sum(of.values()), max(of, key=of.__getitem__), _memory_of(device)
         if there and total > _SHARE * there:

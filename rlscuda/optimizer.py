@@ -126,7 +126,7 @@ class RLSOptimizer(Optimizer):
         super().__init__(params, defaults)
         if model is not None and not self._layers:
             advice.warn(advice.NOTHING_COVERED)
-        self._warn(advice.of_memory(self._layers, self._group_of, self.state))
+        self._warn(advice.of_groups(self.param_groups, self._layers, self.state))
         self._fallback.prepare(self.param_groups, self._covered(), self.state)
         self._attach()
         if self._layers and model is not None:
@@ -150,12 +150,12 @@ class RLSOptimizer(Optimizer):
         self._follow_groups()
         covered = any(p in self._layers for p in group["params"])
         layers = any(match.layer is not None for match in self._matches)
-        of_layers = covered or (layers and param_group.get("lr") is None)
         apart = param_group.get("fallback_lr") is not None
+        of_layers = covered or apart or (layers and param_group.get("lr") is None)
         peak = group["lr"] if apart else self.defaults["lr"]
         set_rates(group, merged, covered, peak if of_layers else None)
         if self._attached is not None:
-            self._warn(advice.of_memory(self._layers, self._group_of, self.state))
+            self._warn(advice.of_groups(self.param_groups, self._layers, self.state))
 
     def _warn(self, texts: Iterable[str]) -> None:
         """Warns of what has not been said yet."""

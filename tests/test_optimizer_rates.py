@@ -1,6 +1,7 @@
 """Two rates behind one schedule: what the fallback rule gets under everything users do to `lr`."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -105,6 +106,28 @@ def test_a_group_may_have_a_fallback_rate_of_its_own():
     assert rates(optimizer, 1) == [pytest.approx([2e-3, 3e-4])]
     set_all(optimizer, 0.01)
     assert rates(optimizer, 1) == [pytest.approx([2e-4, 1.5e-4])]
+
+
+def test_the_rate_of_the_layers_on_a_group_without_any_is_said():
+    """As scripts do that write one lr into every group, that of norms and biases too."""
+
+    def groups(lr):
+        return [{"params": model[1].parameters(), "lr": lr},
+                {"params": model[0].parameters(), "lr": lr, "weight_decay": 0.0}]  # fmt: skip
+
+    model = norm_and_layer()
+    with pytest.warns(UserWarning, match="without a covered layer has lr=0.1, which there is"):
+        RLSOptimizer(groups(0.1), model=model)
+    optimizer = RLSOptimizer(groups(0.1)[:1], model=model)
+    with pytest.warns(UserWarning, match="leave it out for 0.003 at the peak, or set"):
+        optimizer.add_param_group(groups(0.1)[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RLSOptimizer(groups(0.01), model=model)
+        del (other := groups(0.1))[1]["lr"]
+        RLSOptimizer(other, model=model)
+        (other := groups(0.1))[1]["fallback_lr"] = 2e-3
+        assert rates(RLSOptimizer(other, model=model), 1)[0][1] == 2e-3
 
 
 def test_rates_resume_in_mid_schedule():
