@@ -18,7 +18,7 @@ from rlscuda.stepping import Move
 NOTHING_COVERED = (
     "no layer of the model is covered: the fallback rule trains everything, see coverage()"
 )
-CUT_SHORT = (
+_CUT_SHORT = (
     "step() was cut short by {error}: some parameters have moved and others have not; load a "
     "checkpoint to go on from a whole step"
 )
@@ -38,6 +38,11 @@ def warn(text: str) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USER):
         frame, level = frame.f_back, level + 1
     warnings.warn(text, stacklevel=level)
+
+
+def warn_cut_short(error: BaseException) -> None:
+    """Warns that a step has moved some of what it should."""
+    warn(_CUT_SHORT.format(error=type(error).__name__))
 
 
 def of_steps(moves: list[Move], stages: Mapping[nn.Parameter, Stage]) -> Iterator[str]:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from rlscuda.advice import warn_cut_short
+
 IN_P = {"in_P": True}  # the state of a bias whose moments are its weight's: none may have no state
 ENTRIES = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}
 
@@ -132,8 +134,14 @@ class Fallback:
                 # a fused step keeps its counters on the device anyhow: it need only be told
                 on_gpu = any(p.is_cuda for p in inner["params"])
                 inner["capturable"] = on_gpu and torch.cuda.is_current_stream_capturing()
-        with self._foreign_entries_apart(members, state):
-            self._inner.step()
+        versions = [p._version for p in members]
+        try:
+            with self._foreign_entries_apart(members, state):
+                self._inner.step()
+        except BaseException as error:
+            if versions != [p._version for p in members]:
+                warn_cut_short(error)
+            raise
 
     @contextmanager
     def _foreign_entries_apart(self, parameters: list[nn.Parameter], state: Any) -> Iterator[None]:

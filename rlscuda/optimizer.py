@@ -258,7 +258,7 @@ class RLSOptimizer(Optimizer):
             if moves:
                 step_layers(moves, self._workspace)
         except BaseException as error:
-            advice.warn(advice.CUT_SHORT.format(error=type(error).__name__))
+            advice.warn_cut_short(error)
             raise
         for move in moves:
             move.state["step"] += 1

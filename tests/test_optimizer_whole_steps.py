@@ -2,6 +2,7 @@
 
 import math
 import signal
+import warnings
 
 import pytest
 import torch
@@ -125,6 +126,26 @@ def test_a_step_cut_short_says_so(monkeypatch):
             optimizer.step()
     assert caught[0].filename == __file__
     assert {optimizer.state[m.weight]["step"] for m in (model[0], model[3], model[5])} == {0}
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_a_fallback_that_fails_says_whether_it_has_moved_anything(moves):
+    class Failing(torch.optim.SGD):
+        def step(self, closure=None):
+            if moves:
+                super().step()
+            raise RuntimeError("in the middle")
+
+    model = cnn()
+    optimizer = RLSOptimizer(model, fallback=lambda groups: Failing(groups, lr=0.1))
+    model(batch(model)).square().sum().backward()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(RuntimeError, match="in the middle"):
+            optimizer.step()
+    said = ["step() was cut short by RuntimeError" in str(w.message) for w in caught]
+    assert said == [True] * moves
+    assert not optimizer.state
 
 
 # -- Ctrl-C ---------------------------------------------------------------------------------------
