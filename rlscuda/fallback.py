@@ -118,16 +118,20 @@ class Fallback:
         Raises:
             RuntimeError: A gradient is sparse and the rule takes none; nothing has changed.
         """
-        if self._inner is None:
-            return
-        members = [p for inner in self._inner.param_groups for p in inner["params"]]
+        if self._inner is not None:
+            self._step(self._inner, groups, state)
+        for group in groups:
+            group["peak_lr"] = _peak(group)
+
+    def _step(self, optimizer: Optimizer, groups: list[dict[str, Any]], state: Any) -> None:
+        members = [p for inner in optimizer.param_groups for p in inner["params"]]
         if self.entries and any(p.grad is not None and p.grad.is_sparse for p in members):
             raise RuntimeError(
-                f"{type(self._inner).__name__} does not support sparse gradients: pass a fallback "
+                f"{type(optimizer).__name__} does not support sparse gradients: pass a fallback "
                 "that does, such as torch.optim.SparseAdam"
             )
-        self._inner.state = state
-        for inner, group in zip(self._inner.param_groups, groups):
+        optimizer.state = state
+        for inner, group in zip(optimizer.param_groups, groups):
             inner["lr"], inner["weight_decay"] = rate(group), _decay(group)
             if self._fusable:
                 inner["fused"] = _flat(inner["params"]) or None
@@ -137,7 +141,7 @@ class Fallback:
         versions = [p._version for p in members]
         try:
             with self._foreign_entries_apart(members, state):
-                self._inner.step()
+                optimizer.step()
         except BaseException as error:
             if versions != [p._version for p in members]:
                 warn_cut_short(error)
@@ -187,9 +191,15 @@ def rate(group: dict[str, Any]) -> float | torch.Tensor:
         lr = float(lr)
     if group["fallback_lr"] is None:
         return lr
-    if isinstance(lr, float):
-        group["peak_lr"] = max(group["peak_lr"], lr, float(group.get("max_lr") or 0.0))
-    return lr * (group["fallback_lr"] / (group["peak_lr"] or 1.0))
+    return lr * (group["fallback_lr"] / (_peak(group) or 1.0))
+
+
+def _peak(group: dict[str, Any]) -> float:
+    """The highest `lr` of a group so far, or to come where a scheduler says so."""
+    lr = group["lr"]
+    if isinstance(lr, torch.Tensor) and lr.is_cuda:  # which would have to be waited for
+        return group["peak_lr"]
+    return max(group["peak_lr"], float(lr), float(group.get("max_lr") or 0.0))
 
 
 def _decay(group: dict[str, Any]) -> float:
