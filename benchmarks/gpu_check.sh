@@ -58,7 +58,7 @@ RLSCUDA_CUDA=1 TORCH_CUDA_ARCH_LIST=$arch MAX_JOBS=$(nproc) \
 ) &
 cpu=$!
 step "operators on the GPU" 110 env RLSCUDA_TEST_DEVICE=cuda "$python" -m pytest -q \
-  -p no:cacheprovider -p no:benchmark tests/test_rls_update.py tests/test_weight_step.py \
+  -p no:cacheprovider -p no:benchmark tests/test_rls_update.py tests/test_weight_step.py tests/test_nonfinite.py \
   tests/test_foreach_ops.py tests/test_rls_held.py tests/test_held_matrix.py -k 'not (opcheck or compiles or threads or wrong or errors)'
 step "tests on the GPU" 110 "$python" -m pytest -q -p no:cacheprovider -p no:benchmark tests/test_cuda.py
 

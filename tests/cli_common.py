@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -75,3 +78,27 @@ def assert_same(one, other, where: str = "") -> int:
         return sum(assert_same(a, b, f"{where}/{i}") for i, (a, b) in enumerate(pairs))
     assert one == other, where
     return 0
+
+
+def run_in(folder: Path, *commands: tuple) -> Path:
+    """The folder, after commands on an archive ``data.npz`` in it that must all succeed."""
+    write_npz(folder / "data.npz")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for argv in commands:
+            with pytest.raises(SystemExit) as stopped:
+                main([str(word) for word in argv])
+            assert not stopped.value.code, argv
+    return folder
+
+
+@contextmanager
+def working_copy(original: Path, copy: Path) -> Iterator[Path]:
+    """A copy of a folder, current for a while; the number of threads stays."""
+    shutil.copytree(original, copy, dirs_exist_ok=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(copy)
+        yield copy
+    torch.set_num_threads(threads)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-from cli_common import ROOT, call, snapshot, subprocess_environment, write_npz
+from cli_common import ROOT, call, run_in, snapshot, subprocess_environment, working_copy
 
 from rlscuda._atomic import lock, write_atomically, write_text
-from rlscuda.cli import main
 from rlscuda.cli import train as train_module
 from rlscuda.cli.errors import UserError
 from rlscuda.cli.out_folder import check_free, writing
@@ -37,26 +34,14 @@ sys.stdin.read()
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A finished run and its pruning, made once."""
-    folder = tmp_path_factory.mktemp("trained")
-    data = str(write_npz(folder / "data.npz"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for argv in (TRAIN, (*PRUNE, "--source", "calibration")):
-            with pytest.raises(SystemExit) as stopped:
-                main([str(word) for word in argv])
-            assert not stopped.value.code, data
-    return folder
+    return run_in(tmp_path_factory.mktemp("trained"), TRAIN, (*PRUNE, "--source", "calibration"))
 
 
 @pytest.fixture
-def folder(tmp_path, trained, monkeypatch):
+def folder(tmp_path, trained):
     """A copy of that folder, which is the current one."""
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path
-    torch.set_num_threads(threads)
+    with working_copy(trained, tmp_path) as copy:
+        yield copy
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import resource
-import shutil
 import signal
 import zipfile
 from contextlib import contextmanager
@@ -16,14 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_common import assert_same, call, snapshot, write_npz
+from cli_common import assert_same, call, run_in, snapshot, working_copy
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rlscuda._archive import load_archive, save_archive
 from rlscuda._atomic import write_atomically, write_text
-from rlscuda.cli import main
 from rlscuda.cli.checkpoint import load_checkpoint, save_checkpoint
 from rlscuda.cli.errors import UserError
 from rlscuda.pruning.saving import load_optimizer, load_pruned, save_pruned
@@ -238,26 +236,14 @@ def test_a_file_that_cannot_be_written_whole_is_the_old_one(tmp_path, name):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A finished run and its pruning, made once."""
-    folder = tmp_path_factory.mktemp("trained")
-    write_npz(folder / "data.npz")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for argv in (TRAIN, PRUNE):
-            with pytest.raises(SystemExit) as stopped:
-                main([str(word) for word in argv])
-            assert not stopped.value.code
-    return folder
+    return run_in(tmp_path_factory.mktemp("trained"), TRAIN, PRUNE)
 
 
 @pytest.fixture
-def folder(tmp_path, trained, monkeypatch):
+def folder(tmp_path, trained):
     """A copy of that folder, which is the current one."""
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path
-    torch.set_num_threads(threads)
+    with working_copy(trained, tmp_path) as copy:
+        yield copy
 
 
 def test_a_full_disk_ends_a_training_with_a_line_and_it_is_resumed(folder, capsys):

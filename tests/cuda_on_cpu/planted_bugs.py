@@ -21,7 +21,7 @@ from run import ROOT, TARGET, run
 
 MEAN = ["tests/test_patch_ops.py", "-k", "equals and many_images"]
 LINE = ["tests/test_patch_ops.py", "-k", "equals and 3x3_valid"]
-NONFINITE = ["tests/test_weight_step.py", "-k", "nonfinite_finds"]
+NONFINITE = ["tests/test_nonfinite.py", "-k", "nonfinite_finds"]
 LAYERS = ["tests/test_foreach_ops.py", "-k", "update_of and True-forgetting and float32 or follows"]
 HELD = ["tests/test_rls_held.py", "-k", "equals and shrinkage or holds"]
 ROWS = ["tests/test_foreach_ops.py", "-k", "step_of_mixed and True and not float16 and not float64"]
