@@ -13,6 +13,7 @@ import random
 import shutil
 import sys
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def copy(folder: Path) -> Path:
     return Path(shutil.copytree(folder, tempfile.mkdtemp(), dirs_exist_ok=True)).resolve()
 
 
-class Scenario:
+class Scenario(ABC):
     """A command to be killed, and what must come of it.
 
     Args:
@@ -88,9 +89,9 @@ class Scenario:
         finally:
             shutil.rmtree(work)
 
+    @abstractmethod
     def following(self, work: Path) -> tuple:
         """Check what is there after a kill; the command that goes on from it."""
-        raise NotImplementedError
 
 
 class Training(Scenario):
