@@ -9,7 +9,7 @@ import torch
 from eager_rls import EagerRLS
 
 from rlscuda import RLSOptimizer
-from rlscuda.staging import Summary
+from rlscuda.optim.staging import Summary
 
 LR, BATCH = 1e-3, 128
 LAYERS = {"ResNet-50": networks.resnet50_layers, "VGG-16": networks.vgg16_layers}

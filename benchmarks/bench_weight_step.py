@@ -8,7 +8,9 @@ import pytest
 import shapes
 import torch
 
-from rlscuda import functional, reference
+from rlscuda import reference
+
+_ops = torch.ops.rlscuda
 
 LR, MOMENTUM, BETA2, DECAY, EPS, STEP = 1e-3, 0.9, 0.99, 0.01, 1e-8, 5
 
@@ -40,16 +42,15 @@ class Problem:
 
 
 def fused_paper(p):
-    functional.weight_step_(
-        p.weight, p.product, LR, bias=p.bias, bias_row=p.P[-1], grad_bias=p.grad_bias, h=p.h,
-        momentum_buffer=p.moment, momentum=MOMENTUM, weight_decay=DECAY, divide_by_h=True,
+    _ops.weight_step_(
+        p.weight, p.bias, p.product, p.P[-1], p.grad_bias, p.h, p.moment, LR, MOMENTUM, DECAY, True
     )  # fmt: skip
 
 
 def fused_adaptive(p):
-    functional.adaptive_weight_step_(
-        p.weight, p.product, p.grad, p.moment, p.second, LR, STEP, bias=p.bias, bias_row=p.P[-1],
-        grad_bias=p.grad_bias, h=p.h, beta1=MOMENTUM, beta2=BETA2, weight_decay=DECAY, eps=EPS,
+    _ops.adaptive_weight_step_(
+        p.weight, p.bias, p.product, p.grad, p.P[-1], p.grad_bias, p.h, p.moment, p.second, LR,
+        MOMENTUM, BETA2, DECAY, EPS, STEP,
     )  # fmt: skip
 
 

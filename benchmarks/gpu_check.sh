@@ -58,9 +58,9 @@ RLSCUDA_CUDA=1 TORCH_CUDA_ARCH_LIST=$arch MAX_JOBS=$(nproc) \
 ) &
 cpu=$!
 step "operators on the GPU" 110 env RLSCUDA_TEST_DEVICE=cuda "$python" -m pytest -q \
-  -p no:cacheprovider -p no:benchmark tests/test_rls_update.py tests/test_weight_step.py tests/test_nonfinite.py \
-  tests/test_foreach_ops.py tests/test_rls_held.py tests/test_held_matrix.py -k 'not (opcheck or compiles or threads or wrong or errors)'
-step "tests on the GPU" 110 "$python" -m pytest -q -p no:cacheprovider -p no:benchmark tests/test_cuda.py
+  -p no:cacheprovider -p no:benchmark tests/ops/test_rls_update.py tests/ops/test_weight_step.py tests/ops/test_nonfinite.py \
+  tests/ops/test_foreach_ops.py tests/ops/test_rls_held.py tests/streaming/test_held_matrix.py -k 'not (opcheck or compiles or threads or wrong or errors)'
+step "tests on the GPU" 110 "$python" -m pytest -q -p no:cacheprovider -p no:benchmark tests/ops/test_cuda.py
 
 sanitizer=$(command -v compute-sanitizer || ls "$(dirname "$(readlink -f "$(command -v nvcc)")")"/compute-sanitizer \
   /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)
@@ -68,7 +68,7 @@ short='patch_operators and (stride-torch.float32 or groups-torch.bfloat16) or rl
 for tool in memcheck racecheck; do
   step "compute-sanitizer $tool" 60 "${sanitizer:-compute-sanitizer}" --tool "$tool" \
     --error-exitcode 9 "$python" -m pytest -q -x -p no:cacheprovider -p no:benchmark \
-    tests/test_cuda.py -k "$short"
+    tests/ops/test_cuda.py -k "$short"
 done
 
 start=$SECONDS

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rlscuda
-from rlscuda._archive import load_archive, save_archive
-from rlscuda._atomic import write_atomically
 from rlscuda.cli.models import ImageShape, lenet5, resnet20
+from rlscuda.files.archives import load_archive, save_archive
+from rlscuda.files.atomic import write_atomically
 from rlscuda.pruning import SketchTracker
 
 BATCH = 64

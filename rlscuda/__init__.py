@@ -3,10 +3,10 @@
 import torch  # noqa: F401  (its libraries must be loaded before the extension)
 
 from rlscuda import _C
-from rlscuda.filter import RLSFilter
-from rlscuda.held import HeldMatrix
 from rlscuda.optimizer import RLSOptimizer
-from rlscuda.regressor import RLSRegressor
+from rlscuda.streaming.filter import RLSFilter
+from rlscuda.streaming.held import HeldMatrix
+from rlscuda.streaming.regressor import RLSRegressor
 
 __version__ = "0.1.0"
 __all__ = ["HeldMatrix", "RLSFilter", "RLSOptimizer", "RLSRegressor", "build_info"]

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rlscuda import advice, forms, hooks
-from rlscuda.discovery import Match, as_list, discover, rediscover
-from rlscuda.fallback import Fallback, set_rates
 from rlscuda.interrupts import uninterrupted
-from rlscuda.layers import Layer
-from rlscuda.report import Coverage, Health, coverage_of, health_of
-from rlscuda.staging import Stage, observe, summarisable
-from rlscuda.state import check_fits, ensure_state, forget, guarded_load, restart
-from rlscuda.stepping import Move, Workspace, step_layers
+from rlscuda.optim import advice, forms, hooks
+from rlscuda.optim.discovery import Match, as_list, discover, rediscover
+from rlscuda.optim.fallback import Fallback, set_rates
+from rlscuda.optim.layers import Layer
+from rlscuda.optim.report import Coverage, Health, coverage_of, health_of
+from rlscuda.optim.staging import Stage, observe, summarisable
+from rlscuda.optim.state import check_fits, ensure_state, forget, guarded_load, restart
+from rlscuda.optim.stepping import Move, Workspace, step_layers
 
 
 class RLSOptimizer(Optimizer):

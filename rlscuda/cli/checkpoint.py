@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypedDict
 
-from rlscuda._archive import load_archive, save_archive
-from rlscuda._atomic import write_atomically
-from rlscuda._documents import check
 from rlscuda.cli.errors import UserError, reading
+from rlscuda.files.archives import load_archive, save_archive
+from rlscuda.files.atomic import write_atomically
+from rlscuda.files.documents import check
 
 FORMAT = "rlscuda-checkpoint"
 VERSION = 1

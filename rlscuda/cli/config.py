@@ -7,9 +7,9 @@ import hashlib
 import json
 from typing import Any
 
-from rlscuda._documents import check
 from rlscuda.cli.errors import UserError, in_range, reading
 from rlscuda.cli.prune_options import ScheduleSpec
+from rlscuda.files.documents import check
 
 OPTIMIZERS = ("rls", "sgd", "adam")
 SCHEDULES = ("cosine", "constant")

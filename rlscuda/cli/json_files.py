@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rlscuda._atomic import write_text
 from rlscuda.cli.errors import UserError, reading
 from rlscuda.cli.files import is_there
+from rlscuda.files.atomic import write_text
 
 LARGEST = 2**28  # bytes of a document; what a run writes is a thousandth of it
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from rlscuda._atomic import has_name, lock
 from rlscuda.cli.errors import UserError
+from rlscuda.files.atomic import has_name, lock
 
 _LOCK = ".rlscuda.lock"
 _ATTEMPTS, _PAUSE = 10, 0.02  # who looks at a lock has it for an instant, which is no refusal

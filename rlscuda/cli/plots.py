@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rlscuda._atomic import write_atomically
 from rlscuda.cli.extras import require
 from rlscuda.cli.texts import drawing, shortened
+from rlscuda.files.atomic import write_atomically
 
 LABELS = {"rls": "RLS", "sgd": "SGD + momentum", "adam": "Adam"}
 COLOURS = {"rls": "#D1495B", "sgd": "#30638E", "adam": "#3C9D7B"}  # told apart by the colour-blind

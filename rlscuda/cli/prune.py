@@ -30,10 +30,10 @@ from rlscuda.cli.runfolder import RunFolder
 from rlscuda.cli.texts import one_line
 from rlscuda.cli.train import Run
 from rlscuda.cli.training import Trainer, evaluate
-from rlscuda.pruning.manifest import describe, rebuild
-from rlscuda.pruning.measure import Gains
+from rlscuda.pruning.files.manifest import describe, rebuild
+from rlscuda.pruning.files.saving import load_pruned, save_pruned
 from rlscuda.pruning.report import PruneReport
-from rlscuda.pruning.saving import load_pruned, save_pruned
+from rlscuda.pruning.running.measure import Gains
 
 _CALIBRATION_BATCH = 100
 Batch = tuple[Tensor, Tensor]
@@ -264,7 +264,7 @@ class Pruning:
         self._look("recovered")
 
     def _export(self, kind: str, path: Path) -> None:
-        from rlscuda.pruning.export import export_onnx, export_program
+        from rlscuda.pruning.files.export import export_onnx, export_program
 
         example = self.data.normalise(self.data.val.images[:2])
         with reading(f"--export {kind} failed"), warnings.catch_warnings():

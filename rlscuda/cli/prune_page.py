@@ -222,7 +222,7 @@ def _loading(record: PruneRecord) -> str:
     if model is None:
         return ""
     code = (
-        "from rlscuda.pruning.saving import load_pruned",
+        "from rlscuda.pruning.files.saving import load_pruned",
         f'model = load_pruned(make_whole_model, "{model}")',
     )
     return f"<pre>{chr(10).join(map(html, code))}</pre>"

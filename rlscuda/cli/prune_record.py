@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rlscuda.pruning.isolation import isolated_copy
-from rlscuda.pruning.measure import Gains, compare, count_flops, count_parameters, measure
+from rlscuda.pruning.running.copies import isolated_copy
+from rlscuda.pruning.running.measure import Gains, compare, count_flops, count_parameters, measure
 
 KINDS = ("whole", "pruned", "recovered", "recovering", "rolled back", "final")
 

@@ -8,13 +8,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rlscuda._atomic import write_atomically, write_text
 from rlscuda.cli.prune_files import write_document
 from rlscuda.cli.prune_images import draw_png, draw_svg
 from rlscuda.cli.prune_page import render_page
 from rlscuda.cli.prune_record import PruneRecord
 from rlscuda.cli.prune_words import caption_of_gains, gain_rows, headline, percent, subtitle
 from rlscuda.cli.texts import one_line
+from rlscuda.files.atomic import write_atomically, write_text
 
 
 def write_report(folder: Path, record: PruneRecord, options: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlscuda.cli.prune_record import PruneRecord
-from rlscuda.pruning.measure import scaled
+from rlscuda.pruning.running.measure import scaled
 
 _IMPORTANCES = {
     "saliency": "saliency from P",

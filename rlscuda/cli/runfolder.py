@@ -10,8 +10,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypedDict
 
-from rlscuda._atomic import remove_leftovers, write_text
-from rlscuda._documents import check
 from rlscuda.cli.config import OPTIMIZERS
 from rlscuda.cli.errors import UserError, reading
 from rlscuda.cli.files import check_folder, is_there
@@ -19,6 +17,8 @@ from rlscuda.cli.json_files import read_json, write_json
 from rlscuda.cli.out_folder import check_free, is_empty
 from rlscuda.cli.prune_files import PruneFiles
 from rlscuda.cli.swap import finish, is_pending, replaced
+from rlscuda.files.atomic import remove_leftovers, write_text
+from rlscuda.files.documents import check
 
 FORMAT = "rlscuda-run"
 VERSION = 1

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor
 
-from rlscuda._documents import check, short
-from rlscuda.fallback import ENTRIES
+from rlscuda.files.documents import check, short
+from rlscuda.optim.fallback import ENTRIES
 from rlscuda.optimizer import RLSOptimizer
 
 if TYPE_CHECKING:

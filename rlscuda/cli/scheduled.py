@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
 
-from rlscuda._documents import check
 from rlscuda.cli.errors import UserError
 from rlscuda.cli.optimizers import build_optimizer
 from rlscuda.cli.prune_files import MODELS, PruneFiles
@@ -17,12 +16,13 @@ from rlscuda.cli.prune_options import ScheduleSpec
 from rlscuda.cli.prune_record import KINDS, PruneRecord, Stage, gains_of, size_of
 from rlscuda.cli.prune_report import write_report
 from rlscuda.cli.rng import capture_rng, restore_rng
-from rlscuda.pruning.graph import trace
-from rlscuda.pruning.manifest import Described, describe, rebuild
+from rlscuda.files.documents import check
+from rlscuda.pruning.files.manifest import Described, describe, rebuild
+from rlscuda.pruning.files.saving import save_pruned
 from rlscuda.pruning.pruner import RLSPruner
 from rlscuda.pruning.report import PruneReport
-from rlscuda.pruning.saving import save_pruned
 from rlscuda.pruning.schedule import PruneSchedule
+from rlscuda.pruning.structure.trace import trace
 
 if TYPE_CHECKING:
     from rlscuda.cli.training import Trainer

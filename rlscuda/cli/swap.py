@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlscuda._atomic import remove_leftovers, sync_folder
+from rlscuda.files.atomic import remove_leftovers, sync_folder
 
 _NEW = ".rlscuda-new"  # being written
 _READY = ".rlscuda-ready"  # complete: what has no successor in it is to be deleted

@@ -25,7 +25,7 @@ from rlscuda.cli.plots import plot_run
 from rlscuda.cli.runfolder import RunFolder
 from rlscuda.cli.texts import one_line
 from rlscuda.cli.training import Trainer, evaluate
-from rlscuda.report import Coverage
+from rlscuda.optim.report import Coverage
 
 
 class Run:

@@ -24,7 +24,7 @@ from rlscuda.cli.prune_options import ScheduleSpec
 from rlscuda.cli.rng import capture_rng, restore_rng, seed_everything
 from rlscuda.cli.saved_training import check_network, check_training
 from rlscuda.optimizer import RLSOptimizer
-from rlscuda.pruning.manifest import Described, rebuild
+from rlscuda.pruning.files.manifest import Described, rebuild
 
 if TYPE_CHECKING:
     from rlscuda.cli.scheduled import ScheduledPruning
@@ -95,7 +95,7 @@ class Trainer:
         The schedule of the step size goes on; no random stream moves.
 
         Args:
-            network: of :func:`rlscuda.pruning.manifest.describe`.
+            network: of :func:`rlscuda.pruning.files.manifest.describe`.
         """
         streams = capture_rng(self.device)
         self.model = rebuild(self.whole_model, network)

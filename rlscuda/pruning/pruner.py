@@ -11,25 +11,25 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rlscuda.discovery import selection as selected
+from rlscuda.optim.discovery import selection as selected
 from rlscuda.optimizer import RLSOptimizer
-from rlscuda.pruning._checks import check_number, check_repeatable, checked_optimizers
-from rlscuda.pruning._inputs import SlicedBatches
-from rlscuda.pruning.compensation import kept_columns
-from rlscuda.pruning.graph import Structure, trace
-from rlscuda.pruning.isolation import isolated_copy
-from rlscuda.pruning.journal import revert
-from rlscuda.pruning.matrices import calibrate, disagreement, own_matrices
-from rlscuda.pruning.measure import compare, measure
-from rlscuda.pruning.ranking import rank, units_gone
+from rlscuda.pruning.choice.compensation import kept_columns
+from rlscuda.pruning.choice.importances import IMPORTANCES, WITHOUT_MATRIX
+from rlscuda.pruning.choice.ladder import Candidate, Ladder, check_ratio
+from rlscuda.pruning.choice.ranking import rank, units_gone
+from rlscuda.pruning.choice.targets import Cut, Search
+from rlscuda.pruning.matrices.sources import calibrate, disagreement, own_matrices
+from rlscuda.pruning.matrices.tracker import SketchTracker
+from rlscuda.pruning.options import check_number, check_repeatable, checked_optimizers
 from rlscuda.pruning.report import CouplingChange, PruneReport
-from rlscuda.pruning.scores import IMPORTANCES, WITHOUT_MATRIX
-from rlscuda.pruning.search import Cut, Search
-from rlscuda.pruning.selection import Candidate, Ladder, check_ratio
-from rlscuda.pruning.settling import FEWEST_SAMPLES, Settled, check_finite, settle
-from rlscuda.pruning.snapshot import Snapshot
-from rlscuda.pruning.surgery import Surgery, operate, pruned_copy
-from rlscuda.pruning.tracker import SketchTracker
+from rlscuda.pruning.running.batch_norms import FEWEST_SAMPLES, Settled, check_finite, settle
+from rlscuda.pruning.running.calls import SlicedBatches
+from rlscuda.pruning.running.copies import isolated_copy
+from rlscuda.pruning.running.measure import compare, measure
+from rlscuda.pruning.structure.trace import Structure, trace
+from rlscuda.pruning.surgery.journal import revert
+from rlscuda.pruning.surgery.plan import Surgery, operate, pruned_copy
+from rlscuda.pruning.surgery.snapshot import Snapshot
 
 _REPEATS = 5  # forwards timed for the report
 _TARGETS = ("ratio", "target_params", "target_flops", "max_loss")
@@ -58,7 +58,7 @@ class RLSPruner:
         target_flops: FLOPs of a forward of the example inputs at most; likewise.
         max_loss: How far `evaluate` may rise above its value before the step, relative to it. As
             much is cut as a search by halving finds allowed.
-        importance: What ranks the units, see `rlscuda.pruning.scores.IMPORTANCES`.
+        importance: What ranks the units, see `rlscuda.pruning.choice.importances.IMPORTANCES`.
         selection: ``greedy`` (default for ``saliency``: one at a time, all else downdated exactly)
             or ``one-shot`` (all by their first scores).
         scope: ``layer`` cuts every coupling by the same share; ``global`` cuts what is cheapest.
@@ -72,8 +72,8 @@ class RLSPruner:
         evaluate: The validation loss of a model, for `max_loss`.
         compensate: Whether the remaining weights change to make up for what went.
         adapt_norms: Whether the running statistics of batch norms follow the cut, where there is a
-            `loader`: by the difference between what they are given before and after it, see
-            `rlscuda.pruning.settling.settle`. A warning says where it gives fewer than 16 samples.
+            `loader`: by the difference between what they are given before and after it. A warning
+            says where it gives fewer than 16 samples.
         round_to: What stays of each coupling is a multiple of it, where there is as much.
         ignored: Modules, names or shell patterns whose outputs keep all their channels.
         include_inputs: Whether the model's raw input features are candidates too; it then takes

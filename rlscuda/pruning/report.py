@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from rlscuda.pruning.measure import Gains, Measurement
+from rlscuda.pruning.running.measure import Gains, Measurement
 
 
 @dataclass(frozen=True)

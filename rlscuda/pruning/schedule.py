@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from rlscuda.pruning._checks import check_number
+from rlscuda.pruning.options import check_number
 from rlscuda.pruning.ratios import ratio_after
 from rlscuda.pruning.report import PruneReport
 

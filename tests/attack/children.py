@@ -20,15 +20,15 @@ import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402  # what commands import is imported before the fork
 import torch_pruning  # noqa: E402, F401
-from cli_common import TIMES, write_npz  # noqa: E402
+from support.cli import TIMES, write_npz  # noqa: E402
 
-from rlscuda import _atomic  # noqa: E402
 from rlscuda.cli import app, main, prune, prune_report, scheduled, train  # noqa: E402, F401
-from rlscuda.pruning import measure  # noqa: E402
+from rlscuda.files import atomic  # noqa: E402
+from rlscuda.pruning.running import measure  # noqa: E402
 
 torch.set_num_threads(1)
 # What takes long and writes as much as any other thing: drawings, latencies.
-train.plot_run = lambda path, *_: _atomic.write_text(path, "curves")
+train.plot_run = lambda path, *_: atomic.write_text(path, "curves")
 prune_report.draw_svg = lambda record: {}
 prune_report.render_page = lambda *_: "page"
 prune_report.draw_png = lambda record: b"drawing"
@@ -152,7 +152,7 @@ def kill_before(work: Path, number: int) -> list[str]:
     events: list[str] = []
     fsync, folder = os.fsync, str(work)
 
-    class File(_atomic._File):
+    class File(atomic._File):
         def write(self, data) -> int:
             sys.audit("rlscuda.write", self.name)
             return super().write(data)
@@ -175,7 +175,7 @@ def kill_before(work: Path, number: int) -> list[str]:
             if len(events) == number:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    _atomic._File, os.fsync = File, audited_fsync  # type: ignore[misc]
+    atomic._File, os.fsync = File, audited_fsync  # type: ignore[misc]
     sys.addaudithook(hook)
     return events
 

@@ -27,7 +27,7 @@ from rlscuda.cli.config import RunConfig
 from rlscuda.cli.data import load_dataset
 from rlscuda.cli.errors import UserError
 from rlscuda.cli.training import Trainer
-from rlscuda.pruning.saving import load_optimizer, load_pruned
+from rlscuda.pruning.files.saving import load_optimizer, load_pruned
 
 SECTOR = 512
 Read = Callable[[], object]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from rlscuda import RLSOptimizer
 from rlscuda.cli.models import ImageShape, mlp
-from rlscuda.pruning.saving import load_optimizer, load_pruned
+from rlscuda.pruning.files.saving import load_optimizer, load_pruned
 
 
 def _metadata(change: Callable[[dict[str, Any], Random], dict[str, Any]]) -> damages.Damage:

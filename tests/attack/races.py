@@ -18,8 +18,8 @@ import torch
 from children import Ended, command, content, make_work, start
 from kills import FIRST, LARGE, PRUNE, RESUME, SMALL, Failure, expect, run
 
-from rlscuda._atomic import write_atomically
-from rlscuda.pruning.saving import load_optimizer, load_pruned, save_pruned
+from rlscuda.files.atomic import write_atomically
+from rlscuda.pruning.files.saving import load_optimizer, load_pruned, save_pruned
 
 WRITERS, FILES, SIZE = 4, 40, 300_000
 HELD = ("is being written by another process", "was changed by another process while it was read")

@@ -19,12 +19,20 @@ from typing import NamedTuple
 from as_cpp import build
 from run import ROOT, TARGET, run
 
-MEAN = ["tests/test_patch_ops.py", "-k", "equals and many_images"]
-LINE = ["tests/test_patch_ops.py", "-k", "equals and 3x3_valid"]
-NONFINITE = ["tests/test_nonfinite.py", "-k", "nonfinite_finds"]
-LAYERS = ["tests/test_foreach_ops.py", "-k", "update_of and True-forgetting and float32 or follows"]
-HELD = ["tests/test_rls_held.py", "-k", "equals and shrinkage or holds"]
-ROWS = ["tests/test_foreach_ops.py", "-k", "step_of_mixed and True and not float16 and not float64"]
+MEAN = ["tests/ops/patches/test_patch_ops.py", "-k", "equals and many_images"]
+LINE = ["tests/ops/patches/test_patch_ops.py", "-k", "equals and 3x3_valid"]
+NONFINITE = ["tests/ops/test_nonfinite.py", "-k", "nonfinite_finds"]
+LAYERS = [
+    "tests/ops/test_foreach_ops.py",
+    "-k",
+    "update_of and True-forgetting and float32 or follows",
+]
+HELD = ["tests/ops/test_rls_held.py", "-k", "equals and shrinkage or holds"]
+ROWS = [
+    "tests/ops/test_foreach_ops.py",
+    "-k",
+    "step_of_mixed and True and not float16 and not float64",
+]
 
 
 class Bug(NamedTuple):
@@ -59,11 +67,11 @@ BUGS = [
         "  if (threadIdx.x >= images) return {INT64_MAX, 0};\n  Choice best{INT64_MAX, 0};", LINE),
     Bug("an aligned load of what is not aligned", "csrc/cuda/patch_mean.cu",
         "reinterpret_cast<uintptr_t>(x) % 16 == 0 &&", "true &&",
-        ["tests/test_patch_ops.py", "-k", "any_memory and 1x1_stride"]),
+        ["tests/ops/patches/test_patch_ops.py", "-k", "any_memory and 1x1_stride"]),
     Bug("a workspace that is too small", "csrc/cuda/patch_sketch.cu",
         "return (plan.parts() * g.channels * g.taps() + plan.chunks) * draw.rank;",
         "return plan.parts() * g.channels * g.taps() * draw.rank;",
-        ["tests/test_patch_ops.py", "-k", "equals and 3x3_valid and float32"]),
+        ["tests/ops/patches/test_patch_ops.py", "-k", "equals and 3x3_valid and float32"]),
     Bug("an asymmetric store", "csrc/cuda/rls_tiles.h",
         "P[(j0 + r) * n + i0 + c] = shared.mirror[c][r];",
         "P[(j0 + r) * n + i0 + c] = shared.mirror[c][r] * T(1.0000002);", LAYERS),

@@ -20,10 +20,10 @@ from as_cpp import build, environment
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = ROOT / "build" / "cuda_on_cpu"
-PATCHES, WEIGHTS = "tests/test_patch_ops.py", "tests/test_weight_step.py"
-NONFINITE = "tests/test_nonfinite.py"
-UPDATES, LAYERS = "tests/test_rls_update.py", "tests/test_foreach_ops.py"
-HELD = "tests/test_rls_held.py"
+PATCHES, WEIGHTS = "tests/ops/patches/test_patch_ops.py", "tests/ops/test_weight_step.py"
+NONFINITE = "tests/ops/test_nonfinite.py"
+UPDATES, LAYERS = "tests/ops/test_rls_update.py", "tests/ops/test_foreach_ops.py"
+HELD = "tests/ops/test_rls_held.py"
 RUNS = [  # order of threads and blocks, pytest arguments
     ("ascending", [PATCHES, "-k", "equals or rows_of_a_linear or unbatched"]),
     ("descending", [PATCHES, "-k", "any_memory and (stride_uneven or one_image or circular_same)"]),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from hostile import Hostile
-from op_cases import RULE, VALID, registered
+from support.op_cases import RULE, VALID, registered
 from torch import Tensor
 
 from rlscuda import _C, reference
@@ -125,7 +125,7 @@ def main(calls: int, seed: int) -> int:
     warnings.simplefilter("ignore")
     torch.manual_seed(seed)
     hostile = Hostile(seed)
-    assert sorted(VALID) == registered(), "tests/op_cases.py must know every operator"
+    assert sorted(VALID) == registered(), "tests/support/op_cases.py must know every operator"
     targets = [
         ("operator", name, getattr(torch.ops.rlscuda, name).default, VALID[name]) for name in VALID
     ] + [("entry point", name, *both) for name, both in entry_points().items()]

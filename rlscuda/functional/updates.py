@@ -1,0 +1,265 @@
+"""Updates of matrices, and the probes of gradients, as functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlscuda.functional.calls import call, check_tensor, fake, refusal
+
+_ops = torch.ops.rlscuda
+_rls_update = _ops.rls_update_.default
+_rls_update_held = _ops.rls_update_held_.default
+_MATRIX_DTYPES = (torch.float32, torch.float64)
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def _changed(*tensors: Tensor | None) -> None:
+    """Tells autograd what an operator has written, so that a graph that needs the old notices."""
+    torch.autograd.graph.increment_version([t for t in tensors if t is not None])
+
+
+def rls_update_(
+    P: Tensor,
+    s: Tensor,
+    forgetting: float = 1.0,
+    gain: float = 1.0,
+    *,
+    decay: float = 1.0,
+    diffusion: float = 0.0,
+    initial_scale: float = 1.0,
+    power: Tensor | None = None,
+    health: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Updates inverse autocorrelation matrices in place by r rows, bit-symmetrically.
+
+    With :math:`U = P S^T` and :math:`H = \lambda I + (\kappa/r) S U`,
+
+    .. math:: P \leftarrow \frac{decay}{\lambda}
+              \left(P - \tfrac{\kappa}{r} U H^{-1} U^T\right) + diffusion \cdot I
+
+    which at decay 1 and diffusion 0 is the inverse of :math:`\lambda P^{-1} + (\kappa/r) S^T S`
+    (Sherman-Morrison-Woodbury). Where H is not positive definite or not finite, `P` is reset to
+    ``initial_scale * I``; where `s` is not finite, `P` is left as it is.
+
+    Args:
+        P: [n, n] or [b, n, n], float32 or float64, contiguous, symmetric positive definite.
+        s: Rows [n] or [r, n]; [b, r, n] for batched `P`. Of the dtype of `P`.
+        forgetting: Forgetting factor :math:`\lambda` in (0, 1].
+        gain: Gain :math:`\kappa` > 0 of the new rows.
+        decay: Factor on the updated matrix: 1 - mu for shrinkage mu, 1 - kappa delta for drift.
+        diffusion: What is added to its diagonal: mu P_0 for shrinkage, kappa for drift.
+        initial_scale: Diagonal of the matrix after a reset.
+        power: [b] running mean of the squared input; updated with `gain`, and the rows then count
+            as divided by its square root. What is kept of it takes no more than 100 times itself
+            for the mean square of `s`, which bounds what a wild batch leaves behind; where the
+            dtype cannot hold that mean square, the update is refused.
+        health: float64 counters [7], one for each of `rlscuda._C.health_slots`.
+        found_inf: One bool; where it is true, the update is refused.
+
+    Returns:
+        `u`, of the shape of `s`, the rows P s before the update, and `h`, [] or [b], the mean of
+        the diagonal of H; NaN where `P` was refused or reset.
+
+    Raises:
+        ValueError: A shape, dtype, device or value is not as above.
+        TypeError: An argument is not of its type.
+
+    Example:
+        >>> P = torch.eye(2)
+        >>> u, h = rls_update_(P, torch.tensor([1.0, 2.0]), forgetting=0.5)
+        >>> float(h)
+        5.5
+        >>> P
+        tensor([[ 1.6364, -0.7273],
+                [-0.7273,  0.5455]])
+    """
+    options = (forgetting, gain, decay, diffusion, initial_scale)
+    try:
+        if s.requires_grad:
+            s = s.detach()
+        result = _rls_update(P, s, *options, power, health, found_inf)
+    except Exception as error:
+        _explain_update(P, s, *options)
+        raise refusal(error) from None
+    _changed(P, power, health)
+    return result
+
+
+def _explain_update(P, s, forgetting, gain, decay, diffusion, initial_scale) -> None:
+    """Says what is wrong with the arguments of an update that the operator has refused."""
+    check_tensor("P", P)
+    check_tensor("s", s)
+    shape, rows = list(P.shape), list(s.shape)
+    _check(
+        P.dim() in (2, 3) and shape[-1] == shape[-2], f"P must be [n, n] or [b, n, n], got {shape}"
+    )
+    expected = "[b, r, n]" if P.dim() == 3 else "[n] or [r, n]"
+    fits = s.dim() == 3 and rows[0] == shape[0] if P.dim() == 3 else s.dim() in (1, 2)
+    _check(
+        fits and rows[-1] == shape[-1] and (s.dim() == 1 or rows[-2] > 0),
+        f"s must be {expected} with r >= 1 for P {shape}, got {rows}",
+    )
+    _check(P.dtype in _MATRIX_DTYPES, f"P must be float32 or float64, got {P.dtype}")
+    _check(s.dtype == P.dtype, f"s must have the dtype of P, {P.dtype}, got {s.dtype}")
+    _check(s.device == P.device, f"s must be on the device of P, {P.device}, got {s.device}")
+    _check(P.is_contiguous(), f"P must be contiguous, got strides {P.stride()}")
+    _check(0 < forgetting <= 1, f"forgetting must be in (0, 1], got {forgetting}")
+    _check(0 < gain < math.inf, f"gain must be > 0, got {gain}")
+    _check(0 <= decay < math.inf, f"decay must be >= 0, got {decay}")
+    _check(0 <= diffusion < math.inf, f"diffusion must be >= 0, got {diffusion}")
+    _check(0 < initial_scale < math.inf, f"initial_scale must be > 0, got {initial_scale}")
+
+
+def rls_update_held_(
+    P: Tensor,
+    held: Tensor,
+    state: Tensor,
+    s: Tensor,
+    forgetting: float = 1.0,
+    gain: float = 1.0,
+    *,
+    decay: float = 1.0,
+    diffusion: float = 0.0,
+    initial_scale: float = 1.0,
+    power: Tensor | None = None,
+    health: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Updates as `rls_update_`, but holds the update back: `P` is read and seldom written.
+
+    The matrix is that of three tensors together, with V the rows of `held` that count,
+
+    .. math:: P_{true} = scale\,(P - V^T V) + shift \cdot I
+
+    and an update appends :math:`\sqrt{(\kappa/r) / scale}\; L^{-1} U`, :math:`H = L L^T`, to V and
+    multiplies scale by decay / forgetting. When `held` is full, or scale leaves [1/4, 4], the same
+    call applies all of it in one pass over `P`, bit-symmetrically; that is decided on the device,
+    so nothing is waited for. A reset writes `P` and drops what was held; a refused update changes
+    nothing. `HeldMatrix` owns the three tensors and is the easier way.
+
+    Args:
+        P: [n, n] or [b, n, n], float32 or float64, contiguous, as `rls_update_` takes it.
+        held: [K, r, n] or [b, K, r, n] of the dtype of `P`: room for K >= 2 updates by r rows, at
+            most 64 rows. Contents do not matter where `state` says that nothing is held.
+        state: float64 [3] or [b, 3]: scale, shift and the number of updates held; 1, 0, 0 at first.
+        s: Rows [r, n], [b, r, n] for batched `P`; [n] where r = 1.
+        forgetting: See `rls_update_`, as all that follows.
+        gain: Gain.
+        decay: Factor on the updated matrix.
+        diffusion: What is added to its diagonal.
+        initial_scale: Diagonal of the matrix after a reset.
+        power: [b] running mean of the squared input.
+        health: float64 counters [7].
+        found_inf: One bool.
+
+    Returns:
+        `u`, the rows P_true s before the update, and `h`, as `rls_update_` does.
+
+    Raises:
+        ValueError: A shape, dtype, device or value is not as above or as `rls_update_` takes it.
+        TypeError: An argument is not of its type.
+    """
+    options = (forgetting, gain, decay, diffusion, initial_scale)
+    try:
+        if s.requires_grad:
+            s = s.detach()
+        result = _rls_update_held(P, held, state, s, *options, power, health, found_inf)
+    except Exception as error:
+        _explain_update(P, s, *options)
+        raise refusal(error) from None
+    _changed(P, held, state, power, health)
+    return result
+
+
+def rls_flush_(P: Tensor, held: Tensor, state: Tensor) -> None:
+    """Applies what `rls_update_held_` holds back: `P` becomes the matrix, and nothing is held.
+
+    Args:
+        P: [n, n] or [b, n, n].
+        held: [K, r, n] or [b, K, r, n].
+        state: float64 [3] or [b, 3].
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit one another.
+        TypeError: An argument is not of its type.
+    """
+    call(_ops.rls_flush_.default, P, held, state)
+    _changed(P, state)
+
+
+def factors_agree(grad: Tensor, x: Tensor, delta: Tensor, grad_bias: Tensor | None = None) -> bool:
+    """Whether ``delta.T @ [x, 1]`` is the whole gradient, probed with one fixed vector.
+
+    A penalty on the weight, or another use of it, adds to `grad` what the factors do not hold.
+    Agreement also says that `grad` is finite.
+
+    Args:
+        grad: [c, n], float32 or float64.
+        x: Input rows [N, n], likewise.
+        delta: Gradient of the output [N, c], likewise.
+        grad_bias: [c], where a bias takes part.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit one another.
+        TypeError: An argument is not of its type.
+    """
+    with torch.no_grad():
+        return call(_ops.factors_agree.default, grad, x, delta, grad_bias)
+
+
+def nonfinite(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether any element of any of the tensors is infinite or NaN.
+
+    Args:
+        tensors: One or more floating-point tensors of any shape.
+
+    Returns:
+        One bool [], on the device of the first.
+
+    Raises:
+        ValueError: No tensor is given, or one is not floating-point or on another device.
+        TypeError: One is no tensor.
+    """
+    _check(len(tensors) > 0, "nonfinite expects at least one tensor, got none")
+    for t in tensors:
+        check_tensor("every tensor", t)
+        _check(t.is_floating_point(), f"nonfinite expects floating-point tensors, got {t.dtype}")
+    return call(_ops.nonfinite.default, [t.detach() for t in tensors])
+
+
+@fake("rls_update_")
+def _(P, s, forgetting, gain, decay, diffusion, initial_scale, power, health, found_inf):
+    return s.new_empty(s.shape), P.new_empty(P.shape[:-2])
+
+
+@fake("rls_update_held_")
+def _(P, held, state, s, forgetting, gain, decay, diffusion, initial_scale, *rest):
+    return s.new_empty(s.shape), P.new_empty(P.shape[:-2])
+
+
+@fake("foreach_rls_update_")
+def _(P, s, *rest):
+    return P[0].new_empty(sum(p.shape[0] if p.dim() == 3 else 1 for p in P))
+
+
+@fake("nonfinite")
+def _(tensors):
+    return tensors[0].new_empty((), dtype=torch.bool)
+
+
+@fake("factors_agree")
+def _(grad, x, delta, grad_bias):
+    return True
+
+
+for _name in ("rls_flush_", "weight_step_", "adaptive_weight_step_", "foreach_weight_step_"):
+    fake(_name)(lambda *arguments: None)

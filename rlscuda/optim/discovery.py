@@ -1,0 +1,197 @@
+"""Finding the layers of a model that the RLS rule covers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, cast
+
+from torch import nn
+
+from rlscuda.optim.layers import Layer, refusal
+
+_Users = dict[int, list[tuple[str, nn.Module]]]  # id of a parameter -> the modules that hold it
+
+
+@dataclass(eq=False)
+class Match:
+    """One module with parameters of its own: the layer it makes, or why it makes none."""
+
+    name: str
+    module: nn.Module
+    layer: Layer | None
+    reason: str
+    bias_fits: bool = False
+    bound: bool = False
+
+    def bind(self, members: set[nn.Parameter]) -> bool:
+        """Whether the weight is among `members`; the bias joins `P` if it is there too."""
+        if self.layer is None or self.layer.weight not in members:
+            return False
+        bias = self.layer.bias_parameter
+        fits = self.bias_fits and bias is not None and bias.requires_grad
+        self.layer.bias = fits and bias in members
+        self.bound = True
+        return True
+
+
+def _covers(item: str | nn.Module, name: str, module: nn.Module) -> bool:
+    return module is item if isinstance(item, nn.Module) else fnmatchcase(name, item)
+
+
+def as_list(wanted: Any) -> list[Any]:
+    """What `include` or `exclude` gave, one item or several."""
+    several = isinstance(wanted, Iterable) and not isinstance(wanted, (str, nn.Module))
+    return list(wanted) if several else [wanted]
+
+
+def selection(
+    wanted: Iterable[str | nn.Module], option: str, model: nn.Module
+) -> list[tuple[str | nn.Module, set[nn.Module]]]:
+    """Each shell pattern or module of a list, with the modules it names and all inside them."""
+    chosen: list[tuple[str | nn.Module, set[nn.Module]]] = []
+    for item in as_list(wanted):
+        if not isinstance(item, (str, nn.Module)):
+            raise TypeError(f"{option} takes names and modules, got {type(item).__name__}")
+        hits = [m for name, m in model.named_modules() if _covers(item, name, m)]
+        if not hits:
+            raise ValueError(f"{option} names {item!r}, which the model does not have")
+        chosen.append((item, {inner for hit in hits for inner in hit.modules()}))
+    return chosen
+
+
+def _reasons(
+    model: nn.Module, users: _Users, included: set[nn.Module] | None, excluded: set[nn.Module]
+) -> dict[nn.Module, str]:
+    """Why each module with parameters of its own is not to be covered; '' where it is."""
+    reasons: dict[nn.Module, str] = {}
+    for module in model.modules():
+        if module._parameters:
+            reason = refusal(module) or ""
+            if not reason and included is not None and module not in included:
+                reason = "not in include"
+            if not reason and module in excluded:
+                reason = "excluded"
+            reasons[module] = reason
+    alone = dict(reasons)
+    sharing = _sharing(model)
+    for module, reason in alone.items():
+        if reason:
+            continue
+        for name, other in users[id(module.weight)]:
+            if alone[other]:
+                reasons[module] = f"its weight is also that of {name!r}: {alone[other]}"
+            elif getattr(other, "groups", 1) != getattr(module, "groups", 1):
+                reasons[module] = f"its weight is also that of {name!r}, in other groups"
+        if there := sharing.get(cast(nn.Parameter, module.weight)):
+            reasons[module] = f"its weight lies in the memory of {there!r}, another parameter"
+    return reasons
+
+
+def _sharing(model: nn.Module) -> dict[nn.Parameter, str]:
+    """Parameters that begin where another does, and its name: it would move twice."""
+    at: dict[int, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        if type(parameter) is nn.Parameter and parameter.data_ptr():  # a plain one, not on meta
+            at.setdefault(parameter.data_ptr(), []).append((name, parameter))
+    together = [members for members in at.values() if len(members) > 1]
+    return {
+        parameter: members[0 if i else 1][0]
+        for members in together
+        for i, (_, parameter) in enumerate(members)
+    }
+
+
+def _bias_fits(module: nn.Linear | nn.Conv2d, users: _Users) -> bool:
+    """Whether the bias belongs to the weight alone, so that it may be a column of its rows."""
+    bias, weight = module._parameters.get("bias"), module.weight
+    if bias is None or (bias.dtype, bias.device) != (weight.dtype, weight.device):
+        return False
+    holders = [{id(m) for _, m in users[id(p)]} for p in (weight, bias)]
+    return holders[0] == holders[1] and bias.is_contiguous()
+
+
+def discover(
+    model: nn.Module,
+    include: Iterable[str | nn.Module] | None,
+    exclude: Iterable[str | nn.Module] | None,
+) -> list[Match]:
+    """Every module of `model` with parameters of its own, and its layer or the reason for none.
+
+    A name or module in `include` or `exclude` stands for everything inside it.
+
+    Raises:
+        ValueError: A name or module is not in the model, or nothing included by it can be covered.
+    """
+    wanted = None if include is None else selection(include, "include", model)
+    unwanted = [] if exclude is None else selection(exclude, "exclude", model)
+    matches = _matches(model, wanted, unwanted)
+    for item, inside in wanted or ():
+        found = [match.reason for match in matches if match.module in inside]
+        if all(found):
+            why = found[0] if found else "it has no parameters"
+            raise ValueError(f"include names {item!r}, which RLS cannot train: {why}")
+    return matches
+
+
+def rediscover(
+    model: nn.Module,
+    known: list[Match],
+    include: list[str | nn.Module] | None,
+    exclude: list[str | nn.Module] | None,
+) -> list[Match]:
+    """The modules of a model that may have changed; layers that are still its own stay as known."""
+
+    def present(items: list[str | nn.Module]) -> list[str | nn.Module]:
+        named = list(model.named_modules())
+        return [item for item in items if any(_covers(item, name, m) for name, m in named)]
+
+    wanted = None if include is None else selection(present(include), "include", model)
+    unwanted = selection(present(exclude or []), "exclude", model)
+    parameters = set(model.parameters())
+    layers = {
+        match.module: match
+        for match in known
+        if match.layer is not None and match.layer.weight in parameters
+    }
+    # a parametrization put on later holds the weight of a layer that is known already
+    weights = {match.layer.weight for match in layers.values() if match.layer is not None}
+    taken = {match.layer.index for match in layers.values() if match.layer is not None}
+    matches = []
+    for match in _matches(model, wanted, unwanted):
+        if match.module in layers:
+            match = layers[match.module]
+        elif match.layer is not None:  # its place is what it has in an optimizer made anew
+            if match.layer.index in taken:
+                match.layer.index = 1 + max(taken)
+            taken.add(match.layer.index)
+        own = [p for p in match.module._parameters.values() if p is not None]
+        if match.layer is not None or not own or not weights.issuperset(own):
+            matches.append(match)
+    return matches
+
+
+def _matches(
+    model: nn.Module,
+    wanted: list[tuple[Any, set[nn.Module]]] | None,
+    unwanted: list[tuple[Any, set[nn.Module]]],
+) -> list[Match]:
+    included = None if wanted is None else {m for _, inside in wanted for m in inside}
+    excluded = {m for _, inside in unwanted for m in inside}
+    users: _Users = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users.setdefault(id(parameter), []).append((name, module))
+    reasons = _reasons(model, users, included, excluded)
+    matches: list[Match] = []
+    for name, module in model.named_modules():
+        if module not in reasons:
+            continue
+        match = Match(name, module, None, reasons[module])
+        if not match.reason:
+            match.layer = Layer(name, module, index=len(matches), bias=False)
+            match.bias_fits = _bias_fits(module, users)
+        matches.append(match)
+    return matches

@@ -1,0 +1,148 @@
+"""Layers whose input an inverse autocorrelation matrix can describe, and why others cannot."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rlscuda.functional.patches import PADDING_MODES
+
+SUMMARIES = ("mean", "sketch", "sample")
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why the RLS rule cannot train `module`, or None where it can."""
+    kind: Any = type(module)
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "MultiheadAttention uses its weight without calling it"
+    if isinstance(module, nn.Linear):
+        if kind.forward is not nn.Linear.forward:
+            return f"{kind.__name__} has a forward of its own"
+    elif isinstance(module, nn.Conv2d):
+        if (kind.forward, kind._conv_forward) != (nn.Conv2d.forward, nn.Conv2d._conv_forward):
+            return f"{kind.__name__} has a forward of its own"
+    else:
+        return f"no RLS rule for {kind.__name__}"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is not a plain parameter (parametrised or masked)"
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "its weight has no shape yet: run one batch through a lazy module first"
+    if weight.numel() == 0:
+        return "its weight has no elements"
+    if not weight.is_floating_point() or weight.is_sparse:
+        return f"its weight is {weight.dtype}, {weight.layout}"
+    return None
+
+
+@dataclass(eq=False)
+class Layer:
+    """One RLS-trained layer: its parameters and the geometry of its im2col matrix.
+
+    Attributes:
+        name: Qualified name in the model.
+        module: The `nn.Linear` or `nn.Conv2d`.
+        index: Place among the model's layers; part of the seed of its random signs.
+        bias: Whether the bias is a column of ones inside `P`.
+        weight: The weight [c, n] or [c, C/groups, kh, kw], which a mask put on later leaves here.
+        bias_parameter: The bias [c], or None.
+        columns: Fan-in without the bias.
+        geometry: Kernel size, stride, padding (left, right, top, bottom), dilation, groups and
+            padding mode, as the operators take them; a Linear is a 1 x 1 convolution.
+    """
+
+    name: str
+    module: nn.Linear | nn.Conv2d
+    index: int
+    bias: bool
+    weight: nn.Parameter = field(init=False)
+    bias_parameter: nn.Parameter | None = field(init=False)
+    columns: int = field(init=False)
+    geometry: tuple = field(init=False)
+
+    def __post_init__(self):
+        m = self.module
+        self.weight, self.bias_parameter = cast(nn.Parameter, m.weight), m._parameters.get("bias")
+        self.columns = m.weight.numel() // max(1, m.weight.shape[0])
+        if isinstance(m, nn.Linear):
+            self.geometry = ([1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1, 0)
+            return
+        if isinstance(m.padding, str):
+            total = [d * (k - 1) * (m.padding == "same") for d, k in zip(m.dilation, m.kernel_size)]
+            (top, bottom), (left, right) = ((t // 2, t - t // 2) for t in total)
+        else:
+            top, left = bottom, right = m.padding
+        self.geometry = (
+            list(m.kernel_size), list(m.stride), [left, right, top, bottom],
+            list(m.dilation), m.groups, PADDING_MODES.index(m.padding_mode),
+        )  # fmt: skip
+
+    def factors_pay(self, x: Tensor, dtype: torch.dtype | None) -> bool:
+        """Whether the factored product (P X^T) delta is possible and cheaper than G P.
+
+        That is N (n + c) < n c for N input rows, asked for with a margin that pays for the probe
+        of the factors; away from the CPU that probe would have to be waited for.
+
+        Args:
+            x: The input.
+            dtype: That the user asks for `P`, or None.
+        """
+        weight = self.weight
+        if weight.dim() != 2:
+            return False
+        outputs, n = weight.shape
+        if 2 * (x.numel() // n) * (n + outputs) >= n * outputs or x.device.type != "cpu":
+            return False
+        return x.dtype == weight.dtype == state_dtype(weight, dtype)
+
+    @property
+    def groups(self) -> int:
+        """Independent matrices `P`: the groups of a convolution."""
+        return self.geometry[4]
+
+    @property
+    def fan_in(self) -> int:
+        """n: the columns of the im2col matrix, with the bias' column of ones."""
+        return self.columns + self.bias
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """The shape of `P`: [n, n], or [groups, n, n]."""
+        n = self.fan_in
+        return (n, n) if self.groups == 1 else (self.groups, n, n)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that one step of this layer moves."""
+        return (
+            [self.weight, cast(nn.Parameter, self.bias_parameter)] if self.bias else [self.weight]
+        )
+
+    def images(self, x: Tensor) -> Tensor:
+        """The layer's input as [N, C, H, W] without a copy where its strides allow."""
+        if self.weight.dim() == 2:
+            return x.reshape(-1, x.shape[-1], 1, 1)
+        return x if x.dim() == 4 else x.unsqueeze(0)
+
+    def positions(self, images: Tensor) -> int:
+        """Patches an image: output height times output width."""
+        if self.weight.dim() == 2:
+            return 1
+        (kh, kw), (sh, sw), (left, right, top, bottom), (dh, dw), _, _ = self.geometry
+        height = (images.shape[2] + top + bottom - dh * (kh - 1) - 1) // sh + 1
+        width = (images.shape[3] + left + right - dw * (kw - 1) - 1) // sw + 1
+        return height * width
+
+
+def matrix_bytes(layer: Layer, requested: torch.dtype | None) -> int:
+    """Bytes of the layer's `P`, of the dtype that `state_dtype` gives it."""
+    item = torch.finfo(state_dtype(layer.weight, requested)).bits // 8
+    return math.prod(layer.matrix_shape) * item
+
+
+def state_dtype(weight: Tensor, requested: torch.dtype | None) -> torch.dtype:
+    """The dtype of `P`: float64 for float64 parameters or on request, else float32."""
+    return torch.float64 if torch.float64 in (weight.dtype, requested) else torch.float32

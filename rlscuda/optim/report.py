@@ -1,0 +1,159 @@
+"""What the optimizer covers, and how its matrices fare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rlscuda import _C
+from rlscuda.optim.discovery import Match
+from rlscuda.optim.layers import matrix_bytes
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """How one module of the model is trained.
+
+    Attributes:
+        name: Qualified name of the module; "(parameters)" for parameters outside the model.
+        kind: Class of the module.
+        status: `exact` (RLS), `fallback`, or `refused`: not trained by this optimizer at all.
+        why: The reason where it is not `exact`.
+        fan_in: n, 0 where there is no `P`.
+        groups: Matrices of the layer.
+        bytes: Memory of its `P`.
+    """
+
+    name: str
+    kind: str
+    status: str
+    why: str = ""
+    fan_in: int = 0
+    groups: int = 0
+    bytes: int = 0
+
+
+class Coverage(list):
+    """The rows of every module; prints as a table."""
+
+    def __str__(self):
+        header = ("layer", "kind", "rule", "P", "MiB", "why")
+        lines = [header]
+        for r in self:
+            shape = f"{r.groups} x {r.fan_in}²" if r.groups > 1 else f"{r.fan_in}²"
+            size = f"{r.bytes / 2**20:.2f}"
+            exact = r.status == "exact"
+            lines.append((r.name or "(root)", r.kind, r.status, shape if exact else "",
+                          size if exact else "", r.why))  # fmt: skip
+        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+        table = [
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines
+        ]
+        table.insert(1, "  ".join("-" * w for w in widths))
+        counts = {s: sum(r.status == s for r in self) for s in ("exact", "fallback", "refused")}
+        total = sum(r.bytes for r in self) / 2**20
+        table.append(
+            ", ".join(f"{n} {s}" for s, n in counts.items() if n) + f"; P takes {total:.2f} MiB"
+        )
+        return "\n".join(table)
+
+
+def coverage_of(
+    matches: list[Match],
+    group_of: Mapping[nn.Parameter, dict],
+    members: set[nn.Parameter],
+    blind: set[nn.Parameter],
+) -> Coverage:
+    """The coverage of every module of a model.
+
+    Args:
+        matches: The modules.
+        group_of: The group of each covered weight.
+        members: The parameters of the optimizer.
+        blind: Weights that step though no input of their layer is seen.
+    """
+    rows = Coverage()
+    for match in matches:
+        kind, layer = type(match.module).__name__, match.layer
+        own = {p for p in match.module._parameters.values() if p is not None}
+        if layer is not None:
+            own.add(layer.weight)  # a parametrization put on later takes it out of its module
+        trained = [p for p in own if p in members and p.requires_grad]
+        if not trained:
+            frozen = not any(p.requires_grad for p in own)
+            why = "frozen" if frozen else "in no parameter group"
+            rows.append(CoverageRow(match.name, kind, "refused", why))
+        elif layer is None or layer.weight not in group_of or not layer.weight.requires_grad:
+            why = match.reason or "its weight is frozen or in no parameter group"
+            rows.append(CoverageRow(match.name, kind, "fallback", why))
+        else:
+            apart = layer.module.bias is not None and not layer.bias
+            why = (
+                "its bias is frozen, shared or in another group, and so outside P" if apart else ""
+            )
+            if layer.weight in blind:
+                why = "no input is seen: it steps without P"
+            size = matrix_bytes(layer, group_of[layer.weight]["dtype"])
+            rows.append(
+                CoverageRow(match.name, kind, "exact", why, layer.fan_in, layer.groups, size)
+            )
+    known = {p for match in matches for p in match.module._parameters.values() if p is not None}
+    known |= {match.layer.weight for match in matches if match.layer is not None}  # masked later
+    outside = members - known
+    if outside:
+        why = (
+            f"{len(outside)} parameters of no module of the model" if matches else "no model given"
+        )
+        rows.append(CoverageRow("(parameters)", "Parameter", "fallback", why))
+    return rows
+
+
+@dataclass(frozen=True)
+class LayerHealth:
+    """How the matrix of one layer fares.
+
+    Attributes:
+        updates: Updates applied to its matrices (each group of a convolution counts).
+        refused: Updates refused for a non-finite summary or gradient.
+        resets: Times that h was not positive and finite, and `P` was set back to its start.
+        missing: Steps that had a gradient but no staged input.
+        largest_gain: Largest h - forgetting seen: how much a minibatch surprised `P`.
+        trace: Trace of `P`.
+        symmetry_error: Largest |P - P^T|; 0 by construction.
+    """
+
+    updates: int
+    refused: int
+    resets: int
+    missing: int
+    largest_gain: float
+    trace: float
+    symmetry_error: float
+
+
+class Health(dict):
+    """Layer name to `LayerHealth`; prints as a table."""
+
+    def __str__(self):
+        lines = [f"{'layer':<24}{'updates':>9}{'refused':>9}{'resets':>8}{'missing':>9}"
+                 f"{'max gain':>12}{'trace':>12}{'|P-Pᵀ|':>10}"]  # fmt: skip
+        lines += [
+            f"{name:<24}{r.updates:>9}{r.refused:>9}{r.resets:>8}{r.missing:>9}"
+            f"{r.largest_gain:>12.4g}{r.trace:>12.4g}{r.symmetry_error:>10.2g}"
+            for name, r in self.items()
+        ]
+        return "\n".join(lines)
+
+
+def health_of(P: Tensor, counters: Tensor) -> LayerHealth:
+    """Reads the device's counters; the only place that waits for them."""
+    read = dict(zip(_C.health_slots, counters.tolist()))
+    return LayerHealth(
+        **{name: int(read[name]) for name in ("updates", "refused", "resets", "missing")},
+        largest_gain=read["largest_gain"],
+        trace=float(torch.diagonal(P, dim1=-2, dim2=-1).sum()),
+        symmetry_error=float((P - P.mT).abs().max()),
+    )

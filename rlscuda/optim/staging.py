@@ -1,0 +1,230 @@
+"""Staging: what a forward pass leaves for the next `step()`, and nothing of it in `P` before.
+
+A forward hook summarises the layer's input; a hook on the output's gradient commits the summary.
+So a forward that is never differentiated (validation, no_grad, a checkpointed segment's first run,
+an unused branch) stages nothing, and one that is counts once, in training mode or not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlscuda.optim.layers import Layer
+
+_patch_mean = torch.ops.rlscuda.patch_mean.default
+_patch_sketch = torch.ops.rlscuda.patch_sketch.default
+_patch_sample = torch.ops.rlscuda.patch_sample.default
+_factors_agree = torch.ops.rlscuda.factors_agree.default
+_SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that layers and steps do not share seeds
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+@dataclass(slots=True)
+class Summary:
+    """The summary of some rows of a layer's im2col matrix, mergeable with that of others.
+
+    Attributes:
+        kind: `mean`, `sketch` or `sample`.
+        rows: [groups, r, n].
+        count: Rows summarised [r]; for `mean`, of each slice.
+        keys: For `sample`, the [r] keys by which each row was drawn.
+    """
+
+    kind: str
+    rows: Tensor
+    count: list[int]
+    keys: Tensor | None = None
+
+    @property
+    def total(self) -> int:
+        """Rows summarised."""
+        return sum(self.count) if self.kind == "mean" else self.count[0]
+
+    def merge(self, other: Summary) -> Summary:
+        """The summary of the rows of both."""
+        count = [a + b for a, b in zip(self.count, other.count)]
+        if self.keys is not None and other.keys is not None:
+            first = self.keys <= other.keys
+            rows = torch.where(first[:, None], self.rows, other.rows)
+            return Summary("sample", rows, count, torch.minimum(self.keys, other.keys))
+        power = 1.0 if self.kind == "mean" else 0.5
+
+        def weighted(rows: Tensor, part: list[int]) -> Tensor:
+            shares = [(p / max(c, 1)) ** power for p, c in zip(part, count)]
+            if len(set(shares)) == 1:  # a number, which a GPU need not wait for
+                return rows * shares[0]
+            return rows * rows.new_tensor(shares)[:, None]
+
+        rows = weighted(self.rows, self.count) + weighted(other.rows, other.count)
+        return Summary(self.kind, rows, count)
+
+
+def summarise(
+    layer: Layer, images: Tensor, kind: str, rank: int, seed: int, offset: int
+) -> Summary:
+    """Summarises the input of a layer.
+
+    Args:
+        layer: The layer.
+        images: Its input as [N, C, H, W], see `Layer.images`.
+        kind: `mean`, `sketch` or `sample`.
+        rank: Rows of the summary.
+        seed: Seed of the random signs or draws.
+        offset: What this step has seen before: im2col rows for `sketch`, else images.
+    """
+    bias, count = layer.bias, images.shape[0] * layer.positions(images)
+    if kind == "sketch":
+        rows = _patch_sketch(images, *layer.geometry, bias, rank, seed, offset)
+        return Summary(kind, rows, [count] * rank)
+    if kind == "sample":
+        rows, keys = _patch_sample(images, *layer.geometry, bias, rank, seed, offset)
+        return Summary(kind, rows, [count] * rank, keys)
+    if rank == 1:
+        return Summary(kind, _patch_mean(images, *layer.geometry, bias).unsqueeze(1), [count])
+    slices = [images[(k - offset) % rank :: rank] for k in range(rank)]
+    means = [_patch_mean(part, *layer.geometry, bias) if part.shape[0] else None for part in slices]
+    filled = next(m for m in means if m is not None)
+    rows = torch.stack([torch.zeros_like(filled) if m is None else m for m in means], dim=1)
+    return Summary(kind, rows, [part.shape[0] * layer.positions(part) for part in slices])
+
+
+@dataclass(slots=True)
+class Factors:
+    """The factors of a Linear layer's gradient: G = delta^T x, for the factored product.
+
+    Attributes:
+        x: Input rows [N, n].
+        delta: Gradient of the output [N, c].
+        version: Version counter of the input when it was seen.
+    """
+
+    x: Tensor
+    delta: Tensor
+    version: int
+
+    def agree(self, layer: Layer, grad: Tensor) -> bool:
+        """Whether the input is what the forward saw, and delta^T [x, 1] still the whole gradient.
+
+        A penalty on a parameter, another use of it, clipping and the like leave a gradient that
+        the factors do not hold.
+        """
+        if self.x._version != self.version:
+            return False
+        bias = layer.bias_parameter if layer.bias else None
+        grad_bias = None if bias is None else bias.grad
+        if bias is not None and grad_bias is None:
+            return False
+        return _factors_agree(grad, self.x, self.delta.contiguous(), grad_bias)
+
+
+class Stage:
+    """What one layer has staged for the next step.
+
+    Attributes:
+        summary: Of every differentiated forward since the last `clear`, or None.
+        calls: How many there were.
+        factors: Of the only one, where they were kept.
+        generation: Counts the calls of `clear`, so that a forward counts once between two.
+        missed: Steps in a row that found nothing staged.
+    """
+
+    def __init__(self):
+        self.generation = self.missed = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets everything staged."""
+        self.summary: Summary | None = None
+        self.calls = 0
+        self.factors: Factors | None = None
+        self.generation += 1
+        self._seen = self._ahead = 0
+
+    def reserve(self, size: int, tentative: bool) -> int:
+        """The offset, among all that a step sees, of a forward of `size` images or rows.
+
+        A forward inside a backward pass recomputes a checkpointed segment, and one in eval mode may
+        be of a validation: whether it is to count shows only when its gradient comes, so it
+        reserves nothing for good.
+        """
+        offset = max(self._ahead, self._seen) if tentative else self._seen
+        self._ahead = offset + size
+        if not tentative:
+            self._seen = self._ahead
+        return offset
+
+    def overshoots(self, group: dict[str, Any]) -> bool:
+        """Whether the paper's step along one row may go beyond twice the way to its minimum.
+
+        There the error shrinks by 1 - (lr / gain) (h - forgetting) / h.
+        """
+        single = self.summary is not None and self.summary.total == 1
+        return single and group["form"] == "paper" and float(group["lr"]) > 2 * group["gain"]
+
+    def commit(self, summary: Summary, end: int, factors: Factors | None) -> None:
+        """Takes in the summary of one differentiated forward, which ends at offset `end`."""
+        self.summary = summary if self.summary is None else self.summary.merge(summary)
+        self._seen = max(self._seen, end)
+        self.calls += 1
+        self.factors = factors if self.calls == 1 else None
+
+
+def summarisable(x: Tensor, output: Tensor) -> bool:
+    """Whether an input is a plain dense tensor with elements, outside of `torch.func` transforms.
+
+    What a transform such as `vmap` passes through the layers means nothing after it has returned.
+    """
+    plain = x.layout == torch.strided and x.numel() > 0
+    return plain and not (_is_wrapped(x) or _is_wrapped(output))
+
+
+def in_backward() -> bool:
+    """Whether the autograd engine runs on this thread (a checkpointed segment is recomputed)."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def observe(
+    stage: Stage, layer: Layer, group: dict[str, Any], step: int, x: Tensor, output: Tensor
+) -> None:
+    """Summarises the input of one forward, to be committed when its gradient comes.
+
+    Args:
+        stage: What the layer has staged.
+        layer: The layer.
+        group: Its parameter group.
+        step: Steps it has taken.
+        x: The input.
+        output: The output, with a gradient to come.
+    """
+    weight = layer.weight
+    if weight.grad is None and stage.calls and not in_backward():
+        stage.clear()  # the gradient was dropped, and so was the step
+    x = x.detach()
+    images = layer.images(x)
+    size = images.shape[0] * (layer.positions(images) if group["summary"] == "sketch" else 1)
+    offset = stage.reserve(size, tentative=in_backward() or not layer.module.training)
+    seed = (group["seed"] + _SEED_STRIDE * (1 + layer.index + (step << 16))) & (2**63 - 1)
+    summary = summarise(layer, images, group["summary"], group["rank"], seed, offset)
+    rows, version, counted = None, 0, 0
+    if layer.factors_pay(x, group["dtype"]):
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        version = rows._version
+
+    def commit(gradients: tuple[Tensor | None, ...]) -> None:
+        nonlocal counted
+        gradient = gradients[slot]
+        if gradient is None or counted == stage.generation:
+            return
+        counted, factors = stage.generation, None
+        if rows is not None and weight.grad is None and gradient.dtype == rows.dtype:
+            factors = Factors(rows, gradient.reshape(len(rows), -1), version)
+        stage.commit(summary, offset + size, factors)
+
+    # what `output.register_hook` does, at half its cost
+    slot, node = output.output_nr, output.grad_fn
+    assert node is not None
+    node.register_prehook(commit)

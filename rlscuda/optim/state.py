@@ -1,0 +1,311 @@
+"""The state of a covered layer: its entries, and their way through `load_state_dict`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rlscuda import _C
+from rlscuda.optim.fallback import ENTRIES, IN_P, Fallback
+from rlscuda.optim.forms import OPTIONS, check_complete
+from rlscuda.optim.layers import Layer, state_dtype
+
+_DTYPES = (torch.float32, torch.float64)
+_OF_FALLBACK = set().union(*ENTRIES.values())
+
+
+def _shapes(layer: Layer, form: str) -> dict[str, tuple[int, ...]]:
+    """The tensors that every state of a layer holds, besides its counters."""
+    rows = layer.weight.shape[0]
+    shapes: dict[str, tuple[int, ...]] = {
+        "P": layer.matrix_shape,
+        "health": (len(_C.health_slots),),
+    }
+    if form == "adaptive":
+        shapes["power"] = (layer.groups,)
+        shapes["first_moment"] = (rows, layer.fan_in)
+        shapes["second_moment"] = (rows,)
+    return shapes
+
+
+def initial_state(layer: Layer, group: dict[str, Any]) -> dict[str, Any]:
+    """A layer's entries before its first step.
+
+    `P` [n, n] or [groups, n, n]; `step` counts on the host, for the random draws; `health` are the
+    counters that the kernels keep and follow; `power` [groups] and moments where the form has them.
+    """
+    device, dtype = layer.weight.device, state_dtype(layer.weight, group["dtype"])
+    state: dict[str, Any] = {"step": 0}
+    for name, shape in _shapes(layer, group["form"]).items():
+        kind = torch.float64 if name == "health" else dtype
+        state[name] = torch.zeros(shape, dtype=kind, device=device)
+    torch.diagonal(state["P"], dim1=-2, dim2=-1).fill_(group["initial_scale"])
+    if group["form"] != "adaptive" and group["momentum"]:
+        shape = (layer.weight.shape[0], layer.fan_in)
+        state["momentum_buffer"] = torch.zeros(shape, dtype=dtype, device=device)
+    return state
+
+
+def ensure_state(
+    states: dict, layer: Layer, group: dict[str, Any], fallback: Fallback
+) -> dict[str, Any]:
+    """A layer's entries, made before its first step; float64 once its weight is.
+
+    Args:
+        states: The optimizer's, which gives a parameter without entries an empty dictionary.
+        layer: The layer.
+        group: Its parameter group.
+        fallback: The rule that may have had its bias.
+    """
+    state = states[layer.weight]
+    if "P" not in state:
+        state.update(initial_state(layer, group))
+        for bias in layer.parameters()[1:]:
+            if fallback.starts(states[bias]):
+                states[bias].update(IN_P)
+    elif layer.weight.dtype == torch.float64 and state["P"].dtype != torch.float64:
+        state.update({k: v.double() for k, v in state.items() if isinstance(v, Tensor)})
+    return state
+
+
+def forget(states: dict, layer: Layer, group: dict[str, Any]) -> None:
+    """Takes back the entries of `initial_state`, from a state that may have others."""
+    entries = states.get(layer.weight, {})
+    for name in ("step", "momentum_buffer", *_shapes(layer, group["form"])):
+        entries.pop(name, None)
+    for parameter in layer.parameters():
+        if parameter is not layer.weight and parameter in states:
+            states[parameter].pop("in_P", None)
+        if not states.get(parameter, True):
+            del states[parameter]
+
+
+def check_fits(layer: Layer, state: Mapping[str, Any], form: str) -> None:
+    """Raises ValueError where a layer's weight, gradient or form is not what `P` was made for.
+
+    Whatever refuses a layer must do so before the first one moves.
+    """
+    weight, P = layer.weight, state["P"]
+    if ("first_moment" in state) != (form == "adaptive"):
+        raise ValueError(f"the state of {layer.name!r} is not one of form {form!r}: the form of a "
+                         "group cannot change once it has stepped")  # fmt: skip
+    if weight.device != P.device:
+        raise ValueError(
+            f"the weight of {layer.name!r} is on {weight.device}, its P on {P.device}: move the "
+            "model before the optimizer is made, or load its state_dict after"
+        )
+    rows = weight.shape[0]
+    moment = state.get("first_moment", state.get("momentum_buffer"))
+    same_rows = moment is None or len(moment) == rows
+    if not same_rows or weight.numel() != rows * layer.columns:
+        expected = [rows if moment is None else len(moment), layer.fan_in]
+        raise ValueError(f"the weight of {layer.name!r} must be {expected} with its bias, got "
+                         f"{[rows, weight.numel() // rows + layer.bias]}")  # fmt: skip
+    if weight.grad is not None and weight.grad.layout != torch.strided:
+        raise ValueError(f"the gradient of {layer.name!r} must be dense, got {weight.grad.layout}")
+
+
+@torch.no_grad()
+def restart(state: dict[str, Any], memory: int) -> None:
+    """Lets a layer's moments start anew, and its gain as if `memory` updates had been seen.
+
+    Nothing is read from the device.
+    """
+    for name in ("first_moment", "second_moment", "momentum_buffer"):
+        if name in state:
+            state[name].zero_()
+    steps, earlier = (state["health"][_C.health_slots.index(name)] for name in ("steps", "earlier"))
+    earlier.add_(steps).clamp_(max=memory)
+    steps.zero_()
+
+
+def _entries(
+    state_dict: Mapping[str, Any], groups: list[dict[str, Any]]
+) -> list[tuple[nn.Parameter, Mapping[str, Any]]]:
+    """Pairs each parameter with the entries saved for it, by position as torch does."""
+    saved = [key for group in state_dict["param_groups"] for key in group["params"]]
+    own = [p for group in groups for p in group["params"]]
+    return [
+        (p, state_dict["state"][key]) for p, key in zip(own, saved) if key in state_dict["state"]
+    ]
+
+
+def _check_state(
+    state_dict: Mapping[str, Any],
+    groups: list[dict[str, Any]],
+    layers: Mapping[nn.Parameter, Layer],
+    fallback_entries: Set[str] | None,
+) -> None:
+    """Raises ValueError where a saved state is not one of these groups, layers and fallback rule.
+
+    Args:
+        state_dict: The saved state.
+        groups: The groups of the optimizer.
+        layers: Its covered weights.
+        fallback_entries: What its fallback rule keeps for a parameter; None where unknown.
+    """
+    _check_structure(state_dict)
+    sizes = [len(group["params"]) for group in state_dict["param_groups"]]
+    expected = [len(group["params"]) for group in groups]
+    if sizes != expected:
+        raise ValueError(f"state_dict must have groups of {expected} parameters, got {sizes}")
+    forms = {}
+    for saved, group in zip(state_dict["param_groups"], groups):
+        if not saved.keys() >= OPTIONS:
+            raise ValueError("state_dict is not that of an RLSOptimizer: its groups have no "
+                             f"{sorted(OPTIONS - saved.keys())}")  # fmt: skip
+        _check_options(saved)
+        if saved["form"] != group["form"]:
+            raise ValueError(f"state_dict is of form {saved['form']!r}, the optimizer of "
+                             f"{group['form']!r}")  # fmt: skip
+        if (saved["fallback_lr"] is None) != (group["fallback_lr"] is None):
+            raise ValueError("state_dict and optimizer disagree on whose rate lr is, that of the "
+                             "layers or of the fallback rule")  # fmt: skip
+        forms.update(dict.fromkeys(group["params"], group["form"]))
+    for parameter, entries in _entries(state_dict, groups):
+        layer = layers.get(parameter)
+        if entries.keys().isdisjoint({"P", *IN_P} | _OF_FALLBACK):
+            continue  # all of it is of others
+        if (layer is not None) != ("P" in entries):
+            name = layer.name if layer is not None else "a fallback parameter"
+            raise ValueError(f"state_dict and optimizer disagree on whether {name} has a matrix P")
+        if layer is not None:
+            _check_layer(layer, forms[parameter], entries)
+            continue
+        if "in_P" in entries:
+            continue
+        own = entries.keys() & _OF_FALLBACK  # the rest is of others
+        if fallback_entries is not None and own and own != fallback_entries:
+            raise ValueError(f"state_dict has fallback entries {sorted(own)}, the fallback "
+                             f"rule keeps {sorted(fallback_entries)}")  # fmt: skip
+        if fallback_entries:
+            _check_fallback({name: entries[name] for name in own}, parameter)
+
+
+def _check_structure(state_dict: Any) -> None:
+    """Raises ValueError where what holds the entries and the options has not the usual types."""
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        raise ValueError("state_dict must have the keys 'state' and 'param_groups'")
+    state, groups = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(state, Mapping) or not all(isinstance(e, Mapping) for e in state.values()):
+        raise ValueError("state of state_dict must map parameters to dicts of their entries")
+    if not isinstance(groups, Sequence) or not all(
+        isinstance(group, Mapping)
+        and isinstance(group.get("params"), Sequence)
+        and all(isinstance(key, (int, str)) for key in group["params"])
+        for group in groups
+    ):
+        raise ValueError("param_groups of state_dict must be a list of dicts, each with its params")
+
+
+def _check_options(saved: Mapping[str, Any]) -> None:
+    """Raises ValueError where an option of a saved group is of another type or out of its range."""
+    plain = (type(None), bool, int, float, str, torch.dtype, Tensor)
+    for name in sorted(OPTIONS):
+        value = saved[name]
+        if not isinstance(value, plain) or isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"{name} in state_dict must be one value, got {type(value).__name__}")
+    try:
+        check_complete(saved)
+    except ValueError as error:
+        raise ValueError(f"state_dict has an option out of its range: {error}") from None
+    peak = saved["peak_lr"]
+    if not isinstance(peak, (int, float)) or not 0 <= peak < math.inf:
+        raise ValueError(f"peak_lr in state_dict must be >= 0 and finite, got {peak!r}")
+    if not isinstance(saved["fallback_decays"], bool):
+        raise ValueError("fallback_decays in state_dict must be a bool, got "
+                         f"{saved['fallback_decays']!r}")  # fmt: skip
+
+
+def _check_fallback(entries: Mapping[str, Any], parameter: nn.Parameter) -> None:
+    """Raises ValueError where the moments or the count of a fallback parameter do not fit it."""
+    for name, value in entries.items():
+        if value is None and name == "momentum_buffer":
+            continue
+        shape = torch.Size() if name == "step" else parameter.shape
+        if not isinstance(value, Tensor) or value.shape != shape:
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name} must be {list(shape)}, got {got} in state_dict")
+        if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
+            raise ValueError(f"{name} in state_dict must be floating point and dense, got "
+                             f"{value.dtype}, {value.layout} on {value.device}")  # fmt: skip
+        if name == "step" and not 0 <= value.item() < math.inf:
+            raise ValueError(f"step of a fallback parameter in state_dict must be a count, got "
+                             f"{value.item()}")  # fmt: skip
+
+
+def _check_layer(layer: Layer, form: str, entries: Mapping[str, Any]) -> None:
+    where = f"of {layer.name!r} in state_dict"
+    step = entries.get("step")
+    if not isinstance(step, int) or not 0 <= step < 2**63:
+        raise ValueError(f"step {where} must be an int >= 0, got {step!r}")
+    shapes = _shapes(layer, form)
+    if "momentum_buffer" in entries:
+        shapes["momentum_buffer"] = (layer.weight.shape[0], layer.fan_in)
+    for name, shape in shapes.items():
+        value = entries.get(name)
+        if not isinstance(value, Tensor) or value.shape != shape:
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name} {where} must be {list(shape)}, got {got}")
+        wanted = torch.float64 if name == "health" else entries["P"].dtype
+        if value.dtype != wanted or wanted not in _DTYPES:
+            raise ValueError(f"{name} {where} must be float32 or float64, as P is, got "
+                             f"{value.dtype}")  # fmt: skip
+        if value.layout != torch.strided or value.is_meta:
+            raise ValueError(f"{name} {where} must be a dense tensor with data, got "
+                             f"{value.layout} on {value.device}")  # fmt: skip
+    for name, count in zip(_C.health_slots, entries["health"].tolist()):
+        if name != "largest_gain" and not 0 <= count < math.inf:
+            raise ValueError(f"the counter {name} {where} must be a count, got {count}")
+
+
+def _restore_dtypes(
+    state: Mapping[Any, dict[str, Any]],
+    state_dict: Mapping[str, Any],
+    groups: list[dict[str, Any]],
+    layers: Mapping[nn.Parameter, Layer],
+) -> None:
+    """Puts back what torch's loader cast to the parameter's dtype, as tensors of our own."""
+    for parameter, entries in _entries(state_dict, groups):
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and parameter in layers:
+                state[parameter][name] = value.detach().to(parameter.device, copy=True)
+            elif state[parameter][name] is value and isinstance(value, Tensor):
+                state[parameter][name] = value.clone()
+
+
+@contextmanager
+def guarded_load(
+    optimizer: Optimizer, layers: Mapping[nn.Parameter, Layer], fallback_entries: Set[str] | None
+) -> Iterator[None]:
+    """Lets `load_state_dict` check a state before it changes anything, and keep its dtypes.
+
+    The check comes after the user's own hooks, which may replace the state.
+
+    Raises:
+        ValueError: The state is not one of the optimizer's groups, layers and fallback rule.
+    """
+    given: dict[str, Any] = {}
+
+    def check(_: Optimizer, state_dict: dict[str, Any]) -> None:
+        _check_state(state_dict, optimizer.param_groups, layers, fallback_entries)
+        given.update(state_dict)
+
+    def restore(_: Optimizer) -> None:
+        _restore_dtypes(optimizer.state, given, optimizer.param_groups, layers)
+
+    hooks = (
+        optimizer.register_load_state_dict_pre_hook(check),
+        optimizer.register_load_state_dict_post_hook(restore, prepend=True),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

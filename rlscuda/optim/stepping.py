@@ -1,0 +1,333 @@
+"""One step of many layers: an operator call for all of them, and a matrix product for each.
+
+paper     D = G P_old, then P moves, then W along D / h
+natural   P moves, then W along D = G P_new
+adaptive  likewise, D normalised by row
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlscuda.optim.layers import Layer
+from rlscuda.optim.staging import Factors, Summary
+
+_nonfinite = torch.ops.rlscuda.nonfinite.default
+_rls_update = torch.ops.rlscuda.foreach_rls_update_.default
+_weight_step = torch.ops.rlscuda.foreach_weight_step_.default
+
+# Bytes of products that wait for their weight step: what a cache holds, or what fills a GPU.
+_CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
+
+Workspace = dict[tuple[str, torch.dtype, torch.device], Tensor]
+
+
+@dataclass(eq=False)
+class Move:
+    """One layer about to move.
+
+    Attributes:
+        layer: The layer.
+        group: Its parameter group.
+        state: Its state.
+        summary: What is staged of its input, or None.
+        factors: The factors of its gradient, where they were kept and still hold all of it.
+        moves_bias: Whether its bias, if in `P`, is still in a group.
+        grad: Its gradient as [c, n], contiguous, of the dtype of `P`.
+        product: Where the product goes [c, fan_in].
+        projected: X P [N, fan_in] for the factored product.
+    """
+
+    layer: Layer
+    group: dict[str, Any]
+    state: dict[str, Any]
+    summary: Summary | None
+    factors: Factors | None
+    moves_bias: bool
+    grad: Tensor = field(init=False)
+    product: Tensor = field(init=False)
+    projected: Tensor | None = None
+
+    def __post_init__(self):
+        weight = self.layer.weight
+        assert weight.grad is not None
+        self.grad = weight.grad if weight.dim() == 2 else weight.grad.flatten(1)
+        if self.factors is not None and (
+            self.summary is None
+            or not self.moves_bias
+            or not self.factors.agree(self.layer, self.grad)
+        ):
+            self.factors = None
+
+    @property
+    def rows(self) -> Tensor:
+        """The summary as the operator takes it; without rows where nothing is staged."""
+        P = self.state["P"]
+        if self.summary is None:
+            return P[..., :0, :]
+        rows = self.summary.rows
+        rows = rows if rows.dtype == P.dtype else rows.to(P.dtype)
+        return rows if self.layer.groups > 1 else rows[0]
+
+
+def buffer(workspace: Workspace, name: str, P: Tensor, numel: int) -> Tensor:
+    """`numel` uninitialised elements like those of P, from memory that every step reuses."""
+    kept = workspace.get((name, P.dtype, P.device))
+    if kept is None or kept.numel() < numel:
+        kept = workspace[name, P.dtype, P.device] = P.new_empty(numel)
+    return kept[:numel]
+
+
+def step_layers(moves: list[Move], workspace: Workspace) -> None:
+    """Updates the matrix of every layer and moves its weight; a non-finite gradient voids it all.
+
+    Args:
+        moves: The layers.
+        workspace: Memory kept from step to step.
+    """
+    found_inf = _found_inf(moves)
+    batches: dict[tuple, list[Move]] = {}
+    for move in moves:
+        P, weight = move.state["P"], move.layer.weight
+        key = (id(move.group), P.dtype, weight.dtype, P.device)
+        batches.setdefault(key, []).append(move)
+    for batch in batches.values():
+        for chunk in _chunks(batch):
+            P = chunk[0].state["P"]
+            _step_chunk(chunk, found_inf.get(P.device), workspace)
+
+
+def _found_inf(moves: list[Move]) -> dict[torch.device, Tensor]:
+    """One bool a device: whether any gradient is not finite; where factors agree, theirs is."""
+    gradients: dict[torch.device, list[Tensor]] = {}
+    for move in moves:
+        if move.factors is None:
+            given = [p.grad for p in move.layer.parameters() if p.grad is not None]
+            gradients.setdefault(move.layer.weight.device, []).extend(given)
+    flags = {device: _nonfinite(tensors) for device, tensors in gradients.items()}
+    if len(flags) > 1:
+        first = next(iter(flags))
+        anywhere = torch.stack([flag.to(first, non_blocking=True) for flag in flags.values()]).any()
+        flags = {device: anywhere.to(device, non_blocking=True) for device in flags}
+    return flags
+
+
+def _chunks(batch: list[Move]) -> Iterator[list[Move]]:
+    """Parts of a batch whose products fit the workspace together."""
+    limit = _CHUNK_BYTES.get(batch[0].layer.weight.device.type, 0)
+    chunk: list[Move] = []
+    used = 0
+    for move in batch:
+        size = move.layer.weight.shape[0] * move.layer.fan_in * move.state["P"].element_size()
+        if chunk and used + size > limit:
+            yield chunk
+            chunk, used = [], 0
+        chunk.append(move)
+        used += size
+    yield chunk
+
+
+def _step_chunk(chunk: list[Move], found_inf: Tensor | None, workspace: Workspace) -> None:
+    """The step of layers of one group, dtype and device."""
+    group, P = chunk[0].group, chunk[0].state["P"]
+    _prepare(chunk, workspace)
+    before = group["form"] == "paper"  # the paper's product is with the P of before the update
+    if before:
+        bias_rows = _products(chunk, P, copy=True)
+    h = _update_matrices(chunk, group, found_inf)
+    if not before:
+        bias_rows = _products(chunk, P, copy=False)
+    _move_weights(chunk, group, h, bias_rows)
+
+
+def _prepare(chunk: list[Move], workspace: Workspace) -> None:
+    """Gives every move its gradient in the dtype of `P`, and its product a place."""
+    P = chunk[0].state["P"]
+    shapes = [(move.layer.weight.shape[0], move.layer.fan_in) for move in chunk]
+    products = buffer(workspace, "product", P, sum(rows * n for rows, n in shapes))
+    start = 0
+    for move, (rows, n) in zip(chunk, shapes):
+        move.product = products[start : start + rows * n].view(rows, n)
+        start += rows * n
+    converted = [m for m in chunk if m.grad.dtype != P.dtype or not m.grad.is_contiguous()]
+    if converted:
+        copies = [torch.empty_like(m.grad, dtype=P.dtype, memory_format=torch.contiguous_format)
+                  for m in converted]  # fmt: skip
+        torch._foreach_copy_(copies, [m.grad for m in converted])
+        for move, copy in zip(converted, copies):
+            move.grad = copy
+    for move in chunk:
+        if move.factors is not None:
+            move.projected = _project(move.layer, move.state["P"], move.factors.x, workspace)
+
+
+def _project(layer: Layer, P: Tensor, X: Tensor, workspace: Workspace) -> Tensor:
+    """X P [N, fan_in] of the input rows, a bias' column of ones included."""
+    name = f"projected {id(layer)}"  # several wait at once
+    out = buffer(workspace, name, P, len(X) * layer.fan_in).view(len(X), layer.fan_in)
+    if layer.bias:
+        return torch.addmm(P[-1], X, P[:-1], out=out)
+    return torch.mm(X, P, out=out)
+
+
+def _products(chunk: list[Move], P: Tensor, copy: bool) -> list[Tensor]:
+    """Writes every product G P, without a bias' part unless it goes through the factors.
+
+    Returns:
+        For each layer the row of `P` [n] or [groups, n] that the bias' part takes, an empty tensor
+        where it takes none; copies, if `P` is still to change.
+    """
+    none = P.new_empty(0)
+    bias_rows = [none] * len(chunk)
+    for i, move in enumerate(chunk):
+        layer, matrix = move.layer, move.state["P"]
+        n = layer.columns
+        if move.factors is not None and move.projected is not None:
+            torch.mm(move.factors.delta.t(), move.projected, out=move.product)
+            continue
+        if layer.groups == 1:
+            torch.mm(move.grad, matrix[:n] if layer.bias else matrix, out=move.product)
+        else:
+            grad, product = (t.unflatten(0, (layer.groups, -1)) for t in (move.grad, move.product))
+            torch.bmm(grad, matrix[:, :n], out=product)
+        if layer.bias:
+            bias_rows[i] = matrix[..., n, :]
+    if not copy or all(row is none for row in bias_rows):
+        return bias_rows
+    copies = torch.cat([row.flatten() for row in bias_rows]).split([r.numel() for r in bias_rows])
+    return [part.view(row.shape) for part, row in zip(copies, bias_rows)]
+
+
+def _update_matrices(chunk: list[Move], group: dict[str, Any], found_inf: Tensor | None) -> Tensor:
+    """Updates every `P`; returns h of each matrix in turn, NaN where the weight may not move."""
+    states = [move.state for move in chunk]
+    projection, projected, inputs = _projections(chunk, group)
+    shrinkage = group["shrinkage"]
+    return _rls_update(
+        [state["P"] for state in states], [move.rows for move in chunk],
+        [state["power"] for state in states] if "power" in states[0] else [],
+        [state["health"] for state in states], found_inf, projection, projected, inputs,
+        group["forgetting"], group["gain"], 1 - shrinkage, shrinkage * group["initial_scale"],
+        group["drift"] or 0.0, group["initial_scale"], group["form"] == "adaptive",
+    )  # fmt: skip
+
+
+def _projections(
+    chunk: list[Move], group: dict[str, Any]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """What the update may use of rows X P known already, and what it turns into rows X P_new.
+
+    Returns:
+        S P where the summary is the mean of X; X P; X. No tensors at all without factors, and empty
+        ones for a layer without.
+    """
+    none = chunk[0].product[:0]
+    mean = group["summary"] == "mean" and group["rank"] == 1
+    turns = group["form"] != "paper"
+    if all(move.factors is None for move in chunk):
+        return [], [], []
+    parts = [
+        (
+            move.projected.mean(0, keepdim=True) if mean else none,
+            move.projected if turns else none,
+            move.factors.x if turns else none,
+        )
+        if move.factors is not None and move.projected is not None
+        else (none, none, none)
+        for move in chunk
+    ]
+    projection, projected, inputs = (list(part) for part in zip(*parts))
+    return projection, projected, inputs
+
+
+def _move_weights(
+    chunk: list[Move], group: dict[str, Any], h: Tensor, bias_rows: list[Tensor]
+) -> None:
+    """Everything of the weight updates that follows the products, in one fused pass."""
+    layers, states = [move.layer for move in chunk], [move.state for move in chunk]
+    adaptive = group["form"] == "adaptive"
+    biases, bias_gradients = _biases(chunk, h)
+    first: list[Tensor] = []
+    if adaptive:
+        first = [state["first_moment"] for state in states]
+    elif group["momentum"] or any("momentum_buffer" in state for state in states):
+        for move, state in zip(chunk, states):
+            if "momentum_buffer" not in state:  # a scheduler turned momentum on
+                state["momentum_buffer"] = torch.zeros_like(move.product)
+        first = [state["momentum_buffer"] for state in states]
+    lr, rate = 1.0, None
+    if isinstance(group["lr"], Tensor) and group["lr"].is_cuda and h.is_cuda:
+        rate = group["lr"].to(h.device, torch.float32)  # read there, so that a graph follows it
+    else:
+        lr = float(group["lr"])
+    divide_by_h = group["form"] == "paper"
+    if not adaptive and group["trust_ratio"] < math.inf:
+        _complete(chunk, bias_rows, bias_gradients)
+        bias_rows = [h[:0]] * len(chunk)
+        h = h if divide_by_h else torch.where(h.isfinite(), 1.0, h)
+        longest = group["trust_ratio"] * (1 - group["momentum"])  # which momentum sums up
+        h = _shortened(chunk, h, biases, (lr if rate is None else rate) / longest)
+        divide_by_h = True
+    _weight_step(
+        [layer.weight for layer in layers], biases, [move.product for move in chunk],
+        [move.grad for move in chunk] if adaptive else [], bias_rows, bias_gradients, h,
+        [layer.groups for layer in layers], first,
+        [state["second_moment"] for state in states] if adaptive else [],
+        [state["health"] for state in states], rate, lr, group["momentum"], group["beta2"],
+        group["weight_decay"], group["eps"],
+        # P is still far from the input's statistics while its gain is large: warm up with it
+        group["gain"] if adaptive else 0.0, divide_by_h,
+    )  # fmt: skip
+
+
+def _complete(chunk: list[Move], bias_rows: list[Tensor], bias_gradients: list[Tensor]) -> None:
+    """Adds to every product the bias' part that it lacks."""
+    for move, row, gradient in zip(chunk, bias_rows, bias_gradients):
+        if row.numel():
+            product = move.product.view(move.layer.groups, -1, move.layer.fan_in)
+            column = gradient.to(row.dtype).view(move.layer.groups, -1, 1)
+            product.addcmul_(column, row.view(move.layer.groups, 1, -1))
+
+
+def _shortened(chunk: list[Move], h: Tensor, biases: list[Tensor], rate: float | Tensor) -> Tensor:
+    """h, larger where rate |D| / h would exceed the norm of a weight that is not zero.
+
+    Norms are those of each matrix in turn: of the weight's rows with their biases.
+    """
+    products = [move.product for move in chunk]
+    weights = [move.layer.weight.detach() for move in chunk]
+    groups = [move.layer.groups for move in chunk]
+    tensors = products + weights + [bias.detach() for bias in biases]
+    if max(groups) == 1:
+        norms = torch.stack(torch._foreach_norm(tensors, 2, h.dtype))
+    else:
+        parts = [t.reshape(n, t.numel() // n) for t, n in zip(tensors, 3 * groups)]
+        norms = torch.cat([torch.linalg.vector_norm(p, dim=1, dtype=h.dtype) for p in parts])
+    step, weight, bias = norms.view(3, -1)
+    size = torch.hypot(weight, bias)
+    return torch.where(size > 0, torch.maximum(h, rate * step / size), h)
+
+
+def _biases(chunk: list[Move], h: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The biases in `P` and their gradients, empty tensors where there are none."""
+    none = h[:0]
+    biases: list[Tensor] = []
+    gradients: list[Tensor] = []
+    for move in chunk:
+        bias: nn.Parameter | None = move.layer.bias_parameter if move.layer.bias else None
+        if bias is None:
+            biases.append(none)
+            gradients.append(none)
+        elif bias.grad is None or not move.moves_bias:  # since it was frozen or taken out
+            biases.append(bias.detach().clone())
+            gradients.append(torch.zeros_like(biases[-1]))
+        else:
+            biases.append(bias)
+            gradients.append(bias.grad)
+    return biases, gradients

@@ -1,0 +1,4 @@
+"""A pruned model as a file: saved and made again, or exported to run elsewhere.
+
+Nothing here prunes.
+"""

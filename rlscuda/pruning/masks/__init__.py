@@ -1,0 +1,4 @@
+"""Single weights that go: masks as torch has them, chosen and compensated in closed form.
+
+No tensor changes its shape here.
+"""

@@ -1,0 +1,78 @@
+"""A point of training to which model and optimizer can return, across prunings."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from rlscuda.pruning.matrices.tracker import SketchTracker
+from rlscuda.pruning.running.copies import all_tensors
+from rlscuda.pruning.surgery.journal import Change, revert
+
+
+class Snapshot:
+    """The values of a model and its optimizers now.
+
+    The options of parameter groups are not part of it: schedulers go on counting.
+
+    Args:
+        model: The model.
+        optimizers: Its optimizers.
+        tracker: The tracker of its matrices, or None.
+        back: Called by `restore` once the shapes are back.
+        order: Its place among the snapshots of one pruner.
+
+    Attributes:
+        changes: What each pruning since has to take back.
+        void: Whether an earlier snapshot was restored since.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Iterable[Optimizer],
+        tracker: SketchTracker | None,
+        back: Callable[[], None],
+        order: int,
+    ):
+        self._model, self._tracker, self._back = model, tracker, back
+        self.changes: list[list[Change]] = []
+        self.void, self.order = False, order
+        self._values = {name: t.detach().clone() for name, t in all_tensors(model).items()}
+        self._tracked = tracker.state_dict() if tracker is not None else None
+        self._states = [(one, copy.deepcopy(one.state_dict())) for one in optimizers]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Gives model and optimizers back their shapes and values; may be called again.
+
+        Snapshots that were taken since are void then.
+
+        Raises:
+            ValueError: It is void itself, or the model has got or lost parameters or buffers other
+                than by pruning, as by a mask; nothing is changed.
+        """
+        if self.void:
+            raise ValueError("this snapshot is void: one taken before it was restored since")
+        changed = sorted(all_tensors(self._model).keys() ^ self._values.keys())
+        if changed:
+            raise ValueError(
+                "the model must have the parameters and buffers that it had, with masks on or off "
+                f"as then, got a change of {changed}"
+            )
+        while self.changes:
+            revert(self.changes.pop())
+        self._back()
+        for name, tensor in all_tensors(self._model).items():
+            tensor.copy_(self._values[name])
+        if self._tracker is not None and self._tracked is not None:
+            self._tracker.load_state_dict(self._tracked)
+        for optimizer, state in self._states:
+            now = optimizer.state_dict()["param_groups"]
+            # a copy, since optimizers go on with the very tensors that they are given
+            optimizer.load_state_dict({**copy.deepcopy(state), "param_groups": now})
+            optimizer.zero_grad()

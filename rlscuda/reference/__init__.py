@@ -1,0 +1,30 @@
+"""The specification of every operator in plain PyTorch, exact in float64.
+
+Written for reading: explicit inverses and loops over groups, nothing in place. The compiled
+operators are tested against these functions, and a reader may take them as the definition.
+"""
+
+from rlscuda.reference.filter import rls_filter
+from rlscuda.reference.patches import patch_mean, patch_rows, patch_sample, patch_sketch
+from rlscuda.reference.updates import (
+    AdaptiveStep,
+    HeldBack,
+    adaptive_weight_step,
+    rls_update,
+    running_power,
+    weight_step,
+)
+
+__all__ = [
+    "AdaptiveStep",
+    "HeldBack",
+    "adaptive_weight_step",
+    "patch_mean",
+    "patch_rows",
+    "patch_sample",
+    "patch_sketch",
+    "rls_filter",
+    "rls_update",
+    "running_power",
+    "weight_step",
+]

@@ -1,0 +1,171 @@
+"""The specification of the updates of matrices and of the weight steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def rls_update(
+    P: Tensor,
+    S: Tensor,
+    forgetting: float = 1.0,
+    gain: float = 1.0,
+    decay: float = 1.0,
+    diffusion: float = 0.0,
+    initial_scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One update of one matrix.
+
+    Args:
+        P: [n, n].
+        S: [r, n].
+        forgetting: lambda.
+        gain: kappa.
+        decay: Factor on the result.
+        diffusion: Added to its diagonal.
+        initial_scale: Diagonal after a reset.
+
+    Returns:
+        The new P [n, n], U = S P [r, n], and h [], the mean of the diagonal of H.
+    """
+    r, n = S.shape
+    identity = torch.eye(n, dtype=P.dtype)
+    nan = torch.tensor(float("nan"), dtype=P.dtype)
+    if not torch.isfinite(S).all():
+        return P.clone(), torch.zeros_like(S), nan
+    U = S @ P
+    H = forgetting * torch.eye(r, dtype=P.dtype) + gain / r * S @ U.T
+    if not torch.isfinite(H).all() or torch.linalg.cholesky_ex(H).info != 0:
+        return initial_scale * identity, U, nan
+    updated = (P - gain / r * U.T @ torch.linalg.solve(H, U)) / forgetting
+    return decay * updated + diffusion * identity, U, H.diagonal().mean()
+
+
+def running_power(before: float, seen: float, gain: float) -> tuple[float, float]:
+    """The running mean of the squared input at one update.
+
+    Args:
+        before: What was kept; 0 where there was no update yet.
+        seen: Mean square of the summary.
+        gain: kappa.
+
+    Returns:
+        What normalises the summary, and what is kept: that takes no more than 100 times itself for
+        seen, which bounds what one wild batch leaves behind.
+    """
+    if not 0 < before < math.inf:
+        return seen, seen
+    rest = (1 - gain) * before
+    return rest + gain * seen, rest + gain * min(seen, 100 * before)
+
+
+@dataclass
+class HeldBack:
+    """A matrix whose updates are held back: scale (P - V^T V) + shift I.
+
+    Args:
+        P: [n, n], never changed.
+        V: [held rows, n].
+        scale: Factor on what is in the brackets.
+        shift: Added to the diagonal.
+    """
+
+    P: Tensor
+    V: Tensor
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def matrix(self) -> Tensor:
+        """The matrix [n, n], with what is held applied."""
+        identity = torch.eye(len(self.P), dtype=self.P.dtype)
+        return self.scale * (self.P - self.V.T @ self.V) + self.shift * identity
+
+    def update(
+        self,
+        S: Tensor,
+        forgetting: float = 1.0,
+        gain: float = 1.0,
+        decay: float = 1.0,
+        diffusion: float = 0.0,
+    ) -> tuple[HeldBack, Tensor, Tensor]:
+        """One update by rows S [r, n] that are finite, with H positive definite.
+
+        Returns:
+            The matrix with one update more held, U = S P [r, n], and h.
+        """
+        r = len(S)
+        U = self.scale * (S @ self.P - S @ self.V.T @ self.V) + self.shift * S
+        H = forgetting * torch.eye(r, dtype=S.dtype) + gain / r * S @ U.T
+        rows = torch.linalg.solve_triangular(torch.linalg.cholesky(H), U, upper=False)
+        V = torch.cat([self.V, (gain / r / self.scale) ** 0.5 * rows])
+        a = decay / forgetting
+        held = HeldBack(self.P, V, a * self.scale, a * self.shift + diffusion)
+        return held, U, H.diagonal().mean()
+
+
+def weight_step(
+    W: Tensor,
+    D: Tensor,
+    lr: float,
+    momentum_buffer: Tensor | None = None,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    h: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The paper's and the natural weight step.
+
+    Args:
+        W: [c, n], a bias as its last column.
+        D: The product G P [c, n].
+        lr: eta.
+        momentum_buffer: Psi [c, n], zeros if None.
+        momentum: alpha.
+        weight_decay: wd.
+        h: Divides D in the paper's form, [c] or [].
+
+    Returns:
+        The new W and Psi.
+    """
+    before = torch.zeros_like(D) if momentum_buffer is None else momentum_buffer
+    buffer = momentum * before + (D if h is None else D / h.reshape(-1, 1))
+    return (1 - lr * weight_decay) * W - lr * buffer, buffer
+
+
+@dataclass
+class AdaptiveStep:
+    """The constants of the adaptive weight step."""
+
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.99
+    weight_decay: float = 0.0
+    eps: float = 1e-8
+
+
+def adaptive_weight_step(
+    W: Tensor, D: Tensor, G: Tensor, M: Tensor, v: Tensor, step: int, constants: AdaptiveStep
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The adaptive weight step.
+
+    Args:
+        W: [c, n], a bias as its last column.
+        D: The product G P [c, n].
+        G: Gradient [c, n].
+        M: First moment [c, n].
+        v: Second moment of each row [c].
+        step: Counted from 1.
+        constants: See `AdaptiveStep`.
+
+    Returns:
+        The new W, M and v.
+    """
+    k = constants
+    v = k.beta2 * v + (1 - k.beta2) * (D * G).sum(1)
+    M = k.beta1 * M + (1 - k.beta1) * D
+    root = (v.clamp(min=0) / (1 - k.beta2**step)).sqrt() + k.eps
+    move = M / (1 - k.beta1**step) / root[:, None]
+    return (1 - k.lr * k.weight_decay) * W - k.lr * move, M, v

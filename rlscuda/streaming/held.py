@@ -1,0 +1,146 @@
+"""A matrix P whose updates are held back, and when that pays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlscuda.functional import rls_flush_, rls_update_, rls_update_held_
+from rlscuda.functional.calls import check_tensor
+
+_MOST_ROWS = 64  # that the operator holds
+_ENOUGH = 16  # updates that share a write of P
+_LEAST_BYTES = 1 << 20  # of P on the CPU: below, P stays in the near caches
+_LEAST_COLUMNS = 768  # of P on CUDA: below, launches rule
+
+
+def updates_to_hold(n: int, itemsize: int, rank: int = 1, cuda: bool = False) -> int:
+    """How many updates of a matrix [n, n] by `rank` rows share one write of it; 0 for none.
+
+    The writes of P fall with that number while the thin products with what is held grow.
+    """
+    pays = n >= _LEAST_COLUMNS if cuda else n * n * itemsize > _LEAST_BYTES
+    hold = min(_ENOUGH, _MOST_ROWS // rank)
+    return hold if pays and hold >= 2 else 0
+
+
+class HeldMatrix:
+    r"""An inverse autocorrelation matrix for many updates between two readings.
+
+    Updates are those of `functional.rls_update_`, but as a rule only read the matrix: K of them
+    wait as thin factors and are applied together. To rounding the result is the same (1e-12
+    relative in float64), and the traffic of an update by one row falls from 12 n² bytes (float32)
+    to little more than 4 n². Nothing waits for the device, so updates can be captured in a CUDA
+    graph.
+
+    Reading `P` applies what is held. A tensor taken from `P` before is the same memory, and shows
+    later updates only once `P` is read, or `flush` called, again. Copies, pickles and `state_dict`
+    carry what is held, and go on to the same bits.
+
+    Args:
+        P: [n, n] or [b, n, n], float32 or float64, contiguous, symmetric positive definite. It is
+            taken over, not copied.
+        rank: Rows of one update.
+        hold: K, at least 2 with K * rank <= 64; 0 applies each update at once; None chooses by size
+            (16 where it pays).
+
+    Attributes:
+        hold: K.
+        rank: Rows of one update.
+
+    Raises:
+        ValueError: `rank` or `hold` is out of its range, or `P` of another shape.
+        TypeError: `P` is no tensor.
+
+    Example:
+        >>> import torch
+        >>> from rlscuda import HeldMatrix
+        >>> matrix = HeldMatrix(torch.eye(2), hold=4)
+        >>> u, h = matrix.update(torch.tensor([1.0, 2.0]), forgetting=0.5)
+        >>> float(h)
+        5.5
+        >>> matrix.P
+        tensor([[ 1.6364, -0.7273],
+                [-0.7273,  0.5455]])
+    """
+
+    def __init__(self, P: Tensor, rank: int = 1, hold: int | None = None) -> None:
+        check_tensor("P", P)
+        if P.dim() not in (2, 3):
+            raise ValueError(f"P must be [n, n] or [b, n, n], got {list(P.shape)}")
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}")
+        if hold is None:
+            hold = updates_to_hold(P.shape[-1], P.element_size(), rank, P.is_cuda)
+        if hold and not (hold >= 2 and hold * rank <= _MOST_ROWS):
+            raise ValueError(
+                f"hold must be 0, or at least 2 with hold * rank <= {_MOST_ROWS}, "
+                f"got {hold} for rank {rank}"
+            )
+        self.rank, self.hold = rank, hold
+        self._P = P
+        self._held = P.new_zeros(*P.shape[:-2], hold, rank, P.shape[-1])
+        self._state = torch.zeros(*P.shape[:-2], 3, dtype=torch.float64, device=P.device)
+        self._state[..., 0] = 1
+
+    @property
+    def P(self) -> Tensor:
+        """The matrix with every update applied: the live tensor, not a copy."""
+        self.flush()
+        return self._P
+
+    def update(
+        self, s: Tensor, forgetting: float = 1.0, gain: float = 1.0, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """One update by the rows `s` [n], [rank, n] or [b, rank, n].
+
+        Args:
+            s: Rows, of the dtype of `P`.
+            forgetting: See `functional.rls_update_`, as what it returns and raises.
+            gain: See there.
+            **options: decay, diffusion, initial_scale, power, health, found_inf; see there.
+
+        Returns:
+            `u`, the rows P s before the update, and `h`.
+
+        Raises:
+            ValueError: `s` does not have `rank` rows, or what `functional.rls_update_` refuses.
+        """
+        check_tensor("s", s)
+        rows = 1 if s.dim() < 2 else s.shape[-2]
+        if rows != self.rank:
+            raise ValueError(f"s must have {self.rank} rows, got {list(s.shape)}")
+        if not self.hold:
+            return rls_update_(self._P, s, forgetting, gain, **options)
+        return rls_update_held_(self._P, self._held, self._state, s, forgetting, gain, **options)
+
+    def flush(self) -> None:
+        """Applies what is held."""
+        if self.hold:
+            rls_flush_(self._P, self._held, self._state)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """P as it lies in memory, what is held, and its scalars: the tensors themselves."""
+        return {"P": self._P, "held": self._held, "state": self._state}
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Copies in what `state_dict` gave for a matrix of the same size, rank and hold.
+
+        Raises:
+            ValueError: A tensor is missing, or of another shape or dtype.
+        """
+        own = self.state_dict()
+        for name, tensor in own.items():
+            value = state_dict.get(name)
+            if value is None or value.shape != tensor.shape or value.dtype != tensor.dtype:
+                came = "none" if value is None else f"{list(value.shape)}, {value.dtype}"
+                raise ValueError(f"{name} must be {list(tensor.shape)}, {tensor.dtype}, got {came}")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state_dict[name])
+
+    def __repr__(self) -> str:
+        shape = list(self._P.shape)
+        return f"HeldMatrix({shape}, {self._P.dtype}, rank={self.rank}, hold={self.hold})"

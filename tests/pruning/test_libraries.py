@@ -1,0 +1,91 @@
+"""Models as torchvision and timm define them, in small: they are pruned and every weight moves."""
+
+from __future__ import annotations
+
+import copy
+from unittest import mock
+
+import pytest
+import torch
+from support.pruning_surgery import every_other
+
+from rlscuda import RLSOptimizer
+from rlscuda.cli.prune_record import size_of
+from rlscuda.pruning.running.measure import count_flops
+from rlscuda.pruning.structure.trace import trace
+from rlscuda.pruning.surgery.plan import operate, plan
+
+# what torchvision registers for its own operators needs a build for the very torch at hand; the
+# models need none of them
+with mock.patch("torch.library.register_fake", lambda *_, **__: lambda function: function):
+    import timm
+    import torchvision
+
+MODELS = {
+    "torchvision mobilenet_v2": lambda: torchvision.models.MobileNetV2(
+        num_classes=5, width_mult=0.25, inverted_residual_setting=[[1, 8, 1, 1], [3, 16, 2, 2]]
+    ),
+    "torchvision densenet": lambda: torchvision.models.DenseNet(4, (2, 2), 8, num_classes=5),
+    "torchvision convnext": lambda: torchvision.models.ConvNeXt(
+        [torchvision.models.convnext.CNBlockConfig(8, 12, 2),
+         torchvision.models.convnext.CNBlockConfig(12, None, 1)], num_classes=5
+    ),
+    "timm convnext": lambda: timm.create_model(
+        "convnext_atto", num_classes=5, depths=(1, 1, 1, 1), dims=(8, 8, 12, 12)
+    ),
+    "timm resnet": lambda: timm.models.resnet.ResNet(
+        timm.models.resnet.BasicBlock, (1, 1, 1, 1), num_classes=5, channels=(8, 8, 12, 12)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_remaining_weight_moves(name):
+    torch.manual_seed(0)
+    model, x = MODELS[name]().double(), torch.randn(4, 3, 32, 32).double()
+    optimizer = RLSOptimizer(model, lr=0.02)
+
+    def step(seed: int) -> None:
+        optimizer.zero_grad()
+        model(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).double()).square(
+        ).mean().backward()  # fmt: skip
+        optimizer.step()
+
+    step(0)
+    structure = trace(model, x)
+    assert structure.refused == {} and len(structure.couplings) > 2
+    before = sum(p.numel() for p in model.parameters())
+    operate(model, optimizer, plan(structure, every_other(structure)), {}, x)
+    assert sum(p.numel() for p in model.parameters()) < 0.6 * before
+    twin, twins = copy.deepcopy((model, optimizer))
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    step(1)
+    step(2)
+    still = [n for n, p in model.named_parameters() if torch.equal(p, weights[n])]
+    assert still == []
+    assert all(health.missing == 0 for health in optimizer.health().values())
+    assert twins.param_groups[0]["params"] == list(twin.parameters())
+
+
+def test_fixed_reshapes_of_attention_are_refused():
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=12, num_heads=2
+    )
+    structure = trace(model, torch.randn(2, 3, 32, 32))
+    assert "blocks.0.attn.qkv" in structure.refused
+    assert "blocks.0.mlp.fc1" in {coupling.name for coupling in structure.couplings}
+
+
+def test_counts_of_a_vision_transformer():
+    width, layers, tokens, patch = 24, 2, 17, 4 * 4 * 3
+    model = timm.models.VisionTransformer(
+        16, 4, num_classes=5, embed_dim=width, depth=layers, num_heads=3
+    )
+    rows = 2 * tokens * (3 * width * width + width * width + 2 * width * 4 * width)
+    products = layers * (rows + 2 * 2 * tokens * tokens * width)
+    expected = 2 * (tokens - 1) * patch * width + products + 2 * width * 5
+    for hooked in (False, True):
+        if hooked:
+            RLSOptimizer(model)
+        assert count_flops(model, torch.randn(1, 3, 16, 16)) == expected
+        assert size_of(model, torch.randn(1, 3, 16, 16))["flops"] == expected

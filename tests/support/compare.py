@@ -1,0 +1,55 @@
+"""Comparing tensors within the tolerance of their dtype, and everything to the bit."""
+
+from __future__ import annotations
+
+import torch
+
+TOLERANCE = {  # dtype: (relative, absolute), against a float64 specification
+    torch.float64: (1e-10, 1e-12),
+    torch.float32: (2e-5, 2e-6),
+    torch.bfloat16: (1e-2, 1e-2),
+    torch.float16: (2e-3, 2e-3),
+}
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, scale: float = 1.0) -> None:
+    """Compares in float64, within `scale` times the tolerance of the actual dtype."""
+    rtol, atol = TOLERANCE[actual.dtype]
+    torch.testing.assert_close(
+        actual.double(), expected.double(), rtol=rtol * scale, atol=atol * scale
+    )
+
+
+def assert_exact(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-12) -> None:
+    """Compares two results of one dtype, within `tolerance` of the largest expected element."""
+    assert actual.shape == expected.shape
+    if actual.numel():
+        scale = max(1.0, expected.abs().max().item())
+        assert (actual - expected).abs().max().item() <= tolerance * scale
+
+
+def random_spd(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Symmetric positive definite matrices [*shape, n, n], symmetric to the bit."""
+    A = torch.randn(*shape, shape[-1], dtype=torch.float64)
+    P = A @ A.mT / shape[-1] + 0.5 * torch.eye(shape[-1], dtype=torch.float64)
+    return ((P + P.mT) / 2).to(dtype)
+
+
+def snapshot(model, optimizer) -> dict[str, torch.Tensor]:
+    """Copies of every parameter and every tensor or count of the optimizer's state."""
+    values = {f"param.{i}": p.detach().clone() for i, p in enumerate(model.parameters())}
+    for i, p in enumerate(model.parameters()):
+        for name, value in optimizer.state.get(p, {}).items():
+            values[f"state.{i}.{name}"] = torch.as_tensor(value).detach().clone()
+    return values
+
+
+def differing(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> set[str]:
+    """The names of what is not the same to the bit (NaN equals NaN)."""
+    both = first.keys() | second.keys()
+    return {
+        k for k in both
+        if k not in first or k not in second
+        or first[k].dtype != second[k].dtype
+        or not torch.equal(first[k].nan_to_num(7.5), second[k].nan_to_num(7.5))
+    }  # fmt: skip

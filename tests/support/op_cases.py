@@ -1,0 +1,110 @@
+"""Valid arguments of every registered operator, for the tests that must leave none out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rlscuda import _C
+from support.compare import random_spd
+
+SLOTS = len(_C.health_slots)
+RULE = (0.99, 0.5, 1.0, 0.0)  # forgetting, gain, decay, diffusion
+
+
+def registered() -> list[str]:
+    """The names of all operators of the library."""
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted(name.split("::")[1] for name in names if name.startswith("rlscuda::"))
+
+
+def health() -> torch.Tensor:
+    """Counters of a layer after a step."""
+    counters = torch.zeros(SLOTS, dtype=torch.float64)
+    counters[_C.health_slots.index("steps")] = 1
+    return counters
+
+
+def _update(n: int = 6, rank: int = 2, batch: tuple[int, ...] = ()) -> list[Any]:
+    return [random_spd(*batch, n, dtype=torch.float32), torch.randn(*batch, rank, n)]
+
+
+def _rls_update() -> list[Any]:
+    options = [torch.ones(1), health(), torch.tensor(False)]
+    return [*_update(), *RULE, 1.0, *options]
+
+
+def _rls_update_held() -> list[Any]:
+    P, s = _update(batch=(3,))
+    state = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64).repeat(3, 1)
+    return [P, torch.zeros(3, 4, 2, 6), state, s, *RULE, 1.0, torch.ones(3), health(), None]
+
+
+def _rls_flush() -> list[Any]:
+    state = torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)
+    return [random_spd(6, dtype=torch.float32), 0.01 * torch.randn(4, 2, 6), state]
+
+
+def _foreach_rls_update() -> list[Any]:
+    (P, s), (Q, t) = _update(), _update(5, 1, (2,))
+    none = s[:0]
+    X = torch.randn(3, 5)
+    return [
+        [P, Q], [s, t], [torch.ones(1), torch.ones(2)], [health(), health()], torch.tensor(False),
+        [s @ P, none], [torch.cat([X, torch.ones(3, 1)], 1) @ P, none], [X, none], *RULE, 0.1, 1.0,
+        True,
+    ]  # fmt: skip
+
+
+def _weight_step() -> list[Any]:
+    return [
+        torch.randn(4, 3), torch.randn(4), torch.randn(4, 4), torch.randn(2, 4), torch.randn(4),
+        1 + torch.rand(2), torch.randn(4, 4), 0.1, 0.9, 0.01, True,
+    ]  # fmt: skip
+
+
+def _adaptive_weight_step() -> list[Any]:
+    return [
+        torch.randn(4, 2, 3, 3), torch.randn(4), torch.randn(4, 19), torch.randn(4, 18),
+        torch.randn(19), torch.randn(4), torch.ones(1), torch.zeros(4, 19), torch.zeros(4),
+        0.1, 0.9, 0.99, 0.01, 1e-8, 1,
+    ]  # fmt: skip
+
+
+def _foreach_weight_step() -> list[Any]:
+    none = torch.empty(0)
+    return [
+        [torch.randn(4, 3), torch.randn(4, 2, 3, 3)], [torch.randn(4), none],
+        [torch.randn(4, 4), torch.randn(4, 18)], [torch.randn(4, 3), torch.randn(4, 18)],
+        [torch.randn(4), none], [torch.randn(4), none], torch.ones(3), [1, 2],
+        [torch.zeros(4, 4), torch.zeros(4, 18)], [torch.zeros(4), torch.zeros(4)],
+        [health(), health()], torch.tensor(0.5), 0.1, 0.9, 0.99, 0.01, 1e-8, 0.1, False,
+    ]  # fmt: skip
+
+
+def _patches(*draw: int) -> Callable[[], list[Any]]:
+    geometry = [[3, 3], [2, 1], [1, 1, 0, 2], [1, 2], 2, 1, True]
+    return lambda: [torch.randn(3, 4, 8, 9), *geometry, *draw]
+
+
+def _factors_agree() -> list[Any]:
+    x, delta = torch.randn(5, 3), torch.randn(5, 4)
+    return [delta.T @ x, x, delta, delta.sum(0)]
+
+
+VALID: dict[str, Callable[[], list[Any]]] = {
+    "adaptive_weight_step_": _adaptive_weight_step,
+    "factors_agree": _factors_agree,
+    "foreach_rls_update_": _foreach_rls_update,
+    "foreach_weight_step_": _foreach_weight_step,
+    "nonfinite": lambda: [[torch.randn(3), torch.randn(4, 2).t()[:, ::2], torch.zeros(2).half()]],
+    "patch_mean": _patches(),
+    "patch_sample": _patches(2, 7, 3),
+    "patch_sketch": _patches(2, 7, 3),
+    "rls_flush_": _rls_flush,
+    "rls_update_": _rls_update,
+    "rls_update_held_": _rls_update_held,
+    "weight_step_": _weight_step,
+}
