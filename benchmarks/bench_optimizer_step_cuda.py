@@ -37,7 +37,7 @@ class Step:
             self.optimizer.staged.update(self.rows)
         else:
             for layer, rows in self.rows.items():
-                stage = self.optimizer._stages[layer.weight]
+                stage = self.optimizer._registry.stages[layer.weight]
                 stage.summary = Summary(self.summary, rows[None], [BATCH] * self.rank)
         self.optimizer.step()
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlscuda.cli.errors import UserError, in_range
-from rlscuda.pruning.ratios import CURVES
+from rlscuda.pruning.schedule import CURVES
 
 IMPORTANCES = (
-    "saliency", "saliency_diagonal", "weight_times_p", "weight_over_p", "l1", "l2", "taylor",
+    "saliency", "l1", "l2", "taylor",
     "bn_scale", "random",
 )  # fmt: skip
 SOURCES = ("own", "calibration")

@@ -7,9 +7,6 @@ from rlscuda.pruning.running.measure import scaled
 
 _IMPORTANCES = {
     "saliency": "saliency from P",
-    "saliency_diagonal": "diagonal saliency from P",
-    "weight_times_p": "weight × P",
-    "weight_over_p": "weight / P",
     "l1": "L1 magnitude",
     "l2": "L2 magnitude",
     "taylor": "Taylor expansion",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from rlscuda import pruning
 from rlscuda.cli.config import RunConfig
 from rlscuda.cli.errors import UserError
 from rlscuda.cli.prune_options import (
@@ -14,7 +15,6 @@ from rlscuda.cli.prune_options import (
     read_ratio,
     read_rise,
 )
-from rlscuda.pruning.choice import importances as scores
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_wrong_options(given, message):
 
 
 def test_the_importances_are_those_of_the_library():
-    assert set(IMPORTANCES) == set(scores.IMPORTANCES)
+    assert set(IMPORTANCES) == set(pruning.IMPORTANCES)
 
 
 def test_schedules():

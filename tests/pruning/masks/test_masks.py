@@ -16,7 +16,8 @@ from torch.nn.utils import parametrizations, prune
 from rlscuda import RLSOptimizer
 from rlscuda.pruning.masks import weights as masks
 from rlscuda.pruning.masks.weights import prune_weights
-from rlscuda.pruning.matrices.sources import calibrate, own_matrices
+from rlscuda.pruning.matrices.calibration import calibrate
+from rlscuda.pruning.matrices.own import own_matrices
 
 
 def images(model: nn.Module, size: int = 64) -> dict[str, torch.Tensor]:

@@ -1,93 +1,32 @@
-"""Where the inverse autocorrelation matrices of pruning come from.
+"""Exact inverse autocorrelation matrices from a calibration loader, and how far others are off.
 
-The optimizer's own `P` (`own_matrices`), a sketch tracked beside any optimizer (`SketchTracker`),
-or an exact inverse from a calibration loader (`calibrate`). All give
-float64 [groups, n, n] by layer name, n = columns of the layer's im2col rows in the order of
-`F.unfold`, + 1 where the layer has a bias of its own: a last column of ones.
+They are float64 [groups, n, n] by layer name, n = columns of the layer's im2col rows in the order
+of `F.unfold`, + 1 where the layer has a bias of its own: a last column of ones.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlscuda.closed_form.formulas import (
-    adaptive_to_inverse,
-    damped_inverse,
-    downdate,
-    shrunk_to_inverse,
-)
-from rlscuda.functional.patches import PADDING_MODES
-from rlscuda.optim.discovery import Match, discover, selection
+from rlscuda._torch import compiler_is_loaded, own_parameters, unwrapped
+from rlscuda.closed_form.formulas import damped_inverse, downdate
+from rlscuda.optim.discovery import Match, discover, modules_named
 from rlscuda.optim.layers import Layer
-from rlscuda.optimizer import RLSOptimizer
 from rlscuda.pruning.masks.layers import is_masked
 from rlscuda.pruning.options import check_number
 from rlscuda.pruning.running.calls import feed, inference
+from rlscuda.reference import patch_rows
 
 Matrices = dict[str, Tensor]
 
 _UNFOLD_BYTES = 64 << 20  # of im2col rows in memory at a time
-_LEAST_DAMPING = 1e-12  # of a matrix with drift, whose inverse without any may not exist
-
-
-def own_matrices(
-    optimizer: RLSOptimizer, names: Iterable[str] | None = None, damping: float = 1e-3
-) -> Matrices:
-    """The inverse autocorrelation matrices that an optimizer has tracked while it trained.
-
-    Without drift and shrinkage (paper and natural form at forgetting 1) that is `P` as it is, up
-    to a common factor. With drift (adaptive form) or shrinkage `P` is near the root of it and is
-    turned back, see `adaptive_to_inverse` and `shrunk_to_inverse`.
-
-    Args:
-        optimizer: The optimizer; left as it is.
-        names: Qualified names of layers that its RLS rule covers; all that it has made a step with
-            by default.
-        damping: Relative to the mean power of the layer's input; used where `P` is turned back,
-            with drift from 1e-12 up to half the drift's square.
-
-    Returns:
-        [groups, n, n] each, on the layer's device: the live `P`, not a copy, where it is used as it
-        is, else float64. A common factor of each is arbitrary, and so saliencies from it compare
-        within a layer, or relative to the layer's output energy.
-
-    Raises:
-        TypeError: `optimizer` is no RLSOptimizer.
-        ValueError: A layer is not covered or has made no step yet, or `damping` is negative.
-    """
-    if not isinstance(optimizer, RLSOptimizer):
-        raise TypeError(f"optimizer must be an RLSOptimizer, got {type(optimizer).__name__}")
-    check_number("damping", damping, 0)
-    if names is None:
-        layers = optimizer._layers.items()
-        names = [la.name for weight, la in layers if optimizer.state.get(weight, {}).get("step")]
-    result: Matrices = {}
-    for name in names:
-        weight = optimizer._find(name).weight
-        state = optimizer.state.get(weight, {})
-        if not state.get("step"):
-            raise ValueError(f"{name!r} has no matrix yet: the optimizer has made no step with it")
-        P = state["P"] if state["P"].dim() == 3 else state["P"][None]
-        group = optimizer._group_of[weight]
-        drift = group["drift"]
-        if drift:
-            enough = min(max(damping, _LEAST_DAMPING), drift * drift / 2)
-            parts = [adaptive_to_inverse(part, drift, enough)[None] for part in P]
-            P = parts[0] if len(parts) == 1 else torch.cat(parts)
-        elif group["shrinkage"]:
-            options = {k: group[k] for k in ("forgetting", "gain", "shrinkage", "initial_scale")}
-            P = torch.stack([shrunk_to_inverse(part, damping=damping, **options) for part in P])
-        result[name] = P
-    return result
 
 
 def calibrate(
@@ -199,8 +138,8 @@ def pruning_layers(model: nn.Module, layers: Iterable[str | nn.Module] | None) -
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module, got {type(model).__name__}")
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    chosen = None if layers is None else selection(layers, "layers", model)
+    model = unwrapped(model)
+    chosen = None if layers is None else modules_named(layers, "layers", model)
     found: dict[nn.Module, Layer] = {}
     reasons: dict[nn.Module, str] = {}
     for index, match in enumerate(discover(model, None, None)):
@@ -226,8 +165,8 @@ def _masked_layer(match: Match, index: int, model: nn.Module) -> Layer | None:
     module: Any = match.module
     if type(module) not in (nn.Linear, nn.Conv2d) or not is_masked(module):
         return None
-    bias = module._parameters.get("bias")
-    holders = [m for m in model.modules() if any(p is bias for p in m._parameters.values())]
+    bias = own_parameters(module).get("bias")
+    holders = [m for m in model.modules() if any(p is bias for p in own_parameters(m).values())]
     return Layer(match.name, module, index, bias is not None and holders == [module])
 
 
@@ -247,10 +186,11 @@ class _Autocorrelation:
         """Takes in one input of the layer, a few images' rows at a time."""
         if not x.numel():
             return
-        images = self.layer.images(x.detach())
+        images, geometry = self.layer.images(x.detach()), self.layer.geometry
         size = self.layer.groups * self.layer.fan_in * self.layer.positions(images) * 8
         for part in images.split(max(1, _UNFOLD_BYTES // size)):
-            rows = im2col(self.layer, part.to(self._sum.device, torch.float64))
+            images = part.to(self._sum.device, torch.float64)
+            rows = patch_rows(images, *geometry, ones=self.layer.bias)  # type: ignore[misc]
             self._sum.baddbmm_(rows.mT, rows)
             self.rows += rows.shape[1]
 
@@ -262,27 +202,6 @@ class _Autocorrelation:
         for group in self._sum:
             group.copy_(damped_inverse(group, damping))
         return self._sum
-
-
-def im2col(layer: Layer, images: Tensor) -> Tensor:
-    """The im2col rows of a layer's input.
-
-    Args:
-        layer: The layer.
-        images: [N, C, H, W], see `Layer.images`.
-
-    Returns:
-        [groups, N * positions, n], with the column of ones where the bias is in the matrix.
-    """
-    kernel, stride, padding, dilation, groups, mode = layer.geometry
-    if any(padding):
-        images = F.pad(images, padding, mode=("constant", *PADDING_MODES[1:])[mode])
-    if kernel == [1, 1] and stride == [1, 1]:
-        columns = images.flatten(2)
-    else:
-        columns = F.unfold(images, kernel, dilation, 0, stride)
-    rows = columns.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
-    return F.pad(rows, (0, 1), value=1.0) if layer.bias else rows
 
 
 @contextmanager
@@ -305,5 +224,4 @@ def _observing(layers: list[Layer], see: Callable[[Layer, Tensor], None]) -> Ite
 
 def _uncompiled() -> AbstractContextManager:
     """Runs what is compiled as it was written, since it would not call hooks put on it later."""
-    compiled = "torch._dynamo" in sys.modules
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    return torch.compiler.set_stance("force_eager") if compiler_is_loaded() else nullcontext()
