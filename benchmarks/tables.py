@@ -1,8 +1,8 @@
 """Markdown tables of benchmarks/results/*.json, printed or written into a README.
 
-    python benchmarks/tables.py                      # every result there is
-    python benchmarks/tables.py rls_update           # one
-    python benchmarks/tables.py --readme README.md   # between the README's markers, in place
+    python -m benchmarks.tables                      # every result there is
+    python -m benchmarks.tables rls_update           # one
+    python -m benchmarks.tables --readme README.md   # between the README's markers, in place
 
 The markers of a table are `<!-- table:NAME -->` and `<!-- /table -->`. NAME.cuda is the table of
 the same benchmark on a GPU.
@@ -16,15 +16,14 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import environment
-import pruning_plots
-import quality
-import shapes
+from benchmarks.common import environment, shapes
+from benchmarks.learning import quality
+from benchmarks.pruning import plots
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MARKED = re.compile(r"(<!-- table:([\w.]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 NOT_MEASURED = "Not measured yet.\n"
-GRIDS = {"quality": quality.report, "pruning": pruning_plots.report}  # of many training runs
+GRIDS = {"quality": quality.report, "pruning": plots.report}  # of many training runs
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -9,8 +9,8 @@ an hour on two cores: it favours settings that learn fast, for all optimizers al
 form warms its step up by itself; 20 steps of warm-up changed SGD and Adam by less than a point
 on the CIFAR CNN, so they go without.
 
-    python benchmarks/quality.py --workers 2          # run, or go on after an interruption
-    python benchmarks/quality.py --report             # tables and plot of the results
+    python -m benchmarks.learning.quality --workers 2  # run, or go on after an interruption
+    python -m benchmarks.learning.quality --report     # tables and plot of the results
 
 Each finished run is one line of the journal, so an interruption loses only the runs under way.
 """
@@ -26,16 +26,16 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
-import environment
 import numpy as np
-import tasks
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import rlscuda
+from benchmarks.common import environment
+from benchmarks.learning import tasks
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BATCH, SEEDS, TUNE_SEED, TUNE_EPOCHS = 64, (0, 1, 2), 100, 2
 
 PAPER = {"form": "paper", "summary": "mean", "rank": 1, "gain": 0.1}

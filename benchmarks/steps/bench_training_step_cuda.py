@@ -1,12 +1,12 @@
 """Training steps on a GPU as multiples of fused Adam's; TF32 is on for products."""
 
-import networks
 import pytest
-import shapes
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.common import shapes
+from benchmarks.steps import networks
 from rlscuda import RLSOptimizer
 from rlscuda.cli.models import ImageShape, build_model
 

@@ -7,13 +7,13 @@ trained on noise for hundreds of steps stays finite.
 """
 
 import pytest
-import shapes
 import torch
 import torch.nn.functional as F
-from eager_rls import EagerRLS
 from singd.optim.optimizer import SINGD
 from torch import nn
 
+from benchmarks.common import shapes
+from benchmarks.common.eager_rls import EagerRLS
 from rlscuda import RLSOptimizer
 from rlscuda.cli.models import ImageShape, build_model
 

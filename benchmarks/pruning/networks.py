@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tasks
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rlscuda
+from benchmarks.learning import tasks
 from rlscuda.cli.models import ImageShape, lenet5, resnet20
 from rlscuda.files.archives import load_archive, save_archive
 from rlscuda.files.atomic import write_atomically

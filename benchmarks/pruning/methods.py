@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import tasks
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rlscuda
+from benchmarks.learning import tasks
 from rlscuda.pruning import RLSPruner, SketchTracker
 
 SCORED = 1000  # training images that gradients for Taylor are taken on

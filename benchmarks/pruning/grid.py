@@ -8,8 +8,8 @@ restarted, the others' also by Adam. Each of these takes the best of three learn
 validation images, on one seed at the middle ratio. For honesty the pruned architecture is also
 trained from new weights, for as many epochs as the whole network was.
 
-    python benchmarks/pruning.py --workers 2          # run, or go on after an interruption
-    python benchmarks/pruning.py --report             # tables and plot of the results
+    python -m benchmarks.pruning.grid --workers 2  # run, or go on after an interruption
+    python -m benchmarks.pruning.grid --report     # tables and plot of the results
 
 Each finished run is one line of the journal, so an interruption loses only the runs under way.
 """
@@ -24,19 +24,17 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pruning_methods as methods
-import pruning_networks as networks
-import pruning_plots as plots
-import quality
 import torch
-from pruning_methods import METHODS
-from pruning_networks import CASES
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import rlscuda
+from benchmarks.learning import quality
+from benchmarks.pruning import methods, networks, plots
+from benchmarks.pruning.methods import METHODS
+from benchmarks.pruning.networks import CASES
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SEEDS, TUNE_SEED, MIDDLE = (0, 1, 2), 0, 1
 GRADIENTS: dict[tuple[str, int], dict] = {}  # of a worker, by case and seed
 TUNED_ON = {"same": "sketch", "rls": "l2", "adam": "l2"}  # recovery -> the method that tunes it
