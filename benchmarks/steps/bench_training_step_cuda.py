@@ -7,13 +7,12 @@ from torch import nn
 
 from benchmarks.common import shapes
 from benchmarks.steps import networks
-from rlscuda import RLSOptimizer
-from rlscuda.cli.models import ImageShape, build_model
+from rlscuda import RLSOptimizer, zoo
 
 LR, BATCH = 1e-3, 128
 NETWORKS = {
     "ResNet-18, 32 × 32, batch 128": networks.resnet18,
-    "VGG-16, 32 × 32, batch 128": lambda: build_model("vgg16", ImageShape(3, 32, 32), 10),
+    "VGG-16, 32 × 32, batch 128": lambda: zoo.vgg16(networks.IMAGES, 10),
 }
 OPTIMIZERS = {
     "RLS adaptive": lambda m: RLSOptimizer(m, lr=LR),
