@@ -87,6 +87,15 @@ def training_step(document: dict) -> str:
     return markdown(rows)
 
 
+def soak(document: dict) -> str:
+    """One row a run: how far the resident memory grew."""
+    rows = [["network", "optimizer", "steps", "memory grew by"]]
+    for r in document["rows"]:
+        grown = f"{r['growth_mib']:.1f} MiB"
+        rows.append([r["network"], r["optimizer"], f"{r['steps']:,}", grown])
+    return markdown(rows) + staleness({document["environment"]["source_hash"]})
+
+
 def provenance(document: dict) -> str:
     """Where, when and with what a result was measured, and whether it still holds."""
     machine, versions, ceilings = (document[k] for k in ("machine", "versions", "ceilings"))
@@ -141,6 +150,8 @@ def render(name: str, results: Path) -> str:
     document = json.loads(path.read_text(encoding="utf-8"))
     if name in GRIDS:
         return f"{GRIDS[name](path)}\n\n{grid_provenance(document)}\n"
+    if name == "soak":
+        return f"{soak(document)}\n"
     if document.get("schema") != shapes.SCHEMA:
         raise ValueError(f"{path} must have schema {shapes.SCHEMA}, got {document.get('schema')}")
     layout: Callable[[dict], str] = by_ratio
