@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -171,4 +171,9 @@ def _linear(
     return layers
 
 
-NETWORKS = {"lenet5": lenet5, "mlp": mlp, "resnet20": resnet20, "vgg16": vgg16}
+NETWORKS: dict[str, Callable[[ImageShape, int], nn.Module]] = {
+    "lenet5": lenet5,
+    "mlp": mlp,
+    "resnet20": resnet20,
+    "vgg16": vgg16,
+}
