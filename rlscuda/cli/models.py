@@ -1,4 +1,4 @@
-"""The models that have a name, built for the images at hand, and factories from user modules."""
+"""The models of `--model`, built for the images at hand: named ones and factories of modules."""
 
 from __future__ import annotations
 
@@ -6,136 +6,14 @@ import importlib
 import inspect
 import os
 import sys
-from collections import OrderedDict
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rlscuda.cli.errors import UserError, reading
 from rlscuda.cli.memory import check_fits
-
-
-class ImageShape(NamedTuple):
-    """Shape of one input image."""
-
-    channels: int
-    height: int
-    width: int
-
-
-def lenet5(shape: ImageShape, classes: int) -> nn.Module:
-    """LeNet-5 with ReLU and max pooling; images under 32 pixels are padded by 2, as MNIST is.
-
-    Raises:
-        UserError: the images are smaller than 12 × 12, where nothing is left after the pooling.
-    """
-    smallest = min(shape.height, shape.width)
-    if smallest < 12:
-        raise UserError(
-            f"lenet5 needs images of at least 12 x 12 pixels, got {shape.height} x {shape.width}"
-        )
-    padding = 2 if smallest < 32 else 0
-    height, width = (
-        ((side + 2 * padding - 4) // 2 - 4) // 2 for side in (shape.height, shape.width)
-    )
-    return nn.Sequential(
-        OrderedDict(
-            conv1=nn.Conv2d(shape.channels, 6, 5, padding=padding),
-            relu1=nn.ReLU(),
-            pool1=nn.MaxPool2d(2),
-            conv2=nn.Conv2d(6, 16, 5),
-            relu2=nn.ReLU(),
-            pool2=nn.MaxPool2d(2),
-            flatten=nn.Flatten(),
-            fc1=nn.Linear(16 * height * width, 120),
-            relu3=nn.ReLU(),
-            fc2=nn.Linear(120, 84),
-            relu4=nn.ReLU(),
-            fc3=nn.Linear(84, classes),
-        )
-    )
-
-
-def mlp(shape: ImageShape, classes: int) -> nn.Module:
-    """Multilayer perceptron with hidden layers of 300 and 100 ReLU units (784-300-100-10)."""
-    return nn.Sequential(
-        OrderedDict(
-            flatten=nn.Flatten(),
-            fc1=nn.Linear(shape.channels * shape.height * shape.width, 300),
-            relu1=nn.ReLU(),
-            fc2=nn.Linear(300, 100),
-            relu2=nn.ReLU(),
-            fc3=nn.Linear(100, classes),
-        )
-    )
-
-
-class ResidualBlock(nn.Module):
-    """Two 3 × 3 convolutions with batch norm and a shortcut, projected where the shape changes."""
-
-    def __init__(self, c_in: int, c_out: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(c_out)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or c_in != c_out:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [N, c_in, H, W] to [N, c_out, H/stride, W/stride]."""
-        y = self.bn1(self.conv1(x)).relu()
-        return (self.bn2(self.conv2(y)) + self.shortcut(x)).relu()
-
-
-def resnet20(shape: ImageShape, classes: int) -> nn.Module:
-    """ResNet-20 for small images (He et al. 2016, section 4.2), with 1 × 1 projections."""
-    layers: OrderedDict[str, nn.Module] = OrderedDict(
-        conv=nn.Conv2d(shape.channels, 16, 3, padding=1, bias=False),
-        bn=nn.BatchNorm2d(16),
-        relu=nn.ReLU(),
-    )
-    c_in = 16
-    for stage, (c_out, first_stride) in enumerate(((16, 1), (32, 2), (64, 2)), 1):
-        for block, stride in enumerate((first_stride, 1, 1), 1):
-            layers[f"block{stage}{block}"] = ResidualBlock(c_in, c_out, stride)
-            c_in = c_out
-    layers.update(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(c_in, classes))
-    return nn.Sequential(layers)
-
-
-def vgg16(shape: ImageShape, classes: int) -> nn.Module:
-    """VGG-16 for 32 × 32 images: 13 convolutions with batch norm, three linear layers.
-
-    Pooling rounds up, so that 28 × 28 images keep a pixel to the end.
-    """
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    c_in = shape.channels
-    for stage, widths in enumerate(((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3), 1):
-        for number, c_out in enumerate(widths, 1):
-            name = f"{stage}{number}"
-            layers[f"conv{name}"] = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
-            layers[f"bn{name}"] = nn.BatchNorm2d(c_out)
-            layers[f"relu{name}"] = nn.ReLU()
-            c_in = c_out
-        layers[f"pool{stage}"] = nn.MaxPool2d(2, ceil_mode=True)
-    layers.update(
-        pool=nn.AdaptiveAvgPool2d(1),
-        flatten=nn.Flatten(),
-        fc1=nn.Linear(512, 512),
-        relu1=nn.ReLU(),
-        fc2=nn.Linear(512, 512),
-        relu2=nn.ReLU(),
-        fc3=nn.Linear(512, classes),
-    )
-    return nn.Sequential(layers)
-
-
-MODELS = {"lenet5": lenet5, "mlp": mlp, "resnet20": resnet20, "vgg16": vgg16}
+from rlscuda.zoo import NETWORKS as MODELS
+from rlscuda.zoo import ImageShape, lenet5, mlp, resnet20  # noqa: F401
 
 
 def build_model(name: str, shape: ImageShape, classes: int) -> nn.Module:
@@ -154,7 +32,11 @@ def build_model(name: str, shape: ImageShape, classes: int) -> nn.Module:
     """
     if name in MODELS:
         with torch.device("meta"):
-            size = sum(p.numel() * p.itemsize for p in MODELS[name](shape, classes).parameters())
+            try:
+                parameters = MODELS[name](shape, classes).parameters()
+            except ValueError as error:
+                raise UserError(str(error)) from None
+        size = sum(p.numel() * p.itemsize for p in parameters)
         check_fits(f"--model {name} for images {list(shape)} of {classes} classes", size)
         model = MODELS[name](shape, classes)
     elif ":" in name:

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from support.compare import differing, random_spd, snapshot
-from support.pruning_rows import error, inputs, inverse, with_ones
+from support.pruning_data import error, inputs, inverse, with_ones
 from support.training import batch, cnn, make, mlp, train
 from torch import nn
 from torch.nn import functional as F

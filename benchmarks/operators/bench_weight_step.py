@@ -5,9 +5,9 @@ and product` adds the vendor's GEMM, the same for both, at the rate shown in the
 """
 
 import pytest
-import shapes
 import torch
 
+from benchmarks.common import shapes
 from rlscuda import reference
 
 _ops = torch.ops.rlscuda

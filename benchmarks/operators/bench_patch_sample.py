@@ -4,12 +4,12 @@
 chosen images.
 """
 
-import patches
 import pytest
-import shapes
 import torch
 import torch.nn.functional as F
 
+from benchmarks.common import shapes
+from benchmarks.operators import patches
 from rlscuda import functional, reference
 
 RANK, SEED = 16, 7

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import harness
 from torch import Tensor
+
+from benchmarks.common import harness
 
 
 def memory(run: harness.Lane, result: Tensor | tuple[Tensor, ...], x: Tensor) -> dict[str, int]:

@@ -4,10 +4,10 @@ The floor is a copy that moves as many bytes as the activation has.
 """
 
 import pytest
-import shapes
 import torch
 import torch.nn.functional as F
 
+from benchmarks.common import shapes
 from rlscuda import functional
 
 IMAGES = (256, 64, 56, 56)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlscuda.zoo import ImageShape
+
 SCHEMA = 1  # of results/*.json
 FLOOR = "copy floor"  # the lane that copies as many bytes as the case moves at least
 BASELINE = "Adam"  # what training steps are multiples of
@@ -108,7 +110,7 @@ class TrainingCase:
 
     name: str
     model: str
-    shape: tuple[int, int, int]
+    shape: ImageShape
     batch: int
     paper_target: float
     adaptive_target: float
@@ -116,7 +118,9 @@ class TrainingCase:
 
 
 TRAININGS = [
-    TrainingCase("MLP 784-300-100-10, batch 64", "mlp", (1, 28, 28), 64, 2.0, 2.5, 120),
-    TrainingCase("LeNet-5, batch 128", "lenet5", (1, 28, 28), 128, 1.15, 1.25, 40),
-    TrainingCase("ResNet-20, 32 × 32, batch 128", "resnet20", (3, 32, 32), 128, 1.15, 1.25, 6),
+    TrainingCase("MLP 784-300-100-10, batch 64", "mlp", ImageShape(1, 28, 28), 64, 2.0, 2.5, 120),
+    TrainingCase("LeNet-5, batch 128", "lenet5", ImageShape(1, 28, 28), 128, 1.15, 1.25, 40),
+    TrainingCase(
+        "ResNet-20, 32 × 32, batch 128", "resnet20", ImageShape(3, 32, 32), 128, 1.15, 1.25, 6
+    ),
 ]

@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pruning_methods import BASELINES, METHODS, RECOVERIES
-from pruning_networks import CASES
+from benchmarks.pruning.methods import BASELINES, METHODS, RECOVERIES
+from benchmarks.pruning.networks import CASES
 
 SEEDS = 3
 Key = tuple[str, float, str, str | None]  # case, ratio, method, recovery

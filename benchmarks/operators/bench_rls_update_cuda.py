@@ -5,11 +5,11 @@ samples into a read-out without paying for launches; its time is that of one upd
 `held graph` hold the updates back, 16 to a write of P.
 """
 
-import eager_rls
 import pytest
-import shapes
 import torch
-from updates import GAIN, UPDATES, held_updates, ours
+
+from benchmarks.common import eager_rls, shapes
+from benchmarks.operators.updates import GAIN, UPDATES, held_updates, ours
 
 CASES = [
     *(shapes.UpdateCase(n) for n in (512, 1024, 2048, 4096, 8192)),

@@ -8,12 +8,12 @@ matrices have to be turned back first.
 
 import copy
 
-import harness
-import networks
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.common import harness
+from benchmarks.steps import networks
 from rlscuda import RLSOptimizer
 from rlscuda.pruning import RLSPruner
 

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import tasks
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rlscuda
+from benchmarks.common.data import Split
 from rlscuda.pruning import RLSPruner, SketchTracker
 
 SCORED = 1000  # training images that gradients for Taylor are taken on
@@ -41,7 +41,7 @@ class Subject:
 
     model: nn.Module
     example: Tensor
-    split: tasks.Split
+    split: Split
     gradients: dict[str, list[Tensor]] = field(default_factory=dict)
     optimizer: rlscuda.RLSOptimizer | None = None
     tracker: SketchTracker | None = None
@@ -140,7 +140,7 @@ def untrained(subject: Subject, ratio: float) -> None:
 
 
 @torch.no_grad()
-def reestimate(model: nn.Module, split: tasks.Split) -> None:
+def reestimate(model: nn.Module, split: Split) -> None:
     """Set the statistics of batch norm to their means over the training images."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]

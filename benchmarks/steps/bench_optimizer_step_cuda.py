@@ -3,11 +3,11 @@
 It runs over the layers of a network with random gradients and summaries, staged anew for each step.
 """
 
-import networks
 import pytest
 import torch
-from eager_rls import EagerRLS
 
+from benchmarks.common.eager_rls import EagerRLS
+from benchmarks.steps import networks
 from rlscuda import RLSOptimizer
 from rlscuda.optim.staging import Summary
 

@@ -1,19 +1,18 @@
 """Training steps on a GPU as multiples of fused Adam's; TF32 is on for products."""
 
-import networks
 import pytest
-import shapes
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rlscuda import RLSOptimizer
-from rlscuda.cli.models import ImageShape, build_model
+from benchmarks.common import shapes
+from benchmarks.steps import networks
+from rlscuda import RLSOptimizer, zoo
 
 LR, BATCH = 1e-3, 128
 NETWORKS = {
     "ResNet-18, 32 × 32, batch 128": networks.resnet18,
-    "VGG-16, 32 × 32, batch 128": lambda: build_model("vgg16", ImageShape(3, 32, 32), 10),
+    "VGG-16, 32 × 32, batch 128": lambda: zoo.vgg16(networks.IMAGES, 10),
 }
 OPTIMIZERS = {
     "RLS adaptive": lambda m: RLSOptimizer(m, lr=LR),

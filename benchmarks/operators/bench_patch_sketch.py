@@ -4,13 +4,13 @@
 the sketch is the weight gradient of a convolution whose output gradient is the signs.
 """
 
-import patches
 import pytest
-import shapes
 import torch
 import torch.nn.functional as F
 from torch.nn.grad import conv2d_weight
 
+from benchmarks.common import shapes
+from benchmarks.operators import patches
 from rlscuda import functional, reference
 
 SEED = 7

@@ -5,12 +5,12 @@ form: the mean of the patches is the patch of the mean image. The floor is a cop
 as the activation has.
 """
 
-import patches
 import pytest
-import shapes
 import torch
 import torch.nn.functional as F
 
+from benchmarks.common import shapes
+from benchmarks.operators import patches
 from rlscuda import functional, reference
 
 

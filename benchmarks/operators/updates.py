@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import shapes
 import torch
 from torch import Tensor
 
+from benchmarks.common import shapes
 from rlscuda import HeldMatrix, functional
 
 GAIN = 0.01

@@ -8,35 +8,30 @@ restarted, the others' also by Adam. Each of these takes the best of three learn
 validation images, on one seed at the middle ratio. For honesty the pruned architecture is also
 trained from new weights, for as many epochs as the whole network was.
 
-    python benchmarks/pruning.py --workers 2          # run, or go on after an interruption
-    python benchmarks/pruning.py --report             # tables and plot of the results
-
-Each finished run is one line of the journal, so an interruption loses only the runs under way.
+    python -m benchmarks.pruning.compare --workers 2  # run, or go on after an interruption
+    python -m benchmarks.pruning.compare --report     # tables and plot of the results
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import time
-from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pruning_methods as methods
-import pruning_networks as networks
-import pruning_plots as plots
-import quality
 import torch
-from pruning_methods import METHODS
-from pruning_networks import CASES
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import rlscuda
+from benchmarks.common import data, environment, grid
+from benchmarks.common.training import Run, accuracy
+from benchmarks.pruning import methods, networks, plots
+from benchmarks.pruning.methods import METHODS
+from benchmarks.pruning.networks import CASES
+from rlscuda.pruning.running.measure import count_flops, count_parameters
 
-ROOT = Path(__file__).resolve().parent.parent
+CACHE = environment.ROOT / "runs" / "pruning"
 SEEDS, TUNE_SEED, MIDDLE = (0, 1, 2), 0, 1
 GRADIENTS: dict[tuple[str, int], dict] = {}  # of a worker, by case and seed
 TUNED_ON = {"same": "sketch", "rls": "l2", "adam": "l2"}  # recovery -> the method that tunes it
@@ -44,11 +39,9 @@ TUNED_ON = {"same": "sketch", "rls": "l2", "adam": "l2"}  # recovery -> the meth
 
 def size(model: nn.Module, case: networks.Case) -> dict[str, Any]:
     """Parameters, FLOPs of one image and the output channels of every layer."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(case.example)
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "flops": counter.get_total_flops(),
+        "parameters": count_parameters(model),
+        "flops": count_flops(model, case.example),
         "widths": [c for m in model.modules() if (c := methods.channels(m))],
     }
 
@@ -68,16 +61,14 @@ def recover(subject: methods.Subject, kind: str, lr: float, seed: int) -> None:
         optimizer = rlscuda.RLSOptimizer(subject.model, lr=lr, seed=seed)
     else:
         optimizer = torch.optim.Adam(subject.model.parameters(), lr=lr)
-    steps = len(subject.split.y) // networks.BATCH
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    order = torch.Generator().manual_seed(1000 + seed)
-    networks.epoch(subject.model, optimizer, schedule, subject.split, order)
+    count, plain = len(subject.split.y), torch.contiguous_format
+    Run(subject.model, optimizer, 1, count, 1000 + seed, plain).train_epoch(subject.split)
 
 
 def prepare(job: dict, args: argparse.Namespace) -> methods.Subject:
     """The trained network of a job; with its optimizer and tracker where the method reads them."""
     case = CASES[job["case"]]
-    split = quality.load(case.data, str(args.data_dir))["train"]
+    split = data.load(case.data, args.data_dir)["train"]
     gradients = GRADIENTS.setdefault((job["case"], job["seed"]), {})
     run, tracker = networks.tracked(job["case"], job["seed"], split, args.cache)
     if job["method"] in METHODS and METHODS[job["method"]].live:
@@ -90,22 +81,22 @@ def prepare(job: dict, args: argparse.Namespace) -> methods.Subject:
 def measure(job: dict, args: argparse.Namespace) -> dict:
     """Run one job: prune, where it names a recovery train an epoch, and read."""
     case = CASES[job["case"]]
-    data = quality.load(case.data, str(args.data_dir))
+    splits = data.load(case.data, args.data_dir)
     torch.manual_seed(job["seed"])
     start = time.perf_counter()
     subject = prepare(job, args)
     if job["method"] == "scratch":
         methods.untrained(subject, job["ratio"])
-        run = networks.Run(case, job["seed"], len(data["train"].y), subject.model)
-        for _ in range(case.epochs):
-            run.train_epoch(data["train"])
+        run = networks.begin(case, job["seed"], len(splits["train"].y), subject.model)
+        while run.epoch < case.epochs:
+            run.train_epoch(splits["train"])
     elif job["method"] != "whole":
         METHODS[job["method"]].prune(subject, job["ratio"])
-        methods.reestimate(subject.model, data["train"])
+        methods.reestimate(subject.model, splits["train"])
     if job["recovery"]:
         recover(subject, job["recovery"], job["lr"], job["seed"])
     parts = ("validation", "test") if tunes(job) else ("test",)
-    read = {part: quality.accuracy(subject.model, data[part]) for part in parts}
+    read = {part: accuracy(subject.model, splits[part]) for part in parts}
     seconds = round(time.perf_counter() - start, 2)
     return job | {"accuracy": read} | size(subject.model, case) | {"seconds": seconds}
 
@@ -117,16 +108,6 @@ def tunes(job: dict) -> bool:
     return place == (TUNE_SEED, middle, TUNED_ON.get(job["recovery"]))
 
 
-def finish(job: dict, args: argparse.Namespace) -> dict:
-    """Return the job's record from the journal, or run it and append it there."""
-    for record in quality.read_journal(args.journal)[1]:
-        if all(record[key] == value for key, value in job.items()):
-            return record
-    record = measure(job, args)
-    quality.append(args.journal, record)
-    return record
-
-
 def candidates(case: str, recovery: str) -> list[dict]:
     """The jobs that the learning rate of a recovery is chosen by."""
     base = {"case": case, "seed": TUNE_SEED, "method": TUNED_ON[recovery]}
@@ -136,17 +117,16 @@ def candidates(case: str, recovery: str) -> list[dict]:
 
 def tuned_rate(case: str, recovery: str, args: argparse.Namespace) -> float:
     """The learning rate of a recovery that reads best on validation images."""
-    records = [finish(job, args) for job in candidates(case, recovery)]
+    records = [grid.finish(job, args, measure) for job in candidates(case, recovery)]
     return max(records, key=lambda r: (r["accuracy"]["validation"], -r["lr"]))["lr"]
 
 
 def run_job(job: dict, args: argparse.Namespace) -> str:
     """Run one job, its recovery at the learning rate that was tuned before if it names none."""
-    torch.set_num_threads(1)
     if "lr" not in job:
         kind = job["recovery"]
         job = job | {"lr": tuned_rate(job["case"], kind, args) if kind else None}
-    record = finish(job, args)
+    record = grid.finish(job, args, measure)
     name = " ".join(str(value) for value in job.values())
     return f"{name}: {record['accuracy']['test']:.2f} in {record['seconds']} s"
 
@@ -189,58 +169,27 @@ def planned(cases: list[str], wanted: list[str], seeds: list[int]) -> list[dict]
     return sorted(jobs, key=rank)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Run what the journal lacks and write the results file."""
-    args.journal.parent.mkdir(parents=True, exist_ok=True)
-    quality.repair(args.journal)
-    quality.append(args.journal, {"environment": conditions() | {"workers": args.workers}})
-    jobs = planned(args.cases, args.methods, args.seeds)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.workers, mp_context=spawn) as pool:
-        for done in [pool.submit(run_job, job, args) for job in jobs]:
-            print(done.result(), flush=True)
-    write(args.journal, args.results)
-
-
-def conditions() -> dict:
-    """The machine and the versions, torch-pruning's among them."""
-    from importlib.metadata import version
-
-    return quality.conditions() | {"torch_pruning": version("torch-pruning")}
-
-
-def write(journal: Path, results: Path) -> None:
-    """Write the results file from a journal."""
-    environments, runs = quality.read_journal(journal)
-    constants = {"batch": networks.BATCH, "train_images": quality.tasks.TRAIN}
-    constants |= {"validation_images": quality.tasks.VALIDATION, "test_images": quality.tasks.TEST}
-    constants |= {"calibration_images": methods.CALIBRATED, "scored_images": methods.SCORED}
-    constants |= {"estimated_images": methods.ESTIMATED, "squared_images": methods.SQUARED}
-    constants |= {"tracked_epochs": networks.TRACKED, "rank": networks.RANK}
-    head = json.dumps({"environments": environments, "constants": constants}, indent=2)
-    body = ",\n    ".join(json.dumps(r) for r in runs)
-    results.parent.mkdir(parents=True, exist_ok=True)
-    results.write_text(head[:-2] + f',\n  "runs": [\n    {body}\n  ]\n}}\n', encoding="utf-8")
-
-
 def main() -> None:
     """Run the benchmark, then print its tables and draw its plot."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    every = ["whole", *METHODS, "scratch"]
-    add("--data-dir", type=Path, default=ROOT.parent / "shared" / "data")
-    add("--cache", type=Path, default=ROOT / "runs" / "pruning", help="of the trained networks")
-    add("--journal", type=Path, default=ROOT / "runs" / "pruning.jsonl")
-    add("--results", type=Path, default=ROOT / "benchmarks" / "results" / "pruning.json")
-    add("--plot", type=Path, default=ROOT / "benchmarks" / "results" / "pruning.png")
-    add("--workers", type=int, default=2, help="processes, one thread each")
+    parser = grid.parser(__doc__, "pruning")
+    add, every = parser.add_argument, ["whole", *METHODS, "scratch"]
+    add("--cache", type=Path, default=CACHE, help="of the trained networks")
     add("--cases", nargs="+", choices=CASES, default=list(CASES))
     add("--methods", nargs="+", choices=every, default=every)
     add("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS))
-    add("--report", action="store_true", help="only print the tables and draw the plot")
     args = parser.parse_args()
     if not args.report:
-        run(args)
+        constants = {
+            "calibration_images": methods.CALIBRATED,
+            "scored_images": methods.SCORED,
+            "estimated_images": methods.ESTIMATED,
+            "squared_images": methods.SQUARED,
+            "tracked_epochs": networks.TRACKED,
+            "rank": networks.RANK,
+        }
+        jobs = planned(args.cases, args.methods, args.seeds)
+        versions = {"torch_pruning": version("torch-pruning")}
+        grid.run(run_job, jobs, args, constants, versions)
     print(plots.report(args.results))
     plots.plot(args.results, args.plot)
 

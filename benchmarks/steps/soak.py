@@ -1,4 +1,4 @@
-"""Long runs with an eye on memory: does a step keep anything? `python benchmarks/soak.py`.
+"""Long runs with an eye on memory: does a step keep anything? `python -m benchmarks.steps.soak`.
 
 Trains a small MLP and a small CNN by each form, and AdamW beside them, and reads the resident
 memory at every tenth of the run. The first tenth fills caches and pools and is left out.
@@ -10,13 +10,13 @@ import argparse
 import json
 from pathlib import Path
 
-import environment
 import torch
 from torch import nn
 
+from benchmarks.common import environment
 from rlscuda import RLSOptimizer
 
-RESULT = Path(__file__).parent / "results" / "soak.json"
+RESULT = Path(__file__).resolve().parents[1] / "results" / "soak.json"
 LIMIT_MIB = 4.0  # growth over nine tenths of a run; the leak that this was written for took 450
 
 

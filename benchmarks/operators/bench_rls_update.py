@@ -6,12 +6,11 @@ something else; it shows what the two passes over P alone cost. `held` holds the
 a write of P; its time is that of one.
 """
 
-import eager_rls
 import pytest
-import shapes
 import torch
-from updates import GAIN, UPDATES, held_updates, ours
 
+from benchmarks.common import eager_rls, shapes
+from benchmarks.operators.updates import GAIN, UPDATES, held_updates, ours
 from rlscuda import reference
 
 COMPILED = (128, 512, 1024)  # each shape costs seconds to compile

@@ -8,8 +8,8 @@ takes samples in blocks and reads a triangle where it can.
 import numpy as np
 import padasip
 import pytest
-import shapes
 
+from benchmarks.common import shapes
 from rlscuda import RLSFilter
 
 DTYPES = {"float32": np.float32, "float64": np.float64}

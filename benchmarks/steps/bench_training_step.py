@@ -7,15 +7,14 @@ trained on noise for hundreds of steps stays finite.
 """
 
 import pytest
-import shapes
 import torch
 import torch.nn.functional as F
-from eager_rls import EagerRLS
 from singd.optim.optimizer import SINGD
 from torch import nn
 
-from rlscuda import RLSOptimizer
-from rlscuda.cli.models import ImageShape, build_model
+from benchmarks.common import shapes
+from benchmarks.common.eager_rls import EagerRLS
+from rlscuda import RLSOptimizer, zoo
 
 LR = 1e-3
 OPTIMIZERS = {
@@ -36,7 +35,7 @@ class Trainer:
 
     def __init__(self, case, make, batch, dtype=torch.float32):
         torch.manual_seed(0)
-        self.model: nn.Module = build_model(case.model, ImageShape(*case.shape), 10).to(dtype)
+        self.model: nn.Module = zoo.NETWORKS[case.model](case.shape, 10).to(dtype)
         self.optimizer = make(self.model)
         self.x = torch.randn(batch, *case.shape, dtype=dtype)
         self.y = torch.randint(10, (batch,))

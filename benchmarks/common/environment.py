@@ -13,7 +13,7 @@ import torch
 
 import rlscuda
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def tree_hash() -> str:
