@@ -14,8 +14,8 @@ from torch import Tensor
 
 from rlscuda.cli.arrays import Labelled, check_labelled, check_labels, check_test_shape
 from rlscuda.cli.errors import UserError
-from rlscuda.cli.models import ImageShape
 from rlscuda.cli.sources import read_source
+from rlscuda.zoo import ImageShape
 
 TEST_FRACTION = 0.2
 SPLIT_SEED = 20_000

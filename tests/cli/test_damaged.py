@@ -21,8 +21,9 @@ from rlscuda.cli.data import load_dataset
 from rlscuda.cli.errors import UserError, line_of, reading
 from rlscuda.cli.files import is_there
 from rlscuda.cli.images import ImageReader, opened
-from rlscuda.cli.models import ImageShape, build_model
+from rlscuda.cli.models import build_model
 from rlscuda.files.documents import check
+from rlscuda.zoo import ImageShape
 
 
 @pytest.fixture

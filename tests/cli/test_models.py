@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from rlscuda.cli.errors import UserError
-from rlscuda.cli.models import MODELS, ImageShape, build_model
+from rlscuda.cli.models import build_model
+from rlscuda.cli.prune_files import MODELS
+from rlscuda.zoo import ImageShape
 
 MNIST, CIFAR = ImageShape(1, 28, 28), ImageShape(3, 32, 32)
 

@@ -81,7 +81,9 @@ def build(root: Path, target: Path, cuda: bool = True) -> None:
     )
     for stale in [*(target / "rlscuda").rglob("*.py"), *(target / "tests").rglob("*.py")]:
         stale.unlink()
-    tests = [p for name in ("support", "ops", "fuzz") for p in (root / "tests" / name).rglob("*.py")]
+    tests = [
+        p for name in ("support", "ops", "fuzz") for p in (root / "tests" / name).rglob("*.py")
+    ]
     for source in [*(root / "rlscuda").rglob("*.py"), root / "tests" / "conftest.py", *tests]:
         put(target / source.relative_to(root), source.read_text())
     shutil.copy(root / "pyproject.toml", target)
