@@ -36,7 +36,9 @@ class RLSOptimizer(Optimizer):
         form: ``"adaptive"`` (default), ``"paper"`` or ``"natural"``; it sets the defaults below.
         forgetting: Forgetting factor :math:`\lambda` in (0, 1] (1).
         gain: Gain :math:`\kappa` of a new observation (adaptive .01, paper .1, natural .01).
-        momentum: Momentum :math:`\alpha` in [0, 1) (adaptive .9, else 0).
+        momentum: Momentum :math:`\alpha` in [0, 1): the share of the last direction that the next
+            one keeps (adaptive .9, else 0). The adaptive form averages, as Adam does; the others
+            sum, as their papers do.
         weight_decay: Decoupled weight decay (adaptive .05, else 0).
         rank: Rows r of one input summary (adaptive 16, else 1).
         summary: ``"mean"``, ``"sketch"`` or ``"sample"``: how a minibatch enters ``P`` (adaptive
