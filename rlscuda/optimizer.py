@@ -378,5 +378,5 @@ class RLSOptimizer(Optimizer):
             if weight in replaced
         }
         states = {w: one.entries(self.state[w]) for w, one in kept.items() if w in self.state}
-        left, changes = registry.cut(replaced, kept)
-        return states, [*changes, (self, "_registry", left)]
+        cut, changes = registry.cut(replaced, kept)
+        return states, [*changes, (self, "_registry", cut)]

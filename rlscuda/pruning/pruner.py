@@ -334,7 +334,7 @@ class RLSPruner:
     ) -> None:
         """Carries out a cut and all that follows from it, or leaves everything as it was."""
         surgery = cut.surgery
-        columns = {} if self.tracker is None else self.tracker.kept_inputs(surgery.tensors)
+        columns = {} if self.tracker is None else self.tracker.kept_columns(surgery.tensors)
         done = operate(self.model, self.optimizers, surgery, values, self.example_inputs)
         if self.tracker is not None:
             try:

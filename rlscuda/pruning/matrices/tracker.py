@@ -153,7 +153,7 @@ class SketchTracker:
             for name, track in self._tracks.items()
         }
 
-    def kept_inputs(self, kept: Mapping[str, Kept]) -> dict[str, Tensor]:
+    def kept_columns(self, kept: Mapping[str, Kept]) -> dict[str, Tensor]:
         """The columns for `follow`, of each layer that loses some.
 
         Args:
@@ -165,9 +165,9 @@ class SketchTracker:
             if f"{name}.weight" in kept
         }
         return {
-            name: left.inputs
-            for name, left in layers.items()
-            if len(left.inputs) < left.layer.groups * left.layer.columns
+            name: layer.inputs
+            for name, layer in layers.items()
+            if len(layer.inputs) < layer.layer.groups * layer.layer.columns
         }
 
     def follow(self, kept: Mapping[str, Tensor]) -> None:
@@ -196,9 +196,9 @@ class SketchTracker:
             if track is None:
                 continue
             if name in kept:
-                left = KeptLayer.of_columns(layer, kept[name].cpu())
-                P = left.matrix(track.P).reshape(-1, *left.matrix_shape[-2:])
-                power = track.power[left.groups.to(P.device)].clone()
+                own = KeptLayer.of_columns(layer, kept[name].cpu())
+                P = own.matrix(track.P).reshape(-1, *own.matrix_shape[-2:])
+                power = track.power[own.groups.to(P.device)].clone()
                 track = _Track(P, power, track.seen)
             wanted = (now.groups, now.fan_in, now.fan_in)
             if track.P.shape != wanted:

@@ -211,7 +211,7 @@ def _cut_by_shadow(surgery: Surgery, name: str, module: nn.Module, channels: lis
             pruner.prune_out_channels(shadow, sorted(channels))
             if isinstance(module, InstanceNorm):
                 _cut_running_statistics(shadow, channels)
-    for own, kept in survivors(shadow, all_tensors(module)).items():
+    for own, kept in kept_tensors(shadow, all_tensors(module)).items():
         surgery.tensors[_join(name, own)] = kept
     after = dict(shadow.named_modules())
     for own, part in module.named_modules():
@@ -237,7 +237,7 @@ def number(model: nn.Module) -> None:
         tensor.data = _places(tensor).detach()
 
 
-def survivors(shadow: nn.Module, before: Mapping[str, Tensor]) -> dict[str, Kept]:
+def kept_tensors(shadow: nn.Module, before: Mapping[str, Tensor]) -> dict[str, Kept]:
     """What is kept of each tensor that was cut.
 
     Args:

@@ -12,7 +12,7 @@ from torch import nn
 from rlscuda.optim.kept import Kept
 from rlscuda.optional import optional
 from rlscuda.pruning.running.calls import ExampleInputs, call, isolated_copy, rng_kept
-from rlscuda.pruning.surgery.plan import number, survivors
+from rlscuda.pruning.surgery.plan import number, kept_tensors
 
 
 class PruningRecord:
@@ -55,7 +55,7 @@ class PruningRecord:
             graph.load_pruning_history(list(history))
         after = dict(self._model.named_parameters(remove_duplicate=False))
         found: dict[nn.Parameter, tuple[nn.Parameter, Kept]] = {}
-        for name, kept in survivors(shadow, self._before).items():
+        for name, kept in kept_tensors(shadow, self._before).items():
             if name not in after or tuple(after[name].shape) != kept.shape:
                 got = list(after[name].shape) if name in after else "none"
                 raise ValueError(
