@@ -12,7 +12,7 @@ from torch import nn
 from rlscuda.optim.kept import Kept
 from rlscuda.optional import optional
 from rlscuda.pruning.running.calls import ExampleInputs, call, isolated_copy, rng_kept
-from rlscuda.pruning.surgery.plan import number, kept_tensors
+from rlscuda.pruning.surgery.plan import kept_tensors, number
 
 
 class PruningRecord:
