@@ -15,7 +15,8 @@ from singd.optim.optimizer import SINGD
 from torch import nn
 
 from rlscuda import RLSOptimizer
-from rlscuda.cli.models import ImageShape, build_model
+from rlscuda.cli.train.models import build_model
+from rlscuda.zoo import ImageShape
 
 LR = 1e-3
 OPTIMIZERS = {

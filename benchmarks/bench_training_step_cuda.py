@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from rlscuda import RLSOptimizer
-from rlscuda.cli.models import ImageShape, build_model
+from rlscuda.cli.train.models import build_model
+from rlscuda.zoo import ImageShape
 
 LR, BATCH = 1e-3, 128
 NETWORKS = {

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rlscuda
-from rlscuda.cli.models import ImageShape, lenet5, resnet20
 from rlscuda.files.archives import load_archive, save_archive
 from rlscuda.files.atomic import write_atomically
 from rlscuda.pruning import SketchTracker
+from rlscuda.zoo import ImageShape, lenet5, resnet20
 
 BATCH = 64
 RANK, TRACKED = 16, 2  # of the sketch that is tracked, and the last epochs that it sees

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rlscuda import RLSOptimizer
-from rlscuda.cli.models import ImageShape, mlp
 from rlscuda.pruning.files.saving import load_optimizer, load_pruned
+from rlscuda.zoo import ImageShape, mlp
 
 
 def _metadata(change: Callable[[dict[str, Any], Random], dict[str, Any]]) -> damages.Damage:
