@@ -60,7 +60,7 @@ def mlp(shape: ImageShape, classes: int, hidden: Sequence[int] = (300, 100)) -> 
     return nn.Sequential(OrderedDict(flatten=nn.Flatten(), **_linear(inputs, hidden, classes)))
 
 
-class Residual(nn.Module):
+class ResidualBlock(nn.Module):
     """Two 3 x 3 convolutions with batch norm and a shortcut, projected where the shape changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1):
@@ -99,7 +99,7 @@ def resnet(shape: ImageShape, classes: int, widths: Sequence[int], blocks: int) 
     for stage, width in enumerate(widths, 1):
         for block in range(1, blocks + 1):
             stride = 2 if stage > 1 and block == 1 else 1
-            layers[f"block{stage}{block}"] = Residual(inputs, width, stride)
+            layers[f"block{stage}{block}"] = ResidualBlock(inputs, width, stride)
             inputs = width
     layers.update(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(inputs, classes))
     return nn.Sequential(layers)

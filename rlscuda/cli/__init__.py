@@ -1,7 +1,8 @@
-"""The command line: ``rlscuda train``, ``rlscuda prune``, ``rlscuda bench``, ``rlscuda info``.
+"""The command line: `rlscuda train`, `rlscuda prune`, `rlscuda bench`, `rlscuda info`.
 
-It uses the library and nothing in the library uses it. Its dependencies are the extra ``[cli]``;
-``import rlscuda`` alone needs none of them.
+It uses the library and nothing in the library uses it. Its dependencies are the extra `[cli]`;
+`import rlscuda` alone needs none of them. Arrows run one way: app -> prune -> train -> report and
+data -> common.
 """
 
 from __future__ import annotations
@@ -12,26 +13,27 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from rlscuda.cli.errors import UserError, line_of
-from rlscuda.cli.extras import require
-from rlscuda.cli.texts import one_line
+from rlscuda.cli.common.errors import UserError, line_of
+from rlscuda.cli.common.texts import one_line
+from rlscuda.optional import optional
 
 __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 on success, 1 with one line on stderr for a user's error.
+    """Runs the command line and exits: 0 on success, 1 with one line on stderr for a user's error.
 
-    The environment variable ``RLSCUDA_TRACEBACK`` shows where that error came from.
+    The environment variable `RLSCUDA_TRACEBACK` shows where that error came from.
 
     Args:
-        argv: the arguments after the program's name; None means those of the process.
+        argv: The arguments after the program's name; None means those of the process.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is shown escaped
             stream.reconfigure(errors="backslashreplace")
     try:
-        require("typer", "rich")
+        for package in ("typer", "rich", "jinja2"):
+            optional(package, "cli")
         from rlscuda.cli.app import app
 
         app(args=None if argv is None else list(argv), prog_name="rlscuda")

@@ -1,4 +1,4 @@
-"""``python -m rlscuda.cli`` is the command ``rlscuda``."""
+"""`python -m rlscuda.cli` is the command `rlscuda`."""
 
 from rlscuda.cli import main
 

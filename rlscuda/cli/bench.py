@@ -1,4 +1,4 @@
-"""``rlscuda bench``: the benchmarks live in the source checkout, this finds and runs them."""
+"""`rlscuda bench`: the benchmarks live in the source checkout, this finds and runs them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rlscuda.cli.errors import UserError
-from rlscuda.cli.extras import require
+from rlscuda.cli.common.errors import UserError
+from rlscuda.optional import optional
 
 
 def find_checkout() -> Path:
     """The nearest folder, from the current one upwards, then around the package, with benchmarks.
 
     Raises:
-        UserError: there is none.
+        UserError: There is none.
     """
     here = Path.cwd()
     for folder in (here, *here.parents, Path(__file__).resolve().parents[2]):
@@ -27,13 +27,13 @@ def find_checkout() -> Path:
 
 
 def run_benchmarks(names: list[str]) -> None:
-    """Run benchmarks under pytest, then print the tables of their results.
+    """Runs benchmarks under pytest, then prints the tables of their results.
 
     Args:
-        names: stems such as ``rls_update`` for ``bench_rls_update.py``; empty for all.
+        names: Stems such as `rls_update` for `bench_rls_update.py`; empty for all.
 
     Raises:
-        UserError: no checkout, no such benchmark, or a benchmark failed.
+        UserError: No checkout, no such benchmark, or a benchmark failed.
     """
     checkout = find_checkout()
     available = {
@@ -43,7 +43,7 @@ def run_benchmarks(names: list[str]) -> None:
     unknown = [name for name in names if name not in available]
     if unknown:
         raise UserError(f"no benchmark {unknown[0]!r}: expected one of {', '.join(available)}")
-    require("pytest")
+    optional("pytest", "bench")
     chosen = names or list(available)
     files = [str(available[name].relative_to(checkout)) for name in chosen]
     _run([sys.executable, "-m", "pytest", *files], checkout)

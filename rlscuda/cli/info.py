@@ -1,4 +1,4 @@
-"""``rlscuda info``: what is installed, what was built, what runs here."""
+"""`rlscuda info`: what is installed, what was built, what runs here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import rlscuda
 
 
 def print_info(console: Console) -> None:
-    """Print a table of versions, build and machine."""
+    """Prints a table of versions, build and machine."""
     build = rlscuda.build_info()
     cuda = "not built (CPU library only)"
     if build["cuda"]:

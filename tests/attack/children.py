@@ -22,16 +22,18 @@ import torch._dynamo  # noqa: E402  # what commands import is imported before th
 import torch_pruning  # noqa: E402, F401
 from support.cli import TIMES, write_npz  # noqa: E402
 
-from rlscuda.cli import app, main, prune, prune_report, scheduled, train  # noqa: E402, F401
+from rlscuda.cli import app, main  # noqa: E402, F401
+from rlscuda.cli.prune import command as prune  # noqa: E402, F401
+from rlscuda.cli.report import writing  # noqa: E402
+from rlscuda.cli.train import command as train  # noqa: E402
 from rlscuda.files import atomic  # noqa: E402
 from rlscuda.pruning.running import measure  # noqa: E402
 
 torch.set_num_threads(1)
 # What takes long and writes as much as any other thing: drawings, latencies.
 train.plot_run = lambda path, *_: atomic.write_text(path, "curves")
-prune_report.draw_svg = lambda record: {}
-prune_report.render_page = lambda *_: "page"
-prune_report.draw_png = lambda record: b"drawing"
+writing.draw_svg = lambda record: {}
+writing.render_page = lambda *_: "page"
 measure._latency = lambda *_: 1.0
 
 MODEL = """

@@ -34,9 +34,8 @@ import torch_pruning  # noqa: F401
 from damage_cases import Case, cases
 from workspace import DATA, command, make_workspace
 
-import rlscuda.cli.prune
-import rlscuda.cli.scheduled
-import rlscuda.cli.train
+import rlscuda.cli.prune.command
+import rlscuda.cli.train.command
 
 SECONDS = 60  # a case takes about one
 MEMORY = 2**31  # bytes that a case may take
@@ -105,8 +104,8 @@ def in_child(case: Case, drawn: bool) -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, (case.size, resource.RLIM_INFINITY))
     sys.path.insert(0, os.getcwd())
     if not drawn:  # figures take most of the time of a command that succeeds
-        rlscuda.cli.train.plot_run = lambda path, *_: path.write_bytes(b"")
-        for module in (rlscuda.cli.prune, rlscuda.cli.scheduled):
+        rlscuda.cli.train.command.plot_run = lambda path, *_: path.write_bytes(b"")
+        for module in (rlscuda.cli.prune.command, rlscuda.cli.train.command):
             module.write_report = _write_numbers
     if case.call is not None:
         case.call()
@@ -123,7 +122,7 @@ def bow_to_permissions() -> None:
 
 
 def _write_numbers(folder: Path, record, options) -> None:
-    from rlscuda.cli.prune_files import write_document
+    from rlscuda.cli.report.folder import write_document
 
     write_document(folder / "report.json", {"options": options, **record.to_dict()})
 
@@ -177,9 +176,8 @@ def fault_of(case: Case, ended: Ended, before: dict[str, object], work: Path) ->
 def goes_on(case: Case, work: Path, whole: Path) -> str | None:
     """Without the damage: what is wrong with the run that was being written."""
     assert case.argv is not None
-    for name in (DATA, "jpeg.npz"):
-        (work / name).unlink(missing_ok=True)
-        shutil.copy(whole / name, work / name)
+    (work / DATA).unlink(missing_ok=True)
+    shutil.copy(whole / DATA, work / DATA)
     shutil.rmtree(work / "images")
     shutil.copytree(whole / "images", work / "images")
     out = case.argv[case.argv.index("--out") + 1]

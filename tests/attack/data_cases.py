@@ -45,19 +45,6 @@ _ARRAYS: dict[str, list[Any]] = {
                 np.zeros(0), np.array(["x"] * 100_000), np.array([math.nan] * 3)],
     "other": [np.zeros(3), np.full(3, None)],
 }  # fmt: skip
-_JPEG: dict[str, list[Any]] = {
-    "train_ends": [
-        np.array(5), np.zeros(0, int), np.arange(90)[::-1], np.full(90, -1), np.full(90, 2**62),
-        np.arange(1.0, 91), np.arange(1, 91, dtype="u8"), np.arange(1, 91), np.array([None] * 90),
-        np.full((90, 1), 3), np.arange(1, 90), np.full(90, 2**63, "u8"),
-    ],
-    "train_jpeg": [np.zeros(0, "u1"), np.zeros((5, 5), "u1"), np.zeros(9), np.array("a"),
-                   np.full(3, None), np.zeros(10_000, "u1"), np.zeros(100, "i8")],
-    "train_labels": [_LABELS * 10**9, np.zeros(0, int), np.array(1), _LABELS[:5], _LABELS - 5],
-    "test_ends": [np.array(5), np.full(30, 2**62), np.arange(3.0)],
-    "test_labels": [np.full(30, 77), np.full(29, 1)],
-    "classes": [np.array(["a", "b"]), np.array([None] * 3, object)],
-}  # fmt: skip
 
 
 def _replaced(path: str, key: str, array: Any, random: Random) -> None:
@@ -136,22 +123,20 @@ def _rezipped(path: str, random: Random) -> None:
 
 def archives(count: int) -> Iterator[Case]:
     """Archives of NumPy."""
-    arrays = [(DATA, key, array) for key, values in _ARRAYS.items() for array in values]
-    arrays += [("jpeg.npz", key, array) for key, values in _JPEG.items() for array in values]
-    for path, key, array in arrays[: count // 2]:
-        what = f"{path}: {key} {array.dtype} {array.shape}"
-        yield Case(what, functools.partial(_replaced, path, key, array), (*NEW, path))
+    arrays = [(key, array) for key, values in _ARRAYS.items() for array in values]
+    for key, array in arrays[: count // 2]:
+        what = f"{DATA}: {key} {array.dtype} {array.shape}"
+        yield Case(what, functools.partial(_replaced, DATA, key, array), (*NEW, DATA))
     ways = (_header, _bomb, _rezipped, "bytes", _header, "encrypt", "bytes")
-    paths = (DATA, DATA, "jpeg.npz")
-    for number, (way, path) in enumerate(spread(count - count // 2, ways, paths)):
-        if way == "bytes" or (path != DATA and way in (_header, _bomb)):
+    for number, (way,) in enumerate(spread(count - count // 2, ways)):
+        if way == "bytes":
             damage = damages.BYTES[number % len(damages.BYTES)]
         elif way == "encrypt":
             damage = damages.encrypt
         else:
-            yield Case(f"{path}: {way.__name__}", functools.partial(way, path), (*NEW, path))
+            yield Case(f"{DATA}: {way.__name__}", functools.partial(way, DATA), (*NEW, DATA))
             continue
-        yield Case(f"{path}: {damage.__name__}", file(path, damage), (*NEW, path))
+        yield Case(f"{DATA}: {damage.__name__}", file(DATA, damage), (*NEW, DATA))
 
 
 def folders(count: int) -> Iterator[Case]:

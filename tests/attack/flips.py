@@ -22,11 +22,11 @@ from children import _frozen, make_work
 from kills import LARGE, SECOND, run
 
 from rlscuda import RLSOptimizer
-from rlscuda.cli.checkpoint import load_checkpoint
-from rlscuda.cli.config import RunConfig
-from rlscuda.cli.data import load_dataset
-from rlscuda.cli.errors import UserError
-from rlscuda.cli.training import Trainer
+from rlscuda.cli.common.errors import UserError
+from rlscuda.cli.data.dataset import load_dataset
+from rlscuda.cli.train.checkpoint import load_checkpoint
+from rlscuda.cli.train.options import RunConfig
+from rlscuda.cli.train.trainer import Trainer
 from rlscuda.pruning.files.saving import load_optimizer, load_pruned
 
 SECTOR = 512

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from children import command, content, count_operations, make_work, visible
 
-from rlscuda.cli.swap import is_pending
+from rlscuda.cli.common.swap import is_pending
 
 TRAIN = (
     *("train", "--model", "killable:net", "--data", "data.npz", "--threads", 1, "--out", "run"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from rlscuda.cli import main
-from rlscuda.cli.training import Trainer
+from rlscuda.cli.train.trainer import Trainer
 
 DATA = "data.npz"
 TRAIN = ("train", "--model", "mlp", "--data", DATA, "--epochs", "2", "--batch-size", "27",
@@ -59,9 +58,9 @@ def stop_after(steps: int, *argv: str) -> None:
 
 
 def make_data() -> None:
-    """Two archives and a folder of images of three classes."""
+    """An archive and a folder of images of three classes."""
     rng = np.random.default_rng(0)
-    arrays, files = {}, {}
+    arrays = {}
     for split, count in (("train", 90), ("test", 30)):
         labels = np.arange(count) % 3
         images = rng.integers(0, 100, (count, 8, 8), dtype=np.uint8)
@@ -71,17 +70,4 @@ def make_data() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
         arrays |= {f"x_{split}": images, f"y_{split}": labels}
-        parts = [_jpeg(image) for image in images]
-        files |= {
-            f"{split}_jpeg": np.frombuffer(b"".join(parts), np.uint8),
-            f"{split}_ends": np.cumsum([len(part) for part in parts]),
-            f"{split}_labels": labels,
-        }
     np.savez(DATA, **arrays)
-    np.savez("jpeg.npz", **files)
-
-
-def _jpeg(image: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(image).convert("RGB").save(stream, "jpeg")
-    return stream.getvalue()

@@ -16,12 +16,13 @@ import pytest
 import torch
 from support.cli import ROOT, call, snapshot, subprocess_environment, write_npz
 
-from rlscuda.cli import app, main, memory
-from rlscuda.cli.data import load_dataset
-from rlscuda.cli.errors import UserError, line_of, reading
-from rlscuda.cli.files import is_there
-from rlscuda.cli.images import ImageReader, opened
-from rlscuda.cli.models import build_model
+from rlscuda.cli import app, main
+from rlscuda.cli.common import memory
+from rlscuda.cli.common.errors import UserError, line_of, reading
+from rlscuda.cli.common.files import is_there
+from rlscuda.cli.data.dataset import load_dataset
+from rlscuda.cli.data.folder import decoded, opened
+from rlscuda.cli.train.models import build_model
 from rlscuda.files.documents import check
 from rlscuda.zoo import ImageShape
 
@@ -256,15 +257,11 @@ def test_a_bomb_is_refused_by_its_size(folder):
 
 
 def test_images_are_counted_before_they_are_decoded(folder, small_machine):
+    files = [(folder / "missing.png", 0)] * 5
     with pytest.raises(UserError, match="5 images of 1000 x 1000 must take at most half"):
-        ImageReader("x", "L", 5, side=1000)
-    from PIL import Image
-
-    Image.new("L", (500, 500)).save(folder / "a.png")
-    reader = ImageReader("x", "RGB", 5)
+        decoded(folder, files, "L", (8, 8), 1000)
     with pytest.raises(UserError, match="5 images of 500 x 500 must take at most half"):
-        reader.add(folder / "a.png", "a.png")
-    assert reader.decoded is None
+        decoded(folder, files, "RGB", (500, 500), None)
 
 
 def test_a_document_has_a_largest_size(folder, capsys):
@@ -280,7 +277,7 @@ def test_pixels_that_pillow_doubts_are_refused(folder):
 
     Image.new("1", (10_000, 10_000)).save(folder / "a.png")
     expected = "a.png: not a readable image: Image size .* exceeds limit"
-    with pytest.raises(UserError, match=expected), opened(folder / "a.png", "a.png"):
+    with pytest.raises(UserError, match=expected), opened(folder / "a.png"):
         pass
 
 

@@ -1,6 +1,5 @@
 """Data sets: every source, the splits, and one clear error for everything that can be wrong."""
 
-import io
 import sys
 import types
 from pathlib import Path
@@ -11,25 +10,8 @@ import torch
 from PIL import Image
 from support.cli import make_images, write_npz
 
-from rlscuda.cli.data import load_dataset
-from rlscuda.cli.errors import UserError
-
-
-def write_jpeg_npz(path: Path, drop: int = 0, classes=("a", "b", "c"), **arrays) -> Path:
-    keys = {"classes": np.array(classes)}
-    for split, count in (("train", 40), ("test", 20)):
-        images, labels = make_images(count)
-        files = []
-        for image in images:
-            stream = io.BytesIO()
-            Image.fromarray(image).convert("RGB").save(stream, "jpeg", quality=95)
-            files.append(stream.getvalue())
-        data = np.frombuffer(b"".join(files), np.uint8)
-        keys[f"{split}_jpeg"] = data[: len(data) - drop]
-        keys[f"{split}_ends"] = np.cumsum([len(file) for file in files])
-        keys[f"{split}_labels"] = labels
-    np.savez(path, **{**keys, **arrays})
-    return path
+from rlscuda.cli.common.errors import UserError
+from rlscuda.cli.data.dataset import load_dataset
 
 
 def write_folder(root: Path, per_class: int = 12, mode: str = "L", side: int = 8) -> Path:
@@ -124,15 +106,6 @@ def test_npz_layouts(tmp_path, shape, expected, dtype):
     assert tuple(data.shape) == expected
     assert data.train.images.dtype == (torch.uint8 if dtype == np.uint8 else torch.float32)
     assert data.train.labels.dtype == torch.int64
-
-
-def test_jpeg_archive(tmp_path):
-    data = load_dataset(str(write_jpeg_npz(tmp_path / "j.npz")), 0.1)
-    assert tuple(data.shape) == (3, 8, 8)
-    assert (len(data.train), len(data.val), len(data.load_test())) == (36, 4, 20)
-    original = torch.from_numpy(make_images(20)[0]).int()
-    decoded = data.load_test().images[:, 0].int()
-    assert (decoded - original).abs().float().mean() < 8  # lossy, but the same images in order
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])
@@ -243,7 +216,7 @@ def test_torchvision_errors(torchvision, tmp_path, name, message):
 def test_torchvision_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'rlscuda\[vision\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'rlscuda\[vision\]'"):
         load_dataset("torchvision:MNIST", 0.1)
 
 
@@ -311,30 +284,6 @@ def test_corrupt_npz(tmp_path, damage):
         content[400:420] = bytes(byte ^ 0xFF for byte in content[400:420])
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"d\.npz: (not a readable .npz archive|cannot read)"):
-        load_dataset(str(path), 0.1)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"drop": 10}, "train_ends must rise to the length of train_jpeg"),
-        ({"train_labels": np.zeros(39, np.uint8)}, "got 40 images, 39 labels"),
-        ({"train_jpeg": np.zeros(0, np.uint8)}, "train_ends must rise"),
-    ],
-)
-def test_wrong_jpeg_archives(tmp_path, options, message):
-    with pytest.raises(UserError, match=message):
-        load_dataset(str(write_jpeg_npz(tmp_path / "j.npz", **options)), 0.1)
-
-
-def test_a_damaged_jpeg_is_named(tmp_path):
-    path = write_jpeg_npz(tmp_path / "j.npz")
-    with np.load(path) as archive:
-        keys = dict(archive)
-    keys["train_jpeg"] = keys["train_jpeg"].copy()
-    keys["train_jpeg"][: keys["train_ends"][0]] = 0
-    np.savez(path, **keys)
-    with pytest.raises(UserError, match=r"image 0 of .*j\.npz: not a readable image"):
         load_dataset(str(path), 0.1)
 
 

@@ -1,13 +1,15 @@
 """The named models and factories: shapes, sizes, and one clear error for each mistake."""
 
+import sys
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
 
-from rlscuda.cli.errors import UserError
-from rlscuda.cli.models import build_model
-from rlscuda.cli.prune_files import MODELS
-from rlscuda.zoo import ImageShape
+from rlscuda.cli.common.errors import UserError
+from rlscuda.cli.train.models import build_model
+from rlscuda.zoo import NETWORKS, ImageShape
 
 MNIST, CIFAR = ImageShape(1, 28, 28), ImageShape(3, 32, 32)
 
@@ -16,7 +18,7 @@ def parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("shape", [MNIST, ImageShape(2, 33, 20)])
 def test_every_model_adapts_to_channels_size_and_classes(name, shape):
     model = build_model(name, shape, 7)
@@ -49,7 +51,7 @@ def test_resnet20_has_20_weight_layers_beside_its_projections():
 
 def test_the_output_check_moves_no_random_stream():
     torch.manual_seed(3)
-    MODELS["vgg16"](CIFAR, 10)
+    NETWORKS["vgg16"](CIFAR, 10)
     expected = torch.get_rng_state()
     torch.manual_seed(3)
     build_model("vgg16", CIFAR, 10)
@@ -92,7 +94,10 @@ def test_factories_are_given_the_sizes_they_ask_for(factories, name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("alexnet", "--model must be one of lenet5, mlp, resnet20, vgg16 or module:factory"),
+        (
+            "alexnet",
+            "lenet5, mlp, resnet20, vgg16 or module:factory, torchvision:NAME, timm:NAME, got",
+        ),
         ("no_such_module_:f", "No module named 'no_such_module_'"),
         ("cli_factories:missing", "has no attribute 'missing'"),
         (":tiny", "expected an importable module:factory"),
@@ -120,3 +125,39 @@ def test_lenet5_says_how_small_is_too_small():
     assert build_model("lenet5", ImageShape(1, 12, 12), 10)
     with pytest.raises(UserError, match="at least 12 x 12 pixels, got 11 x 12"):
         build_model("lenet5", ImageShape(1, 11, 12), 10)
+
+
+@pytest.fixture
+def libraries(monkeypatch):
+    """torchvision and timm, whose operators need a build for the very torch at hand to import."""
+    with mock.patch("torch.library.register_fake", lambda *_, **__: lambda function: function):
+        import timm  # noqa: F401
+        import torchvision  # noqa: F401
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("torchvision:squeezenet1_1", CIFAR), ("timm:test_byobnet", MNIST)]
+)
+def test_models_of_libraries_have_the_classes_of_the_data(libraries, name, shape):
+    assert build_model(name, shape, 7).eval()(torch.randn(2, *shape)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["torchvision:nothing", "timm:nothing"])
+def test_a_library_without_that_model_is_one_line(libraries, name):
+    with pytest.raises(UserError, match=rf"^--model {name}: Unknown model .*nothing\)?$"):
+        build_model(name, CIFAR, 10)
+
+
+def test_a_model_of_a_library_for_other_images_is_one_line(libraries):
+    with pytest.raises(UserError, match=r"torchvision:squeezenet1_1 does not accept images \[N, 1"):
+        build_model("torchvision:squeezenet1_1", MNIST, 10)
+
+
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_a_missing_library_is_one_line(monkeypatch, library):
+    for name in [name for name in sys.modules if name.partition(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    expected = rf"--model {library}:x: this needs the package {library}.*rlscuda\[vision\]'$"
+    with pytest.raises(UserError, match=expected):
+        build_model(f"{library}:x", CIFAR, 10)

@@ -11,7 +11,9 @@ import pytest
 from rich.text import Text
 from support.cli import call, subprocess_environment, write_npz
 
-from rlscuda.cli.texts import drawing, html, one_line, shortened, terminal
+from rlscuda.cli.common.drawing import drawing
+from rlscuda.cli.common.texts import one_line, shortened, terminal
+from rlscuda.cli.report.page import ENVIRONMENT
 
 HOSTILE = {
     "formula": "a$x_{$",
@@ -55,7 +57,9 @@ def test_one_line_is_one_line_that_can_be_printed_and_written():
         assert line == name or not name.isprintable()
     assert one_line("a\nb\x1b\udcff") == r"a\nb\x1b\udcff"
     assert shortened("abc\n", 10) == r"abc\n" and shortened("abcdef", 4) == "…def"
-    assert html("<a\n'\">") == r"&lt;a\n&#x27;&quot;&gt;"
+    template = ENVIRONMENT.from_string('<p title="{{ name }}">{{ name }}</p>')
+    shown = r"&lt;a\n&#39;&#34;&gt;\udcff"
+    assert template.render(name="<a\n'\">\udcff") == f'<p title="{shown}">{shown}</p>'
 
 
 @pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
@@ -67,7 +71,7 @@ def test_the_terminal_takes_a_text_as_it_is(name, capsys):
 
 @pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
 def test_a_figure_takes_a_text_as_it_is(name, recwarn):
-    with drawing({"svg.fonttype": "none"}) as pyplot:
+    with drawing(**{"svg.fonttype": "none"}) as pyplot:
         figure = pyplot.figure()
         label = shortened(name, 40)
         figure.suptitle(label)

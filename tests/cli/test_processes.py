@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from support.cli import ROOT, call, run_in, snapshot, subprocess_environment, working_copy
 
-from rlscuda.cli import train as train_module
-from rlscuda.cli.errors import UserError
-from rlscuda.cli.out_folder import check_free, writing
-from rlscuda.cli.runfolder import RunFolder
-from rlscuda.cli.swap import finish, is_pending, replaced
+from rlscuda.cli.common.errors import UserError
+from rlscuda.cli.common.out_folder import check_free, writing
+from rlscuda.cli.common.swap import finish, is_pending, replaced
+from rlscuda.cli.train import command as train_module
+from rlscuda.cli.train.run_folder import RunFolder
 from rlscuda.files.atomic import lock, write_atomically, write_text
 
 PRUNE = ("prune", "--run", "run", "--ratio", 0.5)
@@ -113,7 +113,7 @@ def test_a_lock_lasts_as_long_as_its_process_and_leaves_nothing(folder, other_pr
 
 
 def test_where_the_file_system_has_no_locks_a_line_says_so(folder, capsys, monkeypatch):
-    monkeypatch.setattr("rlscuda.cli.out_folder.lock", lambda *_, **__: None)
+    monkeypatch.setattr("rlscuda.cli.common.out_folder.lock", lambda *_, **__: None)
     status, _, error = call(capsys, *TRAIN, "--overwrite")
     assert status == 0 and error.count("\n") == 1
     assert "run is on a file system without locks: nothing else may write to it now" in error
@@ -224,7 +224,7 @@ def test_a_new_run_whose_start_was_killed_is_resumed_or_started_again(folder, ca
         raise SystemExit(9)
 
     with monkeypatch.context() as patch:
-        patch.setattr("rlscuda.cli.swap.finish", killed)
+        patch.setattr("rlscuda.cli.common.swap.finish", killed)
         assert call(capsys, *TRAIN, "--seed", 1, "--overwrite")[0] == 9
     assert is_pending(folder / "run") and old.items() <= snapshot(folder / "run").items()
     status, _, error = call(capsys, *PRUNE, "--out", "other")

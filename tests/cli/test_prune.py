@@ -15,13 +15,13 @@ from support.cli import call, snapshot, write_npz
 
 from rlscuda import RLSOptimizer
 from rlscuda.cli import main
-from rlscuda.cli import prune as prune_module
-from rlscuda.cli.config import RunConfig
-from rlscuda.cli.data import Dataset, load_dataset
-from rlscuda.cli.training import Trainer, evaluate
+from rlscuda.cli.data.dataset import Dataset, load_dataset
+from rlscuda.cli.prune import command as prune_module
+from rlscuda.cli.train.options import RunConfig
+from rlscuda.cli.train.trainer import Trainer, evaluate
 from rlscuda.pruning.files.saving import load_optimizer, load_pruned
 
-REPORT = {"report.html", "report.png", "report.json"}
+REPORT = {"report.html", "report.json"}
 
 
 @pytest.fixture(scope="module")

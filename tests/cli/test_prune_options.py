@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from rlscuda import pruning
-from rlscuda.cli.config import RunConfig
-from rlscuda.cli.errors import UserError
-from rlscuda.cli.prune_options import (
-    IMPORTANCES,
-    PruneOptions,
-    ScheduleSpec,
-    read_amount,
-    read_ratio,
-    read_rise,
-)
+from rlscuda.cli.common.errors import UserError
+from rlscuda.cli.common.options import read_amount, read_ratio, read_rise
+from rlscuda.cli.prune.options import PruneOptions
+from rlscuda.cli.train.options import RunConfig, ScheduleSpec
 
 
 @pytest.mark.parametrize(
@@ -96,10 +89,6 @@ def test_wrong_options(given, message):
     with pytest.raises(UserError) as caught:
         PruneOptions(**given)
     assert message in str(caught.value)
-
-
-def test_the_importances_are_those_of_the_library():
-    assert set(IMPORTANCES) == set(pruning.IMPORTANCES)
 
 
 def test_schedules():

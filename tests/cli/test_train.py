@@ -15,11 +15,11 @@ from support.cli import call, snapshot, write_npz
 from torch import nn
 
 from rlscuda.cli import main
-from rlscuda.cli import train as train_module
-from rlscuda.cli.config import RunConfig
-from rlscuda.cli.data import Dataset
-from rlscuda.cli.optimizers import build_optimizer, build_scheduler
-from rlscuda.cli.runfolder import COLUMNS
+from rlscuda.cli.data.dataset import Dataset
+from rlscuda.cli.train import command as train_module
+from rlscuda.cli.train.optimizers import build_optimizer, build_scheduler
+from rlscuda.cli.train.options import RunConfig
+from rlscuda.cli.train.saved import COLUMNS
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -343,7 +343,7 @@ def test_threads_reach_torch(folder, capsys):
 def test_a_long_table_is_thinned(capsys):
     from rich.console import Console
 
-    from rlscuda.cli.display import result_table
+    from rlscuda.cli.train.display import result_table
 
     rows = [{"optimizer": "sgd", "epoch": e, "val_accuracy": 0.5} for e in range(1, 101)]
     results = {"sgd": {"seconds": 1.0, "steps": 10, "test_accuracy": 0.5}}
@@ -354,7 +354,7 @@ def test_a_long_table_is_thinned(capsys):
 
 
 def test_plots_of_one_epoch_and_of_a_diverged_run(tmp_path):
-    from rlscuda.cli.plots import plot_run
+    from rlscuda.cli.train.plots import plot_run
 
     row = dict.fromkeys(COLUMNS, 1.0) | {"optimizer": "sgd", "epoch": 1}
     for loss in (1.0, math.nan, 0.0):

@@ -13,13 +13,13 @@ import torch
 from support.cli import assert_same, call, snapshot, subprocess_environment, write_npz
 
 from rlscuda.cli import main
-from rlscuda.cli import train as train_module
-from rlscuda.cli.checkpoint import load_checkpoint, save_checkpoint
-from rlscuda.cli.config import OPTIMIZERS, RunConfig
-from rlscuda.cli.data import load_dataset
-from rlscuda.cli.errors import UserError
-from rlscuda.cli.rng import capture_rng, restore_rng, seed_everything
-from rlscuda.cli.training import Trainer
+from rlscuda.cli.common.errors import UserError
+from rlscuda.cli.data.dataset import load_dataset
+from rlscuda.cli.train import command as train_module
+from rlscuda.cli.train.checkpoint import load_checkpoint, save_checkpoint
+from rlscuda.cli.train.options import OPTIMIZERS, RunConfig
+from rlscuda.cli.train.rng import capture_rng, restore_rng, seed_everything
+from rlscuda.cli.train.trainer import Trainer
 from rlscuda.files import atomic as _atomic
 
 # Convolution, batch norm, dropout and NumPy's stream: everything a step can depend on. With

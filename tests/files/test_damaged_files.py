@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from support.cli import assert_same, call, run_in, snapshot, working_copy
 from torch import nn
 
-from rlscuda.cli.checkpoint import load_checkpoint, save_checkpoint
-from rlscuda.cli.errors import UserError
+from rlscuda.cli.common.errors import UserError
+from rlscuda.cli.train.checkpoint import load_checkpoint, save_checkpoint
 from rlscuda.files.archives import load_archive, save_archive
 from rlscuda.files.atomic import write_atomically, write_text
 from rlscuda.pruning.files.saving import load_optimizer, load_pruned, save_pruned

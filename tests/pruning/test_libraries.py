@@ -10,7 +10,7 @@ import torch
 from support.pruning_surgery import every_other
 
 from rlscuda import RLSOptimizer
-from rlscuda.cli.prune_record import size_of
+from rlscuda.cli.report.record import size_of
 from rlscuda.pruning.running.measure import count_flops
 from rlscuda.pruning.structure.trace import trace
 from rlscuda.pruning.surgery.plan import plan

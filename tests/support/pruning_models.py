@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlscuda.zoo import Residual
+from rlscuda.zoo import ResidualBlock
 
 
 class InvertedResidual(nn.Module):
@@ -181,7 +181,7 @@ def vgg() -> nn.Module:
 def resnet() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
-        Residual(4, 4), Residual(4, 6, 2), Residual(6, 8, 2),
+        ResidualBlock(4, 4), ResidualBlock(4, 6, 2), ResidualBlock(6, 8, 2),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from support.training import cnn
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rlscuda.cli.prune_record import gains_of, size_of
+from rlscuda.cli.report.record import gains_of, size_of
 from rlscuda.pruning import RLSPruner
 from rlscuda.pruning.running.measure import _UNCOUNTED, Measurement, compare, count_flops, measure
 

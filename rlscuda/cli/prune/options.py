@@ -1,0 +1,124 @@
+"""The options of pruning, read from their texts and checked before anything is touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from rlscuda.cli.common.errors import UserError
+from rlscuda.cli.common.options import (
+    Option,
+    check_options,
+    flag_of,
+    read_amount,
+    read_list,
+    read_ratio,
+    read_rise,
+)
+from rlscuda.pruning.choice.ranking import IMPORTANCES
+
+EXPORTS = {"onnx": "model.onnx", "pt2": "model.pt2"}
+_TARGETS = ("ratio", "target_flops", "target_params", "max_loss")
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """The options of `rlscuda prune` that decide what is removed."""
+
+    ratio: Annotated[
+        str | None, Option("Share of the channels to remove: 0.7, 70% or conv*=0.5,fc1=0.8.")
+    ] = None
+    target_flops: Annotated[
+        str | None, Option("FLOPs an image to get down to: 1.5M, or 0.5x or 50%.")
+    ] = None
+    target_params: Annotated[
+        str | None, Option("Parameters to get down to: 250k, or 0.5x or 50%.")
+    ] = None
+    max_loss: Annotated[
+        str | None, Option("Remove what the validation loss allows: it may rise by 0.1 or 10%.")
+    ] = None
+    importance: Annotated[
+        str, Option(f"What ranks the channels: {', '.join(IMPORTANCES)}.", choices=IMPORTANCES)
+    ] = "saliency"
+    selection: Annotated[
+        str | None,
+        Option(
+            "greedy (one at a time, all else downdated) or one-shot.",
+            choices=("greedy", "one-shot"),
+        ),
+    ] = None
+    scope: Annotated[
+        str,
+        Option(
+            "layer (the same share of each) or global (the cheapest of all).",
+            choices=("layer", "global"),
+        ),
+    ] = "layer"
+    source: Annotated[
+        str | None,
+        Option(
+            "Of the matrices: own (those that rls trained with) or calibration (from training "
+            "images); own where the run has them.",
+            choices=("own", "calibration"),
+        ),
+    ] = None
+    round_to: Annotated[int, Option("Keep a multiple of this many channels.", least=1)] = 1
+    compensate: Annotated[
+        bool, Option("Change the remaining weights to make up for what goes.")
+    ] = True
+    adapt_norms: Annotated[bool, Option("Let the statistics of batch norms follow the cut.")] = True
+    calibration_images: Annotated[
+        int,
+        Option("Training images that calibrate, or that own matrices are held to.", least=1),
+    ] = 1000
+    recover: Annotated[int, Option("Epochs to train on, with the same optimizer.", least=0)] = 0
+    recover_lr: Annotated[
+        float | None,
+        Option("Their first step size; .3 of the run's for RLS, else a fifth.", above=0),
+    ] = None
+    export: Annotated[str | None, Option("Comma list of onnx and pt2 (torch.export).")] = None
+    measure_batch: Annotated[
+        int | None,
+        Option("Images of the forward that is timed; the run's batch by default.", least=1),
+    ] = None
+
+    def __post_init__(self) -> None:
+        """Checks all that can be checked without the run."""
+        given = [flag_of(name) for name in _TARGETS if getattr(self, name)]
+        if len(given) != 1:
+            raise UserError(
+                "say how much to remove, by one of --ratio, --target-flops, --target-params and "
+                f"--max-loss; got {' and '.join(given) or 'none'}"
+            )
+        check_options(self)
+        if self.selection == "greedy" and self.importance != "saliency":
+            raise UserError(
+                f"--selection greedy is for --importance saliency, got {self.importance}"
+            )
+        if self.recover_lr is not None and not self.recover:
+            raise UserError("--recover-lr is the step size of --recover EPOCHS, which is missing")
+        _ = self.exports, self.target
+
+    @property
+    def exports(self) -> tuple[str, ...]:
+        """The formats to export to.
+
+        Raises:
+            UserError: An unknown one, or one twice.
+        """
+        return read_list("--export", self.export, EXPORTS, "format") if self.export else ()
+
+    @property
+    def target(self) -> dict[str, Any]:
+        """How much goes, as the argument of `RLSPruner`."""
+        if self.ratio:
+            ratio = read_ratio(self.ratio)
+            if self.scope == "global" and isinstance(ratio, dict):
+                raise UserError(
+                    f"--ratio must be one number with --scope global, got {self.ratio!r}"
+                )
+            return {"ratio": ratio}
+        if self.max_loss:
+            return {"max_loss": read_rise("--max-loss", self.max_loss)}
+        name = "target_flops" if self.target_flops else "target_params"
+        return {name: read_amount(flag_of(name), getattr(self, name))}

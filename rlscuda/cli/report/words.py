@@ -1,0 +1,88 @@
+"""What a report says in words and numbers, the same on the page and the terminal."""
+
+from __future__ import annotations
+
+from rlscuda.cli.report.record import PruneRecord
+from rlscuda.pruning.running.measure import scaled
+
+_IMPORTANCES = {
+    "saliency": "saliency from P",
+    "l1": "L1 magnitude",
+    "l2": "L2 magnitude",
+    "taylor": "Taylor expansion",
+    "bn_scale": "batch-norm scale",
+    "random": "chance",
+}
+SOURCES = {
+    "own": "the optimizer's own P",
+    "sketch": "a sketch tracked beside the training",
+    "calibration": "a calibration on the training images",
+}
+
+
+def headline(record: PruneRecord) -> str:
+    """What was done to what."""
+    return f"{record.title}: {100 * record.ratio:.1f} % of its channels removed"
+
+
+def subtitle(record: PruneRecord) -> str:
+    """How it was done, in a line."""
+    report, count = record.last_report, len(record.rounds)
+    rounds = "one round" if count == 1 else f"{count} rounds"
+    if count < record.planned:
+        rounds = f"{count} of {record.planned} rounds"
+    importance = report["importance"]
+    text = f"{rounds}, chosen by {_IMPORTANCES.get(importance, importance)}"
+    text += f" ({report['selection']})"
+    if report["source"] != "none":
+        text += f", matrices: {SOURCES[report['source']]}"
+    return text if record.compensate else text + ", nothing compensated"
+
+
+def percent(value: float | None) -> str:
+    """A share in [0, 1] as percent, with two digits; a dash where there is none."""
+    return "–" if value is None else f"{100 * value:.2f} %"
+
+
+def times(ratio: float, over: str = "smaller", under: str = "larger") -> str:
+    """How many times smaller, or larger where it grew."""
+    if 0.995 <= ratio <= 1.005:
+        return "the same"
+    value, word = (ratio, over) if ratio > 1 else (1 / ratio, under)
+    return f"{value:.{2 if value < 2 else 1}f}× {word}"
+
+
+def stage_table(record: PruneRecord) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of the table of stages; what is tested has a column more."""
+    tested = any(stage.test_accuracy is not None for stage in record.stages)
+    head = ["parameters", "validation loss", "validation accuracy", *["test accuracy"] * tested]
+    rows = []
+    for stage in record.stages:
+        name = stage.label if len(record.rounds) > 1 else stage.kind
+        row = [name, f"{stage.parameters:,}", f"{stage.val_loss:.4f}", percent(stage.val_accuracy)]
+        rows.append(row + [percent(stage.test_accuracy)] * tested)
+    return head, rows
+
+
+def gain_rows(record: PruneRecord) -> list[tuple[str, str, str, str]]:
+    """The table of gains: quantity, of the whole network, of the final one, how much less."""
+    before, after, ratios = record.gains.before, record.gains.after, record.gains.ratios
+    batch = before.batch_size
+    images = "one image" if batch == 1 else f"{batch} images"
+    return [
+        ("parameters", f"{before.parameters:,}", f"{after.parameters:,}",
+         times(ratios["parameters"], "fewer", "more")),
+        ("FLOPs an image", scaled(before.flops / batch, "", 1000),
+         scaled(after.flops / batch, "", 1000), times(ratios["flops"], "fewer", "more")),
+        (f"peak memory, {images}", scaled(before.peak_memory_bytes, "B", 1024),
+         scaled(after.peak_memory_bytes, "B", 1024), times(ratios["peak_memory_bytes"])),
+        (f"latency, {images}", scaled(before.latency_seconds, "s", 1000),
+         scaled(after.latency_seconds, "s", 1000),
+         times(ratios["latency_seconds"], "faster", "slower")),
+    ]  # fmt: skip
+
+
+def caption_of_gains(record: PruneRecord) -> str:
+    """On what the gains were measured."""
+    before = record.gains.before
+    return f"one forward without gradients, {before.batch_size} images, on {before.device}"

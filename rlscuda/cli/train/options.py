@@ -1,0 +1,221 @@
+"""What a run is: the options that decide its result."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from rlscuda.cli.common.errors import UserError, reading
+from rlscuda.cli.common.options import (
+    Option,
+    check_options,
+    flag_of,
+    one_of,
+    read_count,
+    read_list,
+    read_pairs,
+    read_ratio,
+    read_rise,
+)
+from rlscuda.files.documents import check
+from rlscuda.pruning.schedule import CURVES
+from rlscuda.zoo import NETWORKS
+
+OPTIMIZERS = ("rls", "sgd", "adam")
+SCHEDULES = ("cosine", "constant")
+FORMS = ("adaptive", "paper", "natural")
+_POSITIVE = Option("Of a step size.", above=0)
+
+
+@dataclass(frozen=True)
+class ScheduleSpec:
+    """`CURVE:RATIO:ROUNDS[,warmup=EPOCHS][,tolerance=SHARE][,budget=EPOCHS]`, read.
+
+    Attributes:
+        curve: How the ratio grows.
+        ratio: Share of the channels gone after the last round.
+        rounds: Rounds of pruning.
+        warmup: Epochs before the first.
+        tolerance: How far above the remembered validation loss counts as recovered.
+        budget: Epochs that a round may take to recover.
+    """
+
+    curve: str
+    ratio: float
+    rounds: int
+    warmup: int = 1
+    tolerance: float = 0.0
+    budget: int = 5
+
+    @classmethod
+    def read(cls, text: str) -> ScheduleSpec:
+        """Reads the text of `--prune-schedule`.
+
+        Raises:
+            UserError: It is not of that form, or a number is out of its range.
+        """
+        flag = "--prune-schedule"
+        main, *extra = (part.strip() for part in text.split(","))
+        pieces = main.split(":")
+        if len(pieces) != 3:
+            raise UserError(f"{flag} must be CURVE:RATIO:ROUNDS, such as cubic:0.7:4, got {text!r}")
+        curve, ratio_text, rounds = pieces
+        one_of(flag, curve, CURVES)
+        ratio = read_ratio(ratio_text, flag)
+        if isinstance(ratio, dict) or ratio == 0:
+            raise UserError(f"{flag}: the ratio must lie between 0 and 1, got {ratio_text!r}")
+        values: dict[str, Any] = {"rounds": read_count(flag, "rounds", rounds)}
+        for name, value in read_pairs(flag, extra, text).items():
+            one_of(flag, name, ("warmup", "tolerance", "budget"))
+            if name == "tolerance":
+                values[name] = read_rise(f"{flag}: tolerance", value)
+            else:
+                values[name] = read_count(flag, name, value)
+        return cls(curve, ratio, **values)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The options of `rlscuda train` that decide the result of a run."""
+
+    model: Annotated[
+        str,
+        Option(f"{', '.join(NETWORKS)}, module:factory, torchvision:NAME or timm:NAME."),
+    ] = "lenet5"
+    data: Annotated[
+        str, Option("mnist5k, PATH.npz, torchvision:NAME or a folder of class folders.")
+    ] = "mnist5k"
+    optimizer: Annotated[str, Option("Comma list of rls, sgd, adam, trained in turn.")] = "rls"
+    epochs: Annotated[int, Option("Passes over the training images.", least=1)] = 10
+    batch_size: Annotated[int, Option("Images a step.", least=1)] = 64
+    seed: Annotated[
+        int,
+        Option(
+            "Of initial weights, data order and all else that is random.", least=0, most=2**63 - 1
+        ),
+    ] = 0
+    lr: Annotated[str | None, Option("Step size: 0.1, or rls=0.1,sgd=0.05.")] = None
+    weight_decay: Annotated[str | None, Option("Weight decay: 0.01, or rls=0.05,adam=0.")] = None
+    schedule: Annotated[
+        str, Option("cosine (to zero at the last step) or constant.", choices=SCHEDULES)
+    ] = "cosine"
+    form: Annotated[
+        str, Option("Form of the RLS update: adaptive, paper or natural.", choices=FORMS)
+    ] = "adaptive"
+    val_fraction: Annotated[
+        float, Option("Share of the training images that validates.", above=0, below=1)
+    ] = 0.1
+    image_size: Annotated[
+        int | None, Option("Side that the images of a folder are resized to.", least=1)
+    ] = None
+    prune_schedule: Annotated[
+        str | None,
+        Option(
+            "Prune while rls trains, CURVE:RATIO:ROUNDS: cubic:0.7:4, or with options, "
+            f"linear:0.5:3,warmup=2,tolerance=5%,budget=4. Curves: {', '.join(CURVES)}."
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        """Checks every value that can be checked without reading the data."""
+        check_options(self)
+        names = read_list("--optimizer", self.optimizer, OPTIMIZERS, "optimizer")
+        if self.prune_schedule is not None:
+            ScheduleSpec.read(self.prune_schedule)
+            if "rls" not in names:
+                raise UserError(
+                    f"--prune-schedule prunes while rls trains; --optimizer is {self.optimizer}"
+                )
+        for name, value in self.overrides("lr").items():
+            _POSITIVE.check(f"--lr of {name}", value)
+        for name, value in self.overrides("weight_decay").items():
+            if not 0.0 <= value < float("inf"):
+                raise UserError(f"--weight-decay of {name} must be a number >= 0, got {value}")
+
+    def check_new(self) -> None:
+        """Checks what only a run that starts must fulfil; an older one can be resumed without.
+
+        Raises:
+            UserError: The schedule of pruning would never prune.
+        """
+        if self.prune_schedule is None:
+            return
+        warmup = ScheduleSpec.read(self.prune_schedule).warmup
+        if warmup >= self.epochs:
+            raise UserError(
+                f"--prune-schedule {self.prune_schedule} first prunes after epoch {warmup} and "
+                f"trains on: --epochs must be at least {warmup + 1}, got {self.epochs}"
+            )
+
+    @property
+    def optimizers(self) -> tuple[str, ...]:
+        """The optimizers, in the order they are trained."""
+        return tuple(name.strip() for name in self.optimizer.split(","))
+
+    def overrides(self, option: str) -> dict[str, float]:
+        """Values given on the command line for `lr` or `weight_decay`, by optimizer.
+
+        Raises:
+            UserError: The text is not `VALUE` or `NAME=VALUE,...` of this run's optimizers.
+        """
+        flag, text = flag_of(option), getattr(self, option)
+        if text is None:
+            return {}
+        if "=" not in text:
+            if len(self.optimizers) > 1:
+                raise UserError(
+                    f"{flag} {text} does not say which of {self.optimizer} it is for: expected "
+                    + ",".join(f"{name}=VALUE" for name in self.optimizers)
+                )
+            return {self.optimizers[0]: _number(flag, text)}
+        values = read_pairs(flag, text.split(","), text)
+        for name in values:
+            one_of(flag, name, self.optimizers)
+        return {name: _number(flag, value) for name, value in values.items()}
+
+    def fingerprint(self, data_fingerprint: str) -> str:
+        """Hash that a checkpoint carries: same options and same data give the same hash.
+
+        The place of the data does not count, its content does.
+        """
+        options = dataclasses.asdict(self)
+        del options["data"]
+        options["data_fingerprint"] = data_fingerprint
+        return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
+
+    @classmethod
+    def resumed(cls, stored: dict[str, Any], given: Mapping[str, Any]) -> RunConfig:
+        """The config of an existing run, checked against the options given again.
+
+        Args:
+            stored: The options in the run's `config.json`.
+            given: The options written on the command line now.
+
+        Raises:
+            UserError: The stored options are not those of a run, or an option given now differs
+                from the stored one. Only `data` may: the files can have moved, and their
+                fingerprint is checked.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(stored, dict) or stored.keys() != names:
+            raise UserError("config.json does not hold the options of this version of rlscuda")
+        with reading("config.json"):
+            check(stored, cls, "the options")
+        for name, value in given.items():
+            if name != "data" and stored[name] != value:
+                raise UserError(
+                    f"--resume continues the run as it was started: {flag_of(name)} "
+                    f"was {stored[name]}, got {value}; start another run with --out"
+                )
+        return cls(**{**stored, "data": given.get("data", stored["data"])})
+
+
+def _number(flag: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{flag} expects a number, got {text!r}") from None
