@@ -11,7 +11,11 @@ Leung et al. 2001 for recursive least squares):
 the increase of the layer's mean squared output error, the least-squares weight of what remains, and
 its inverse autocorrelation. Everything is computed in float64, whatever the dtype given. A nearly
 singular :math:`P_{gg}` (columns of enormous power) gets a jitter from 1e-12 to 1e-4 of its
-diagonal, the least that makes it factor, so nothing turns into NaN; an indefinite one is refused.
+diagonal, the least that makes it factor, so nothing turns into NaN.
+
+All raise TypeError for a matrix that is no floating-point tensor, or columns that are not int64;
+and ValueError for shapes that do not fit, columns out of range or in two places, values that are
+not finite, and a matrix that is indefinite.
 """
 
 from __future__ import annotations
@@ -40,11 +44,6 @@ def block_saliency(P: Tensor, W: Tensor, blocks: Tensor) -> Tensor:
     Returns:
         float64 [m]: increase of the mean over rows of the squared error of the layer's output.
 
-    Raises:
-        TypeError: A matrix is no floating-point tensor, or `blocks` is not int64.
-        ValueError: Shapes do not fit, columns are out of range or in two places, values are not
-            finite, or a block of P is indefinite.
-
     Example:
         >>> P, W = torch.diag(torch.tensor([0.25, 4.0])), torch.tensor([[3.0, 4.0]])
         >>> block_saliency(P, W, torch.tensor([[0], [1]]))
@@ -66,11 +65,6 @@ def compensate(P: Tensor, W: Tensor, removed: Tensor) -> Tensor:
 
     Returns:
         float64 [c, n]: the least-squares weight of the remaining columns, exactly 0 in `removed`.
-
-    Raises:
-        TypeError: A matrix is no floating-point tensor, or `removed` is not int64.
-        ValueError: Shapes do not fit, columns are out of range or in two places, values are not
-            finite, or P is indefinite.
     """
     P = check_matrix("P", P)
     W, removed = check_weight(W, len(P)), check_removed(removed, len(P))
@@ -93,11 +87,6 @@ def downdate(P: Tensor, removed: Tensor) -> Tensor:
 
     Returns:
         float64 [n - k, n - k], symmetric to the bit.
-
-    Raises:
-        TypeError: P is no floating-point tensor, or `removed` is not int64.
-        ValueError: P is not square, not finite or indefinite, or `removed` is out of range, in two
-            places or everything.
     """
     P = check_matrix("P", P)
     kept = _kept(len(P), check_removed(removed, len(P)))
@@ -122,10 +111,6 @@ def output_energy(P: Tensor, W: Tensor, columns: Tensor) -> float:
 
     Returns:
         tr(W_x P_xx^-1 W_x^T).
-
-    Raises:
-        TypeError: A matrix is no floating-point tensor, or `columns` is not int64.
-        ValueError: As `compensate`.
     """
     P = check_matrix("P", P)
     W, columns = check_weight(W, len(P)), check_removed(columns, len(P))
@@ -138,8 +123,8 @@ def damped_inverse(A: Tensor, damping: float) -> Tensor:
     """(A + damping * mean(diag A) * I)^-1, with more damping where A is indefinite beyond it.
 
     Where the damped matrix cannot be factored (A estimated with rounding errors larger than the
-    damping), the damping is multiplied by 10, from 1e-12 at least, until it can be. For A = 0, of
-    inputs that never fire, the mean counts as 1.
+    damping), the damping is multiplied by 10, from 1e-12 at least, until it can be or exceeds 1.
+    For A = 0, of inputs that never fire, the mean counts as 1.
 
     Args:
         A: Autocorrelation matrix [n, n].
@@ -147,11 +132,6 @@ def damped_inverse(A: Tensor, damping: float) -> Tensor:
 
     Returns:
         float64 [n, n], symmetric to the bit, positive definite.
-
-    Raises:
-        TypeError: A is no floating-point tensor.
-        ValueError: A is not square, not finite, or the mean of its diagonal is not positive;
-            `damping` is negative; or a damping of 1 would not suffice.
     """
     A = check_matrix("A", A)
     mean = float(A.diagonal().mean()) if A.any() else 1.0
@@ -263,12 +243,7 @@ def symmetrise_(A: Tensor) -> Tensor:
 
 
 def check_matrix(name: str, A: Tensor) -> Tensor:
-    """A as float64 [n, n], n >= 1, finite.
-
-    Raises:
-        TypeError: It is no floating-point tensor.
-        ValueError: It is not square, is empty, or holds a NaN or an infinity.
-    """
+    """A as float64 [n, n], n >= 1, finite."""
     _check_floating(name, A)
     if A.dim() != 2 or A.shape[0] != A.shape[1] or not A.shape[0]:
         raise ValueError(f"{name} must be [n, n] with n >= 1, got {list(A.shape)}")
@@ -279,12 +254,7 @@ def check_matrix(name: str, A: Tensor) -> Tensor:
 
 
 def check_weight(W: Tensor, n: int) -> Tensor:
-    """W as float64 [c, n], finite.
-
-    Raises:
-        TypeError: It is no floating-point tensor.
-        ValueError: It has another shape, or holds a NaN or an infinity.
-    """
+    """W as float64 [c, n], finite."""
     _check_floating("W", W)
     if W.dim() != 2 or W.shape[1] != n:
         raise ValueError(f"W must be [c, n] with n={n}, the size of P, got {list(W.shape)}")
@@ -294,12 +264,7 @@ def check_weight(W: Tensor, n: int) -> Tensor:
 
 
 def check_blocks(blocks: Tensor, n: int) -> Tensor:
-    """Blocks [m, b] of distinct columns below n.
-
-    Raises:
-        TypeError: They are no int64 tensor.
-        ValueError: They have another shape, or a column is out of range or in two places.
-    """
+    """Blocks [m, b] of distinct columns below n."""
     _check_columns("blocks", blocks, n)
     if blocks.dim() != 2 or not blocks.numel():
         raise ValueError(f"blocks must be [m, b] with m, b >= 1, got {list(blocks.shape)}")
@@ -307,12 +272,7 @@ def check_blocks(blocks: Tensor, n: int) -> Tensor:
 
 
 def check_removed(removed: Tensor, n: int) -> Tensor:
-    """Distinct columns [k] below n.
-
-    Raises:
-        TypeError: They are no int64 tensor.
-        ValueError: They have another shape, or a column is out of range or in two places.
-    """
+    """Distinct columns [k] below n."""
     _check_columns("removed", removed, n)
     if removed.dim() != 1:
         raise ValueError(f"removed must be [k], got {list(removed.shape)}")

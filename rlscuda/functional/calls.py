@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,8 @@ def refusal(error: Exception) -> Exception:
     text = str(error)
     if not isinstance(error, RuntimeError) or text.startswith(_FAILURES):
         return error
+    if too_large := re.search(r"'int' for argument '(\w+)' but instead found type 'int'", text):
+        return ValueError(f"{too_large[1]} must be a 64-bit integer")
     return (TypeError if "xpected a value of type" in text else ValueError)(text)
 
 

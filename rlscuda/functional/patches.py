@@ -15,7 +15,6 @@ Geometry = tuple[list[int], list[int], list[int], list[int], int, int]
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")  # the operators take the index
-_SEEDS = 1 << 63
 _mean = torch.ops.rlscuda.patch_mean.default
 _sketch = torch.ops.rlscuda.patch_sketch.default
 _sample = torch.ops.rlscuda.patch_sample.default
@@ -59,9 +58,8 @@ def patch_mean(
         >>> patch_mean(torch.ones(8, 3, 32, 32), 3, padding=1).shape
         torch.Size([1, 27])
     """
-    x = _images(x)
-    geometry = conv_geometry(x, kernel_size, stride, padding, dilation, groups, padding_mode)
-    return call(_mean, x, *geometry, ones)
+    geometry = conv_geometry(kernel_size, stride, padding, dilation, groups, padding_mode)
+    return call(_mean, _images(x), *geometry, ones)
 
 
 def patch_sketch(
@@ -104,9 +102,8 @@ def patch_sketch(
         TypeError: See `patch_mean`.
         ValueError: See `patch_mean`; also `rank` < 1 or `offset` < 0.
     """
-    x = _images(x)
-    geometry = conv_geometry(x, kernel_size, stride, padding, dilation, groups, padding_mode)
-    return call(_sketch, x, *geometry, ones, *_draw(rank, seed, offset))
+    geometry = conv_geometry(kernel_size, stride, padding, dilation, groups, padding_mode)
+    return call(_sketch, _images(x), *geometry, ones, rank, seed, offset)
 
 
 def patch_sample(
@@ -150,13 +147,11 @@ def patch_sample(
         TypeError: See `patch_mean`.
         ValueError: See `patch_mean`; also `rank` < 1 or `offset` < 0.
     """
-    x = _images(x)
-    geometry = conv_geometry(x, kernel_size, stride, padding, dilation, groups, padding_mode)
-    return call(_sample, x, *geometry, ones, *_draw(rank, seed, offset))
+    geometry = conv_geometry(kernel_size, stride, padding, dilation, groups, padding_mode)
+    return call(_sample, _images(x), *geometry, ones, rank, seed, offset)
 
 
 def conv_geometry(
-    x: Tensor,
     kernel_size: IntOrPair,
     stride: IntOrPair = 1,
     padding: Padding = 0,
@@ -164,44 +159,27 @@ def conv_geometry(
     groups: int = 1,
     padding_mode: str = "zeros",
 ) -> Geometry:
-    """The arguments of a convolution as the ops take them, checked against x [N, C, H, W].
+    """The arguments of a convolution as the operators take them, who check what they are.
 
     Returns:
         Kernel size, stride, padding (left, right, top, bottom), dilation, groups, padding mode
         as an index of `PADDING_MODES`.
     """
-    kernel = _pair("kernel_size", kernel_size, 1)
-    step = _pair("stride", stride, 1)
-    dilate = _pair("dilation", dilation, 1)
+    kernel, step = _pair("kernel_size", kernel_size), _pair("stride", stride)
+    dilate = _pair("dilation", dilation)
     if padding_mode not in PADDING_MODES:
         modes = ", ".join(PADDING_MODES)
         raise ValueError(f"padding_mode must be one of {modes}, got {padding_mode!r}")
     pad = _padding(padding, kernel, step, dilate)
-    _, channels, height, width = x.shape
-    if groups < 1 or channels % groups:
-        raise ValueError(f"groups must divide the {channels} channels of x, got {groups}")
-    for amount, size in zip(pad, (width, width, height, height), strict=True):
-        if padding_mode == "reflect" and amount >= size:
-            raise ValueError(f"reflect padding must be less than {size}, got {amount}")
-        if padding_mode == "circular" and amount > size:
-            raise ValueError(f"circular padding must be at most {size}, got {amount}")
-    padded = [height + pad[2] + pad[3], width + pad[0] + pad[1]]
-    spans = [d * (k - 1) + 1 for d, k in zip(dilate, kernel, strict=True)]
-    if spans[0] > padded[0] or spans[1] > padded[1]:
-        raise ValueError(f"the dilated kernel {spans} must fit the padded input, got {padded}")
     return kernel, step, pad, dilate, groups, PADDING_MODES.index(padding_mode)
 
 
-def _pair(name: str, value: IntOrPair, least: int) -> list[int]:
+def _pair(name: str, value: IntOrPair) -> list[int]:
     if isinstance(value, int):
-        pair = [value, value]
-    elif isinstance(value, (tuple, list)):
-        pair = list(value)
-    else:
+        return [value, value]
+    if not isinstance(value, (tuple, list)):
         raise TypeError(f"{name} must be an integer or a pair, got {type(value).__name__}")
-    if len(pair) != 2 or any(not isinstance(v, int) or v < least for v in pair):
-        raise ValueError(f"{name} must be one or two integers of at least {least}, got {value}")
-    return pair
+    return list(value)
 
 
 def _padding(padding: Padding, kernel: list[int], stride: list[int], dilation: list[int]):
@@ -214,40 +192,17 @@ def _padding(padding: Padding, kernel: list[int], stride: list[int], dilation: l
             raise ValueError(f"padding='same' needs stride 1, got {stride}")
         high, wide = (d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
         return [wide // 2, wide - wide // 2, high // 2, high - high // 2]
-    if isinstance(padding, (tuple, list)) and len(padding) == 4:
-        if any(not isinstance(p, int) or p < 0 for p in padding):
-            raise ValueError(f"padding must be integers of at least 0, got {padding}")
-        return list(padding)
-    high, wide = _pair("padding", padding, 0)
-    return [wide, wide, high, high]
-
-
-def _draw(rank: int, seed: int, offset: int) -> tuple[int, int, int]:
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
-    if offset < 0:
-        raise ValueError(f"offset must be at least 0, got {offset}")
-    if not -_SEEDS <= seed < _SEEDS or max(rank, offset) >= _SEEDS:
-        raise ValueError(
-            f"rank, seed and offset must be 64-bit integers, got {rank}, {seed} and {offset}"
-        )
-    return rank, seed, offset
-
-
-def _checked(x: Tensor) -> Tensor:
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"x must be float32, float64, bfloat16 or float16, got {x.dtype}")
-    if x.numel() == 0:
-        raise ValueError(f"x must not be empty, got {list(x.shape)}")
-    return x.detach() if x.requires_grad else x
+    pair = _pair("padding", padding)
+    return [pair[1], pair[1], pair[0], pair[0]] if len(pair) == 2 else pair
 
 
 def _images(x: Tensor) -> Tensor:
     check_tensor("x", x)
     if x.dim() not in (3, 4):
         raise ValueError(f"x must be [N, C, H, W] or [C, H, W], got {list(x.shape)}")
-    x = _checked(x)
-    return x if x.dim() == 4 else x.unsqueeze(0)
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"x must be float32, float64, bfloat16 or float16, got {x.dtype}")
+    return x.detach() if x.dim() == 4 else x.detach().unsqueeze(0)
 
 
 def _like(x: Tensor, groups: int, rows: list[int], kernel_size: list[int], ones: bool) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -12,13 +11,6 @@ from rlscuda.functional.calls import call, check_tensor, fake, refusal
 
 _ops = torch.ops.rlscuda
 _rls_update = _ops.rls_update_.default
-_rls_update_held = _ops.rls_update_held_.default
-_MATRIX_DTYPES = (torch.float32, torch.float64)
-
-
-def _check(ok: bool, message: str) -> None:
-    if not ok:
-        raise ValueError(message)
 
 
 def _changed(*tensors: Tensor | None) -> None:
@@ -82,41 +74,15 @@ def rls_update_(
         tensor([[ 1.6364, -0.7273],
                 [-0.7273,  0.5455]])
     """
-    options = (forgetting, gain, decay, diffusion, initial_scale)
     try:
-        if s.requires_grad:
-            s = s.detach()
-        result = _rls_update(P, s, *options, power, health, found_inf)
+        options = (forgetting, gain, decay, diffusion, initial_scale, power, health, found_inf)
+        result = _rls_update(P, s.detach(), *options)
     except Exception as error:
-        _explain_update(P, s, *options)
+        check_tensor("P", P)
+        check_tensor("s", s)
         raise refusal(error) from None
     _changed(P, power, health)
     return result
-
-
-def _explain_update(P, s, forgetting, gain, decay, diffusion, initial_scale) -> None:
-    """Says what is wrong with the arguments of an update that the operator has refused."""
-    check_tensor("P", P)
-    check_tensor("s", s)
-    shape, rows = list(P.shape), list(s.shape)
-    _check(
-        P.dim() in (2, 3) and shape[-1] == shape[-2], f"P must be [n, n] or [b, n, n], got {shape}"
-    )
-    expected = "[b, r, n]" if P.dim() == 3 else "[n] or [r, n]"
-    fits = s.dim() == 3 and rows[0] == shape[0] if P.dim() == 3 else s.dim() in (1, 2)
-    _check(
-        fits and rows[-1] == shape[-1] and (s.dim() == 1 or rows[-2] > 0),
-        f"s must be {expected} with r >= 1 for P {shape}, got {rows}",
-    )
-    _check(P.dtype in _MATRIX_DTYPES, f"P must be float32 or float64, got {P.dtype}")
-    _check(s.dtype == P.dtype, f"s must have the dtype of P, {P.dtype}, got {s.dtype}")
-    _check(s.device == P.device, f"s must be on the device of P, {P.device}, got {s.device}")
-    _check(P.is_contiguous(), f"P must be contiguous, got strides {P.stride()}")
-    _check(0 < forgetting <= 1, f"forgetting must be in (0, 1], got {forgetting}")
-    _check(0 < gain < math.inf, f"gain must be > 0, got {gain}")
-    _check(0 <= decay < math.inf, f"decay must be >= 0, got {decay}")
-    _check(0 <= diffusion < math.inf, f"diffusion must be >= 0, got {diffusion}")
-    _check(0 < initial_scale < math.inf, f"initial_scale must be > 0, got {initial_scale}")
 
 
 def rls_update_held_(
@@ -168,14 +134,9 @@ def rls_update_held_(
         ValueError: A shape, dtype, device or value is not as above or as `rls_update_` takes it.
         TypeError: An argument is not of its type.
     """
-    options = (forgetting, gain, decay, diffusion, initial_scale)
-    try:
-        if s.requires_grad:
-            s = s.detach()
-        result = _rls_update_held(P, held, state, s, *options, power, health, found_inf)
-    except Exception as error:
-        _explain_update(P, s, *options)
-        raise refusal(error) from None
+    check_tensor("s", s)
+    options = (forgetting, gain, decay, diffusion, initial_scale, power, health, found_inf)
+    result = call(_ops.rls_update_held_.default, P, held, state, s.detach(), *options)
     _changed(P, held, state, power, health)
     return result
 
@@ -229,10 +190,10 @@ def nonfinite(tensors: Sequence[Tensor]) -> Tensor:
         ValueError: No tensor is given, or one is not floating-point or on another device.
         TypeError: One is no tensor.
     """
-    _check(len(tensors) > 0, "nonfinite expects at least one tensor, got none")
+    if not tensors:
+        raise ValueError("nonfinite expects at least one tensor, got none")
     for t in tensors:
         check_tensor("every tensor", t)
-        _check(t.is_floating_point(), f"nonfinite expects floating-point tensors, got {t.dtype}")
     return call(_ops.nonfinite.default, [t.detach() for t in tensors])
 
 

@@ -162,7 +162,7 @@ def test_draws_out_of_all_proportion():
     refused("patch_sketch", [X, *GEOMETRY, 1, 0, 2**63 - 10], "offset must leave room")
     with pytest.raises(ValueError, match="offset must leave room"):
         RF.patch_sample(X, 3, rank=1, seed=0, offset=2**63 - 1)
-    with pytest.raises(ValueError, match="must be 64-bit integers"):
+    with pytest.raises(ValueError, match="seed must be a 64-bit integer"):
         RF.patch_sketch(X, 3, rank=1, seed=2**63)
     x = X[:1, :1].expand(2**40, 4, 8, 9)  # of 72 elements
     with pytest.raises(ValueError, match="in proportion to x"):

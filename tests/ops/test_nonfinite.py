@@ -51,7 +51,7 @@ def test_nonfinite_in_a_large_tensor_on_many_threads():
 @pytest.mark.parametrize("tensors, message", [
     ([], "nonfinite expects at least one tensor, got none"),
     ([torch.ones(2, dtype=torch.int64)],
-     "nonfinite expects floating-point tensors, got torch.int64"),
+     "nonfinite expects floating-point tensors, got int64"),
 ])  # fmt: skip
 def test_nonfinite_errors(tensors, message):
     with pytest.raises(ValueError, match=message):

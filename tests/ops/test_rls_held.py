@@ -281,11 +281,11 @@ def test_wrong_argument(message):
 
 
 @pytest.mark.parametrize("given, message", [
-    ({"s": torch.ones(3)}, "s must be [n] or [r, n] with r >= 1 for P [4, 4], got [3]"),
-    ({"P": torch.eye(4).double()}, "s must have the dtype of P, torch.float64"),
+    ({"s": torch.ones(3)}, "s must have n=4 columns, got [3]"),
+    ({"P": torch.eye(4).double()}, "s must have the dtype of P, float64"),
     ({"forgetting": 0.0}, "forgetting must be in (0, 1], got 0"),
     ({"gain": -1.0}, "gain must be > 0, got -1"),
-    ({"s": torch.ones(1, 4, device="meta")}, "s must be on the device of P"),
+    ({"s": torch.ones(1, 4, device="meta")}, "all tensors must be on one device, got cpu, meta"),
 ])  # fmt: skip
 def test_what_the_plain_update_refuses(given, message):
     P = given.pop("P", torch.eye(4))

@@ -21,7 +21,7 @@ def close(actual, expected, x):
 
 
 def check(x, case, ones):
-    geometry = RF.conv_geometry(x, case.kernel_size, **case.options)
+    geometry = RF.conv_geometry(case.kernel_size, **case.options)
     mode = {"ones": ones, **case.options}
     close(RF.patch_mean(x, case.kernel_size, **mode),
           reference.patch_mean(x, *geometry, ones), x)  # fmt: skip
@@ -58,7 +58,7 @@ def test_expanded_batch(case):
 def test_convolution_sees_the_rows_of_the_specification():
     for case in CASES:
         x = case.input(torch.float64)
-        kernel = RF.conv_geometry(x, case.kernel_size, **case.options)[0]
+        kernel = RF.conv_geometry(case.kernel_size, **case.options)[0]
         options = dict(case.options)
         if isinstance(options.get("padding"), tuple) and len(options["padding"]) == 4:
             x_in, options["padding"] = F.pad(x, options["padding"]), 0
@@ -68,7 +68,7 @@ def test_convolution_sees_the_rows_of_the_specification():
         conv = torch.nn.Conv2d(
             x.shape[1], 2 * groups, tuple(kernel), bias=False, dtype=torch.float64, **options
         )
-        geometry = RF.conv_geometry(x, case.kernel_size, **case.options)
+        geometry = RF.conv_geometry(case.kernel_size, **case.options)
         rows = reference.patch_rows(x, *geometry)
         expected = conv(x_in).unflatten(1, (groups, 2)).flatten(3).permute(1, 0, 3, 2).flatten(1, 2)
         torch.testing.assert_close(rows @ conv.weight.unflatten(0, (groups, 2)).flatten(2).mT,
