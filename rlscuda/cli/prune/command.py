@@ -36,6 +36,9 @@ from rlscuda.pruning.pruner import RLSPruner
 from rlscuda.pruning.report import PruneReport
 
 _CALIBRATION_BATCH = 100
+_PASSED_ON = (
+    "importance", "selection", "scope", "source", "compensate", "adapt_norms", "round_to"
+)  # fmt: skip
 Batch = tuple[Tensor, Tensor]
 
 
@@ -67,8 +70,7 @@ def prune(
     files, folder = ReportFolder(out), RunFolder(source)
     with ExitStack() as held:
         with folder.reading():
-            config, name = _finished_run(folder, optimizer)
-            test_accuracy = _test_accuracy(folder, name)
+            config, name, test_accuracy = _finished_run(folder, optimizer)
             if source.resolve() in (out.resolve(), *out.resolve().parents):
                 raise UserError(f"--out {out} lies in --run {source}, which stays as it is")
             held.enter_context(writing(out))
@@ -105,13 +107,13 @@ def _require_packages(exports: Iterable[str]) -> None:
         optional(package, extra)
 
 
-def _finished_run(folder: RunFolder, optimizer: str | None) -> tuple[RunConfig, str]:
-    """The config of a run, and the optimizer whose network is meant."""
+def _finished_run(folder: RunFolder, optimizer: str | None) -> tuple[RunConfig, str, float]:
+    """The config of a run, the optimizer whose network is meant, and this one's test accuracy."""
     source = folder.path
     if not is_there(folder.config):
         raise UserError(f"--run {source} holds no run of rlscuda: {folder.config} does not exist")
-    config = folder.read_options({})
-    if folder.read_summary() is None or folder.is_pending:
+    config, summary = folder.read_options({}), folder.read_summary()
+    if summary is None or folder.is_pending:
         raise UserError(
             f"the run in {source} is not finished: rlscuda train --resume --out {source} "
             "continues it"
@@ -126,15 +128,9 @@ def _finished_run(folder: RunFolder, optimizer: str | None) -> tuple[RunConfig, 
             f"the run in {source} lacks the network of {name}: {folder.checkpoint(name)} does not "
             "exist"
         )
-    return config, name
-
-
-def _test_accuracy(folder: RunFolder, name: str) -> float:
-    """Of the run's own test of one optimizer's network."""
-    summary = folder.read_summary()
-    if summary is None or name not in summary["results"]:
+    if name not in summary["results"]:
         raise UserError(f"{folder.summary} does not hold the test accuracy of {name}")
-    return summary["results"][name]["test_accuracy"]
+    return config, name, summary["results"][name]["test_accuracy"]
 
 
 class Pruning:
@@ -239,15 +235,9 @@ class Pruning:
             trainer.optimizer,
             batches[0][0][:1],
             **options.target,
-            importance=options.importance,
-            selection=options.selection,
-            scope=options.scope,
-            source=options.source,
+            **{name: getattr(options, name) for name in _PASSED_ON},
             loader=batches,
             evaluate=lambda model: evaluate(model, self.data, self.data.val)[0],
-            compensate=options.compensate,
-            adapt_norms=options.adapt_norms,
-            round_to=options.round_to,
             seed=trainer.config.seed,
         )
 

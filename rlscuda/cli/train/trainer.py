@@ -15,13 +15,12 @@ from torch.nn import functional as F
 
 from rlscuda.cli.common.errors import UserError, reading
 from rlscuda.cli.data.dataset import Dataset, Split
-from rlscuda.cli.train.checkpoint import save_checkpoint
+from rlscuda.cli.train.checkpoint import check_network, check_training, save_checkpoint
 from rlscuda.cli.train.models import build_model
 from rlscuda.cli.train.optimizers import build_optimizer, build_scheduler
 from rlscuda.cli.train.options import RunConfig, ScheduleSpec
 from rlscuda.cli.train.rng import capture_rng, restore_rng, seed_everything
 from rlscuda.cli.train.rounds import Rounds
-from rlscuda.cli.train.saved import check_network, check_training
 from rlscuda.optimizer import RLSOptimizer
 from rlscuda.pruning.files.manifest import Described, rebuild
 
@@ -133,7 +132,7 @@ class Trainer:
             on_step: Called after each step with the trainer and the loss, still on its device.
 
         Yields:
-            The epoch's row, see `rlscuda.cli.train.saved.COLUMNS`.
+            The epoch's row, see `rlscuda.cli.train.checkpoint.COLUMNS`.
         """
         while not self.finished:
             self._finish_epoch(on_step)
