@@ -199,10 +199,6 @@ class RunFolder:
                                      f"{result['steps']} of {name!r}")  # fmt: skip
         return document
 
-    def write_summary(self, document: dict[str, Any]) -> None:
-        """Writes `summary.json`."""
-        write_json(self.summary, document)
-
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Writes `metrics.csv` and `metrics.json`: one row an optimizer and epoch."""
         text = io.StringIO()
