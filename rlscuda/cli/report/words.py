@@ -103,20 +103,18 @@ def disagreement_rows(record: PruneRecord) -> Rows:
 
 def tiles(record: PruneRecord) -> Rows:
     """The four numbers that one looks for first: name, value, remark."""
-    ratios, first, last = record.gains.ratios, record.stages[0], record.stages[-1]
+    first, last, whole = record.stages[0], record.stages[-1], record.gains.before
+    parameters, flops, _, latency = gain_rows(record)
     tested = first.test_accuracy is not None and last.test_accuracy is not None
     kind = "test" if tested else "validation"
     before, after = (s.test_accuracy if tested else s.val_accuracy for s in (first, last))
     change = f"{100 * ((after or 0.0) - (before or 0.0)):+.2f}".replace("-", "−")
-    whole, final = record.gains.before, record.gains.after
     return [
         (f"{kind} accuracy", percent(after), f"{percent(before)} whole, {change} points"),
-        ("parameters", times(ratios["parameters"], "fewer", "more"),
-         f"{whole.parameters:,} → {final.parameters:,}"),
-        ("FLOPs", times(ratios["flops"], "fewer", "more"), gain_rows(record)[1][2] + " an image"),
-        ("latency", times(ratios["latency_seconds"], "faster", "slower"),
-         f"{whole.batch_size} images, {whole.device}"),
-    ]  # fmt: skip
+        ("parameters", parameters[3], f"{parameters[1]} → {parameters[2]}"),
+        ("FLOPs", flops[3], f"{flops[2]} an image"),
+        ("latency", latency[3], f"{whole.batch_size} images, {whole.device}"),
+    ]
 
 
 def round_rows(record: PruneRecord) -> Rows:
