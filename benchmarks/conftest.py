@@ -13,11 +13,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import environment
-import harness
 import pytest
-import shapes
 import torch
+
+from benchmarks.common import environment, harness, shapes
 
 RESULTS = Path(__file__).parent / "results"
 _LINE = "race"

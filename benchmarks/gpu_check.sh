@@ -49,9 +49,8 @@ RLSCUDA_CUDA=1 TORCH_CUDA_ARCH_LIST=$arch MAX_JOBS=$(nproc) \
 
 # the CPU's tests meanwhile, but for those that need more packages than this machine has
 (
-  ignored=$(cd tests && printf -- '--ignore=tests/%s ' test_cuda.py test_cli_*.py test_prun*.py \
-    test_data.py test_training_resume.py test_regressor.py test_rls_filter.py \
-    test_optimizer_infos.py test_numerics_long.py)
+  ignored=$(printf -- '--ignore=tests/%s ' cli files pruning ops/test_cuda.py \
+    streaming/test_{regressor,rls_filter}.py optim/steps/test_{infos,numerics_long}.py)
   # shellcheck disable=SC2086
   OMP_NUM_THREADS=4 timeout 240 "$python" -m pytest -q -p no:cacheprovider tests $ignored \
     >"$OUT/cpu_tests.log" 2>&1
@@ -75,11 +74,11 @@ start=$SECONDS
 wait "$cpu"
 report "tests on the CPU" $? $((SECONDS - start))
 
-for file in rls_update patch optimizer_step training_step; do
-  step "benchmark $file" 70 "$python" -m pytest -q -p no:cacheprovider "benchmarks/bench_${file}_cuda.py"
+for file in operators/bench_{rls_update,patch} steps/bench_{optimizer,training}_step; do
+  step "benchmark ${file#*/bench_}" 70 "$python" -m pytest -q -p no:cacheprovider "benchmarks/${file}_cuda.py"
 done
 cp benchmarks/results/*.cuda.json "$OUT" 2>/dev/null
-"$python" benchmarks/tables.py $(cd benchmarks/results && ls *.cuda.json 2>/dev/null | sed 's/\.json$//') \
+"$python" -m benchmarks.tables $(cd benchmarks/results && ls *.cuda.json 2>/dev/null | sed 's/\.json$//') \
   >>"$OUT/check.log" 2>&1
 tail -n 60 "$OUT/check.log"
 cat "$OUT/summary.txt"

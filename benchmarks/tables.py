@@ -1,8 +1,8 @@
 """Markdown tables of benchmarks/results/*.json, printed or written into a README.
 
-    python benchmarks/tables.py                      # every result there is
-    python benchmarks/tables.py rls_update           # one
-    python benchmarks/tables.py --readme README.md   # between the README's markers, in place
+    python -m benchmarks.tables                      # every result there is
+    python -m benchmarks.tables rls_update           # one
+    python -m benchmarks.tables --readme README.md   # between the README's markers, in place
 
 The markers of a table are `<!-- table:NAME -->` and `<!-- /table -->`. NAME.cuda is the table of
 the same benchmark on a GPU.
@@ -16,15 +16,14 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import environment
-import pruning_plots
-import quality
-import shapes
+from benchmarks.common import environment, shapes
+from benchmarks.learning import quality
+from benchmarks.pruning import plots
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MARKED = re.compile(r"(<!-- table:([\w.]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 NOT_MEASURED = "Not measured yet.\n"
-GRIDS = {"quality": quality.report, "pruning": pruning_plots.report}  # of many training runs
+GRIDS = {"quality": quality.report, "pruning": plots.report}  # of many training runs
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -88,6 +87,15 @@ def training_step(document: dict) -> str:
     return markdown(rows)
 
 
+def soak(document: dict) -> str:
+    """One row a run: how far the resident memory grew."""
+    rows = [["network", "optimizer", "steps", "memory grew by"]]
+    for r in document["rows"]:
+        grown = f"{r['growth_mib']:.1f} MiB"
+        rows.append([r["network"], r["optimizer"], f"{r['steps']:,}", grown])
+    return markdown(rows) + staleness({document["environment"]["source_hash"]})
+
+
 def provenance(document: dict) -> str:
     """Where, when and with what a result was measured, and whether it still holds."""
     machine, versions, ceilings = (document[k] for k in ("machine", "versions", "ceilings"))
@@ -142,6 +150,8 @@ def render(name: str, results: Path) -> str:
     document = json.loads(path.read_text(encoding="utf-8"))
     if name in GRIDS:
         return f"{GRIDS[name](path)}\n\n{grid_provenance(document)}\n"
+    if name == "soak":
+        return f"{soak(document)}\n"
     if document.get("schema") != shapes.SCHEMA:
         raise ValueError(f"{path} must have schema {shapes.SCHEMA}, got {document.get('schema')}")
     layout: Callable[[dict], str] = by_ratio

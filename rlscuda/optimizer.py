@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rlscuda._torch import outside_dynamo, unwrapped
 from rlscuda.interrupts import uninterrupted
 from rlscuda.optim import advice, forms, hooks
-from rlscuda.optim.discovery import Match, as_list, discover, rediscover
+from rlscuda.optim.discovery import Registry, as_list
 from rlscuda.optim.fallback import Fallback, set_rates
+from rlscuda.optim.kept import Change, KeptLayer, Replaced
 from rlscuda.optim.layers import Layer
 from rlscuda.optim.report import Coverage, Health, coverage_of, health_of
-from rlscuda.optim.staging import Stage, observe, summarisable
 from rlscuda.optim.state import check_fits, ensure_state, forget, guarded_load, restart
 from rlscuda.optim.stepping import Move, Workspace, step_layers
 
@@ -35,7 +36,9 @@ class RLSOptimizer(Optimizer):
         form: ``"adaptive"`` (default), ``"paper"`` or ``"natural"``; it sets the defaults below.
         forgetting: Forgetting factor :math:`\lambda` in (0, 1] (1).
         gain: Gain :math:`\kappa` of a new observation (adaptive .01, paper .1, natural .01).
-        momentum: Momentum :math:`\alpha` in [0, 1) (adaptive .9, else 0).
+        momentum: Momentum :math:`\alpha` in [0, 1): the share of the last direction that the next
+            one keeps (adaptive .9, else 0). The adaptive form averages, as Adam does; the others
+            sum, as their papers do.
         weight_decay: Decoupled weight decay (adaptive .05, else 0).
         rank: Rows r of one input summary (adaptive 16, else 1).
         summary: ``"mean"``, ``"sketch"`` or ``"sample"``: how a minibatch enters ``P`` (adaptive
@@ -112,24 +115,20 @@ class RLSOptimizer(Optimizer):
         if model is None and not (include is None and exclude is None):
             raise ValueError("include and exclude choose among the layers of a model: pass model=")
         include, exclude = (x if x is None else as_list(x) for x in (include, exclude))
-        self._model = getattr(model, "_orig_mod", model)
-        self._selection = include, exclude
-        self._matches: list[Match] = []
-        if self._model is not None:
-            self._matches = discover(self._model, include, exclude)
+        self._registry = Registry(unwrapped(model), include, exclude)
         self._said: set[str] = set()
-        self._layers: dict[nn.Parameter, Layer] = {}
-        self._stages: dict[nn.Parameter, Stage] = {}
         self._workspace: Workspace = {}
-        self._attached: set[Layer] | None = None
-        self._look_anew()
+        self._checked: list[tuple] = []  # options as they were when last looked at
+        self._attached: set[Layer] | None = None  # layers with hooks; None until all is checked
         super().__init__(params, defaults)
-        if model is not None and not self._layers:
+        layers = self._registry.layers
+        if model is not None and not layers:
             advice.warn(advice.NOTHING_COVERED)
-        self._warn(advice.of_groups(self.param_groups, self._layers, self.state))
+        self._warn(advice.of_groups(self.param_groups, layers, self.state))
         self._fallback.prepare(self.param_groups, self._covered(), self.state)
+        self._attached = set()
         self._attach()
-        if self._layers and model is not None:
+        if layers and model is not None:
             hooks.forget_compiled(model)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -148,14 +147,14 @@ class RLSOptimizer(Optimizer):
         group = {**param_group, **forms.resolve_options(merged)}
         super().add_param_group(group)
         self._follow_groups()
-        covered = any(p in self._layers for p in group["params"])
-        layers = any(match.layer is not None for match in self._matches)
+        covered = any(p in self._registry.layers for p in group["params"])
+        layers = any(match.layer is not None for match in self._registry.matches)
         apart = param_group.get("fallback_lr") is not None
         of_layers = covered or apart or (layers and param_group.get("lr") is None)
         peak = group["lr"] if apart else self.defaults["lr"]
         set_rates(group, merged, covered, peak if of_layers else None)
         if self._attached is not None:
-            self._warn(advice.of_groups(self.param_groups, self._layers, self.state))
+            self._warn(advice.of_groups(self.param_groups, self._registry.layers, self.state))
 
     def _warn(self, texts: Iterable[str]) -> None:
         """Warns of what has not been said yet."""
@@ -166,58 +165,32 @@ class RLSOptimizer(Optimizer):
 
     # -- groups and layers, as they are now -------------------------------------------------------
 
-    def _look_anew(self) -> None:
-        """Forgets what was seen of the groups."""
-        self._checked: list[tuple] = []
-        self._held: list[tuple[int, ...]] = []
-        self._members: set[nn.Parameter] = set()
-        self._group_of: dict[nn.Parameter, dict[str, Any]] = {}
-
     def _follow_groups(self) -> None:
         """Reads the groups and their parameters anew where somebody has changed them."""
-        held = [(id(group), *map(id, group["params"])) for group in self.param_groups]
-        if held == self._held:
-            return
-        group_of = {p: group for group in self.param_groups for p in group["params"]}
-        if self._attached is not None and not group_of.keys() <= self._members:
-            self._find_new_layers()
-        for match in self._matches:
-            if match.layer is None or match.bound:
-                continue
-            group = group_of.get(match.layer.weight)
-            if group is not None and match.bind(set(group["params"])):
-                self._layers.setdefault(match.layer.weight, match.layer)
-                self._stages.setdefault(match.layer.weight, Stage())
-        self._group_of = {p: group for p, group in group_of.items() if p in self._layers}
-        if self._attached is not None:
-            self._attach()
-        self._members, self._held = set(group_of), held  # after what an interrupt may cut short
-
-    def _find_new_layers(self) -> None:
-        if self._model is not None:  # which a copy or pickle of the optimizer does not hold
-            self._matches = rediscover(self._model, self._matches, *self._selection)
+        made = self._attached is not None
+        self._registry.follow(self.param_groups, made, self._attach)
 
     def _attach(self) -> None:
         """Puts hooks, which end with this object, on every layer that has none yet."""
-        self._attached = self._attached or set()
-        layers = {match.layer for match in self._matches if match.layer is not None}
-        if layers - self._attached:
-            hooks.attach(self, layers - self._attached, self._observe)
-            self._attached |= layers
+        if self._attached is not None:
+            bare = self._registry.found() - self._attached
+            if bare:
+                hooks.attach(self, bare, self._observe)
+            self._attached |= bare
 
     def _observe(self, layer: Layer, x: Tensor, output: Tensor) -> None:
         """Stages what one forward shows."""
-        if [id(group) for group in self.param_groups] != [held[0] for held in self._held]:
+        if self._registry.has_other_groups(self.param_groups):
             self._follow_groups()
         weight = layer.weight
-        group = self._group_of.get(weight)
-        if group is not None and weight.requires_grad and summarisable(x, output):
+        group = self._registry.group_of.get(weight)
+        if group is not None and weight.requires_grad:
             step = self.state[weight].get("step", 0) if weight in self.state else 0
-            observe(self._stages[weight], layer, group, step, x, output)
+            self._registry.stages[weight].observe(layer, group, step, x, output)
 
     # -- the step ---------------------------------------------------------------------------------
 
-    @torch._disable_dynamo  # unlike torch.compiler.disable, it leaves the import of dynamo to use
+    @outside_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient.
@@ -244,7 +217,7 @@ class RLSOptimizer(Optimizer):
 
     def _step(self) -> None:
         forms.check_edited(self.param_groups, self._checked)
-        moving = [self._layers[w] for w in self._group_of if w.grad is not None]
+        moving = [self._registry.layers[w] for w in self._registry.group_of if w.grad is not None]
         fresh = [layer for layer in moving if "P" not in self.state.get(layer.weight, ())]
         try:  # all that may refuse comes before the first layer moves
             moves = [self._move(layer) for layer in moving]
@@ -252,7 +225,7 @@ class RLSOptimizer(Optimizer):
             self._fallback.step(self.param_groups, self.state)
         except BaseException:
             for layer in fresh:
-                forget(self.state, layer, self._group_of[layer.weight])
+                forget(self.state, layer, self._registry.group_of[layer.weight])
             raise
         try:
             if moves:
@@ -264,28 +237,28 @@ class RLSOptimizer(Optimizer):
             move.state["step"] += 1
         # a graph that needs the old values notices
         torch.autograd.graph.increment_version([p for m in moves for p in m.layer.parameters()])
-        self._warn(advice.of_steps(moves, self._stages))
-        for stage in self._stages.values():
-            stage.clear()
+        self._warn(advice.of_steps(moves, self._registry.stages))
+        self._registry.clear()
 
     def _move(self, layer: Layer) -> Move:
-        group, stage = self._group_of[layer.weight], self._stages[layer.weight]
+        group, stage = self._registry.group_of[layer.weight], self._registry.stages[layer.weight]
         state = self._ensure_state(layer)
         check_fits(layer, state, group["form"])
-        moves_bias = self._members.issuperset(layer.parameters())
+        moves_bias = self._registry.members.issuperset(layer.parameters())
         return Move(layer, group, state, stage.summary, stage.factors, moves_bias)
 
     def _covered(self) -> set[nn.Parameter]:
         """What the RLS rule moves: weights, and biases in `P` unless their weight is frozen."""
         return {
             p
-            for weight in self._group_of
-            for p in self._layers[weight].parameters()
+            for weight in self._registry.group_of
+            for p in self._registry.layers[weight].parameters()
             if p is weight or weight.grad is not None or p.grad is None
         }
 
     def _ensure_state(self, layer: Layer) -> dict[str, Any]:
-        return ensure_state(self.state, layer, self._group_of[layer.weight], self._fallback)
+        group = self._registry.group_of[layer.weight]
+        return ensure_state(self.state, layer, group, self._fallback)
 
     def restart(self, memory: int = 30) -> None:
         r"""Readies the optimizer for another schedule, once one has ended.
@@ -328,19 +301,7 @@ class RLSOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, and with them what was staged for the step."""
         super().zero_grad(set_to_none)
-        for stage in self._stages.values():
-            stage.clear()
-
-    def _find(self, layer: nn.Module | str) -> Layer:
-        for match in self._matches:
-            if match.module is layer or match.name == layer:
-                if match.layer is None or match.layer.weight not in self._group_of:
-                    reason = match.reason or "its weight is in no parameter group"
-                    raise ValueError(
-                        f"{match.name!r} has no inverse autocorrelation matrix: {reason}"
-                    )
-                return self._layers[match.layer.weight]
-        raise ValueError(f"{layer!r} is no layer of the optimizer's model")
+        self._registry.clear()
 
     def inverse_autocorrelation(self, layer: nn.Module | str) -> Tensor:
         """The live matrix `P` of a layer, without a copy.
@@ -356,21 +317,20 @@ class RLSOptimizer(Optimizer):
             ValueError: The RLS rule does not cover it.
         """
         self._follow_groups()
-        return self._ensure_state(self._find(layer))["P"]
+        return self._ensure_state(self._registry.find(layer))["P"]
 
     def coverage(self) -> Coverage:
         """How each module of the model is trained, why, and the bytes of its `P`."""
         self._follow_groups()
-        self._find_new_layers()
-        blind = {w for w, stage in self._stages.items() if stage.missed >= advice.PATIENCE}
-        return coverage_of(self._matches, self._group_of, self._members, blind)
+        self._registry.search()
+        return coverage_of(self._registry, advice.PATIENCE)
 
     def health(self) -> Health:
         """The health of every `P`; reads counters from the device, so it waits for it."""
         self._follow_groups()
         return Health(
-            (self._layers[w].name, health_of(self.state[w]["P"], self.state[w]["health"]))
-            for w in self._group_of
+            (self._registry.layers[w].name, health_of(self.state[w]["P"], self.state[w]["health"]))
+            for w in self._registry.group_of
             if "P" in self.state.get(w, ())
         )
 
@@ -383,18 +343,40 @@ class RLSOptimizer(Optimizer):
             ValueError: The state is not of an optimizer over these parameters; nothing is changed.
         """
         self._follow_groups()
-        with guarded_load(self, self._layers, self._fallback.entries):
+        with guarded_load(self, self._registry.layers, self._fallback.entries):
             super().load_state_dict(state_dict)
 
     def __getstate__(self):
-        own = ("_given", "_fallback", "_matches", "_layers", "_selection", "_said")
+        own = ("_given", "_fallback", "_registry", "_said")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        if "_layers" in state:  # unpickled or deep-copied, not load_state_dict
-            self._stages = {weight: Stage() for weight in self._layers}
-            self._workspace, self._model, self._attached = {}, None, set()
+        if "_registry" in state:  # unpickled or deep-copied, not load_state_dict
+            self._workspace, self._attached = {}, set()
         self._fallback.reset()
-        self._look_anew()
+        self._checked = []
+        self._registry.look_anew()
         self._follow_groups()
+
+    # -- surgery ----------------------------------------------------------------------------------
+
+    def _cut(self, replaced: Replaced) -> tuple[dict[nn.Parameter, dict[str, Any]], list[Change]]:
+        """How it follows when parameters are replaced by smaller ones; nothing is changed yet.
+
+        Returns:
+            The state that each covered weight will have, by the old weight; and the changes of
+            what is private to the optimizer.
+
+        Raises:
+            ValueError: A state has an entry that is not known.
+        """
+        registry = self._registry
+        kept = {
+            weight: KeptLayer.of(layer, replaced[weight][1])
+            for weight, layer in registry.layers.items()
+            if weight in replaced
+        }
+        states = {w: one.entries(self.state[w]) for w, one in kept.items() if w in self.state}
+        cut, changes = registry.cut(replaced, kept)
+        return states, [*changes, (self, "_registry", cut)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -17,8 +17,19 @@ class ImageShape(NamedTuple):
     width: int
 
 
-def lenet5(shape: ImageShape, classes: int) -> nn.Module:
+def lenet5(
+    shape: ImageShape,
+    classes: int,
+    widths: tuple[int, int] = (6, 16),
+    hidden: Sequence[int] = (120, 84),
+) -> nn.Module:
     """LeNet-5 with ReLU and max pooling; images under 32 pixels are padded by 2, as MNIST is.
+
+    Args:
+        shape: Of one image.
+        classes: Number of classes.
+        widths: Channels of the two convolutions.
+        hidden: Units of the linear layers before the last.
 
     Raises:
         ValueError: The images are smaller than 12 x 12, where nothing is left after the pooling.
@@ -28,20 +39,17 @@ def lenet5(shape: ImageShape, classes: int) -> nn.Module:
         raise ValueError(f"lenet5 needs images of at least 12 x 12 pixels, got {height} x {width}")
     padding = 2 if min(height, width) < 32 else 0
     height, width = (((side + 2 * padding - 4) // 2 - 4) // 2 for side in (height, width))
+    first, second = widths
     return nn.Sequential(
         OrderedDict(
-            conv1=nn.Conv2d(channels, 6, 5, padding=padding),
+            conv1=nn.Conv2d(channels, first, 5, padding=padding),
             relu1=nn.ReLU(),
             pool1=nn.MaxPool2d(2),
-            conv2=nn.Conv2d(6, 16, 5),
+            conv2=nn.Conv2d(first, second, 5),
             relu2=nn.ReLU(),
             pool2=nn.MaxPool2d(2),
             flatten=nn.Flatten(),
-            fc1=nn.Linear(16 * height * width, 120),
-            relu3=nn.ReLU(),
-            fc2=nn.Linear(120, 84),
-            relu4=nn.ReLU(),
-            fc3=nn.Linear(84, classes),
+            **_linear(second * height * width, hidden, classes, relus=2),
         )
     )
 
@@ -52,7 +60,7 @@ def mlp(shape: ImageShape, classes: int, hidden: Sequence[int] = (300, 100)) -> 
     return nn.Sequential(OrderedDict(flatten=nn.Flatten(), **_linear(inputs, hidden, classes)))
 
 
-class Residual(nn.Module):
+class ResidualBlock(nn.Module):
     """Two 3 x 3 convolutions with batch norm and a shortcut, projected where the shape changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1):
@@ -91,7 +99,7 @@ def resnet(shape: ImageShape, classes: int, widths: Sequence[int], blocks: int) 
     for stage, width in enumerate(widths, 1):
         for block in range(1, blocks + 1):
             stride = 2 if stage > 1 and block == 1 else 1
-            layers[f"block{stage}{block}"] = Residual(inputs, width, stride)
+            layers[f"block{stage}{block}"] = ResidualBlock(inputs, width, stride)
             inputs = width
     layers.update(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(inputs, classes))
     return nn.Sequential(layers)
@@ -109,8 +117,10 @@ def vgg(
     depths: Sequence[int],
     hidden: Sequence[int] = (),
     pixels: int = 1,
+    norm: bool = True,
+    bias: bool = False,
 ) -> nn.Module:
-    """VGG with batch norm for small images (Simonyan and Zisserman 2015).
+    """VGG for small images (Simonyan and Zisserman 2015), with batch norm.
 
     Pooling rounds up, so that 28 x 28 images keep a pixel to the end of five stages.
 
@@ -121,14 +131,17 @@ def vgg(
         depths: Convolutions of each stage.
         hidden: Units of the linear layers before the last.
         pixels: Side of the image that the linear layers see.
+        norm: Whether batch norm follows each convolution.
+        bias: Whether the convolutions have one.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     inputs = shape.channels
     for stage, (width, depth) in enumerate(zip(widths, depths, strict=True), 1):
         for number in range(1, depth + 1):
             name = f"{stage}{number}"
-            layers[f"conv{name}"] = nn.Conv2d(inputs, width, 3, padding=1, bias=False)
-            layers[f"bn{name}"] = nn.BatchNorm2d(width)
+            layers[f"conv{name}"] = nn.Conv2d(inputs, width, 3, padding=1, bias=bias)
+            if norm:
+                layers[f"bn{name}"] = nn.BatchNorm2d(width)
             layers[f"relu{name}"] = nn.ReLU()
             inputs = width
         layers[f"pool{stage}"] = nn.MaxPool2d(2, ceil_mode=True)
@@ -137,20 +150,30 @@ def vgg(
     return nn.Sequential(layers)
 
 
-def vgg16(shape: ImageShape, classes: int) -> nn.Module:
+def vgg16(
+    shape: ImageShape, classes: int, hidden: Sequence[int] = (512, 512), bias: bool = False
+) -> nn.Module:
     """VGG-16 for 32 x 32 images: 13 convolutions with batch norm, three linear layers."""
-    return vgg(shape, classes, (64, 128, 256, 512, 512), (2, 2, 3, 3, 3), hidden=(512, 512))
+    widths, depths = (64, 128, 256, 512, 512), (2, 2, 3, 3, 3)
+    return vgg(shape, classes, widths, depths, hidden, bias=bias)
 
 
-def _linear(inputs: int, hidden: Sequence[int], classes: int) -> OrderedDict[str, nn.Module]:
-    """Linear layers `fc1`, `fc2`, ... with a ReLU after all but the last."""
+def _linear(
+    inputs: int, hidden: Sequence[int], classes: int, relus: int = 0
+) -> OrderedDict[str, nn.Module]:
+    """Linear layers `fc1`, `fc2`, ... with a ReLU after all but the last, after `relus` others."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for number, units in enumerate(hidden, 1):
         layers[f"fc{number}"] = nn.Linear(inputs, units)
-        layers[f"relu{number}"] = nn.ReLU()
+        layers[f"relu{relus + number}"] = nn.ReLU()
         inputs = units
     layers[f"fc{len(hidden) + 1}"] = nn.Linear(inputs, classes)
     return layers
 
 
-NETWORKS = {"lenet5": lenet5, "mlp": mlp, "resnet20": resnet20, "vgg16": vgg16}
+NETWORKS: dict[str, Callable[[ImageShape, int], nn.Module]] = {
+    "lenet5": lenet5,
+    "mlp": mlp,
+    "resnet20": resnet20,
+    "vgg16": vgg16,
+}

@@ -18,11 +18,11 @@ def find_checkout() -> Path:
     """
     here = Path.cwd()
     for folder in (here, *here.parents, Path(__file__).resolve().parents[2]):
-        if any((folder / "benchmarks").glob("bench_*.py")) and (folder / "rlscuda").is_dir():
+        if any((folder / "benchmarks").rglob("bench_*.py")) and (folder / "rlscuda").is_dir():
             return folder
     raise UserError(
         "rlscuda bench needs a source checkout: expected a folder with rlscuda/ and "
-        f"benchmarks/bench_*.py at or above {here}, found none"
+        f"benchmarks/**/bench_*.py at or above {here}, found none"
     )
 
 
@@ -30,7 +30,7 @@ def run_benchmarks(names: list[str]) -> None:
     """Runs benchmarks under pytest, then prints the tables of their results.
 
     Args:
-        names: Stems such as `rls_update` for `benchmarks/bench_rls_update.py`; empty for all.
+        names: Stems such as `rls_update` for `bench_rls_update.py`; empty for all.
 
     Raises:
         UserError: No checkout, no such benchmark, or a benchmark failed.
@@ -38,7 +38,7 @@ def run_benchmarks(names: list[str]) -> None:
     checkout = find_checkout()
     available = {
         path.stem.removeprefix("bench_"): path
-        for path in sorted((checkout / "benchmarks").glob("bench_*.py"))
+        for path in sorted((checkout / "benchmarks").rglob("bench_*.py"))
     }
     unknown = [name for name in names if name not in available]
     if unknown:
@@ -47,7 +47,7 @@ def run_benchmarks(names: list[str]) -> None:
     chosen = names or list(available)
     files = [str(available[name].relative_to(checkout)) for name in chosen]
     _run([sys.executable, "-m", "pytest", *files], checkout)
-    _run([sys.executable, str(Path("benchmarks") / "tables.py"), *chosen], checkout)
+    _run([sys.executable, "-m", "benchmarks.tables", *chosen], checkout)
 
 
 def _run(command: list[str], folder: Path) -> None:

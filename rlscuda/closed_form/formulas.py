@@ -22,31 +22,11 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from rlscuda.closed_form.blocks import (
-    check_blocks,
-    check_matrix,
-    check_removed,
-    check_weight,
-    factor,
-    invert_,
-    solve_lower,
-    symmetrise_,
-)
-from rlscuda.closed_form.greedy import Consumer, Path, greedy_path
-
-__all__ = [
-    "Consumer",
-    "Path",
-    "adaptive_to_inverse",
-    "block_saliency",
-    "compensate",
-    "damped_inverse",
-    "diagonal_saliency",
-    "downdate",
-    "greedy_path",
-    "output_energy",
-    "shrunk_to_inverse",
-]
+# Relative to the block's diagonal. Below the first, a pivot is rounding noise; beyond the last,
+# the matrix is no inverse autocorrelation matrix.
+_JITTERS = (1e-12, 1e-10, 1e-8, 1e-6, 1e-4)
+_LEAF = 768  # below it LAPACK inverts as fast as products do
+_PIVOT = 1e-14  # least squared pivot, times the size of the block, that is taken as it is
 
 
 def block_saliency(P: Tensor, W: Tensor, blocks: Tensor) -> Tensor:
@@ -74,31 +54,6 @@ def block_saliency(P: Tensor, W: Tensor, blocks: Tensor) -> Tensor:
     W, blocks = check_weight(W, len(P)), check_blocks(blocks, len(P))
     factors = factor(P[blocks[:, :, None], blocks[:, None, :]])
     return solve_lower(factors, W.mT[blocks]).square().sum((1, 2))
-
-
-def diagonal_saliency(P: Tensor, W: Tensor, blocks: Tensor) -> Tensor:
-    """The saliency as if P were diagonal within a block: the sum over g of |W_:j|^2 / P_jj.
-
-    Args:
-        P: Inverse autocorrelation matrix [n, n].
-        W: Weight [c, n].
-        blocks: Columns of each block, int64 [m, b].
-
-    Returns:
-        float64 [m]; equal to `block_saliency` for b = 1.
-
-    Raises:
-        TypeError: A matrix is no floating-point tensor, or `blocks` is not int64.
-        ValueError: As `block_saliency`; the diagonal of P must be positive.
-    """
-    P = check_matrix("P", P)
-    W, blocks = check_weight(W, len(P)), check_blocks(blocks, len(P))
-    diagonal = P.diagonal()
-    if not (diagonal[blocks] > 0).all():
-        raise ValueError(
-            f"P must have a positive diagonal, got {float(diagonal[blocks].min()):g} as its least"
-        )
-    return (W.square().sum(0) / diagonal)[blocks].sum(1)
 
 
 def compensate(P: Tensor, W: Tensor, removed: Tensor) -> Tensor:
@@ -215,89 +170,54 @@ def damped_inverse(A: Tensor, damping: float) -> Tensor:
         amount = max(10 * amount, 1e-12)
 
 
-def adaptive_to_inverse(P: Tensor, drift: float, damping: float) -> Tensor:
-    r"""The inverse autocorrelation from the adaptive form's P, whose fixed point is dP + PAP = I.
+def factor(blocks: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Cholesky factors of positive definite blocks, jittered where they are nearly singular.
 
-    So :math:`A = P^{-1} (I - \delta P) P^{-1}`. Directions that never fire have eigenvalues of P at
-    the cap :math:`1/\delta`, where A is zero; the damping lowers the drift to
-    :math:`d = \delta - damping / \delta`, which adds :math:`(damping / \delta) P^{-1}` to A: no
-    less than damping, reached where nothing fires, and next to nothing where A is large. With
-    x / (1 - x) in partial fractions one inversion is enough:
-
-    .. math:: (A + \tfrac{damping}{\delta} P^{-1})^{-1} = P (I - d P)^{-1} P
-              = d^{-2} \left((I - d P)^{-1} - I - d P\right)
-
-    The optimizer divides inputs by the root of their mean power, so this is the matrix of the
-    divided inputs, whose mean power is 1: the true one times that power. A common factor changes
-    neither the order of saliencies within a layer, nor compensation, nor a downdate.
+    A block whose factorisation fails, or has a pivot of rounding noise, is replaced by
+    ``block + jitter * diag(scale)`` with the least jitter of 1e-12, 1e-10, ..., 1e-4 that factors.
+    What is computed from it is then finite and exact for that slightly larger block.
 
     Args:
-        P: The adaptive form's matrix [n, n].
-        drift: Its drift :math:`\delta` > 0.
-        damping: In (0, drift^2), of the mean power of the divided inputs; multiplied by 10 as long
-            as eigenvalues of P above the cap, by rounding or a large start, ask for more.
+        blocks: [..., b, b], float64, symmetric.
+        scale: [..., b] > 0, against which a pivot is small; the block's diagonal by default. A
+            block that was downdated has the rounding errors of what it was before.
 
     Returns:
-        float64 [n, n], symmetric to the bit, positive definite.
+        Lower triangular [..., b, b].
 
     Raises:
-        TypeError: P is no floating-point tensor.
-        ValueError: P is not square, not finite, not positive or far above the cap, or `drift` or
-            `damping` is out of range.
+        ValueError: A block is indefinite beyond rounding.
     """
-    check_matrix("P", P)
-    if not 0 < drift < math.inf:
-        raise ValueError(f"drift must be > 0 and finite, got {drift}")
-    if not 0 < damping < drift * drift:
-        raise ValueError(f"damping must be in (0, drift^2 = {drift * drift:g}), got {damping}")
-    if not (P.diagonal() > 0).all():
-        raise ValueError(f"P must have a positive diagonal, got {float(P.diagonal().min()):g}")
-    while damping < drift * drift:
-        d = drift - damping / drift
-        result = P.detach().to(torch.float64, copy=True).mul_(-d)
-        result.diagonal().add_(1)
-        with suppress(torch.linalg.LinAlgError):
-            invert_(result).sub_(P.detach(), alpha=d).diagonal().sub_(1)
-            return symmetrise_(result.div_(d * d))
-        damping *= 10
-    raise ValueError(f"P must have eigenvalues up to 1 / drift = {1 / drift:g}, got larger ones")
+    shape = blocks.shape
+    flat = blocks.reshape(-1, *shape[-2:])
+    diagonal = flat.diagonal(dim1=-2, dim2=-1)
+    scale = diagonal if scale is None else scale.reshape(diagonal.shape)
+    factors, sound = _attempt(flat, scale)
+    todo = (~sound).nonzero().squeeze(1)
+    for jitter in _JITTERS:
+        if not todo.numel():
+            break
+        again, sound = _attempt(flat[todo] + torch.diag_embed(jitter * scale[todo]), scale[todo])
+        factors[todo[sound]] = again[sound]
+        todo = todo[~sound]
+    if todo.numel():
+        raise ValueError(
+            "P must be positive definite, got an indefinite block with a diagonal from "
+            f"{float(diagonal[todo].min()):g} to {float(diagonal[todo].max()):g}"
+        )
+    return factors.reshape(shape)
 
 
-def shrunk_to_inverse(
-    P: Tensor,
-    forgetting: float,
-    gain: float,
-    shrinkage: float,
-    initial_scale: float,
-    damping: float,
-) -> Tensor:
-    r"""The inverse autocorrelation from the P of a form with shrinkage towards :math:`P_0 = pI`.
+def _attempt(blocks: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky factors, and which of them have pivots above the rounding of `scale`."""
+    factors, info = torch.linalg.cholesky_ex(blocks)
+    pivots = factors.diagonal(dim1=-2, dim2=-1).square()
+    return factors, (info == 0) & (pivots > _PIVOT * scale.shape[-1] * scale).all(-1)
 
-    Its fixed point :math:`P = (1 - \mu) (\lambda P^{-1} + \kappa A)^{-1} + \mu P_0` is near the
-    root of :math:`A^{-1}`, no multiple of it; solved for A, which is then damped and inverted:
 
-    .. math:: \kappa A = (1 - \mu) (P - \mu P_0)^{-1} - \lambda P^{-1}
-
-    Args:
-        P: The matrix [n, n].
-        forgetting: :math:`\lambda` in (0, 1].
-        gain: :math:`\kappa` > 0.
-        shrinkage: :math:`\mu` in (0, 1).
-        initial_scale: p.
-        damping: See `damped_inverse`.
-
-    Returns:
-        float64 [n, n], symmetric to the bit, positive definite.
-
-    Raises:
-        TypeError: P is no floating-point tensor.
-        ValueError: P is not square or finite, or no positive A fits it.
-    """
-    P = check_matrix("P", P)
-    shifted = P.clone()
-    shifted.diagonal().sub_(shrinkage * initial_scale)
-    A = torch.linalg.inv(shifted).mul_(1 - shrinkage).sub_(torch.linalg.inv(P), alpha=forgetting)
-    return damped_inverse(symmetrise_(A.div_(gain)), damping)
+def solve_lower(factors: Tensor, right: Tensor) -> Tensor:
+    """C^-1 right, for lower triangular C."""
+    return torch.linalg.solve_triangular(factors, right, upper=False)
 
 
 def _factor_of(P: Tensor, columns: Tensor) -> Tensor:
@@ -311,3 +231,108 @@ def _kept(n: int, removed: Tensor) -> Tensor:
     if not mask.any():
         raise ValueError(f"removed must leave at least one of the {n} columns, got all of them")
     return mask.nonzero().squeeze(1)
+
+
+def invert_(A: Tensor) -> Tensor:
+    """Replaces a symmetric positive definite A [n, n] by its inverse, mostly in matrix products.
+
+    Raises:
+        torch.linalg.LinAlgError: A is not positive definite; its values are lost.
+    """
+    n = len(A)
+    if n <= _LEAF:
+        return A.copy_(torch.cholesky_inverse(torch.linalg.cholesky(A)))
+    k = n // 2
+    X = invert_(A[:k, :k]) @ A[:k, k:]
+    S = invert_(A[k:, k:].addmm_(A[:k, k:].mT, X, alpha=-1))  # of the Schur complement
+    Y = X @ S
+    A[:k, :k].addmm_(Y, X.mT)
+    A[:k, k:] = Y.neg_()
+    A[k:, :k] = Y.mT
+    return A
+
+
+def symmetrise_(A: Tensor) -> Tensor:
+    """Makes A [n, n] symmetric to the bit, by the mean of both halves, without a second matrix."""
+    n, step = A.shape[0], 256
+    for i in range(0, n, step):
+        mean = (A[i : i + step, i:] + A[i:, i : i + step].mT) / 2
+        A[i : i + step, i:] = mean
+        A[i:, i : i + step] = mean.mT
+    return A
+
+
+def check_matrix(name: str, A: Tensor) -> Tensor:
+    """A as float64 [n, n], n >= 1, finite.
+
+    Raises:
+        TypeError: It is no floating-point tensor.
+        ValueError: It is not square, is empty, or holds a NaN or an infinity.
+    """
+    _check_floating(name, A)
+    if A.dim() != 2 or A.shape[0] != A.shape[1] or not A.shape[0]:
+        raise ValueError(f"{name} must be [n, n] with n >= 1, got {list(A.shape)}")
+    # the sum first, which needs no memory; that of finite elements may still overflow
+    if not torch.isfinite(A.sum()) and not torch.isfinite(A).all():
+        raise ValueError(f"{name} must be finite, got NaN or infinite elements")
+    return A.detach().double()
+
+
+def check_weight(W: Tensor, n: int) -> Tensor:
+    """W as float64 [c, n], finite.
+
+    Raises:
+        TypeError: It is no floating-point tensor.
+        ValueError: It has another shape, or holds a NaN or an infinity.
+    """
+    _check_floating("W", W)
+    if W.dim() != 2 or W.shape[1] != n:
+        raise ValueError(f"W must be [c, n] with n={n}, the size of P, got {list(W.shape)}")
+    if not torch.isfinite(W).all():
+        raise ValueError("W must be finite, got NaN or infinite elements")
+    return W.detach().double()
+
+
+def check_blocks(blocks: Tensor, n: int) -> Tensor:
+    """Blocks [m, b] of distinct columns below n.
+
+    Raises:
+        TypeError: They are no int64 tensor.
+        ValueError: They have another shape, or a column is out of range or in two places.
+    """
+    _check_columns("blocks", blocks, n)
+    if blocks.dim() != 2 or not blocks.numel():
+        raise ValueError(f"blocks must be [m, b] with m, b >= 1, got {list(blocks.shape)}")
+    return blocks
+
+
+def check_removed(removed: Tensor, n: int) -> Tensor:
+    """Distinct columns [k] below n.
+
+    Raises:
+        TypeError: They are no int64 tensor.
+        ValueError: They have another shape, or a column is out of range or in two places.
+    """
+    _check_columns("removed", removed, n)
+    if removed.dim() != 1:
+        raise ValueError(f"removed must be [k], got {list(removed.shape)}")
+    return removed
+
+
+def _check_floating(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+
+
+def _check_columns(name: str, value: Tensor, n: int) -> None:
+    if not isinstance(value, Tensor) or value.dtype != torch.int64:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be an int64 tensor of columns, got {got}")
+    if not value.numel():
+        return
+    least, most = int(value.min()), int(value.max())
+    if least < 0 or most >= n:
+        raise ValueError(f"{name} must be columns from 0 to {n - 1}, got {least} to {most}")
+    if value.unique().numel() != value.numel():
+        raise ValueError(f"{name} must be distinct columns, got one in two places")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlscuda.closed_form.blocks import (
+from rlscuda.closed_form.formulas import (
     check_blocks,
     check_matrix,
     check_weight,

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlscuda.closed_form.blocks import factor
+from rlscuda.closed_form.formulas import factor
 
 _CHUNK_BYTES = 256 << 20  # of the matrices P of the rows that are worked on together
 _BLOCK = 32  # removals whose downdates are applied together

@@ -1,4 +1,4 @@
-"""Archives of ``torch.save``, read without pickled code, and only as they were written."""
+"""Archives of `torch.save`, read without pickled code, and only as they were written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def save_archive(document: Any, stream: IO[bytes]) -> None:
-    """``torch.save`` with checksums, also where the process has switched them off."""
+    """`torch.save` with checksums, also where the process has switched them off."""
     switched_on = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(True)
     try:
@@ -19,18 +19,18 @@ def save_archive(document: Any, stream: IO[bytes]) -> None:
 
 
 def load_archive(stream: IO[bytes]) -> Any:
-    """``torch.load`` on the CPU, with ``weights_only``, of an archive whose checksums are right.
+    """`torch.load` on the CPU, with `weights_only`, of an archive whose checksums are right.
 
-    ``torch.save`` writes a zip archive, which has the CRC-32 of each record; ``torch.load`` does
+    `torch.save` writes a zip archive, which has the CRC-32 of each record; `torch.load` does
     not compare them. What it would take for something else than the stored bytes of a record, as
     for a folder, is refused as well.
 
     Args:
-        stream: a binary file object at the start of the archive, which can be rewound.
+        stream: A binary file object at the start of the archive, which can be rewound.
 
     Raises:
-        ValueError: a record is not what was written.
-        Exception: of ``zipfile`` and ``torch.load``, where it is no such archive at all.
+        ValueError: A record is not what was written.
+        Exception: Of `zipfile` and `torch.load`, where it is no such archive at all.
     """
     with zipfile.ZipFile(stream) as archive:
         for record in archive.infolist():

@@ -17,19 +17,19 @@ except ImportError:  # a system without flock
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Replace ``path`` by what ``write`` puts into a file object.
+    """Replace `path` by what `write` puts into a file object.
 
     The bytes go to a temporary file in the same folder, of a name that no other writer has, reach
-    the disk (fsync), and take the name in one step (``os.replace``). Of several that write one file
-    at once the last one wins, whole. If writing fails, ``path`` is as it was. Temporary files that
+    the disk (fsync), and take the name in one step (`os.replace`). Of several that write one file
+    at once the last one wins, whole. If writing fails, `path` is as it was. Temporary files that
     killed processes left in the folder are removed.
 
     Args:
-        path: the file; its folder is created if it is missing.
-        write: called once with a binary file object open for writing.
+        path: The file; its folder is created if it is missing.
+        write: Called once with a binary file object open for writing.
 
     Raises:
-        OSError: the file cannot be written, as on a full disk; its ``filename`` is ``path``.
+        OSError: The file cannot be written, as on a full disk; its `filename` is `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent)
@@ -47,13 +47,13 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         if not isinstance(cause, OSError) or cause.errno is None:
             raise
         if cause.filename is not None and Path(cause.filename).parent != path.parent:
-            raise  # of another file, which ``write`` reads
+            raise  # of another file, which `write` reads
         raise OSError(cause.errno, cause.strerror, str(path)) from error
     sync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """:func:`write_atomically` for a UTF-8 text."""
+    """`write_atomically` for a UTF-8 text."""
     write_atomically(path, lambda stream: stream.write(text.encode()))
 
 
@@ -76,9 +76,9 @@ def lock(descriptor: int, *, shared: bool = False, wait: bool = False) -> bool |
     """Lock an open file until its descriptor is closed, or the process ends.
 
     Args:
-        descriptor: of the file, open for writing unless the lock is shared.
-        shared: whether others may have a shared lock too.
-        wait: whether to wait for the process that has the lock.
+        descriptor: Of the file, open for writing unless the lock is shared.
+        shared: Whether others may have a shared lock too.
+        wait: Whether to wait for the process that has the lock.
 
     Returns:
         Whether the file is locked now; None where the file system has no locks.
@@ -113,7 +113,7 @@ def sync_folder(folder: Path) -> None:
 
 
 class _File(io.FileIO):
-    """A file that remembers why it could not be written: ``torch.save`` raises something else."""
+    """A file that remembers why it could not be written: `torch.save` raises something else."""
 
     failure: OSError | None = None
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlscuda._torch import Operator, arguments_of
+
 _FAILURES = ("out of memory", "CUDA")  # what begins so is no fault of the arguments
 
 
@@ -29,12 +31,12 @@ def refusal(error: Exception) -> Exception:
     return (TypeError if "xpected a value of type" in text else ValueError)(text)
 
 
-def call(operator: torch._ops.OpOverload, *arguments: Any) -> Any:
+def call(operator: Operator, *arguments: Any) -> Any:
     """Calls an operator, and raises what `refusal` makes of its exception."""
     try:
         return operator(*arguments)
     except RuntimeError as error:
-        for expected, value in zip(operator._schema.arguments, arguments):
+        for expected, value in zip(arguments_of(operator), arguments):
             if value is None and not isinstance(expected.type, torch.OptionalType):
                 raise TypeError(f"{expected.name} must be a {expected.type}, got None") from None
         raise refusal(error) from None

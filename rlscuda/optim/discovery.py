@@ -1,15 +1,19 @@
-"""Finding the layers of a model that the RLS rule covers."""
+"""Finding the layers of a model that the RLS rule covers, and keeping count of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
 from torch import nn
 
+from rlscuda._torch import own_parameters
+from rlscuda.optim.kept import Change, KeptLayer, Replaced
 from rlscuda.optim.layers import Layer, refusal
+from rlscuda.optim.staging import Stage
 
 _Users = dict[int, list[tuple[str, nn.Module]]]  # id of a parameter -> the modules that hold it
 
@@ -46,7 +50,7 @@ def as_list(wanted: Any) -> list[Any]:
     return list(wanted) if several else [wanted]
 
 
-def selection(
+def modules_named(
     wanted: Iterable[str | nn.Module], option: str, model: nn.Module
 ) -> list[tuple[str | nn.Module, set[nn.Module]]]:
     """Each shell pattern or module of a list, with the modules it names and all inside them."""
@@ -67,7 +71,7 @@ def _reasons(
     """Why each module with parameters of its own is not to be covered; '' where it is."""
     reasons: dict[nn.Module, str] = {}
     for module in model.modules():
-        if module._parameters:
+        if own_parameters(module):
             reason = refusal(module) or ""
             if not reason and included is not None and module not in included:
                 reason = "not in include"
@@ -105,7 +109,7 @@ def _sharing(model: nn.Module) -> dict[nn.Parameter, str]:
 
 def _bias_fits(module: nn.Linear | nn.Conv2d, users: _Users) -> bool:
     """Whether the bias belongs to the weight alone, so that it may be a column of its rows."""
-    bias, weight = module._parameters.get("bias"), module.weight
+    bias, weight = own_parameters(module).get("bias"), module.weight
     if bias is None or (bias.dtype, bias.device) != (weight.dtype, weight.device):
         return False
     holders = [{id(m) for _, m in users[id(p)]} for p in (weight, bias)]
@@ -124,8 +128,8 @@ def discover(
     Raises:
         ValueError: A name or module is not in the model, or nothing included by it can be covered.
     """
-    wanted = None if include is None else selection(include, "include", model)
-    unwanted = [] if exclude is None else selection(exclude, "exclude", model)
+    wanted = None if include is None else modules_named(include, "include", model)
+    unwanted = [] if exclude is None else modules_named(exclude, "exclude", model)
     matches = _matches(model, wanted, unwanted)
     for item, inside in wanted or ():
         found = [match.reason for match in matches if match.module in inside]
@@ -147,8 +151,8 @@ def rediscover(
         named = list(model.named_modules())
         return [item for item in items if any(_covers(item, name, m) for name, m in named)]
 
-    wanted = None if include is None else selection(present(include), "include", model)
-    unwanted = selection(present(exclude or []), "exclude", model)
+    wanted = None if include is None else modules_named(present(include), "include", model)
+    unwanted = modules_named(present(exclude or []), "exclude", model)
     parameters = set(model.parameters())
     layers = {
         match.module: match
@@ -166,7 +170,7 @@ def rediscover(
             if match.layer.index in taken:
                 match.layer.index = 1 + max(taken)
             taken.add(match.layer.index)
-        own = [p for p in match.module._parameters.values() if p is not None]
+        own = [p for p in own_parameters(match.module).values() if p is not None]
         if match.layer is not None or not own or not weights.issuperset(own):
             matches.append(match)
     return matches
@@ -181,7 +185,7 @@ def _matches(
     excluded = {m for _, inside in unwanted for m in inside}
     users: _Users = {}
     for name, module in model.named_modules():
-        for parameter in module._parameters.values():
+        for parameter in own_parameters(module).values():
             if parameter is not None:
                 users.setdefault(id(parameter), []).append((name, module))
     reasons = _reasons(model, users, included, excluded)
@@ -195,3 +199,136 @@ def _matches(
             match.bias_fits = _bias_fits(module, users)
         matches.append(match)
     return matches
+
+
+class Registry:
+    """The layers that an optimizer covers, as its groups are now.
+
+    Args:
+        model: The optimizer's model, or None; no copy or pickle holds it.
+        include: See `RLSOptimizer`.
+        exclude: See `RLSOptimizer`.
+
+    Attributes:
+        matches: Every module of the model with parameters of its own.
+        layers: Covered weight -> layer.
+        stages: Covered weight -> what is staged for its next step.
+        group_of: Covered weight -> its parameter group.
+        members: All parameters of the groups.
+    """
+
+    def __init__(self, model: nn.Module | None, include: Any, exclude: Any):
+        self._model, self._selection = model, (include, exclude)
+        self.matches = [] if model is None else discover(model, include, exclude)
+        self.layers: dict[nn.Parameter, Layer] = {}
+        self.stages: dict[nn.Parameter, Stage] = {}
+        self.look_anew()
+
+    def look_anew(self) -> None:
+        """Forgets what was seen of the groups."""
+        self._held: list[tuple[int, ...]] = []
+        self.members: set[nn.Parameter] = set()
+        self.group_of: dict[nn.Parameter, dict[str, Any]] = {}
+
+    def has_other_groups(self, groups: list[dict[str, Any]]) -> bool:
+        """Whether a group came, went or was replaced since; their parameters are not looked at."""
+        return [id(group) for group in groups] != [held[0] for held in self._held]
+
+    def follow(self, groups: list[dict[str, Any]], grown: bool, found: Callable[[], None]) -> None:
+        """Reads the groups and their parameters anew where somebody has changed them.
+
+        Args:
+            groups: The optimizer's.
+            grown: Whether the model may have got layers since it was searched.
+            found: Called before the end; what an interrupt cuts short is done again.
+        """
+        held = [(id(group), *map(id, group["params"])) for group in groups]
+        if held == self._held:
+            return
+        group_of = {p: group for group in groups for p in group["params"]}
+        if grown and not group_of.keys() <= self.members:
+            self.search()
+        for match in self.matches:
+            if match.layer is None or match.bound:
+                continue
+            group = group_of.get(match.layer.weight)
+            if group is not None and match.bind(set(group["params"])):
+                self.layers.setdefault(match.layer.weight, match.layer)
+                self.stages.setdefault(match.layer.weight, Stage())
+        self.group_of = {p: group for p, group in group_of.items() if p in self.layers}
+        found()
+        self.members, self._held = set(group_of), held
+
+    def search(self) -> None:
+        """Looks for layers that the model has got or lost."""
+        if self._model is not None:
+            self.matches = rediscover(self._model, self.matches, *self._selection)
+
+    def found(self) -> set[Layer]:
+        """Every layer of the model that could be covered, in a group or not."""
+        return {match.layer for match in self.matches if match.layer is not None}
+
+    def find(self, layer: nn.Module | str) -> Layer:
+        """The covered layer of a module or qualified name.
+
+        Raises:
+            ValueError: There is none.
+        """
+        for match in self.matches:
+            if match.module is layer or match.name == layer:
+                if match.layer is None or match.layer.weight not in self.group_of:
+                    reason = match.reason or "its weight is in no parameter group"
+                    raise ValueError(
+                        f"{match.name!r} has no inverse autocorrelation matrix: {reason}"
+                    )
+                return self.layers[match.layer.weight]
+        raise ValueError(f"{layer!r} is no layer of the optimizer's model")
+
+    def cut(
+        self, replaced: Replaced, kept: Mapping[nn.Parameter, KeptLayer]
+    ) -> tuple[Registry, list[Change]]:
+        """The registry of the layers that are left when parameters are replaced by smaller ones.
+
+        Args:
+            replaced: The parameters.
+            kept: What is kept of each covered layer, by its old weight.
+
+        Returns:
+            The registry, and the changes of the layers themselves.
+        """
+
+        def new(parameter: Any) -> Any:
+            return replaced[parameter][0] if parameter in replaced else parameter
+
+        cut, changes = copy.copy(self), []
+        for layer in dict.fromkeys([*self.layers.values(), *self.found()]):
+            if layer.weight in replaced:  # two layers may have one weight
+                own = KeptLayer.of(layer, replaced[layer.weight][1])
+                changes += own.changes(new(layer.weight), new(layer.bias_parameter))
+        cut.layers = {new(weight): layer for weight, layer in self.layers.items()}
+        cut.stages = {
+            new(weight): kept[weight].stage(stage) if weight in kept else stage
+            for weight, stage in self.stages.items()
+        }
+        cut.group_of = {new(weight): group for weight, group in self.group_of.items()}
+        cut.members = set(map(new, self.members))
+        return cut, changes
+
+    def clear(self) -> None:
+        """Forgets everything staged."""
+        for stage in self.stages.values():
+            stage.clear()
+
+    def __copy__(self):
+        copied = object.__new__(Registry)
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __getstate__(self):
+        return {"matches": self.matches, "layers": self.layers, "_selection": self._selection}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._model = None
+        self.stages = {weight: Stage() for weight in self.layers}
+        self.look_anew()

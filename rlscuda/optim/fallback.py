@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from rlscuda._torch import version
 from rlscuda.optim.advice import warn_cut_short
 
 IN_P = {"in_P": True}  # the state of a bias whose moments are its weight's: none may have no state
@@ -138,12 +139,12 @@ class Fallback:
                 # a fused step keeps its counters on the device anyhow: it need only be told
                 on_gpu = any(p.is_cuda for p in inner["params"])
                 inner["capturable"] = on_gpu and torch.cuda.is_current_stream_capturing()
-        versions = [p._version for p in members]
+        versions = [version(p) for p in members]
         try:
             with self._foreign_entries_apart(members, state):
                 optimizer.step()
         except BaseException as error:
-            if versions != [p._version for p in members]:
+            if versions != [version(p) for p in members]:
                 warn_cut_short(error)
             raise
 

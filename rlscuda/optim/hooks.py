@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -14,12 +13,12 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from rlscuda._torch import FORWARD_HOOKS, compiler_is_loaded, is_compiled, outside_dynamo
 from rlscuda.optim.layers import Layer
 
 # What a hook is in a copy that cannot lack it: it takes any arguments, does nothing, and can be
 # unpickled where this package is not installed.
 _INERT = contextlib.nullcontext().__exit__
-_DICTS = ("_forward_hooks", "_forward_hooks_with_kwargs")
 
 
 class PrivateEntries(OrderedDict):
@@ -63,7 +62,7 @@ class ForwardHook:
         elif module.training and torch.is_grad_enabled() and not torch.compiler.is_exporting():
             self._break_graph(module, args, *kwargs_and_output)
 
-    @torch._disable_dynamo
+    @outside_dynamo
     def _break_graph(self, module, args, *kwargs_and_output):
         self._pass_on(module, args, *kwargs_and_output)
 
@@ -97,13 +96,13 @@ def attach(owner: Any, layers: Iterable[Layer], observe: Callable) -> Callable[[
 
 def _register(layer: Layer, observe: Callable) -> RemovableHandle:
     module = layer.module
-    for name in _DICTS:
+    for name in FORWARD_HOOKS:
         if not getattr(module, name):  # the handles of hooks that are there refer to their dict
             setattr(module, name, PrivateEntries())
     handle = module.register_forward_hook(
         ForwardHook(layer, observe), prepend=True, with_kwargs=True
     )
-    for hooks in (getattr(module, name) for name in _DICTS):
+    for hooks in (getattr(module, name) for name in FORWARD_HOOKS):
         if isinstance(hooks, PrivateEntries):
             hooks.private.add(handle.id)
     return handle
@@ -113,7 +112,7 @@ def _remove(handles: list[tuple[weakref.ref, RemovableHandle]]) -> None:
     for reference, handle in handles:
         handle.remove()
         module = reference()
-        for name in _DICTS if module is not None else ():
+        for name in FORWARD_HOOKS if module is not None else ():
             hooks = getattr(module, name)
             if isinstance(hooks, PrivateEntries) and not hooks:
                 setattr(module, name, OrderedDict())
@@ -125,8 +124,5 @@ def forget_compiled(model: nn.Module) -> None:
     It would never call them. The compiler keeps the code of all models together, so that of others
     goes too; a model that is not compiled costs nothing.
     """
-    compiled = hasattr(model, "_orig_mod") or any(
-        module._compiled_call_impl is not None for module in model.modules()
-    )
-    if compiled and "torch._dynamo" in sys.modules:
+    if is_compiled(model) and compiler_is_loaded():
         torch.compiler.reset()

@@ -1,13 +1,26 @@
-"""Which elements of a tensor remain when channels are removed."""
+"""What is kept when channels are removed: of a tensor, and of what an optimizer has of a layer.
+
+Rows of a weight (output channels) leave `P` as it is; columns (inputs) are taken out of it by a
+Schur downdate, since a slice would belong to a layer that still sees them; the groups of a
+depthwise convolution go with their matrices.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlscuda._torch import version
+from rlscuda.closed_form.formulas import downdate
+from rlscuda.optim.layers import Layer
+from rlscuda.optim.staging import Factors, Stage, Summary
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,3 +131,141 @@ class Kept:
         if not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last):
             return taken.contiguous(memory_format=last)
         return taken
+
+
+Replaced = Mapping[nn.Parameter, tuple[nn.Parameter, Kept]]  # old parameter -> the new one, and how
+Change = tuple[Any, Any, Any]  # an object, dict or list; its attribute, key or place; what it gets
+
+
+@dataclass(eq=False)
+class KeptLayer:
+    """What is kept of a layer, as its matrices and moments see it.
+
+    Attributes:
+        layer: The layer, as it was.
+        rows: Rows of the weight, int64.
+        groups: Groups, int64 [g].
+        columns: Columns of the `P` of each of them, int64 [g, k], a bias' column last.
+    """
+
+    layer: Layer
+    rows: Tensor
+    groups: Tensor
+    columns: Tensor
+
+    @classmethod
+    def of(cls, layer: Layer, weight: Kept) -> KeptLayer:
+        """What is kept of a layer of whose weight that is kept."""
+        rows = weight.places(0)
+        groups = torch.unique(rows // (weight.of[0] // layer.groups))
+        area = layer.columns // weight.of[1]
+        columns = weight.places(1)[:, None] * area + torch.arange(area, device="cpu")
+        return cls(layer, rows, groups, _with_bias(layer, columns.view(1, -1), len(groups)))
+
+    @classmethod
+    def of_columns(cls, layer: Layer, kept: Tensor) -> KeptLayer:
+        """What is kept of a layer that keeps im2col columns, see `inputs`.
+
+        Raises:
+            ValueError: They are not int64 [k], ascending, in range and as many in each group.
+        """
+        name, n, total = layer.name, layer.columns, layer.groups * layer.columns
+        if kept.dtype != torch.int64 or kept.dim() != 1 or not len(kept):
+            got = f"{kept.dtype} {list(kept.shape)}"
+            raise ValueError(f"kept of {name!r} must be int64 [k], got {got}")
+        if kept[0] < 0 or kept[-1] >= total or not (kept.diff() > 0).all():
+            raise ValueError(f"kept of {name!r} must be ascending columns from 0 to {total - 1}")
+        counts = torch.bincount(kept // n, minlength=layer.groups)
+        groups = counts.nonzero().flatten()
+        if counts[groups].unique().numel() > 1:
+            raise ValueError(
+                f"kept of {name!r} must be as many in each group, got {counts.tolist()}"
+            )
+        rows = torch.arange(len(layer.weight), device="cpu")
+        columns = (kept % n).view(len(groups), -1)
+        return cls(layer, rows, groups, _with_bias(layer, columns, len(groups)))
+
+    @property
+    def inputs(self) -> Tensor:
+        """The im2col columns that are kept, over the channels of all groups, without the bias."""
+        columns = self.columns[:, :-1] if self.layer.bias else self.columns
+        return (self.groups[:, None] * self.layer.columns + columns).flatten()
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """The shape of the new `P`."""
+        groups, n = self.columns.shape
+        return (n, n) if groups == 1 else (groups, n, n)
+
+    def matrix(self, P: Tensor) -> Tensor:
+        """The new `P` of a live one: the same tensor where no column and no group goes."""
+        layer, device = self.layer, P.device
+        lost = self.columns.shape[1] < layer.fan_in
+        if not lost and len(self.groups) == layer.groups:
+            return P
+        blocks = P.reshape(layer.groups, *P.shape[-2:])[self.groups.to(device)]
+        if lost:
+            gone = torch.ones(len(blocks), layer.fan_in, dtype=torch.bool, device="cpu")
+            gone.scatter_(1, self.columns, False)
+            removed = [group.nonzero().flatten().to(device) for group in gone]
+            blocks = torch.stack([downdate(block, r) for block, r in zip(blocks, removed)])
+        return blocks.to(P.dtype).reshape(self.matrix_shape)
+
+    def entries(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The layer's state after the cut, which keeps the same columns of every group.
+
+        Raises:
+            ValueError: The state has an entry that is not known.
+        """
+        new: dict[str, Any] = {}
+        for name, value in state.items():
+            if name == "P":
+                new[name] = self.matrix(value)
+            elif name in ("first_moment", "momentum_buffer"):
+                new[name] = _select(_select(value, 0, self.rows), 1, self.columns[0])
+            elif name == "second_moment":
+                new[name] = _select(value, 0, self.rows)
+            elif name == "power":
+                new[name] = _select(value, 0, self.groups)
+            elif name in ("health", "step"):
+                new[name] = value
+            else:
+                raise ValueError(f"the state of {self.layer.name!r} has an unknown {name!r}")
+        return new
+
+    def changes(self, weight: nn.Parameter, bias: nn.Parameter | None) -> list[Change]:
+        """Those of the layer itself, whose parameters are replaced by these."""
+        layer = self.layer
+        geometry = (*layer.geometry[:4], len(self.groups), *layer.geometry[5:])
+        columns = self.columns.shape[1] - layer.bias
+        values = {"weight": weight, "bias_parameter": bias, "columns": columns}
+        return [(layer, k, value) for k, value in {**values, "geometry": geometry}.items()]
+
+    def stage(self, stage: Stage) -> Stage:
+        """What was staged, cut likewise; the old one is left to forwards still on their way."""
+        new = copy.copy(stage)
+        new.summary = None if stage.summary is None else self._summary(stage.summary)
+        new.factors = None if stage.factors is None else self._factors(stage.factors)
+        return new
+
+    def _summary(self, summary: Summary) -> Summary:
+        rows = _select(_select(summary.rows, 0, self.groups), 2, self.columns[0])
+        return Summary(summary.kind, rows, summary.count, summary.keys)
+
+    def _factors(self, factors: Factors) -> Factors | None:
+        if version(factors.x) != factors.version:
+            return None  # no longer what the forward saw
+        x = _select(factors.x, 1, self.inputs)
+        return Factors(x, _select(factors.delta, 1, self.rows), version(x))
+
+
+def _with_bias(layer: Layer, columns: Tensor, groups: int) -> Tensor:
+    """Columns [g or 1, k] for so many groups, with that of the bias where the layer has one."""
+    columns = columns.expand(groups, -1)
+    return F.pad(columns, (0, 1), value=layer.columns) if layer.bias else columns
+
+
+def _select(tensor: Tensor, dim: int, kept: Tensor) -> Tensor:
+    if len(kept) == tensor.shape[dim]:
+        return tensor
+    return tensor.index_select(dim, kept.to(tensor.device))

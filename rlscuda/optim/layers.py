@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from rlscuda._torch import has_own_forward, own_parameters
 from rlscuda.functional.patches import PADDING_MODES
 
 SUMMARIES = ("mean", "sketch", "sample")
@@ -16,18 +17,14 @@ SUMMARIES = ("mean", "sketch", "sample")
 
 def refusal(module: nn.Module) -> str | None:
     """Why the RLS rule cannot train `module`, or None where it can."""
-    kind: Any = type(module)
+    kind = type(module).__name__
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "MultiheadAttention uses its weight without calling it"
-    if isinstance(module, nn.Linear):
-        if kind.forward is not nn.Linear.forward:
-            return f"{kind.__name__} has a forward of its own"
-    elif isinstance(module, nn.Conv2d):
-        if (kind.forward, kind._conv_forward) != (nn.Conv2d.forward, nn.Conv2d._conv_forward):
-            return f"{kind.__name__} has a forward of its own"
-    else:
-        return f"no RLS rule for {kind.__name__}"
-    weight = module._parameters.get("weight")
+    if not isinstance(module, (nn.Linear, nn.Conv2d)):
+        return f"no RLS rule for {kind}"
+    if has_own_forward(module):
+        return f"{kind} has a forward of its own"
+    weight = own_parameters(module).get("weight")
     if weight is None:
         return "its weight is not a plain parameter (parametrised or masked)"
     if isinstance(weight, nn.parameter.UninitializedParameter):
@@ -66,7 +63,8 @@ class Layer:
 
     def __post_init__(self):
         m = self.module
-        self.weight, self.bias_parameter = cast(nn.Parameter, m.weight), m._parameters.get("bias")
+        self.weight = cast(nn.Parameter, m.weight)
+        self.bias_parameter = own_parameters(m).get("bias")
         self.columns = m.weight.numel() // max(1, m.weight.shape[0])
         if isinstance(m, nn.Linear):
             self.geometry = ([1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1, 0)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlscuda import _C
-from rlscuda.optim.discovery import Match
+from rlscuda._torch import own_parameters
+from rlscuda.optim.discovery import Registry
 from rlscuda.optim.layers import matrix_bytes
 
 
@@ -61,24 +61,19 @@ class Coverage(list):
         return "\n".join(table)
 
 
-def coverage_of(
-    matches: list[Match],
-    group_of: Mapping[nn.Parameter, dict],
-    members: set[nn.Parameter],
-    blind: set[nn.Parameter],
-) -> Coverage:
+def coverage_of(registry: Registry, patience: int) -> Coverage:
     """The coverage of every module of a model.
 
     Args:
-        matches: The modules.
-        group_of: The group of each covered weight.
-        members: The parameters of the optimizer.
-        blind: Weights that step though no input of their layer is seen.
+        registry: What is known of it.
+        patience: Steps without an input after which a layer is said to step without its `P`.
     """
+    matches, group_of, members = registry.matches, registry.group_of, registry.members
+    blind = {w for w, stage in registry.stages.items() if stage.missed >= patience}
     rows = Coverage()
     for match in matches:
         kind, layer = type(match.module).__name__, match.layer
-        own = {p for p in match.module._parameters.values() if p is not None}
+        own = {p for p in own_parameters(match.module).values() if p is not None}
         if layer is not None:
             own.add(layer.weight)  # a parametrization put on later takes it out of its module
         trained = [p for p in own if p in members and p.requires_grad]
@@ -100,7 +95,7 @@ def coverage_of(
             rows.append(
                 CoverageRow(match.name, kind, "exact", why, layer.fan_in, layer.groups, size)
             )
-    known = {p for match in matches for p in match.module._parameters.values() if p is not None}
+    known = {p for match in matches for p in own_parameters(match.module).values() if p is not None}
     known |= {match.layer.weight for match in matches if match.layer is not None}  # masked later
     outside = members - known
     if outside:

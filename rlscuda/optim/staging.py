@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlscuda._torch import in_backward, is_transformed, version
 from rlscuda.optim.layers import Layer
 
 _patch_mean = torch.ops.rlscuda.patch_mean.default
@@ -20,7 +21,6 @@ _patch_sketch = torch.ops.rlscuda.patch_sketch.default
 _patch_sample = torch.ops.rlscuda.patch_sample.default
 _factors_agree = torch.ops.rlscuda.factors_agree.default
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that layers and steps do not share seeds
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 @dataclass(slots=True)
@@ -112,7 +112,7 @@ class Factors:
         A penalty on a parameter, another use of it, clipping and the like leave a gradient that
         the factors do not hold.
         """
-        if self.x._version != self.version:
+        if version(self.x) != self.version:
             return False
         bias = layer.bias_parameter if layer.bias else None
         grad_bias = None if bias is None else bias.grad
@@ -172,6 +172,49 @@ class Stage:
         self.calls += 1
         self.factors = factors if self.calls == 1 else None
 
+    def observe(
+        self, layer: Layer, group: dict[str, Any], step: int, x: Tensor, output: Tensor
+    ) -> None:
+        """Summarises the input of one forward, to be committed when its gradient comes.
+
+        Args:
+            layer: The layer.
+            group: Its parameter group.
+            step: Steps it has taken.
+            x: The input.
+            output: The output, with a gradient to come.
+        """
+        if not summarisable(x, output):
+            return
+        weight = layer.weight
+        if weight.grad is None and self.calls and not in_backward():
+            self.clear()  # the gradient was dropped, and so was the step
+        x = x.detach()
+        images = layer.images(x)
+        size = images.shape[0] * (layer.positions(images) if group["summary"] == "sketch" else 1)
+        offset = self.reserve(size, tentative=in_backward() or not layer.module.training)
+        seed = (group["seed"] + _SEED_STRIDE * (1 + layer.index + (step << 16))) & (2**63 - 1)
+        summary = summarise(layer, images, group["summary"], group["rank"], seed, offset)
+        rows, seen, counted = None, 0, 0
+        if layer.factors_pay(x, group["dtype"]):
+            rows = x.reshape(-1, x.shape[-1]).contiguous()
+            seen = version(rows)
+
+        def commit(gradients: tuple[Tensor | None, ...]) -> None:
+            nonlocal counted
+            gradient = gradients[slot]
+            if gradient is None or counted == self.generation:
+                return
+            counted, factors = self.generation, None
+            if rows is not None and weight.grad is None and gradient.dtype == rows.dtype:
+                factors = Factors(rows, gradient.reshape(len(rows), -1), seen)
+            self.commit(summary, offset + size, factors)
+
+        # what `output.register_hook` does, at half its cost
+        slot, node = output.output_nr, output.grad_fn
+        assert node is not None
+        node.register_prehook(commit)
+
 
 def summarisable(x: Tensor, output: Tensor) -> bool:
     """Whether an input is a plain dense tensor with elements, outside of `torch.func` transforms.
@@ -179,52 +222,4 @@ def summarisable(x: Tensor, output: Tensor) -> bool:
     What a transform such as `vmap` passes through the layers means nothing after it has returned.
     """
     plain = x.layout == torch.strided and x.numel() > 0
-    return plain and not (_is_wrapped(x) or _is_wrapped(output))
-
-
-def in_backward() -> bool:
-    """Whether the autograd engine runs on this thread (a checkpointed segment is recomputed)."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def observe(
-    stage: Stage, layer: Layer, group: dict[str, Any], step: int, x: Tensor, output: Tensor
-) -> None:
-    """Summarises the input of one forward, to be committed when its gradient comes.
-
-    Args:
-        stage: What the layer has staged.
-        layer: The layer.
-        group: Its parameter group.
-        step: Steps it has taken.
-        x: The input.
-        output: The output, with a gradient to come.
-    """
-    weight = layer.weight
-    if weight.grad is None and stage.calls and not in_backward():
-        stage.clear()  # the gradient was dropped, and so was the step
-    x = x.detach()
-    images = layer.images(x)
-    size = images.shape[0] * (layer.positions(images) if group["summary"] == "sketch" else 1)
-    offset = stage.reserve(size, tentative=in_backward() or not layer.module.training)
-    seed = (group["seed"] + _SEED_STRIDE * (1 + layer.index + (step << 16))) & (2**63 - 1)
-    summary = summarise(layer, images, group["summary"], group["rank"], seed, offset)
-    rows, version, counted = None, 0, 0
-    if layer.factors_pay(x, group["dtype"]):
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        version = rows._version
-
-    def commit(gradients: tuple[Tensor | None, ...]) -> None:
-        nonlocal counted
-        gradient = gradients[slot]
-        if gradient is None or counted == stage.generation:
-            return
-        counted, factors = stage.generation, None
-        if rows is not None and weight.grad is None and gradient.dtype == rows.dtype:
-            factors = Factors(rows, gradient.reshape(len(rows), -1), version)
-        stage.commit(summary, offset + size, factors)
-
-    # what `output.register_hook` does, at half its cost
-    slot, node = output.output_nr, output.grad_fn
-    assert node is not None
-    node.register_prehook(commit)
+    return plain and not (is_transformed(x) or is_transformed(output))

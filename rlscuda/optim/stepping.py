@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlscuda._torch import foreach_copy_, foreach_norm
 from rlscuda.optim.layers import Layer
 from rlscuda.optim.staging import Factors, Summary
 
@@ -159,7 +160,7 @@ def _prepare(chunk: list[Move], workspace: Workspace) -> None:
     if converted:
         copies = [torch.empty_like(m.grad, dtype=P.dtype, memory_format=torch.contiguous_format)
                   for m in converted]  # fmt: skip
-        torch._foreach_copy_(copies, [m.grad for m in converted])
+        foreach_copy_(copies, [m.grad for m in converted])
         for move, copy in zip(converted, copies):
             move.grad = copy
     for move in chunk:
@@ -305,7 +306,7 @@ def _shortened(chunk: list[Move], h: Tensor, biases: list[Tensor], rate: float |
     groups = [move.layer.groups for move in chunk]
     tensors = products + weights + [bias.detach() for bias in biases]
     if max(groups) == 1:
-        norms = torch.stack(torch._foreach_norm(tensors, 2, h.dtype))
+        norms = torch.stack(foreach_norm(tensors, 2, h.dtype))
     else:
         parts = [t.reshape(n, t.numel() // n) for t, n in zip(tensors, 3 * groups)]
         norms = torch.cat([torch.linalg.vector_norm(p, dim=1, dtype=h.dtype) for p in parts])

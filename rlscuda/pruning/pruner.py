@@ -11,25 +11,25 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rlscuda.optim.discovery import selection as selected
+from rlscuda._torch import unwrapped
+from rlscuda.optim.discovery import modules_named
 from rlscuda.optimizer import RLSOptimizer
-from rlscuda.pruning.choice.compensation import kept_columns
-from rlscuda.pruning.choice.importances import IMPORTANCES, WITHOUT_MATRIX
-from rlscuda.pruning.choice.ladder import Candidate, Ladder, check_ratio
-from rlscuda.pruning.choice.ranking import rank, units_gone
-from rlscuda.pruning.choice.targets import Cut, Search
-from rlscuda.pruning.matrices.sources import calibrate, disagreement, own_matrices
+from rlscuda.optional import optional
+from rlscuda.pruning.choice.ranking import IMPORTANCES, WITHOUT_MATRIX, Candidate, rank, units_gone
+from rlscuda.pruning.choice.targets import Cut, Ladder, Search, check_ratio
+from rlscuda.pruning.couplings import Structure
+from rlscuda.pruning.matrices.calibration import calibrate, disagreement
+from rlscuda.pruning.matrices.own import by_weight
 from rlscuda.pruning.matrices.tracker import SketchTracker
 from rlscuda.pruning.options import check_number, check_repeatable, checked_optimizers
 from rlscuda.pruning.report import CouplingChange, PruneReport
 from rlscuda.pruning.running.batch_norms import FEWEST_SAMPLES, Settled, check_finite, settle
-from rlscuda.pruning.running.calls import SlicedBatches
-from rlscuda.pruning.running.copies import isolated_copy
+from rlscuda.pruning.running.calls import SlicedBatches, isolated_copy
 from rlscuda.pruning.running.measure import compare, measure
-from rlscuda.pruning.structure.trace import Structure, trace
-from rlscuda.pruning.surgery.journal import revert
-from rlscuda.pruning.surgery.plan import Surgery, operate, pruned_copy
+from rlscuda.pruning.structure.trace import trace
+from rlscuda.pruning.surgery.plan import Surgery
 from rlscuda.pruning.surgery.snapshot import Snapshot
+from rlscuda.pruning.surgery.transaction import operate, pruned_copy, revert
 
 _REPEATS = 5  # forwards timed for the report
 _TARGETS = ("ratio", "target_params", "target_flops", "max_loss")
@@ -58,7 +58,7 @@ class RLSPruner:
         target_flops: FLOPs of a forward of the example inputs at most; likewise.
         max_loss: How far `evaluate` may rise above its value before the step, relative to it. As
             much is cut as a search by halving finds allowed.
-        importance: What ranks the units, see `rlscuda.pruning.choice.importances.IMPORTANCES`.
+        importance: What ranks the units, a name in `rlscuda.pruning.IMPORTANCES`.
         selection: ``greedy`` (default for ``saliency``: one at a time, all else downdated exactly)
             or ``one-shot`` (all by their first scores).
         scope: ``layer`` cuts every coupling by the same share; ``global`` cuts what is cheapest.
@@ -121,7 +121,8 @@ class RLSPruner:
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a module, got {type(model).__name__}")
-        model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+        optional("torch_pruning", "pruning")
+        model = unwrapped(model)
         self.optimizers = checked_optimizers(optimizer, model)
         if tracker is not None and not isinstance(tracker, SketchTracker):
             raise TypeError(f"tracker must be a SketchTracker, got {type(tracker).__name__}")
@@ -158,7 +159,9 @@ class RLSPruner:
         self.source = self._checked_source(source, compensate)
         self.compensate, self.round_to, self.damping = compensate, round_to, damping
         self.adapt_norms = adapt_norms
-        self.ignored = [item for item, _ in selected(cast(Iterable, ignored), "ignored", model)]
+        self.ignored = [
+            item for item, _ in modules_named(cast(Iterable, ignored), "ignored", model)
+        ]
         self.include_inputs, self.seed = include_inputs, seed
         self._original: dict[str, int] = {}
         self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
@@ -223,10 +226,11 @@ class RLSPruner:
         del whole
         pruned = pruned_copy(self.model, cut.surgery, values)
         settled = self._settle(pruned, cut.surgery) if cut.removed else Settled({}, 0)
-        check_finite(settled.statistics)
         inputs = cut.surgery.slice_inputs(self.example_inputs)
         after = measure(pruned, inputs, repeats=_REPEATS)
         del pruned
+        if settled.statistics:
+            check_finite(settled.statistics)
         if settled.statistics and settled.samples < FEWEST_SAMPLES:
             warnings.warn(
                 f"batch norms adapt to the cut by {settled.samples} samples of loader: give "
@@ -279,17 +283,15 @@ class RLSPruner:
             assert self.loader is not None
             return calibrate(self.model, self.loader, damping=self.damping)
         if self.source == "own":
-            # by their weights, since the optimizer may have been given a part of the model
-            by_weight = {
-                id(one._find(name).weight): P
-                for one in self.optimizers
-                if isinstance(one, RLSOptimizer)
-                for name, P in own_matrices(one, damping=self.damping).items()
-            }
-            if not by_weight:
+            # by their weights, since an optimizer may have been given a part of the model
+            own: dict[Any, Tensor] = {}
+            for one in self.optimizers:
+                if isinstance(one, RLSOptimizer):
+                    own |= by_weight(one, self.damping)
+            if not own:
                 raise ValueError("the optimizer's own matrices are needed: it has made no step yet")
-            weights = {n: id(getattr(m, "weight", None)) for n, m in self.model.named_modules()}
-            return {name: by_weight[key] for name, key in weights.items() if key in by_weight}
+            weights = {n: getattr(m, "weight", None) for n, m in self.model.named_modules()}
+            return {name: own[weight] for name, weight in weights.items() if weight in own}
         return {}
 
     def _disagreement(self, matrices: Mapping[str, Tensor]) -> dict[str, float] | None:
@@ -332,11 +334,11 @@ class RLSPruner:
     ) -> None:
         """Carries out a cut and all that follows from it, or leaves everything as it was."""
         surgery = cut.surgery
-        columns = kept_columns(dict(self.model.named_modules()), surgery)
+        columns = {} if self.tracker is None else self.tracker.kept_columns(surgery.tensors)
         done = operate(self.model, self.optimizers, surgery, values, self.example_inputs)
         if self.tracker is not None:
             try:
-                self.tracker.follow({n: c for n, c in columns.items() if n in self.tracker.layers})
+                self.tracker.follow(columns)
             except BaseException:
                 revert(done)
                 raise

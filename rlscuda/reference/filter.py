@@ -21,10 +21,10 @@ def rls_filter(
     """Filters a series; the arguments are left as they are.
 
     Args:
-        P: inverse autocorrelation matrix [n, n].
-        W: weights [n_out, n].
-        X: inputs [T, n].
-        Y: targets [T, n_out].
+        P: Inverse autocorrelation matrix [n, n].
+        W: Weights [n_out, n].
+        X: Inputs [T, n].
+        Y: Targets [T, n_out].
         forgetting: λ.
         gain: κ.
         shrinkage: μ; None means min(1, 2 (1 − λ)).

@@ -45,8 +45,8 @@ class RLSFilter:
     is not finite, or h not positive, is skipped: ``P`` starts anew from P₀, ``resets`` counts it.
 
     Args:
-        n: inputs of the filter.
-        n_out: outputs of the filter.
+        n: Inputs of the filter.
+        n_out: Outputs of the filter.
         forgetting: λ, the forgetting factor, in (0, 1].
         gain: κ, the weight of a new sample, > 0.
         initial_scale: δ, the scale of P₀ = δ I, > 0; large means little regularisation.
@@ -54,8 +54,8 @@ class RLSFilter:
         dtype: float32 or float64, of the state and of every array that goes in or out.
 
     Attributes:
-        updates: samples that entered P and W.
-        resets: samples that were skipped because they would have broken P.
+        updates: Samples that entered P and W.
+        resets: Samples that were skipped because they would have broken P.
 
     λ, κ, δ and μ are plain attributes and may be changed between two calls. A filter can be pickled
     and deep-copied, and then goes on to the same bits. Calls release the GIL while they compute:
@@ -72,8 +72,8 @@ class RLSFilter:
         True
 
     Raises:
-        TypeError: an argument or array is of another type than documented.
-        ValueError: an argument is out of its range, or an array has the wrong shape, a NaN or an
+        TypeError: An argument or array is of another type than documented.
+        ValueError: An argument is out of its range, or an array has the wrong shape, a NaN or an
             infinity in it. The filter is then as it was before the call.
     """
 
@@ -140,7 +140,7 @@ class RLSFilter:
         """The outputs W x, without learning.
 
         Args:
-            x: one input [n], or [T, n].
+            x: One input [n], or [T, n].
 
         Returns:
             [n_out], or [T, n_out].
@@ -156,8 +156,8 @@ class RLSFilter:
         """Learns one sample.
 
         Args:
-            x: the input [n].
-            y: the target [n_out], or a number where n_out = 1.
+            x: The input [n].
+            y: The target [n_out], or a number where n_out = 1.
 
         Returns:
             The a-priori prediction W x, made before the update, in the shape of `y`; the a-priori
@@ -180,8 +180,8 @@ class RLSFilter:
         aligned to its dtype is copied.
 
         Args:
-            X: the inputs [T, n].
-            Y: the targets [T, n_out], or [T] where n_out = 1.
+            X: The inputs [T, n].
+            Y: The targets [T, n_out], or [T] where n_out = 1.
 
         Returns:
             The a-priori predictions, each made before its sample was learnt, in the shape of `Y`.

@@ -100,7 +100,7 @@ class HeldMatrix:
             s: Rows, of the dtype of `P`.
             forgetting: See `functional.rls_update_`, as what it returns and raises.
             gain: See there.
-            **options: decay, diffusion, initial_scale, power, health, found_inf; see there.
+            **options: Decay, diffusion, initial_scale, power, health, found_inf; see there.
 
         Returns:
             `u`, the rows P s before the update, and `h`.

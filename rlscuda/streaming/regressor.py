@@ -45,14 +45,14 @@ class RLSRegressor:
         gain: κ, the weight of a new sample, > 0.
         initial_scale: δ, the scale of P₀ = δ I, > 0; large means little regularisation.
         shrinkage: μ in [0, 1] towards P₀; None means min(1, 2 (1 − λ)).
-        fit_intercept: whether a constant input is learnt along, at the cost of one copy of X.
+        fit_intercept: Whether a constant input is learnt along, at the cost of one copy of X.
 
     Attributes:
-        coef_: coefficients [n_features], or [n_targets, n_features] where y is two-dimensional.
-        intercept_: intercept, a number or [n_targets].
-        P_: inverse autocorrelation matrix [n, n], n = n_features (+ 1), read-only, not a copy.
-        filter_: the `RLSFilter`, float32 where the first X was float32, else float64.
-        n_features_in_: columns of X.
+        coef_: Coefficients [n_features], or [n_targets, n_features] where y is two-dimensional.
+        intercept_: Intercept, a number or [n_targets].
+        P_: Inverse autocorrelation matrix [n, n], n = n_features (+ 1), read-only, not a copy.
+        filter_: The `RLSFilter`, float32 where the first X was float32, else float64.
+        n_features_in_: Columns of X.
 
     Example:
         >>> import numpy as np
@@ -87,7 +87,7 @@ class RLSRegressor:
         """Sets constructor arguments by name; they count from the next `fit` on.
 
         Raises:
-            ValueError: a name is not an argument of the constructor.
+            ValueError: A name is not an argument of the constructor.
         """
         known = self.get_params()
         for name in params:

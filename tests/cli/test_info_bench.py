@@ -37,9 +37,9 @@ def test_info_says_whether_cuda_was_built(capsys, monkeypatch, cuda, line):
 def checkout(tmp_path, monkeypatch):
     """A folder that looks like a source checkout; what is run is recorded instead."""
     (tmp_path / "rlscuda").mkdir()
-    (tmp_path / "benchmarks").mkdir()
-    for name in ("bench_one.py", "bench_two.py", "tables.py"):
-        (tmp_path / "benchmarks" / name).touch()
+    (tmp_path / "benchmarks" / "chapter").mkdir(parents=True)
+    for name in ("bench_one.py", "bench_two.py"):
+        (tmp_path / "benchmarks" / "chapter" / name).touch()
     (tmp_path / "src").mkdir()
     monkeypatch.chdir(tmp_path / "src")
     commands: list[tuple[list[str], object]] = []
@@ -47,7 +47,7 @@ def checkout(tmp_path, monkeypatch):
     def run(command, cwd, check):
         commands.append((command[1:], cwd))
         return subprocess.CompletedProcess(
-            command, 3 if "benchmarks/bench_two.py" in command else 0
+            command, 3 if "benchmarks/chapter/bench_two.py" in command else 0
         )
 
     monkeypatch.setattr(bench.subprocess, "run", run)
@@ -58,15 +58,16 @@ def test_bench_runs_the_named_benchmarks_and_prints_their_tables(checkout, capsy
     folder, commands = checkout
     assert call(capsys, "bench", "one")[0] == 0
     assert commands == [
-        (["-m", "pytest", "benchmarks/bench_one.py"], folder),
-        (["benchmarks/tables.py", "one"], folder),
+        (["-m", "pytest", "benchmarks/chapter/bench_one.py"], folder),
+        (["-m", "benchmarks.tables", "one"], folder),
     ]
 
 
 def test_bench_stops_when_a_benchmark_fails(checkout, capsys):
     status, _, error = call(capsys, "bench")
     assert status == 2
-    assert "benchmarks/bench_one.py benchmarks/bench_two.py failed with exit status 3" in error
+    files = "benchmarks/chapter/bench_one.py benchmarks/chapter/bench_two.py"
+    assert f"{files} failed with exit status 3" in error
     assert len(checkout[1]) == 1
 
 

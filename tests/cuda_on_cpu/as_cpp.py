@@ -79,8 +79,12 @@ def build(root: Path, target: Path, cuda: bool = True) -> None:
         target / "generated" / "build_info.h",
         "".join(f"#define RLSCUDA_{name} {value}\n" for name, value in info.items()),
     )
-    tests = [*(root / "tests").glob("*.py"), *(root / "tests" / "fuzz").glob("*.py")]
-    for source in [*(root / "rlscuda").rglob("*.py"), *tests]:
+    for stale in [*(target / "rlscuda").rglob("*.py"), *(target / "tests").rglob("*.py")]:
+        stale.unlink()
+    tests = [
+        p for name in ("support", "ops", "fuzz") for p in (root / "tests" / name).rglob("*.py")
+    ]
+    for source in [*(root / "rlscuda").rglob("*.py"), root / "tests" / "conftest.py", *tests]:
         put(target / source.relative_to(root), source.read_text())
     shutil.copy(root / "pyproject.toml", target)
 

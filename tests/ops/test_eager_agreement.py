@@ -1,21 +1,15 @@
 """RLSOptimizer against the eager oracle of the benchmarks, which shares no code with it."""
 
 import copy
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.common.eager_rls import EagerRLS
 from rlscuda import RLSOptimizer
-
-_path = Path(__file__).resolve().parents[2] / "benchmarks" / "eager_rls.py"
-_spec = importlib.util.spec_from_file_location("eager_rls", _path)
-eager_rls = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(eager_rls)
 
 PLAIN = {"momentum": 0.0, "weight_decay": 0.0}
 CASES = {
@@ -45,7 +39,7 @@ def test_training_agrees_with_the_eager_oracle(settings):
     net = network()
     twin = copy.deepcopy(net)
     common = settings | {"summary": "mean", "fallback_lr": 1e-3}
-    pairs = [(net, RLSOptimizer(net, **common)), (twin, eager_rls.EagerRLS(twin, **common))]
+    pairs = [(net, RLSOptimizer(net, **common)), (twin, EagerRLS(twin, **common))]
     start = net[3].weight.detach().clone()
     for _ in range(12):
         x, y = torch.randn(16, 3, 9, 9, dtype=torch.float64), torch.randint(0, 4, (16,))

@@ -133,7 +133,7 @@ def test_convolution_is_a_linear_layer_on_unfolded_rows(number, case):
     of_conv = RLSOptimizer(conv, **options)
     of_linears = [RLSOptimizer(linear, **options) for linear in linears]
     for optimizer in of_linears:  # random signs are seeded by a layer's place: the first in each
-        assert optimizer._layers[optimizer.param_groups[0]["params"][0]].index == 0
+        assert optimizer._registry.layers[optimizer.param_groups[0]["params"][0]].index == 0
 
     for _ in range(3):
         x = case.input()
@@ -147,7 +147,7 @@ def test_convolution_is_a_linear_layer_on_unfolded_rows(number, case):
             ((linear(rows) - goal).square().sum() / target.numel()).backward()
             if options.get("summary") == "mean" and options["rank"] > 1:
                 positions = rows.shape[0] // x.shape[0]
-                stage = optimizer._stages[linear.weight]
+                stage = optimizer._registry.stages[linear.weight]
                 stage.summary.rows = _mean_by_image(linear, rows, positions, options["rank"])
             optimizer.step()
 

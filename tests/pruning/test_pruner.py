@@ -12,7 +12,7 @@ from torch import nn
 
 from rlscuda import RLSOptimizer
 from rlscuda.pruning import RLSPruner, SketchTracker, calibrate
-from rlscuda.pruning.choice.importances import IMPORTANCES
+from rlscuda.pruning.choice.ranking import IMPORTANCES
 from rlscuda.pruning.structure.trace import trace
 
 

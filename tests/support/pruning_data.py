@@ -1,4 +1,4 @@
-"""Layers with their input data, which the closed forms of pruning are tested on."""
+"""Input rows, layers and their units, which the closed forms of pruning are tested on."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class Data:
 
     @property
     def P(self) -> Tensor:
-        return torch.linalg.inv(self.X.T @ self.X / len(self.X))
+        return inverse(self.X)
 
     def refit(self, removed: Tensor) -> tuple[Tensor, float]:
         """The least-squares weight [c, n] without columns, and its mean squared output error."""
@@ -25,7 +25,32 @@ class Data:
         solution = torch.linalg.lstsq(self.X[:, kept], Y, driver="gelsd").solution
         W = torch.zeros_like(self.W)
         W[:, kept] = solution.T
-        return W, float((self.X @ W.T - Y).square().sum() / len(Y))
+        return W, error(self.X, W - self.W)
+
+
+def inputs(n: int, rows: int = 300, seed: int = 0) -> Tensor:
+    """Correlated rows [rows, n] in float64 with a mean that is not 0."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(n, n, generator=generator, dtype=torch.float64)
+    return torch.randn(rows, n, generator=generator, dtype=torch.float64) @ mix + 0.5
+
+
+def with_ones(X: Tensor) -> Tensor:
+    return torch.cat([X, torch.ones(len(X), 1, dtype=X.dtype)], 1)
+
+
+def inverse(X: Tensor) -> Tensor:
+    """P of input rows."""
+    return torch.linalg.inv(X.T @ X / len(X))
+
+
+def error(X: Tensor, change: Tensor) -> float:
+    """Mean squared output error of a change [c, n] of the weight."""
+    return float((X @ change.T).square().sum() / len(X))
+
+
+def all_columns(n: int) -> Tensor:
+    return torch.arange(n)[None]
 
 
 def others(n: int, columns: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlscuda.pruning.structure.trace import Structure, trace
-from rlscuda.pruning.surgery.plan import Surgery, operate, plan
+from rlscuda.pruning.couplings import Structure
+from rlscuda.pruning.structure.trace import trace
+from rlscuda.pruning.surgery.plan import Surgery, plan
+from rlscuda.pruning.surgery.transaction import operate
 from support.pruning_models import inputs
 
 
@@ -35,7 +37,7 @@ def prune(model: nn.Module, optimizers: Any = (), x: Tensor | None = None, **opt
     x = inputs(next(model.parameters()).dtype) if x is None else x
     structure = trace(model, x, **options)
     surgery = plan(structure, every_other(structure))
-    operate(model, optimizers, surgery, {}, x)
+    operate(structure.model, optimizers, surgery, {}, x)
     return surgery
 
 
@@ -64,14 +66,15 @@ def everything(model: nn.Module, optimizer) -> dict[str, Any]:
         for key, value in entries.items():
             found[f"state {i} {key} is"] = id(value) if isinstance(value, Tensor) else value
             found[f"state {i} {key}"] = value.clone() if isinstance(value, Tensor) else value
-    for key in ("_layers", "_stages", "_group_of"):
-        for i, (parameter, value) in enumerate(getattr(optimizer, key, {}).items()):
+    registry = getattr(optimizer, "_registry", None)
+    for key in ("layers", "stages", "group_of"):
+        for i, (parameter, value) in enumerate(getattr(registry, key, {}).items()):
             found[f"{key} {i}"] = (id(parameter), id(value))
-            if key == "_layers":
+            if key == "layers":
                 found[f"layer {i}"] = [
                     id(value.weight), id(value.bias_parameter), value.columns, value.geometry
                 ]  # fmt: skip
-            if key == "_stages":
+            if key == "stages":
                 found[f"stage {i}"] = [id(value.summary), value.calls, id(value.factors)]
     if hasattr(optimizer, "_fallback"):
         inner = optimizer._fallback

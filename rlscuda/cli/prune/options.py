@@ -15,7 +15,7 @@ from rlscuda.cli.common.options import (
     read_ratio,
     read_rise,
 )
-from rlscuda.pruning.pruner import IMPORTANCES
+from rlscuda.pruning.choice.ranking import IMPORTANCES
 
 EXPORTS = {"onnx": "model.onnx", "pt2": "model.pt2"}
 _TARGETS = ("ratio", "target_flops", "target_params", "max_loss")

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rlscuda.pruning.running.copies import isolated_copy
+from rlscuda.pruning.running.calls import isolated_copy
 from rlscuda.pruning.running.measure import Gains, compare, count_flops, count_parameters, measure
 
 KINDS = ("whole", "pruned", "recovered", "recovering", "rolled back", "final")

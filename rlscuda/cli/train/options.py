@@ -23,7 +23,7 @@ from rlscuda.cli.common.options import (
     read_rise,
 )
 from rlscuda.files.documents import check
-from rlscuda.pruning.ratios import CURVES
+from rlscuda.pruning.schedule import CURVES
 from rlscuda.zoo import NETWORKS
 
 OPTIMIZERS = ("rls", "sgd", "adam")

@@ -1,23 +1,77 @@
-"""The order in which each coupling's units would go, by an importance."""
+"""In which order the units of a coupling would go, by an importance: small where a loss is cheap.
+
+`saliency` reads the inverse autocorrelation matrices of the layers that take the channels, its
+*consumers*; the others are the usual baselines and need none.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from rlscuda.closed_form import formulas as algebra
-from rlscuda.pruning.choice.consumers import (
-    Matrices,
-    consumers_of,
-    feeds_one_layer,
-    output_energy,
-)
-from rlscuda.pruning.choice.importances import IMPORTANCES, Subject, Unscored
-from rlscuda.pruning.choice.ladder import Candidate
-from rlscuda.pruning.structure.trace import Coupling, Structure
+from rlscuda._torch import BatchNorm, Convolution
+from rlscuda.closed_form import formulas
+from rlscuda.closed_form.greedy import Consumer, greedy_path
+from rlscuda.pruning.couplings import Coupling, Structure
+
+_NO_MATRIX = "no layer that takes its channels has an inverse autocorrelation matrix"
+Matrices = Mapping[str, Tensor]  # layer name -> float64 [groups, n, n], the bias' column last
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The order in which the units of one coupling are removed.
+
+    Attributes:
+        order: int64 [k], the units, first the one that is removed first.
+        cost: float64 [k], what each removal costs, in units that all couplings share.
+        units: Units the coupling has, k or more.
+        gone: Units that earlier prunings have removed.
+    """
+
+    order: Tensor
+    cost: Tensor
+    units: int
+    gone: int = 0
+
+    def removable(self, ratio: float, round_to: int) -> int:
+        """Units to remove so that `ratio` of the original ones is gone.
+
+        At least one stays, and a multiple of `round_to` where there are as many.
+        """
+        wanted = int(ratio * (self.units + self.gone) + 1e-9) - self.gone
+        return self.rounded(wanted, round_to)
+
+    def rounded(self, removed: int, round_to: int) -> int:
+        """At most `removed` units, so many that a multiple of `round_to` stays."""
+        kept = self.units - max(0, min(removed, len(self.order)))
+        return self.units - min(self.units, max(1, -(-kept // round_to)) * round_to)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What an importance looks at.
+
+    Attributes:
+        coupling: The channels.
+        modules: The model's live modules, by qualified name.
+        consumers: Those of its members whose matrix is known, see `Consumer`.
+        generator: For what is random.
+    """
+
+    coupling: Coupling
+    modules: Mapping[str, nn.Module]
+    consumers: Sequence[Consumer]
+    generator: torch.Generator
+
+
+class Unscored(Exception):
+    """An importance does not apply to a coupling; says why."""
 
 
 def rank(
@@ -77,8 +131,8 @@ def rank(
 def _greedy(subject: Subject) -> tuple[torch.Tensor, torch.Tensor]:
     """All units, each the cheapest once those before it are gone."""
     if not subject.consumers:
-        raise Unscored("no layer that takes its channels has an inverse autocorrelation matrix")
-    path = algebra.greedy_path(subject.consumers, subject.coupling.units)
+        raise Unscored(_NO_MATRIX)
+    path = greedy_path(subject.consumers, subject.coupling.units)
     return path.order, path.cost
 
 
@@ -92,3 +146,138 @@ def _once(subject: Subject, importance: str) -> tuple[torch.Tensor, torch.Tensor
 def units_gone(original: dict[str, int], couplings: list[Coupling]) -> dict[str, int]:
     """Units that each coupling has lost since it was first seen, which is noted in `original`."""
     return {c.name: original.setdefault(c.name, c.units) - c.units for c in couplings}
+
+
+def layer_weight(module: nn.Linear | nn.Conv2d, P: Tensor) -> Tensor:
+    """The weight as [groups, c / groups, n] float64, with the bias' column where `P` has it."""
+    weight = module.weight.detach().double().flatten(1)
+    if P.shape[-1] > weight.shape[1]:
+        assert module.bias is not None
+        weight = torch.cat([weight, module.bias.detach().double()[:, None]], 1)
+    return weight.unflatten(0, (P.shape[0], -1)).to(P.device)
+
+
+def output_energy(module: Any, P: Tensor) -> list[float]:
+    """What losing all its inputs would cost a layer: the variance of its outputs, once a group."""
+    inputs = torch.arange(module.weight[0].numel(), device=P.device)
+    parts = [formulas.output_energy(p, w, inputs) for p, w in zip(P, layer_weight(module, P))]
+    return [sum(parts)] * len(parts)
+
+
+def consumers_of(
+    coupling: Coupling,
+    modules: Mapping[str, Any],
+    matrices: Matrices,
+    energy: Callable[[str], list[float]],
+) -> list[Consumer]:
+    """The consumers of one coupling whose matrix is known, each in units of its output's energy.
+
+    Args:
+        coupling: The coupling.
+        modules: The model's modules by name.
+        matrices: Inverse autocorrelation matrices by layer.
+        energy: Name of a layer -> its `output_energy`.
+    """
+    found = []
+    for member in coupling.members:
+        if member.kind == "in" and member.name in matrices:
+            module, P = modules[member.name], matrices[member.name]
+            blocks = member.columns(module).to(P.device)
+            for p, w, scale in zip(P, layer_weight(module, P), energy(member.name)):
+                found.append(Consumer(p, w, blocks, 1 / scale if scale > 0 else 0.0))
+    return found
+
+
+def feeds_one_layer(coupling: Coupling, modules: Mapping[str, Any]) -> bool:
+    """Whether one layer, ungrouped, takes the channels, and nothing but them."""
+    consumers = [member for member in coupling.members if member.kind == "in"]
+    if len(consumers) != 1:
+        return False
+    module = modules[consumers[0].name]
+    if not isinstance(module, (nn.Linear, nn.Conv2d)) or getattr(module, "groups", 1) > 1:
+        return False
+    return consumers[0].indices.numel() == module.weight.shape[1]
+
+
+def _filters(subject: Subject) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The weights that make each unit, or, of raw inputs, take it; with their gradients.
+
+    Yields:
+        [units, numel] float64 each.
+    """
+    members = subject.coupling.members
+    producers = [m for m in members if m.kind == "out"]
+    for member in producers or [m for m in members if m.kind == "in"]:
+        module = subject.modules.get(member.name)
+        weight = getattr(module, "weight", None)
+        if not isinstance(module, (nn.Linear, Convolution)) or weight is None:
+            continue
+        axis = int((member.kind == "in") != bool(getattr(module, "transposed", False)))
+        if axis == 1 and getattr(module, "groups", 1) > 1:
+            continue  # its units lie in all groups at once
+
+        def rows(tensor: Tensor, axis: int = axis, indices: Tensor = member.indices) -> Tensor:
+            return tensor.detach().double().movedim(axis, 0)[indices].flatten(1)
+
+        yield rows(weight), None if weight.grad is None else rows(weight.grad)
+
+
+def _over_filters(score: Callable[[Tensor], Tensor]) -> Callable[[Subject], Tensor]:
+    def importance(subject: Subject) -> Tensor:
+        scores = [score(weight) for weight, _ in _filters(subject)]
+        if not scores:
+            raise Unscored("no Linear or convolution makes its channels")
+        return _sum_of_shares(scores)
+
+    return importance
+
+
+def _sum_of_shares(scores: Sequence[Tensor]) -> Tensor:
+    """The sum of several scores [units], each in units of its mean."""
+    return torch.stack([s / s.mean().clamp_min(torch.finfo(s.dtype).tiny) for s in scores]).sum(0)
+
+
+def _taylor(subject: Subject) -> Tensor:
+    parameters = (p for module in subject.modules.values() for p in module.parameters(False))
+    if all(parameter.grad is None for parameter in parameters):
+        raise ValueError("importance 'taylor' needs gradients: run backward over some batches and "
+                         "do not clear them before pruning")  # fmt: skip
+    scores = [
+        (weight * grad).sum(1).square() for weight, grad in _filters(subject) if grad is not None
+    ]
+    if not scores:
+        raise Unscored("no Linear or convolution that makes its channels has a gradient")
+    return _sum_of_shares(scores)
+
+
+def _norm_scale(subject: Subject) -> Tensor:
+    scales = [
+        module.weight.detach().double().abs()[member.indices].sum(1)
+        for member in subject.coupling.members
+        if isinstance(module := subject.modules.get(member.name), BatchNorm) and module.affine
+    ]
+    if not scales:
+        raise Unscored("no batch norm scales its channels")
+    return torch.stack(scales).sum(0)
+
+
+def _random(subject: Subject) -> Tensor:
+    return torch.rand(subject.coupling.units, generator=subject.generator, dtype=torch.float64)
+
+
+def _saliency(subject: Subject) -> Tensor:
+    if not subject.consumers:
+        raise Unscored(_NO_MATRIX)
+    scores = [c.weight * formulas.block_saliency(c.P, c.W, c.blocks) for c in subject.consumers]
+    return torch.stack(scores).sum(0)
+
+
+IMPORTANCES: dict[str, Callable[[Subject], Tensor]] = {
+    "saliency": _saliency,
+    "l1": _over_filters(lambda weight: weight.abs().sum(1)),
+    "l2": _over_filters(lambda weight: weight.square().sum(1).sqrt()),
+    "taylor": _taylor,
+    "bn_scale": _norm_scale,
+    "random": _random,
+}
+WITHOUT_MATRIX = tuple(name for name in IMPORTANCES if name != "saliency")

@@ -1,20 +1,137 @@
-"""From a target to the cut that meets it."""
+"""How far to go: from a ratio, a size or a loss to the cut that meets it, and its compensation.
+
+Every coupling is a *candidate* with an order in which its units would be removed, and what each
+removal costs. A *ladder* climbs all candidates together, from removing nothing to removing all
+that may go, and a target is a height on it.
+"""
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from rlscuda.pruning.choice.compensation import compensate_layers, lost_columns, without_rule
-from rlscuda.pruning.choice.consumers import Matrices
-from rlscuda.pruning.choice.ladder import Counts, Ladder
+from rlscuda._torch import own_parameters
+from rlscuda.closed_form.formulas import compensate
+from rlscuda.pruning.choice.ranking import Candidate, Matrices, layer_weight
+from rlscuda.pruning.couplings import Coupling, Member, Structure
 from rlscuda.pruning.running.measure import count_flops, count_parameters
-from rlscuda.pruning.structure.trace import Structure
-from rlscuda.pruning.surgery.plan import Surgery, plan, pruned_copy
+from rlscuda.pruning.surgery.plan import Surgery, plan
+from rlscuda.pruning.surgery.transaction import pruned_copy
+
+Counts = dict[str, int]  # units removed, by coupling
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Counts as a monotone function of one height in [0, 1].
+
+    Attributes:
+        candidates: By coupling.
+        scope: `layer` removes the same share of every coupling; `global` takes the cheapest next
+            unit of all couplings, whichever it is.
+        round_to: What stays is a multiple of it, where the coupling has as many.
+    """
+
+    candidates: Mapping[str, Candidate]
+    scope: str = "layer"
+    round_to: int = 1
+
+    def by_ratio(self, ratio: float | Mapping[str, float]) -> Counts:
+        """The counts at a ratio of units; in scope `global`, of the units of all couplings.
+
+        Raises:
+            ValueError: A mapping in scope `global`, or one with a pattern that matches nothing.
+        """
+        if not isinstance(ratio, Mapping):
+            return self.at(ratio)
+        if self.scope == "global":
+            raise ValueError("ratio must be one number in scope 'global', got a mapping")
+        for pattern in ratio:
+            if not any(fnmatchcase(name, pattern) for name in self.candidates):
+                raise ValueError(f"ratio names {pattern!r}, which matches no coupling of "
+                                 f"{sorted(self.candidates)}")  # fmt: skip
+        return {
+            name: candidate.removable(ratio_of(name, ratio), self.round_to)
+            for name, candidate in self.candidates.items()
+        }
+
+    def at(self, height: float) -> Counts:
+        """The counts when `height` of the original units are gone."""
+        if self.scope == "layer":
+            return {
+                n: candidate.removable(height, self.round_to)
+                for n, candidate in self.candidates.items()
+            }
+        counts = dict.fromkeys(self.candidates, 0)
+        gone = sum(candidate.gone for candidate in self.candidates.values())
+        wanted = int(height * (gone + sum(p.units for p in self.candidates.values())) + 1e-9) - gone
+        heap = [(float(p.cost[0]), name) for name, p in self.candidates.items() if len(p.order)]
+        heapq.heapify(heap)
+        for _ in range(wanted):
+            if not heap:
+                break
+            _, name = heapq.heappop(heap)
+            counts[name] += 1
+            candidate = self.candidates[name]
+            if counts[name] < len(candidate.order):
+                heapq.heappush(heap, (float(candidate.cost[counts[name]]), name))
+        return {n: self.candidates[n].rounded(c, self.round_to) for n, c in counts.items()}
+
+    def lowest(self, reached: Callable[[Counts], bool]) -> Counts:
+        """The smallest cut at which `reached` holds, which must be monotone.
+
+        Raises:
+            ValueError: It does not hold even where everything that may go is gone.
+        """
+        if not reached(self.at(1.0)):
+            raise ValueError("the target is out of reach, even with all but the last units removed")
+        low, high = 0.0, 1.0
+        for _ in range(self._halvings()):
+            middle = (low + high) / 2
+            low, high = (low, middle) if reached(self.at(middle)) else (middle, high)
+        return self.at(high)
+
+    def highest(self, allowed: Callable[[Counts], bool]) -> Counts:
+        """The largest cut that is still `allowed`, found by halving; nothing where none is."""
+        low, high = 0.0, 1.0
+        best = dict.fromkeys(self.candidates, 0)
+        for _ in range(self._halvings()):
+            middle = (low + high) / 2
+            counts = self.at(middle)
+            if counts == best or allowed(counts):
+                low, best = middle, counts
+            else:
+                high = middle
+        return best
+
+    def _halvings(self) -> int:
+        """Halvings of the ladder after which two heights differ by less than one unit."""
+        total = sum(candidate.units + candidate.gone for candidate in self.candidates.values())
+        return max(1, total).bit_length() + 1
+
+
+def check_ratio(ratio: object) -> None:
+    """Raises ValueError where `ratio` is not a share in [0, 1) or a mapping of names to such."""
+    shares = ratio if isinstance(ratio, Mapping) else {"": ratio}
+    for name, value in shares.items():
+        if not isinstance(name, str):
+            raise ValueError(f"ratio must be by name or shell pattern, got the key {name!r}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+            raise ValueError(f"ratio must be in [0, 1), got {value!r}")
+
+
+def ratio_of(name: str, ratio: float | Mapping[str, float]) -> float:
+    """The ratio of one coupling: its own, or that of the first shell pattern that it matches."""
+    if not isinstance(ratio, Mapping):
+        return float(ratio)
+    return next((float(v) for pattern, v in ratio.items() if fnmatchcase(name, pattern)), 0.0)
 
 
 @dataclass(frozen=True)
@@ -124,3 +241,83 @@ class Search:
         if kind == "target_params":
             return count_parameters(pruned)
         return count_flops(pruned, cut.surgery.slice_inputs(self.inputs))
+
+
+def lost_columns(
+    couplings: Sequence[Coupling],
+    modules: Mapping[str, nn.Module],
+    removed: Mapping[str, Sequence[int]],
+) -> dict[str, Tensor]:
+    """The im2col columns that each Linear and Conv2d loses, of each group; int64, ascending."""
+    lost: dict[str, list[Tensor]] = {}
+    for member, units in _losing(couplings, removed):
+        module = modules.get(member.name)
+        if member.kind == "in" and isinstance(module, (nn.Linear, nn.Conv2d)):
+            lost.setdefault(member.name, []).append(member.columns(module)[units].flatten())
+    return {name: torch.cat(parts).sort().values for name, parts in lost.items()}
+
+
+def without_rule(
+    couplings: Sequence[Coupling],
+    modules: Mapping[str, nn.Module],
+    removed: Mapping[str, Sequence[int]],
+) -> dict[str, str]:
+    """Layers of other kinds that lose inputs too, and why nothing makes up for them."""
+    reasons = {}
+    for member, _ in _losing(couplings, removed):
+        module = modules.get(member.name)
+        mixes = member.kind == "in" or isinstance(module, nn.MultiheadAttention)
+        if mixes and not isinstance(module, (nn.Linear, nn.Conv2d)):
+            reasons[member.name] = f"there is no rule for {type(module).__name__}"
+    return reasons
+
+
+def _losing(
+    couplings: Sequence[Coupling], removed: Mapping[str, Sequence[int]]
+) -> Iterator[tuple[Member, Tensor]]:
+    """The members of all couplings that lose some units, and these, int64."""
+    for coupling in couplings:
+        units = torch.tensor(removed.get(coupling.name, ()), dtype=torch.int64)
+        for member in coupling.members if len(units) else ():
+            yield member, units
+
+
+def compensate_layers(
+    model: nn.Module, matrices: Matrices, lost: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights and biases that make up best for the lost inputs, in their full shapes.
+
+    Args:
+        model: The model.
+        matrices: Inverse autocorrelation matrices by layer.
+        lost: Columns that each layer loses, see `lost_columns`.
+
+    Returns:
+        New values by parameter name, of the parameters' dtypes and devices; and the layers that
+        could not be compensated, with the reason.
+    """
+    modules = dict(model.named_modules())
+    holders: dict[int, int] = {}
+    for module in modules.values():
+        for parameter in own_parameters(module).values():
+            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    values: dict[str, Tensor] = {}
+    reasons: dict[str, str] = {}
+    for name, columns in lost.items():
+        module = modules[name]
+        if name not in matrices:
+            reasons[name] = "its inverse autocorrelation matrix is not known"
+            continue
+        if any(p is not None and holders[id(p)] > 1 for p in own_parameters(module).values()):
+            reasons[name] = "it shares its parameters with another layer"
+            continue
+        P = matrices[name]
+        W = torch.stack([
+            compensate(p, w, columns.to(P.device))
+            for p, w in zip(P, layer_weight(module, P))
+        ]).flatten(0, 1)  # fmt: skip
+        inputs = module.weight[0].numel()
+        values[f"{name}.weight"] = W[:, :inputs].reshape(module.weight.shape).to(module.weight)
+        if W.shape[1] > inputs:
+            values[f"{name}.bias"] = W[:, inputs].to(module.bias)
+    return values, reasons

@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.utils import prune
-from torch.utils._pytree import tree_map
 
+from rlscuda._torch import masked_name, pre_hooks, tree_map, unwrapped
 from rlscuda.files.atomic import write_atomically
-from rlscuda.pruning.running.calls import Call, call_of, inference, optional
-from rlscuda.pruning.running.copies import output_tensors
+from rlscuda.optional import optional
+from rlscuda.pruning.running.calls import Call, call_of, inference, output_tensors
 
 TOLERANCE = 1e-5  # of an exported output, as a share of the largest one or of 1
 
 
 def _inference_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode, masks made permanent; an optimizer's hooks are inert in it."""
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    model = unwrapped(model)
     computed = [  # a masked weight is the result of a forward, which deepcopy refuses
         value
         for module in model.modules()
@@ -36,9 +36,9 @@ def _inference_copy(model: nn.Module) -> nn.Module:
     memo = {id(value): value.detach().clone() for value in computed}
     whole = copy.deepcopy(model, memo).eval()
     for module in whole.modules():
-        for hook in list(module._forward_pre_hooks.values()):
+        for hook in list(pre_hooks(module).values()):
             if isinstance(hook, prune.BasePruningMethod):
-                prune.remove(module, hook._tensor_name)
+                prune.remove(module, masked_name(hook))
     return whole
 
 

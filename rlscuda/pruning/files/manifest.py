@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 import rlscuda
+from rlscuda._torch import pre_hooks, unwrapped
 from rlscuda.files.documents import check, short
-from rlscuda.pruning.running.copies import all_tensors
+from rlscuda.pruning.running.calls import all_tensors
 
 
 class TensorEntry(TypedDict):
@@ -68,7 +69,7 @@ def _decode(value: Any) -> Any:
 
 def _check_savable(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values()):
+        if any(isinstance(hook, BasePruningMethod) for hook in pre_hooks(module).values()):
             raise ValueError(
                 f"{name!r} has a mask, which the factory's model has not: make it permanent "
                 "first, with torch.nn.utils.prune.remove"
@@ -123,7 +124,7 @@ def describe(model: nn.Module) -> Described:
     Raises:
         ValueError: The model holds what such a description cannot, or a mask.
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    model = unwrapped(model)
     _check_savable(model)
     manifest, tensors = _manifest(model)
     return {"manifest": cast(Manifest, manifest), "tensors": tensors}
@@ -220,7 +221,7 @@ def rebuild(factory: Callable[[], nn.Module], described: Mapping[str, Any]) -> n
     made = factory()
     if not isinstance(made, nn.Module):
         raise TypeError(f"factory must return a module, got {type(made).__name__}")
-    model = getattr(made, "_orig_mod", made)  # what torch.compile wraps
+    model = unwrapped(made)
     _check_modules(model, manifest["modules"])
     _check_attributes(model, manifest["modules"])
     _check_tensors(model, manifest, tensors)

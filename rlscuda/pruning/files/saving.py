@@ -26,8 +26,8 @@ from torch.optim import Optimizer
 from rlscuda.files.archives import load_archive, save_archive
 from rlscuda.files.atomic import write_atomically
 from rlscuda.files.documents import check
+from rlscuda.optional import optional
 from rlscuda.pruning.files.manifest import Manifest, describe, rebuild
-from rlscuda.pruning.running.calls import optional
 
 FORMAT = "rlscuda-pruned"
 VERSION = 1

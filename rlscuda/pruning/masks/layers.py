@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.optim import Optimizer
 
+from rlscuda._torch import own_buffers, own_parameters, pre_hooks
+
 
 @dataclass(frozen=True)
 class MaskLayer:
@@ -38,7 +40,7 @@ class MaskLayer:
     @property
     def old_mask(self) -> Tensor | None:
         """The mask that torch.nn.utils.prune has put on it."""
-        return self.module._buffers["weight_mask"] if is_masked(self.module) else None
+        return own_buffers(self.module)["weight_mask"] if is_masked(self.module) else None
 
     def rows(self) -> Tensor:
         """The weight that the layer computes with, and the bias if inside P: [c, k], float64."""
@@ -78,7 +80,7 @@ class MaskLayer:
 
 def is_masked(module: nn.Module) -> bool:
     """Whether torch.nn.utils.prune has put a mask on a module's weight."""
-    return "weight_orig" in module._parameters and "weight_mask" in module._buffers
+    return "weight_orig" in own_parameters(module) and "weight_mask" in own_buffers(module)
 
 
 def mask_layer(model: nn.Module, name: str, matrices: Mapping[str, Tensor]) -> MaskLayer:
@@ -98,14 +100,14 @@ def mask_layer(model: nn.Module, name: str, matrices: Mapping[str, Tensor]) -> M
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         raise ValueError(f"MultiheadAttention uses the weight of {name!r} without calling it, and "
                          "so past a mask")  # fmt: skip
-    weight = module._parameters.get("weight_orig" if is_masked(module) else "weight")
+    weight = own_parameters(module).get("weight_orig" if is_masked(module) else "weight")
     if weight is None:
         raise ValueError(f"the weight of {name!r} must be a parameter of it, plain or masked")
     for other_name, other in modules.items():
-        if other is not module and any(p is weight for p in other._parameters.values()):
+        if other is not module and any(p is weight for p in own_parameters(other).values()):
             raise ValueError(f"the weight of {name!r} is also that of {other_name!r}, which the "
                              "mask would not reach")  # fmt: skip
-    bias = module._parameters.get("bias")
+    bias = own_parameters(module).get("bias")
     P = _checked_matrix(name, module, weight[0].numel(), matrices[name])
     layer = MaskLayer(name, module, weight, bias if P.shape[-1] > weight[0].numel() else None, P)
     if not torch.isfinite(layer.rows()).all():
@@ -115,7 +117,7 @@ def mask_layer(model: nn.Module, name: str, matrices: Mapping[str, Tensor]) -> M
 
 def _checked_matrix(name: str, module: nn.Linear | nn.Conv2d, n: int, P: Tensor) -> Tensor:
     P, groups = P.unsqueeze(0) if P.dim() == 2 else P, getattr(module, "groups", 1)
-    plain_bias = module._parameters.get("bias") is not None
+    plain_bias = own_parameters(module).get("bias") is not None
     shapes = [[groups, n, n]] + [[groups, n + 1, n + 1]] * plain_bias
     if list(P.shape) not in shapes:
         expected = " or ".join(str(shape) for shape in shapes)
@@ -160,7 +162,7 @@ def undo_of(layer: MaskLayer, moments: Iterable[Tensor]) -> Callable[[], None]:
     """A function that brings back what `write_mask` changes, to the bit and in its order."""
     module = layer.module
     registries: list[dict[Any, Any]] = [
-        module._parameters, module._buffers, module._forward_pre_hooks,
+        own_parameters(module), own_buffers(module), pre_hooks(module),
     ]  # fmt: skip
     contents = [dict(registry) for registry in registries]
     attribute = vars(module).get("weight")

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from rlscuda import functional as RF
-from rlscuda.closed_form.formulas import downdate
 from rlscuda.optim import hooks
+from rlscuda.optim.kept import Kept, KeptLayer
 from rlscuda.optim.layers import Layer
 from rlscuda.optim.staging import summarisable, summarise
-from rlscuda.pruning.matrices.sources import Matrices, pruning_layers
+from rlscuda.pruning.matrices.calibration import Matrices, pruning_layers
 
 _DEAD = 1e-12  # mean squared input taken for the noise of a layer that never fires
 
@@ -153,6 +153,23 @@ class SketchTracker:
             for name, track in self._tracks.items()
         }
 
+    def kept_columns(self, kept: Mapping[str, Kept]) -> dict[str, Tensor]:
+        """The columns for `follow`, of each layer that loses some.
+
+        Args:
+            kept: By name of a parameter, what is to be kept of it; before it is cut.
+        """
+        layers = {
+            name: KeptLayer.of(layer, kept[f"{name}.weight"])
+            for name, layer in self._layers.items()
+            if f"{name}.weight" in kept
+        }
+        return {
+            name: layer.inputs
+            for name, layer in layers.items()
+            if len(layer.inputs) < layer.layer.groups * layer.layer.columns
+        }
+
     def follow(self, kept: Mapping[str, Tensor]) -> None:
         """Follows a model whose layers were pruned in place: each P is downdated, none forgotten.
 
@@ -179,7 +196,10 @@ class SketchTracker:
             if track is None:
                 continue
             if name in kept:
-                track = _narrowed(name, track, kept[name].cpu(), layer.bias)
+                own = KeptLayer.of_columns(layer, kept[name].cpu())
+                P = own.matrix(track.P).reshape(-1, *own.matrix_shape[-2:])
+                power = track.power[own.groups.to(P.device)].clone()
+                track = _Track(P, power, track.seen)
             wanted = (now.groups, now.fan_in, now.fan_in)
             if track.P.shape != wanted:
                 raise ValueError(
@@ -224,29 +244,3 @@ class SketchTracker:
             P, power = (state[k].to(device, self.dtype, copy=True) for k in ("P", "power"))
             fresh[name] = _Track(P, power, state["seen"])
         self._tracks = fresh
-
-
-def _narrowed(name: str, track: _Track, kept: Tensor, bias: bool) -> _Track:
-    """A track of the columns that are left."""
-    groups, n = track.P.shape[:2]
-    columns = n - bias
-    if kept.dtype != torch.int64 or kept.dim() != 1 or not len(kept):
-        raise ValueError(f"kept of {name!r} must be int64 [k], got {kept.dtype} {list(kept.shape)}")
-    if kept[0] < 0 or kept[-1] >= groups * columns or not (kept.diff() > 0).all():
-        raise ValueError(
-            f"kept of {name!r} must be ascending columns from 0 to {groups * columns - 1}"
-        )
-    mask = torch.zeros(groups, n, dtype=torch.bool)
-    mask[kept // columns, kept % columns] = True
-    left = mask.sum(1)
-    alive = left.nonzero().squeeze(1)
-    if left[alive].unique().numel() > 1:
-        raise ValueError(f"kept of {name!r} must be as many in each group, got {left.tolist()}")
-    if bias:
-        mask[:, -1] = True
-    device = track.P.device
-    parts = [
-        downdate(track.P[g], (~mask[g]).nonzero().squeeze(1).to(device)).to(track.P.dtype)
-        for g in alive.tolist()
-    ]
-    return _Track(torch.stack(parts), track.power[alive.to(device)].clone(), track.seen)

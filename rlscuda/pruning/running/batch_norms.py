@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlscuda._torch import BatchNorm
 from rlscuda.optim.kept import Kept
-from rlscuda.pruning.running.calls import feed
-from rlscuda.pruning.running.copies import isolated_copy, rng_kept
+from rlscuda.pruning.running.calls import feed, isolated_copy, rng_kept
 
 FEWEST_SAMPLES = 16  # below which what a batch shows is as much chance as the cut
 
@@ -101,9 +101,7 @@ def _norms(model: nn.Module) -> dict[str, Any]:
     norms = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        and module.training
-        and module.running_mean is not None
+        if isinstance(module, BatchNorm) and module.training and module.running_mean is not None
     }
     model.eval()
     return norms

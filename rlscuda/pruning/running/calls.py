@@ -1,39 +1,114 @@
-"""What a model is called with: example inputs, and the batches of a loader."""
+"""Running a model without a trace in it: its inputs, and copies that may be run and cut."""
 
 from __future__ import annotations
 
-import importlib
+import copy
+import dataclasses
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from rlscuda.pruning.running.copies import output_tensors, rng_kept
+from rlscuda._torch import HOOKS, BatchNorm, tree_leaves, tree_map, unwrapped
+
+ExampleInputs = Tensor | tuple | list | Mapping[str, Any]
 
 
-def optional(name: str, extra: str) -> ModuleType:
-    """Imports a package that only an extra brings.
+def leaves(value: Any) -> Iterator[Any]:
+    """What a value is nested of, also in dataclasses and in subclasses of mappings and sequences.
 
-    Raises:
-        ImportError: It is not installed; the message names the extra.
+    Pytrees, which torch goes by, know neither unless they are registered.
     """
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != name.partition(".")[0]:
-            raise  # the package is there, one of its own dependencies is not
-        raise ImportError(
-            f"this needs the package {name}, which is not installed: pip install 'rlscuda[{extra}]'"
-        ) from None
+    for leaf in tree_leaves(value):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            inside: Iterable[Any] = [getattr(leaf, f.name) for f in dataclasses.fields(leaf)]
+        elif isinstance(leaf, Mapping):
+            inside = leaf.values()
+        elif isinstance(leaf, (list, tuple)):
+            inside = leaf
+        else:
+            yield leaf
+            continue
+        for part in inside:
+            yield from leaves(part)
 
 
-@dataclass(frozen=True)
+def output_tensors(output: Any) -> list[Tensor]:
+    """The tensors of a model's output, whatever it is nested in."""
+    return [leaf for leaf in leaves(output) if isinstance(leaf, Tensor)]
+
+
+def map_tensors(change: Any, example_inputs: ExampleInputs) -> Any:
+    """The same inputs with every tensor changed."""
+    return tree_map(lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, example_inputs)
+
+
+def all_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer under every name that it has."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def isolated_copy(model: nn.Module, tensors: Mapping[Tensor, Tensor] | None = None) -> nn.Module:
+    """A deep copy of `model` without the hooks that others have put on it.
+
+    Masks and weight norms are hooks too, and part of what the model computes: they stay.
+
+    Args:
+        model: The model.
+        tensors: What the copy is to hold in place of a parameter or buffer; others are cloned.
+    """
+    memo: dict[int, Any] = {id(old): new for old, new in (tensors or {}).items()}
+    for module in model.modules():
+        for name in HOOKS:
+            hooks = module.__dict__.get(name)
+            if hooks:
+                kept = [(k, v) for k, v in hooks.items() if _belongs_to_torch(v)]
+                memo[id(hooks)] = OrderedDict((k, copy.deepcopy(v)) for k, v in kept)
+        for value in module.__dict__.values():  # computed and left there: deepcopy would refuse it
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo.setdefault(id(value), value.detach().clone())
+    return copy.deepcopy(model, memo)
+
+
+def _belongs_to_torch(hook: Any) -> bool:
+    return type(hook).__module__.startswith("torch.nn.utils.")
+
+
+def train_but_norms(copy: nn.Module) -> nn.Module:
+    """Puts a copy into training mode, but for batch norms, which refuse a batch of one value."""
+    copy.train()
+    for module in copy.modules():
+        if isinstance(module, BatchNorm):
+            module.eval()
+    return copy
+
+
+@contextmanager
+def rng_kept(model: nn.Module) -> Iterator[None]:
+    """Leaves the random state of the CPU, and of the GPUs that hold `model`, as it was."""
+    tensors = (*model.parameters(), *model.buffers())
+    gpus = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
+    with torch.random.fork_rng(devices=gpus):
+        yield
+
+
+def call(model: nn.Module, example_inputs: ExampleInputs) -> Any:
+    """Calls a model with a tensor, a sequence of arguments, or a mapping of named ones."""
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return model(*example_inputs)
+    return model(example_inputs)
+
+
+@dataclasses.dataclass(frozen=True)
 class Call:
     """The arguments of one forward.
 
@@ -150,7 +225,7 @@ def feed(model: nn.Module, batch: Any) -> Any:
 
 def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     """Those of a model's forward, also of a compiled one."""
-    return inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
+    return inspect.signature(unwrapped(model).forward).parameters
 
 
 def _first(batch: Any) -> Any:

@@ -12,10 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from rlscuda._torch import (
+    TorchDispatchMode,
+    cpu_flash_attention,
+    cudnn_rnn,
+    storage_key,
+    tree_leaves,
+)
 from rlscuda.pruning.running.calls import Call, call_of, inference
 
 
@@ -114,10 +119,11 @@ class _LiveBytes(TorchDispatchMode):
             if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
                 continue
             storage = tensor.untyped_storage()
-            if storage._cdata not in self._seen:
-                self._seen.add(storage._cdata)
+            key = storage_key(tensor)
+            if key not in self._seen:
+                self._seen.add(key)
                 self.live += storage.nbytes()
-                end = weakref.finalize(storage, self._end, storage._cdata, storage.nbytes())
+                end = weakref.finalize(storage, self._end, key, storage.nbytes())
                 end.atexit = False
                 self._finalizers.append(end)
         self.peak = max(self.peak, self.live)
@@ -175,9 +181,9 @@ def _cudnn_rnn_flops(x: torch.Size, weights: Iterable[torch.Size], *_: Any, **__
 
 
 _UNCOUNTED = {  # by torch
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    cpu_flash_attention: _attention_flops,
     torch.ops.aten.mkldnn_rnn_layer: _mkldnn_rnn_flops,
-    torch.ops.aten._cudnn_rnn: _cudnn_rnn_flops,
+    cudnn_rnn: _cudnn_rnn_flops,
 }
 
 
@@ -199,7 +205,7 @@ def _peak_memory(model: nn.Module, call: Call) -> int:
         with _LiveBytes(own) as counter:
             call(model)
         return counter.peak
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in own}
+    storages = {storage_key(t): t.untyped_storage().nbytes() for t in own}
     peak = sum(storages.values())
     for device in (d for d in devices if d.type == "cuda"):
         torch.cuda.synchronize(device)

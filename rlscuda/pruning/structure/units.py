@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlscuda.pruning.running.copies import (
+from rlscuda._torch import Convolution, channel_index, own_parameters
+from rlscuda.pruning.running.calls import (
     ExampleInputs,
     call,
     isolated_copy,
@@ -72,21 +73,6 @@ class _Partition:
         return list(found.values())
 
 
-def require_torch_pruning() -> Any:
-    """The module `torch_pruning`.
-
-    Raises:
-        ImportError: It is not installed.
-    """
-    try:
-        import torch_pruning
-    except ImportError as error:
-        raise ImportError(
-            "structured pruning needs torch-pruning: pip install 'rlscuda[pruning]'"
-        ) from error
-    return torch_pruning
-
-
 @dataclass(eq=False)
 class Traced:
     """What tracing a model shows.
@@ -109,7 +95,6 @@ def units_of(model: nn.Module, example_inputs: ExampleInputs) -> Traced:
         ImportError: torch-pruning is not installed.
         ValueError: The model cannot be copied, run on the example inputs, or traced.
     """
-    require_torch_pruning()
     with rng_kept(model), torch.enable_grad():
         graph = _Graph(model, example_inputs)
     return Traced(graph.units(), graph.output_shapes, graph.input_widths)
@@ -119,9 +104,10 @@ class _Graph:
     """torch-pruning's dependency graph of a copy of a model, every parameter of it trainable."""
 
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs):
-        tp = require_torch_pruning()
+        import torch_pruning as tp
+
         self._kinds = tp.ops.OPTYPE
-        self._index = tp._helpers._HybridIndex
+        self._index = channel_index(tp)
         try:
             self.copy = isolated_copy(model).eval()
         except Exception as error:
@@ -328,7 +314,7 @@ def _groups(module: Any) -> int:
         return module.num_groups
     if isinstance(module, nn.MultiheadAttention):
         return module.num_heads
-    if isinstance(module, nn.modules.conv._ConvNd) and module.groups != module.out_channels:
+    if isinstance(module, Convolution) and module.groups != module.out_channels:
         return module.groups
     return 1  # of a depthwise convolution each group goes on its own
 
@@ -340,7 +326,7 @@ def _axes(module: Any, side: str, axis: int) -> list[tuple[Tensor, int]]:
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if isinstance(module, nn.Embedding):
         return [(module.weight, 1)]
-    if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+    if isinstance(module, (nn.Linear, Convolution)):
         if getattr(module, "transposed", False):
             side = {"in": "out", "out": "in"}[side]
         if side == "in":
@@ -352,12 +338,12 @@ def _axes(module: Any, side: str, axis: int) -> list[tuple[Tensor, int]]:
 
 def _obstacle(module: Any, name: str) -> str:
     """Why a module cannot be cut, or ''."""
-    if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
+    if isinstance(module, Convolution) and module.groups > 1:
         if module.groups == module.out_channels != module.in_channels:
             return f"{name!r} has several input channels and one output channel a group"
         if module.transposed:
             return f"{name!r} is a transposed convolution with groups"
     for own in ("weight", "bias") if isinstance(module, nn.Module) else ():
-        if own not in module._parameters and isinstance(getattr(module, own, None), Tensor):
+        if own not in own_parameters(module) and isinstance(getattr(module, own, None), Tensor):
             return f"the {own} of {name!r} is not a plain parameter (parametrised or masked)"
     return ""

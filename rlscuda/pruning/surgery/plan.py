@@ -1,32 +1,31 @@
-"""Removing channels from a model and everything that follows it, in one transaction."""
+"""What is kept of a model's tensors when channels are removed; the model is only read.
+
+Linear layers and convolutions are cut here. Of any other module a copy whose every element holds
+its own place, the index shadow, is pruned by torch-pruning in its stead: what survives tells which
+elements of each tensor are kept, whatever the kind of the module.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
+from rlscuda._torch import Convolution, InstanceNorm
 from rlscuda.optim.kept import Kept
-from rlscuda.pruning.running.copies import (
+from rlscuda.pruning.couplings import Structure
+from rlscuda.pruning.running.calls import (
     ExampleInputs,
     all_tensors,
-    call,
     isolated_copy,
     map_tensors,
     output_tensors,
-    rng_kept,
-    train_but_norms,
 )
-from rlscuda.pruning.surgery.any_optimizer import optimizer_changes
-from rlscuda.pruning.surgery.journal import Change, commit
-from rlscuda.pruning.surgery.shadow import remains
 
-if TYPE_CHECKING:
-    from rlscuda.pruning.structure.trace import Structure
+_PLAIN = (int, float, bool, str, tuple)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,23 +78,30 @@ def plan(structure: Structure, removed: Mapping[str, Iterable[int]]) -> Surgery:
     before = all_tensors(model)
     if {name: tuple(t.shape) for name, t in before.items()} != structure.shapes:
         raise ValueError("the model was changed since it was traced: trace it again")
-    sides: dict[tuple[str, str], list[int]] = {}
+    channels: dict[str, dict[str, list[int]]] = {}  # by name of a module or parameter, by side
     inputs: dict[str, Tensor] = {}
     for name, units in removed.items():
         coupling = structure.coupling(name)
         chosen = _checked(name, coupling.units, list(units))
         for member in coupling.members if chosen else ():
-            channels = member.indices[chosen].flatten().tolist()
-            sides.setdefault((member.name, member.kind), []).extend(channels)
-    for name, kind in [side for side in sides if side[1] == "input"]:
-        gone = set(sides.pop((name, kind)))
-        inputs[name] = torch.tensor(
-            [channel for channel in range(structure.input_widths[name]) if channel not in gone],
-            device="cpu",
-        )
-    left = remains(model, sides)
-    tensors = _tied(before, left.tensors)
-    return Surgery(tensors, left.attributes, inputs, structure.output_shapes)
+            gone = member.indices[chosen].flatten().tolist()
+            if member.kind == "input":
+                kept = _without(structure.input_widths[member.name], gone)
+                earlier = inputs.get(member.name, kept)
+                inputs[member.name] = kept[torch.isin(kept, earlier)]
+            else:
+                channels.setdefault(member.name, {}).setdefault(member.kind, []).extend(gone)
+    surgery = Surgery({}, {}, inputs, structure.output_shapes)
+    parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
+    for name, own in channels.items():
+        module = modules.get(name)
+        if module is None:
+            _cut_bare(surgery, name, parameters[name], own["both"], modules)
+        elif isinstance(module, (nn.Linear, Convolution)):
+            _cut_weighted(surgery, name, module, own)
+        else:
+            _cut_by_shadow(surgery, name, module, own["both"])
+    return replace(surgery, tensors=_tied(before, surgery.tensors))
 
 
 def _checked(name: str, count: int, units: list[int]) -> list[int]:
@@ -131,187 +137,136 @@ def _tied(before: Mapping[str, Tensor], tensors: Mapping[str, Kept]) -> dict[str
     return found
 
 
-@torch.no_grad()
-def operate(
-    model: nn.Module,
-    optimizers: Optimizer | Iterable[Optimizer],
+def _cut_bare(
     surgery: Surgery,
-    values: Mapping[str, Tensor],
-    example_inputs: ExampleInputs,
-) -> list[Change]:
-    """Carries out a surgery on a model and its optimizers; completes, or leaves all as it was.
-
-    Parameters that are cut become new `nn.Parameter` objects, with what was theirs: their ties,
-    `requires_grad`, gradient, hooks and attributes, and the state that optimizers keep for them.
-    Everything is computed, and the pruned model tried on the example inputs, before any reference
-    is replaced.
-
-    Args:
-        model: The model.
-        optimizers: Its optimizer, or all that hold its parameters.
-        surgery: What to remove.
-        values: Name of a parameter -> its new value in its old shape, as compensation has it.
-        example_inputs: What the model could be called with so far.
-
-    Returns:
-        What takes the surgery back, see `journal.revert`.
-
-    Raises:
-        ValueError: The model is not that of the surgery, a value is of another shape or not
-            finite, an optimizer keeps what cannot follow, or the pruned model fails on the example
-            inputs.
-    """
-    model = getattr(model, "_orig_mod", model)
-    before = all_tensors(model)
-    _check(before, surgery, values)
-    replaced, valued = _new_tensors(before, surgery, values)
-    changes = [Change(tensor, "data", value) for tensor, value in valued.items()]
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name, tensor in before.items():
-        if tensor in replaced:
-            parent, _, own = name.rpartition(".")
-            changes.append(Change(modules[parent], own, replaced[tensor][0]))
-    for name, attributes in surgery.attributes.items():
-        changes += [Change(modules[name], key, value) for key, value in attributes.items()]
-    changes += _followers(optimizers, replaced)
-    _try(model, surgery, _pruned_copy(model, surgery, replaced, valued), example_inputs)
-    return commit(changes)
+    name: str,
+    parameter: Tensor,
+    channels: list[int],
+    modules: Mapping[str, nn.Module],
+) -> None:
+    """Cuts a parameter that is no module's of those that torch-pruning knows."""
+    axis = parameter_axis(parameter)
+    kept = Kept.along(tuple(parameter.shape), {axis: _without(parameter.shape[axis], channels)})
+    surgery.tensors[name] = kept
+    for owner, module in modules.items():
+        if isinstance(module, nn.RMSNorm) and module.weight is parameter:
+            surgery.attributes[owner] = {"normalized_shape": kept.shape}
 
 
-@torch.no_grad()
-def pruned_copy(model: nn.Module, surgery: Surgery, values: Mapping[str, Tensor]) -> nn.Module:
-    """What a surgery would make of a model, as a copy in eval mode; the model is only read.
-
-    Args:
-        model: The model.
-        surgery: What to remove.
-        values: Name of a parameter -> its new value in its old shape.
-
-    Raises:
-        ValueError: The model is not that of the surgery, or a value is of another shape or not
-            finite.
-    """
-    model = getattr(model, "_orig_mod", model)
-    before = all_tensors(model)
-    _check(before, surgery, values)
-    return _pruned_copy(model, surgery, *_new_tensors(before, surgery, values))
+def parameter_axis(parameter: Tensor) -> int:
+    """The dimension in which torch-pruning cuts a bare parameter: the last of more than one."""
+    return max(dim for dim, size in enumerate(parameter.shape) if size > 1)
 
 
-def _new_tensors(
-    before: Mapping[str, Tensor], surgery: Surgery, values: Mapping[str, Tensor]
-) -> tuple[dict[Tensor, tuple[Tensor, Kept]], dict[Tensor, Tensor]]:
-    """What takes the place of each tensor that is cut, and the new values of those that are not."""
-    replaced: dict[Tensor, tuple[Tensor, Kept]] = {}
-    valued: dict[Tensor, Tensor] = {}
-    for name, tensor in before.items():
-        kept, value = surgery.tensors.get(name), values.get(name)
-        if kept is not None and tensor not in replaced:
-            replaced[tensor] = (_successor(tensor, kept, value), kept)
-        elif kept is None and value is not None:
-            valued[tensor] = _as(tensor, value)
-    return replaced, valued
+def _without(size: int, channels: list[int]) -> Tensor:
+    remain = torch.ones(size, dtype=torch.bool, device="cpu")
+    remain[channels] = False
+    return remain.nonzero().flatten()
 
 
-def _check(before: Mapping[str, Tensor], surgery: Surgery, values: Mapping[str, Tensor]) -> None:
-    for name, kept in surgery.tensors.items():
-        got = tuple(before[name].shape) if name in before else None
-        if got != kept.of:
-            raise ValueError(f"the surgery is of another model: {name!r} must be {list(kept.of)}, "
-                             f"got {got if got is None else list(got)}")  # fmt: skip
-    for name, value in values.items():
-        if name not in before:
-            raise ValueError(f"values has {name!r}, which the model does not have")
-        if value.shape != before[name].shape:
-            raise ValueError(f"the value of {name!r} must be of its old shape "
-                             f"{list(before[name].shape)}, got {list(value.shape)}")  # fmt: skip
-        if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"the value of {name!r} is not finite")
-
-
-def _as(tensor: Tensor, value: Tensor) -> Tensor:
-    """A value in the dtype, device and memory format of the tensor whose it is to be."""
-    return torch.empty_like(tensor, requires_grad=False).copy_(value)
-
-
-def _successor(tensor: Tensor, kept: Kept, value: Tensor | None) -> Tensor:
-    """What takes the place of a parameter or buffer."""
-    source = tensor.detach() if value is None else _as(tensor, value)
-    data = kept.take(source)
-    if not isinstance(tensor, nn.Parameter):
-        return data
-    new = nn.Parameter(data, requires_grad=tensor.requires_grad)
-    new.__dict__.update(tensor.__dict__)
-    if tensor.grad is not None:
-        new.grad = kept.take(tensor.grad)
-    # the very dicts, so that the handles that remove a hook still do
-    new._backward_hooks = tensor._backward_hooks
-    new._post_accumulate_grad_hooks = tensor._post_accumulate_grad_hooks
-    return new
-
-
-def _followers(
-    optimizers: Optimizer | Iterable[Optimizer],
-    replaced: Mapping[Tensor, tuple[Tensor, Kept]],
-) -> list[Change]:
-    """The changes of every optimizer."""
-    parameters = cast(
-        dict[nn.Parameter, tuple[nn.Parameter, Kept]],
-        {old: pair for old, pair in replaced.items() if isinstance(old, nn.Parameter)},
+def _cut_weighted(
+    surgery: Surgery, name: str, module: nn.Linear | Convolution, channels: Mapping[str, list[int]]
+) -> None:
+    """Cuts a linear layer or convolution; a depthwise one loses whole groups."""
+    convolution = isinstance(module, Convolution)
+    outputs = channels.get("out", channels.get("both", []))
+    inputs = channels.get("in", channels.get("both", []))
+    width_in, width_out = (
+        (module.in_channels, module.out_channels)
+        if isinstance(module, Convolution)
+        else (module.in_features, module.out_features)
     )
-    every = [optimizers] if isinstance(optimizers, Optimizer) else optimizers
-    return [change for one in every for change in optimizer_changes(one, parameters)]
+    kind = "channels" if convolution else "features"
+    attributes = {}
+    weight: dict[int, Tensor] = {}
+    axes = (1, 0) if getattr(module, "transposed", False) else (0, 1)
+    if outputs:
+        weight[axes[0]] = _without(width_out, outputs)
+        attributes[f"out_{kind}"] = width_out - len(outputs)
+        if module.bias is not None:
+            surgery.tensors[_join(name, "bias")] = Kept.along((width_out,), {0: weight[axes[0]]})
+    if inputs:
+        attributes[f"in_{kind}"] = width_in - len(inputs)
+        if "both" in channels:
+            attributes["groups"] = width_out - len(outputs)
+        else:  # the units hold the same places of every group
+            groups = getattr(module, "groups", 1)
+            size = width_in // groups
+            weight[axes[1]] = _without(size, [i for i in inputs if i < size])
+    surgery.tensors[_join(name, "weight")] = Kept.along(tuple(module.weight.shape), weight)
+    surgery.attributes[name] = attributes
 
 
-def _pruned_copy(
-    model: nn.Module,
-    surgery: Surgery,
-    replaced: Mapping[Tensor, tuple[Tensor, Kept]],
-    valued: Mapping[Tensor, Tensor],
-) -> nn.Module:
-    tensors = {old: new for old, (new, _) in replaced.items()} | dict(valued)
-    pruned = isolated_copy(model, {old: _like(old, new) for old, new in tensors.items()}).eval()
-    surgery.set_attributes(pruned)
-    return pruned
+def _cut_by_shadow(surgery: Surgery, name: str, module: nn.Module, channels: list[int]) -> None:
+    """Cuts a module that passes its channels on, as torch-pruning does."""
+    import torch_pruning as tp
+
+    places = {tensor: _places(tensor) for tensor in all_tensors(module).values()}
+    shadow = isolated_copy(module, places)
+    with torch.no_grad():
+        if isinstance(module, nn.LayerNorm):
+            _cut_layer_norm(shadow, channels)
+        else:
+            pruner = tp.DependencyGraph().get_pruner_of_module(module)
+            pruner.prune_out_channels(shadow, sorted(channels))
+            if isinstance(module, InstanceNorm):
+                _cut_running_statistics(shadow, channels)
+    for own, kept in kept_tensors(shadow, all_tensors(module)).items():
+        surgery.tensors[_join(name, own)] = kept
+    after = dict(shadow.named_modules())
+    for own, part in module.named_modules():
+        for key, old in vars(part).items():
+            new = vars(after[own]).get(key)
+            if isinstance(old, _PLAIN) and new != old:
+                surgery.attributes.setdefault(_join(name, own), {})[key] = new
 
 
-def _try(model: nn.Module, surgery: Surgery, pruned: nn.Module, example_inputs: Any) -> None:
-    """Runs a copy of the pruned model, and once more in training mode.
+def _join(first: str, second: str) -> str:
+    return ".".join(part for part in (first, second) if part)
 
-    Raises:
-        ValueError: It fails, in training mode where the whole model does not, or what it puts out
-            has another shape.
+
+def _places(tensor: Tensor) -> Tensor:
+    """The place of every element, on the CPU; float64 holds them exactly to 2^53."""
+    places = torch.arange(tensor.numel(), dtype=torch.float64, device="cpu").view(tensor.shape)
+    return nn.Parameter(places) if isinstance(tensor, nn.Parameter) else places
+
+
+def number(model: nn.Module) -> None:
+    """Makes a copy of a model its shadow, its parameters being the same objects."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = _places(tensor).detach()
+
+
+def kept_tensors(shadow: nn.Module, before: Mapping[str, Tensor]) -> dict[str, Kept]:
+    """What is kept of each tensor that was cut.
+
+    Args:
+        shadow: The shadow after pruning.
+        before: The tensors by name, as they were.
     """
-    inputs = surgery.slice_inputs(example_inputs)
-    try:
-        with rng_kept(model):
-            output = call(pruned, inputs)
-    except Exception as error:
-        raise ValueError(
-            f"the pruned model fails on the example inputs: {error}; is a number of channels "
-            "written into its forward? What produces them can be named in ignored"
-        ) from error
-    shapes = [tuple(tensor.shape) for tensor in output_tensors(output)]
-    if shapes != surgery.output_shapes:
-        raise ValueError(f"the pruned model must put out {surgery.output_shapes} on the example "
-                         f"inputs, got {shapes}")  # fmt: skip
-    with rng_kept(model):
-        _try_in_training(model, pruned, inputs, example_inputs)
+    found = {}
+    after = all_tensors(shadow)
+    for name, tensor in before.items():
+        places, of = after[name], tuple(tensor.shape)
+        if tuple(places.shape) != of:
+            found[name] = Kept.from_index(places.detach().to(torch.int64), of)
+    return found
 
 
-def _try_in_training(model: nn.Module, pruned: nn.Module, inputs: Any, example_inputs: Any) -> None:
-    try:
-        call(train_but_norms(pruned), inputs)
-    except Exception as error:
-        try:
-            call(train_but_norms(isolated_copy(model)), example_inputs)
-        except Exception:
-            return  # the whole model wants something else there
-        raise ValueError(
-            f"the pruned model fails in training mode on the example inputs: {error}; what "
-            "produces the channels can be named in ignored"
-        ) from error
+def _cut_layer_norm(norm: Any, channels: list[int]) -> None:
+    """Cuts the last dimension; torch-pruning's own cut can leave the channels out of order."""
+    *first, last = norm.normalized_shape
+    for name in ("weight", "bias"):
+        parameter = getattr(norm, name)
+        if parameter is not None:
+            kept = parameter.detach().index_select(-1, _without(last, channels))
+            setattr(norm, name, nn.Parameter(kept))
+    norm.normalized_shape = (*first, last - len(channels))
 
 
-def _like(old: Tensor, new: Tensor) -> Tensor:
-    data = new.detach().clone()
-    return nn.Parameter(data, old.requires_grad) if isinstance(old, nn.Parameter) else data
+def _cut_running_statistics(norm: Any, channels: list[int]) -> None:
+    """Cuts what torch-pruning leaves at its old size."""
+    for name in ("running_mean", "running_var"):
+        statistics = getattr(norm, name)
+        if statistics is not None:
+            setattr(norm, name, statistics.index_select(0, _without(len(statistics), channels)))

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from rlscuda.optim.kept import Change
 from rlscuda.pruning.matrices.tracker import SketchTracker
-from rlscuda.pruning.running.copies import all_tensors
-from rlscuda.pruning.surgery.journal import Change, revert
+from rlscuda.pruning.running.calls import all_tensors
+from rlscuda.pruning.surgery.transaction import revert
 
 
 class Snapshot:

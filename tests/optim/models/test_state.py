@@ -96,7 +96,7 @@ def test_loading_restores_the_options_of_the_groups():
     other = RLSOptimizer(mlp(), lr=0.3)
     other.load_state_dict(optimizer.state_dict())
     assert other.param_groups[0]["lr"] == 0.01 and other.param_groups[0]["gain"] == 0.02
-    assert other._group_of[other.param_groups[0]["params"][0]] is other.param_groups[0]
+    assert other._registry.group_of[other.param_groups[0]["params"][0]] is other.param_groups[0]
 
 
 def test_state_hooks_may_replace_the_state():
@@ -282,11 +282,11 @@ def test_copy_of_the_model_alone_stages_nothing(copied):
     twin = copied(model)
     twin.train()
     twin(batch(model)).sum().backward()
-    assert all(stage.calls == 0 for stage in optimizer._stages.values())
+    assert all(stage.calls == 0 for stage in optimizer._registry.stages.values())
     fresh = RLSOptimizer(getattr(twin, "module", twin))
     twin(batch(model)).sum().backward()
-    assert all(stage.calls == 1 for stage in fresh._stages.values())
-    assert all(stage.calls == 0 for stage in optimizer._stages.values())
+    assert all(stage.calls == 1 for stage in fresh._registry.stages.values())
+    assert all(stage.calls == 0 for stage in optimizer._registry.stages.values())
 
 
 def hooks_of(model):

@@ -51,7 +51,7 @@ def test_summaries_follow_new_groups_at_once(edit):
     edit(optimizer)
     optimizer.param_groups[0]["rank"] = 2
     model(batch(model)).sum().backward()
-    assert optimizer._stages[model[0].weight].summary.rows.shape == (1, 2, 5)
+    assert optimizer._registry.stages[model[0].weight].summary.rows.shape == (1, 2, 5)
 
 
 def test_a_parameter_taken_out_is_left_alone_and_put_back_goes_on():
@@ -126,15 +126,15 @@ def test_a_state_is_loaded_into_the_groups_as_they_are():
 
 def test_a_look_that_was_cut_short_starts_anew(monkeypatch):
     model, optimizer = replaced_head()
-    find = optimizer._find_new_layers
+    search = optimizer._registry.search
 
     def interrupted():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(optimizer, "_find_new_layers", interrupted)
+    monkeypatch.setattr(optimizer._registry, "search", interrupted)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
-    monkeypatch.setattr(optimizer, "_find_new_layers", find)
+    monkeypatch.setattr(optimizer._registry, "search", search)
     train(model, optimizer, 1)
     assert "P" in optimizer.state[model[2].weight]
 
@@ -176,7 +176,7 @@ def test_layers_added_later_are_covered_with_their_group():
     train(model, optimizer, 2)
     assert {name: row.updates for name, row in optimizer.health().items()} == {
         "0": 4, "2": 4, "3": 2}  # fmt: skip
-    indices = [layer.index for layer in optimizer._layers.values()]
+    indices = [layer.index for layer in optimizer._registry.layers.values()]
     assert len(set(indices)) == 3  # of which each draws at random on its own
 
 

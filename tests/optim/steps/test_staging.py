@@ -173,7 +173,7 @@ def test_shared_layer_counts_every_call(summary, reentrant):
     x = torch.randn(6, 3).double().requires_grad_()
     out = model(x) if reentrant is None else checkpoint(model, x, use_reentrant=reentrant)
     out.sum().backward()
-    stage = optimizer._stages[model.layer.weight]
+    stage = optimizer._registry.stages[model.layer.weight]
     assert stage.calls == 2 and stage.summary.total == 12
     if summary == "mean":
         hidden = torch.tanh(model.layer(x))
@@ -197,7 +197,7 @@ def test_draws_differ_by_step_layer_and_seed(summary):
         for _ in range(steps + 1):
             optimizer.zero_grad()
             model[second](x).sum().backward()
-            result = optimizer._stages[model[second].weight].summary.rows
+            result = optimizer._registry.stages[model[second].weight].summary.rows
             optimizer.step()
         return result
 
@@ -218,7 +218,7 @@ def test_output_may_be_changed_in_place(module):
     x = batch(model)
     model(x).sum().backward()
     for layer, rows in ((model[0], x), (model[2], seen[0])):
-        summary = optimizer._stages[layer.weight].summary
+        summary = optimizer._registry.stages[layer.weight].summary
         torch.testing.assert_close(summary.rows[0, 0, :-1], rows.mean(0))
     optimizer.step()
     assert optimizer.health()["0"].updates == 1
@@ -289,7 +289,7 @@ def test_two_optimizers_see_the_same_model_apart():
 def test_forward_between_backward_and_step_counts_for_the_next():
     model = nn.Linear(4, 3)
     optimizer = make(model, summary="mean", rank=1)
-    stage = optimizer._stages[model.weight]
+    stage = optimizer._registry.stages[model.weight]
     first, second = torch.randn(5, 4), torch.randn(5, 4)
     model(first).sum().backward()
     ahead = model(second)

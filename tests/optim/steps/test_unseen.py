@@ -106,7 +106,7 @@ def test_micro_batches_in_eval_mode_are_one_batch(summary):
         optimizer = make(model, summary)
         for part in batch(model).chunk(parts):
             (model(part).square().sum()).backward()
-        rows.append(optimizer._stages[model[0].weight].summary.rows)
+        rows.append(optimizer._registry.stages[model[0].weight].summary.rows)
     torch.testing.assert_close(*rows)
 
 

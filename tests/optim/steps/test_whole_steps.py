@@ -63,7 +63,9 @@ def test_a_refused_step_changes_nothing(spoil, seen):
     on_cpu = {key for key, value in before.items() if not value.is_meta}
     assert before.keys() == after.keys()
     assert not differing(*({key: d[key] for key in on_cpu} for d in (before, after)))
-    assert optimizer._stages[model[0].weight].calls == 1  # what is staged can still be used
+    assert (
+        optimizer._registry.stages[model[0].weight].calls == 1
+    )  # what is staged can still be used
 
 
 EDITS = [  # of a group, by hand or by a scheduler

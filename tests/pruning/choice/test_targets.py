@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from rlscuda.pruning.choice.ladder import Candidate, Ladder, check_ratio
-from rlscuda.pruning.ratios import CURVES, ratio_after
+from rlscuda.pruning.choice.ranking import Candidate
+from rlscuda.pruning.choice.targets import Ladder, check_ratio
+from rlscuda.pruning.schedule import CURVES, ratio_after
 
 
 def candidate(costs, units=None, gone=0):

@@ -5,7 +5,8 @@ import torch
 from support.pruning_data import SHAPES, Data, layer_data, others
 from torch import Tensor
 
-from rlscuda.closed_form import formulas as algebra
+from rlscuda.closed_form import formulas
+from rlscuda.closed_form.greedy import Consumer, greedy_path
 
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
@@ -41,7 +42,7 @@ def naive_greedy(data: list[Data], weights: list[float], count: int) -> tuple[li
 def test_greedy_is_one_at_a_time(shape, window, monkeypatch):
     monkeypatch.setattr("rlscuda.closed_form.greedy._WINDOW", window)
     data = layer_data(*shape)
-    path = algebra.greedy_path([algebra.Consumer(data.P, data.W, data.blocks)], shape[0])
+    path = greedy_path([Consumer(data.P, data.W, data.blocks)], shape[0])
     order, costs = naive_greedy([data], [1.0], shape[0])
     assert path.order.tolist() == order
     torch.testing.assert_close(path.cost, costs, rtol=1e-8, atol=1e-10)
@@ -52,18 +53,18 @@ def test_greedy_over_unequal_consumers(window, monkeypatch):
     monkeypatch.setattr("rlscuda.closed_form.greedy._WINDOW", window)
     data = [layer_data(8, 1, 6, True), layer_data(8, 4, 3, False), layer_data(8, 9, 1, True)]
     weights = [1.0, 0.3, 0.05]
-    consumers = [algebra.Consumer(d.P, d.W, d.blocks, w) for d, w in zip(data, weights)]
-    path = algebra.greedy_path(consumers, 6)
+    consumers = [Consumer(d.P, d.W, d.blocks, w) for d, w in zip(data, weights)]
+    path = greedy_path(consumers, 6)
     order, costs = naive_greedy(data, weights, 6)
     assert path.order.tolist() == order
     torch.testing.assert_close(path.cost, costs, rtol=1e-8, atol=1e-10)
-    alone = algebra.greedy_path(consumers[:1], 6)
+    alone = greedy_path(consumers[:1], 6)
     assert alone.order.tolist() != order  # the others do take part
 
 
 def test_greedy_costs_add_up_to_the_joint_cost():
     data = layer_data(9, 3, 4, True)
-    path = algebra.greedy_path([algebra.Consumer(data.P, data.W, data.blocks)], 6)
+    path = greedy_path([Consumer(data.P, data.W, data.blocks)], 6)
     error = data.refit(data.blocks[path.order].flatten())[1]
     assert float(path.cost.sum()) == pytest.approx(error, rel=1e-9)
 
@@ -71,13 +72,13 @@ def test_greedy_costs_add_up_to_the_joint_cost():
 def test_ties_go_to_the_lowest_index():
     P, W = torch.eye(6).double(), torch.ones(2, 6)
     blocks = torch.tensor([[5], [0], [3], [1], [2], [4]])
-    path = algebra.greedy_path([algebra.Consumer(P, W, blocks)], 6)
+    path = greedy_path([Consumer(P, W, blocks)], 6)
     assert path.order.tolist() == [0, 1, 2, 3, 4, 5]
     assert path.cost.tolist() == [2.0] * 6
 
 
 def test_greedy_of_none():
-    path = algebra.greedy_path([algebra.Consumer(torch.eye(2), torch.ones(1, 2),
+    path = greedy_path([Consumer(torch.eye(2), torch.ones(1, 2),
                                                  torch.tensor([[0], [1]]))], 0)  # fmt: skip
     assert path.order.shape == path.cost.shape == (0,)
     assert (path.order.dtype, path.cost.dtype) == (torch.int64, torch.float64)
@@ -87,9 +88,9 @@ def test_greedy_over_copies_of_channels():
     """Copies of one channel, undamped but for rounding: all but one go for next to nothing."""
     X = torch.randn(60, 4).double()
     X = torch.cat([X, X[:, :2], X[:, :2]], 1)
-    P = algebra.damped_inverse(X.T @ X / len(X), 1e-12)
+    P = formulas.damped_inverse(X.T @ X / len(X), 1e-12)
     W = torch.randn(3, 8).double()
-    path = algebra.greedy_path([algebra.Consumer(P, W, torch.arange(8)[:, None])], 8)
+    path = greedy_path([Consumer(P, W, torch.arange(8)[:, None])], 8)
     assert torch.isfinite(path.cost).all()
     assert path.cost[:4].max() < 1e-6 < path.cost[4:].min()
     assert sorted(unit % 4 if unit < 6 else unit - 6 for unit in path.order[4:].tolist()) == [

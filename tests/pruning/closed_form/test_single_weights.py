@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 from support.compare import random_spd
-from support.pruning_rows import all_columns, error, inputs, inverse, with_ones
+from support.pruning_data import all_columns, error, inputs, inverse, with_ones
 
 from rlscuda.closed_form import single_weights as weightwise
 from rlscuda.closed_form.single_weights import cheapest_prefixes, refit, removal_paths

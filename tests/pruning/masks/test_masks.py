@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from support.compare import differing, random_spd, snapshot
-from support.pruning_rows import error, inputs, inverse, with_ones
+from support.pruning_data import error, inputs, inverse, with_ones
 from support.training import batch, cnn, make, mlp, train
 from torch import nn
 from torch.nn import functional as F
@@ -16,7 +16,8 @@ from torch.nn.utils import parametrizations, prune
 from rlscuda import RLSOptimizer
 from rlscuda.pruning.masks import weights as masks
 from rlscuda.pruning.masks.weights import prune_weights
-from rlscuda.pruning.matrices.sources import calibrate, own_matrices
+from rlscuda.pruning.matrices.calibration import calibrate
+from rlscuda.pruning.matrices.own import own_matrices
 
 
 def images(model: nn.Module, size: int = 64) -> dict[str, torch.Tensor]:

@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn.utils import prune
 
 from rlscuda import RLSOptimizer
-from rlscuda.closed_form import formulas as algebra
-from rlscuda.pruning.matrices.sources import calibrate, disagreement, own_matrices
+from rlscuda.closed_form import formulas
+from rlscuda.pruning.matrices.calibration import calibrate, disagreement
+from rlscuda.pruning.matrices.own import own_matrices
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -64,7 +65,7 @@ def test_calibration_in_float32_is_of_float64_sums():
 def test_calibration_by_parts_of_a_batch(monkeypatch):
     model, x = nn.Sequential(nn.Conv2d(2, 3, 3).double()), torch.randn(5, 2, 6, 6).double()
     whole = calibrate(model, [x])["0"]
-    monkeypatch.setattr("rlscuda.pruning.matrices.sources._UNFOLD_BYTES", 1)
+    monkeypatch.setattr("rlscuda.pruning.matrices.calibration._UNFOLD_BYTES", 1)
     torch.testing.assert_close(calibrate(model, [x])["0"], whole, **EXACT)
 
 
@@ -117,7 +118,7 @@ def test_calibration_leaves_the_model_as_it_was():
         assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads))
         assert not any(m._forward_pre_hooks for m in model.modules())
         assert torch.is_grad_enabled()
-    assert all(stage.calls == 1 for stage in optimizer._stages.values())
+    assert all(stage.calls == 1 for stage in optimizer._registry.stages.values())
 
 
 def test_calibration_where_inputs_never_fire():
@@ -130,7 +131,7 @@ def test_calibration_where_inputs_never_fire():
     found = calibrate(model, [x])
     for P in found.values():
         assert (torch.linalg.cholesky_ex(P).info == 0).all()
-    costs = algebra.block_saliency(found["2"][0], model[2].weight, torch.tensor([[0], [1], [2]]))
+    costs = formulas.block_saliency(found["2"][0], model[2].weight, torch.tensor([[0], [1], [2]]))
     assert costs[1:].max() < 1e-2 * costs[0]
     assert (torch.linalg.cholesky_ex(calibrate(model, [0 * x])["2"]).info == 0).all()
 

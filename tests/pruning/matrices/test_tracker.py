@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
-from rlscuda.closed_form import formulas as algebra
-from rlscuda.pruning.matrices.sources import calibrate, disagreement
+from rlscuda.closed_form import formulas
+from rlscuda.pruning.matrices.calibration import calibrate, disagreement
 from rlscuda.pruning.matrices.tracker import SketchTracker
 
 
@@ -357,7 +357,7 @@ def test_compensation_from_a_tracked_matrix():
         x[:, 5] = x[:, 0] - x[:, 1]
         model(x).sum().backward()
     W = torch.cat([model[0].weight, model[0].bias[:, None]], 1)
-    compensated = algebra.compensate(tracker.matrices()["0"][0], W, torch.tensor([5]))
+    compensated = formulas.compensate(tracker.matrices()["0"][0], W, torch.tensor([5]))
     rows = torch.cat([x, torch.ones(32, 1)], 1).double()
     error = (rows @ (compensated - W).T).norm() / (rows @ W.T.double()).norm()
     assert error < 1e-3

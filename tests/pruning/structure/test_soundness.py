@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from rlscuda.pruning import RLSPruner
 from rlscuda.pruning.structure.trace import trace
-from rlscuda.pruning.surgery.plan import operate, plan
+from rlscuda.pruning.surgery.plan import plan
+from rlscuda.pruning.surgery.transaction import operate
 
 IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from rlscuda import RLSOptimizer
+from rlscuda.pruning import RLSPruner
 from rlscuda.pruning.structure.trace import trace
 
 
@@ -206,7 +207,7 @@ def test_the_model_is_not_touched(case: Case):
     next(model.parameters()).requires_grad_(False)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    staged = {w: s.summary for w, s in optimizer._stages.items()}
+    staged = {w: s.summary for w, s in optimizer._registry.stages.items()}
     flags = [p.requires_grad for p in model.parameters()]
     random = torch.get_rng_state()
     calls.clear()
@@ -219,7 +220,7 @@ def test_the_model_is_not_touched(case: Case):
         assert p.grad is None or torch.equal(p.grad, grads[name])
     assert flags == [p.requires_grad for p in model.parameters()]
     assert all(m.training for m in model.modules()) and calls == []
-    assert all(s.summary is staged[w] for w, s in optimizer._stages.items())
+    assert all(s.summary is staged[w] for w, s in optimizer._registry.stages.items())
 
 
 def test_parametrised_layer_is_refused():
@@ -306,7 +307,7 @@ def test_unknown_coupling():
 def test_without_torch_pruning(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch_pruning", None)
     with pytest.raises(ImportError, match=r"rlscuda\[pruning\]"):
-        trace(lenet(), inputs())
+        RLSPruner(lenet(), None, inputs(), ratio=0.5, loader=[inputs()])
 
 
 def test_masked_layer_is_refused():

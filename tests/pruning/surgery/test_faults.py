@@ -13,8 +13,9 @@ from torch import nn
 from rlscuda import RLSOptimizer
 from rlscuda.optim.kept import Kept
 from rlscuda.pruning.structure.trace import trace
-from rlscuda.pruning.surgery import journal
-from rlscuda.pruning.surgery.plan import operate, plan
+from rlscuda.pruning.surgery import transaction
+from rlscuda.pruning.surgery.plan import plan
+from rlscuda.pruning.surgery.transaction import operate
 
 # -- all or nothing -------------------------------------------------------------------------------
 
@@ -39,7 +40,7 @@ def prepared(make=vgg):
 def writes(make) -> int:
     """How many references one surgery replaces."""
     model, optimizer, surgery, values = prepared(make)
-    with mock.patch.object(journal, "_write", wraps=journal._write) as write:
+    with mock.patch.object(transaction, "_write", wraps=transaction._write) as write:
         operate(model, optimizer, surgery, values, inputs())
     return write.call_count
 
@@ -48,7 +49,7 @@ def writes(make) -> int:
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_a_fault_at_any_point_of_the_commit_changes_nothing(make, after):
     model, optimizer, surgery, values = prepared(make)
-    before, real = everything(model, optimizer), journal._write
+    before, real = everything(model, optimizer), transaction._write
     for failing in range(writes(make)):
         count = iter(range(10**6))
 
@@ -61,7 +62,7 @@ def test_a_fault_at_any_point_of_the_commit_changes_nothing(make, after):
                 raise RuntimeError("planted")
 
         with (
-            mock.patch.object(journal, "_write", faulty),
+            mock.patch.object(transaction, "_write", faulty),
             pytest.raises(RuntimeError, match="planted"),
         ):
             operate(model, optimizer, surgery, values, inputs())
@@ -76,9 +77,9 @@ def test_a_fault_at_any_point_of_the_commit_changes_nothing(make, after):
 
 @pytest.mark.parametrize(
     "where",
-    ["rlscuda.optim.kept.Kept.take", "rlscuda.optim.surgery.downdate",
-     "rlscuda.optim.surgery.LayerCut.stage", "rlscuda.pruning.surgery.plan.call",
-     "rlscuda.pruning.surgery.plan.isolated_copy"],
+    ["rlscuda.optim.kept.Kept.take", "rlscuda.optim.kept.downdate",
+     "rlscuda.optim.kept.KeptLayer.stage", "rlscuda.pruning.surgery.transaction.call",
+     "rlscuda.pruning.surgery.transaction.isolated_copy"],
 )  # fmt: skip
 def test_a_fault_before_the_commit_changes_nothing(where):
     model, optimizer, surgery, values = prepared()

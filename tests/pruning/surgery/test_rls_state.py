@@ -15,7 +15,8 @@ from rlscuda import RLSOptimizer
 from rlscuda.closed_form.formulas import downdate
 from rlscuda.optim.kept import Kept
 from rlscuda.pruning.structure.trace import trace
-from rlscuda.pruning.surgery.plan import operate, plan
+from rlscuda.pruning.surgery.plan import plan
+from rlscuda.pruning.surgery.transaction import operate
 
 # -- RLSOptimizer ---------------------------------------------------------------------------------
 
@@ -68,7 +69,7 @@ def test_every_entry_by_hand(form):
             assert torch.equal(new[i]["second_moment"], old[i]["second_moment"][rows[i]])
             groups = [1, 2, 5, 6] if i == 4 else slice(None)
             assert torch.equal(new[i]["power"], old[i]["power"][groups])
-        layer = optimizer._layers[model[i].weight]
+        layer = optimizer._registry.layers[model[i].weight]
         assert layer.weight is model[i].weight and layer.bias_parameter is model[i].bias
         assert layer.groups == getattr(model[i], "groups", 1)
         assert layer.fan_in == len(columns[i]) and layer.matrix_shape == new[i]["P"].shape
@@ -81,7 +82,11 @@ def test_every_entry_by_hand(form):
 def staged(model, optimizer, summary: str):
     optimizer.zero_grad()
     model(inputs(next(model.parameters()).dtype, seed=7)).square().mean().backward()
-    return {m.name: optimizer._stages[m.layer.weight] for m in optimizer._matches if m.layer}
+    return {
+        m.name: optimizer._registry.stages[m.layer.weight]
+        for m in optimizer._registry.matches
+        if m.layer
+    }
 
 
 @pytest.mark.parametrize("summary", ["mean", "sketch", "sample"])
@@ -94,7 +99,11 @@ def test_staged_summary_by_hand(summary):
     rows = {name: stage.summary.rows for name, stage in before.items()}
     x = inputs()
     operate(model, optimizer, plan(trace(model, x), {"0": [1], "2": [0, 3]}), {}, x)
-    after = {m.name: optimizer._stages[m.layer.weight] for m in optimizer._matches if m.layer}
+    after = {
+        m.name: optimizer._registry.stages[m.layer.weight]
+        for m in optimizer._registry.matches
+        if m.layer
+    }
     last = [c for channel in (1, 2, 5, 6) for c in range(4 * channel, 4 * channel + 4)] + [32]
     assert torch.equal(after["0"].summary.rows, rows["0"])
     assert torch.equal(after["2"].summary.rows, rows["2"][..., [*range(9), *range(18, 27)]])
@@ -128,7 +137,7 @@ def test_factors_of_a_wide_layer_follow():
         for stage in stages.values() if not factors else ():
             stage.factors = None
         prune(model, optimizer)
-        assert (optimizer._stages[model[3].weight].factors is not None) == factors
+        assert (optimizer._registry.stages[model[3].weight].factors is not None) == factors
         optimizer.step()
         results.append([p.detach().clone() for p in model.parameters()])
     for a, b in zip(*results):
@@ -143,8 +152,8 @@ def test_backward_of_an_older_forward_stages_nothing():
     loss = model(inputs()).square().mean()
     prune(model, optimizer)
     loss.backward()  # reaches the old weights only
-    assert all(stage.summary is None for stage in optimizer._stages.values())
-    assert all(weight.grad is None for weight in optimizer._layers)
+    assert all(stage.summary is None for stage in optimizer._registry.stages.values())
+    assert all(weight.grad is None for weight in optimizer._registry.layers)
     training(model, optimizer)
 
 

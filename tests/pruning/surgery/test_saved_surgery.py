@@ -12,7 +12,8 @@ from rlscuda.pruning.files.export import export_program
 from rlscuda.pruning.files.saving import load_optimizer, load_pruned, save_pruned
 from rlscuda.pruning.running.measure import measure
 from rlscuda.pruning.structure.trace import trace
-from rlscuda.pruning.surgery.plan import operate, plan
+from rlscuda.pruning.surgery.plan import plan
+from rlscuda.pruning.surgery.transaction import operate
 
 
 def training(model, optimizer, seed: int, steps: int = 2) -> None:

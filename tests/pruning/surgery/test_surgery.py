@@ -12,9 +12,10 @@ from support.pruning_surgery import every_other, gathered, prune, training
 from torch import nn
 
 from rlscuda import RLSOptimizer
-from rlscuda.pruning.running.copies import all_tensors
+from rlscuda.pruning.running.calls import all_tensors
 from rlscuda.pruning.structure.trace import trace
-from rlscuda.pruning.surgery.plan import operate, plan
+from rlscuda.pruning.surgery.plan import plan
+from rlscuda.pruning.surgery.transaction import operate
 
 by_name = {"argvalues": ZOO, "ids": lambda case: case.name}
 WITH_STATISTICS = ("convnext", "attention", "grouped")  # over channels, dead ones included
@@ -76,8 +77,8 @@ def test_shapes_attributes_and_groups(case: Case):
         if isinstance(module, nn.Conv2d):
             shape = (module.out_channels, module.in_channels // module.groups)
             assert module.weight.shape[:2] == shape
-    for weight in optimizer._layers:
-        assert optimizer.state[weight]["P"].shape == optimizer._layers[weight].matrix_shape
+    for weight in optimizer._registry.layers:
+        assert optimizer.state[weight]["P"].shape == optimizer._registry.layers[weight].matrix_shape
     prune(model, optimizer)  # and again
     training(model, optimizer)
 

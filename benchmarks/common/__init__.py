@@ -1,0 +1,1 @@
+"""What several chapters share: timing, the machine, named shapes, eager RLS, images, training."""

@@ -1,0 +1,56 @@
+"""What a result depends on: the machine, the versions, the kernel sources."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import rlscuda
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def tree_hash() -> str:
+    """The hash of the kernel sources in this tree, formed as setup.py forms it."""
+    sources = sorted(p for p in (ROOT / "csrc").rglob("*.*") if p.suffix in {".cpp", ".h", ".cu"})
+    parts = [p.name.encode() + re.sub(rb"//.*|\s+", b"", p.read_bytes()) for p in sources]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
+
+
+def built_hash() -> str:
+    """The hash of the kernel sources that the loaded extension was built from."""
+    return rlscuda.build_info()["source_hash"]
+
+
+def machine() -> dict:
+    """CPU, cores, threads, SIMD level of the kernels, GPU, and how busy the machine is."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [x for x in info.read_text().splitlines() if x.startswith("model name")]
+        cpu = names[0].split(":", 1)[1].strip() if names else cpu
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "simd": rlscuda.build_info()["simd"],
+        "system": platform.system(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "load_at_start": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+    }
+
+
+def versions() -> dict:
+    """Python and the libraries that are timed."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "rlscuda": rlscuda.__version__,
+    }

@@ -1,0 +1,1 @@
+"""How well networks learn by RLS, SGD and Adam."""

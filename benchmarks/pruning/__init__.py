@@ -1,0 +1,1 @@
+"""What accuracy pruners leave, at equal FLOPs: ours, and torch-pruning's importances."""

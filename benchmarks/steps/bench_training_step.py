@@ -1,0 +1,89 @@
+"""One whole training step: zero_grad, forward, backward, step; as a multiple of fused Adam's.
+
+Images and labels are random: the time does not depend on them. `eager` is `eager_rls.EagerRLS`,
+the same rules in plain PyTorch; `singd` is structured inverse-free natural gradient descent
+with its dense structures, refreshed at every step as RLS is. Rates are small, so that a model
+trained on noise for hundreds of steps stays finite.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from singd.optim.optimizer import SINGD
+from torch import nn
+
+from benchmarks.common import shapes
+from benchmarks.common.eager_rls import EagerRLS
+from rlscuda import RLSOptimizer, zoo
+
+LR = 1e-3
+OPTIMIZERS = {
+    "RLS paper, mean": lambda m: RLSOptimizer(m, lr=LR, form="paper"),
+    "RLS paper, sketch": lambda m: RLSOptimizer(m, lr=LR, form="paper", summary="sketch"),
+    "RLS adaptive": lambda m: RLSOptimizer(m, lr=LR),
+    shapes.BASELINE: lambda m: torch.optim.Adam(m.parameters(), lr=LR, fused=True),
+    "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=LR, momentum=0.9),
+    "eager RLS paper, mean": lambda m: EagerRLS(m, form="paper", lr=LR),
+    "eager RLS adaptive": lambda m: EagerRLS(m, lr=LR),
+    "singd": lambda m: SINGD(m, lr=LR, T=1, warn_unsupported=False),
+}
+EAGER = ("eager RLS paper, mean", "eager RLS adaptive")
+
+
+class Trainer:
+    """A model with its optimizer and one minibatch; calling it makes one step."""
+
+    def __init__(self, case, make, batch, dtype=torch.float32):
+        torch.manual_seed(0)
+        self.model: nn.Module = zoo.NETWORKS[case.model](case.shape, 10).to(dtype)
+        self.optimizer = make(self.model)
+        self.x = torch.randn(batch, *case.shape, dtype=dtype)
+        self.y = torch.randint(10, (batch,))
+
+    def __call__(self):
+        self.optimizer.zero_grad()
+        loss = F.cross_entropy(self.model(self.x), self.y)
+        loss.backward()
+        self.optimizer.step()
+        return loss
+
+
+def assert_right(case):
+    """Paper form, mean: weights as eager RLS moves them, in float64. All forms learn the batch."""
+    rule = {"form": "paper", "lr": 0.1, "gain": 0.1, "momentum": 0.5, "weight_decay": 0.01}
+    rule |= {"summary": "mean", "rank": 1, "fallback_lr": 1e-3}
+    trainers = [
+        Trainer(case, lambda m, kind=kind: kind(m, **rule), 8, torch.float64)
+        for kind in (RLSOptimizer, EagerRLS)
+    ]
+    for _ in range(3):
+        for train in trainers:
+            train()
+    ours, eager = (dict(train.model.named_parameters()) for train in trainers)
+    for name, value in ours.items():
+        torch.testing.assert_close(value, eager[name], rtol=1e-7, atol=1e-9, msg=name)
+    for options in ({"form": "paper", "summary": "sketch", "lr": 0.02}, {"lr": 0.02}):
+        train = Trainer(case, lambda m, options=options: RLSOptimizer(m, **options), 8)
+        losses = [train().item() for _ in range(8)]
+        assert losses[-1] < losses[0], (options, losses)
+
+
+@pytest.mark.parametrize("case", shapes.TRAININGS, ids=lambda c: c.name)
+def test_training_step(race, case):
+    assert_right(case)
+    lanes = {name: Trainer(case, make, case.batch) for name, make in OPTIMIZERS.items()}
+    targets = {
+        f"RLS paper, mean / {shapes.BASELINE}": case.paper_target,
+        f"RLS paper, sketch / {shapes.BASELINE}": case.paper_target,
+        f"RLS adaptive / {shapes.BASELINE}": case.adaptive_target,
+    }
+    race(
+        case.name,
+        lanes,
+        targets=targets,
+        ratios=[f"{name} / {shapes.BASELINE}" for name in OPTIMIZERS if name != shapes.BASELINE],
+        rounds=case.rounds,
+        every={"singd": max(1, case.rounds // 4), **dict.fromkeys(EAGER, 2)},
+    )
+    for name, train in lanes.items():
+        assert all(p.isfinite().all() for p in train.model.parameters()), name

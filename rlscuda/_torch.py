@@ -1,0 +1,114 @@
+"""Every private name of torch and of torch-pruning that is used, in one place.
+
+Checked with torch 2.10 to 2.13 and torch-pruning 1.6. Nothing else in the package spells one, so
+that what a new version moves is mended here.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+__all__ = ["TorchDispatchMode", "tree_leaves", "tree_map"]
+
+BatchNorm: Any = nn.modules.batchnorm._BatchNorm
+Convolution: Any = nn.modules.conv._ConvNd
+InstanceNorm: Any = nn.modules.instancenorm._InstanceNorm
+Operator = torch._ops.OpOverload
+
+# unlike torch.compiler.disable, it leaves the import of dynamo to use
+outside_dynamo = torch._disable_dynamo
+is_transformed = torch._C._functorch.is_functorch_wrapped_tensor  # by vmap, grad and the like
+foreach_copy_, foreach_norm = torch._foreach_copy_, torch._foreach_norm
+
+cpu_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+cudnn_rnn = torch.ops.aten._cudnn_rnn
+
+FORWARD_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs")
+HOOKS = (
+    *FORWARD_HOOKS, "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
+    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)  # fmt: skip
+
+
+def unwrapped(model: Any) -> Any:
+    """What `torch.compile` wraps; anything else as it is."""
+    return getattr(model, "_orig_mod", model)
+
+
+def compiler_is_loaded() -> bool:
+    """Whether anything can have been compiled in this process."""
+    return "torch._dynamo" in sys.modules
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a model, or a module of it in place, was given to the compiler."""
+    return hasattr(model, "_orig_mod") or any(
+        module._compiled_call_impl is not None for module in model.modules()
+    )
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The live registry of a module's parameters, those of its children apart."""
+    return module._parameters
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """The live registry of a module's buffers."""
+    return module._buffers
+
+
+def pre_hooks(module: nn.Module) -> dict[int, Any]:
+    """The live registry of a module's forward pre-hooks."""
+    return module._forward_pre_hooks
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a Linear or Conv2d computes something else than that class does."""
+    kind: Any = type(module)
+    if isinstance(module, nn.Linear):
+        return kind.forward is not nn.Linear.forward
+    return (kind.forward, kind._conv_forward) != (nn.Conv2d.forward, nn.Conv2d._conv_forward)
+
+
+def masked_name(hook: Any) -> str:
+    """The parameter that a hook of `torch.nn.utils.prune` masks."""
+    return hook._tensor_name
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written."""
+    return tensor._version
+
+
+def in_backward() -> bool:
+    """Whether the autograd engine runs on this thread (a checkpointed segment is recomputed)."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def share_hooks(new: Tensor, old: Tensor) -> None:
+    """Gives a parameter the hooks of another: the very dicts, so that their handles still work."""
+    new._backward_hooks = old._backward_hooks
+    new._post_accumulate_grad_hooks = old._post_accumulate_grad_hooks
+
+
+def storage_key(tensor: Tensor) -> int:
+    """What tensors that share a storage have in common."""
+    return tensor.untyped_storage()._cdata
+
+
+def arguments_of(operator: Operator) -> Any:
+    """The arguments in an operator's schema."""
+    return operator._schema.arguments
+
+
+def channel_index(torch_pruning: Any) -> Any:
+    """The class by which torch-pruning's graph numbers channels: `idx` and `root_idx`."""
+    return torch_pruning._helpers._HybridIndex

@@ -1,0 +1,110 @@
+"""Couplings: channels that can only be removed together, and all couplings of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A module, bare parameter or raw input that meets a coupling.
+
+    Attributes:
+        name: Qualified name of the module or parameter; for a raw input its number among the
+            tensors of the example inputs.
+        kind: `in` or `out`, the side of a module on which the channels are; `both` where they pass
+            through it (norm layers, depthwise convolutions, embeddings, bare parameters); `input`
+            for a raw input of the model.
+        indices: Channels of each unit [units, k], int64, on that side of the module.
+    """
+
+    name: str
+    kind: str
+    indices: Tensor
+
+    def columns(self, module: nn.Module) -> Tensor:
+        """The columns of the im2col matrix that the units take on the input side.
+
+        Args:
+            module: The `nn.Linear` or `nn.Conv2d` of that name.
+
+        Returns:
+            [units, columns] int64, ascending, in `F.unfold` order; for a grouped convolution within
+            the matrix of each group.
+
+        Raises:
+            ValueError: The units are not on the input side of a Linear or Conv2d.
+        """
+        if self.kind != "in" or not isinstance(module, (nn.Linear, nn.Conv2d)):
+            raise ValueError(
+                f"columns are those of the input side of a Linear or Conv2d, got side "
+                f"{self.kind!r} of {type(module).__name__} {self.name!r}"
+            )
+        if isinstance(module, nn.Linear):
+            return self.indices
+        area = module.kernel_size[0] * module.kernel_size[1]
+        # the units hold the same positions of every group, and the first comes first
+        first = self.indices[:, : self.indices.shape[1] // module.groups]
+        return (first[:, :, None] * area + torch.arange(area, device="cpu")).flatten(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Coupling:
+    """Channels that can only be removed together, unit by unit.
+
+    Attributes:
+        name: That of the first module that produces them, or `input` for raw inputs.
+        units: How many can be removed on their own, of which one must stay.
+        members: All that meets them.
+    """
+
+    name: str
+    units: int
+    members: list[Member]
+
+    def member(self, name: str, kind: str) -> Member:
+        """The member of that name and side.
+
+        Raises:
+            KeyError: There is none.
+        """
+        for member in self.members:
+            if (member.name, member.kind) == (name, kind):
+                return member
+        raise KeyError(f"coupling {self.name!r} has no member {name!r} on side {kind!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """The couplings of a model.
+
+    Attributes:
+        model: The model.
+        couplings: Those that can be pruned, in the order of the modules that produce them.
+        refused: Name of a coupling that cannot be pruned -> why.
+        output_shapes: Shapes of the model's outputs for the example inputs.
+        input_widths: Channels of each raw input, by its number, that pruning could follow.
+        shapes: Shape of every parameter and buffer when the model was traced.
+    """
+
+    model: nn.Module
+    couplings: list[Coupling]
+    refused: dict[str, str]
+    output_shapes: list[tuple[int, ...]]
+    input_widths: dict[str, int]
+    shapes: dict[str, tuple[int, ...]] = field(repr=False)
+
+    def coupling(self, name: str) -> Coupling:
+        """The coupling of that name.
+
+        Raises:
+            KeyError: There is none; the message says why if it was refused.
+        """
+        for coupling in self.couplings:
+            if coupling.name == name:
+                return coupling
+        reason = self.refused.get(name)
+        raise KeyError(f"no coupling {name!r}" + (f": {reason}" if reason else ""))

@@ -1,0 +1,227 @@
+"""Exact inverse autocorrelation matrices from a calibration loader, and how far others are off.
+
+They are float64 [groups, n, n] by layer name, n = columns of the layer's im2col rows in the order
+of `F.unfold`, + 1 where the layer has a bias of its own: a last column of ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlscuda._torch import compiler_is_loaded, own_parameters, unwrapped
+from rlscuda.closed_form.formulas import damped_inverse, downdate
+from rlscuda.optim.discovery import Match, discover, modules_named
+from rlscuda.optim.layers import Layer
+from rlscuda.pruning.masks.layers import is_masked
+from rlscuda.pruning.options import check_number
+from rlscuda.pruning.running.calls import feed, inference
+from rlscuda.reference import patch_rows
+
+Matrices = dict[str, Tensor]
+
+_UNFOLD_BYTES = 64 << 20  # of im2col rows in memory at a time
+
+
+def calibrate(
+    model: nn.Module,
+    loader: Iterable,
+    layers: Iterable[str | nn.Module] | None = None,
+    damping: float = 1e-3,
+    max_batches: int | None = None,
+) -> Matrices:
+    """The inverse of the exact autocorrelation of each layer's input over a loader.
+
+    The model runs in eval mode without gradients, and as it was written where it is compiled; its
+    training flags and the random state are put back, also after an error. All rows weigh the same.
+
+    Args:
+        model: The model; batches are moved to the device of its first parameter.
+        loader: Batches: a tensor; a tuple or list whose first item is the input; or a mapping, of
+            which the model's forward gets the items it names.
+        layers: Names (shell patterns) or modules to which this is limited; by default every Linear
+            and Conv2d that an RLS rule could cover, with a mask or without.
+        damping: Relative to the mean of the autocorrelation's diagonal, see `damped_inverse`.
+        max_batches: How many batches to take; all by default.
+
+    Returns:
+        float64 [groups, n, n] for each layer that saw input, on its device. A layer of `layers`
+        by name or module that saw none is an error, others are left out.
+
+    Raises:
+        TypeError: A batch is none of the above.
+        ValueError: `damping` is negative, `max_batches` is no positive integer, the loader is
+            empty, a layer cannot be covered or saw non-finite input, or none saw input.
+    """
+    check_number("damping", damping, 0)
+    if max_batches is not None:
+        check_number("max_batches", max_batches, 1, whole=True)
+    found = pruning_layers(model, layers)
+    sums = {layer.name: _Autocorrelation(layer) for layer in found}
+    batches = 0
+    with inference(model), _observing(found, lambda layer, x: sums[layer.name].add(x)):
+        for batch in islice(loader, max_batches):
+            feed(model, batch)
+            batches += 1
+    if not batches:
+        raise ValueError("loader must give at least one batch, got none")
+    unseen = [name for name, one in sums.items() if not one.rows]
+    if layers is not None and unseen:
+        raise ValueError(f"layers {unseen} saw no input in eval mode")
+    if len(unseen) == len(sums):
+        raise ValueError(f"none of the layers {unseen} saw input in eval mode")
+    # one at a time, so that no more than one layer's autocorrelation and inverse are there together
+    return {name: sums.pop(name).inverse(damping) for name in list(sums) if name not in unseen}
+
+
+def disagreement(own: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
+    r"""How far matrices are from exact ones, whatever their common factor: 0 is proportional.
+
+    :math:`\sqrt{2 \ln(a / g)}` with a and g the arithmetic and geometric mean of the eigenvalues of
+    :math:`exact^{-1} own`: for small values the standard deviation, over all directions of the
+    input alike, of the logarithm of what one says of a direction's power over what the other says.
+    It does not change under an invertible change of the layer's inputs. .1 is 10 percent a
+    direction. Of several groups, the root mean square.
+
+    Args:
+        own: Matrices [groups, n, n] by layer name.
+        exact: Those to compare with, of the same shapes, or with a last column more: of a bias that
+            is not in the first ones.
+
+    Returns:
+        One number for each layer that is in both.
+
+    Raises:
+        ValueError: No layer is in both, shapes differ, or a matrix is not positive definite.
+    """
+    common = [name for name in own if name in exact]
+    if not common:
+        raise ValueError(f"no layer is in both: {sorted(own)} and {sorted(exact)}")
+    result = {}
+    for name in common:
+        first, second = own[name].double(), exact[name].double().to(own[name].device)
+        if second.shape[-1] == first.shape[-1] + 1:
+            bias = torch.tensor([first.shape[-1]], device=second.device)
+            second = torch.stack([downdate(part, bias) for part in second])
+        if first.shape != second.shape:
+            raise ValueError(
+                f"matrices of {name!r} must have one shape, got {list(first.shape)} and "
+                f"{list(second.shape)}"
+            )
+        (root, bad), (exact_root, exact_bad) = map(torch.linalg.cholesky_ex, (first, second))
+        if bad.any() or exact_bad.any():
+            raise ValueError(f"matrices of {name!r} must be positive definite")
+        half = torch.linalg.solve_triangular(exact_root, root, upper=False)
+        arithmetic = half.square().sum((-2, -1)) / first.shape[-1]
+        logarithms = half.diagonal(dim1=-2, dim2=-1).log()
+        gap = arithmetic.log() - 2 * logarithms.mean(-1)
+        result[name] = math.sqrt(2 * max(0.0, float(gap.mean())))
+    return result
+
+
+def pruning_layers(model: nn.Module, layers: Iterable[str | nn.Module] | None) -> list[Layer]:
+    """The Linear and Conv2d layers of a model, each bias in its matrix that is of its layer alone.
+
+    Args:
+        model: The model.
+        layers: Names (shell patterns) or modules to which this is limited.
+
+    Raises:
+        TypeError: `model` is no module, or `layers` holds what is neither a name nor a module.
+        ValueError: The model has no such layer, or one of `layers` cannot be covered.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, got {type(model).__name__}")
+    model = unwrapped(model)
+    chosen = None if layers is None else modules_named(layers, "layers", model)
+    found: dict[nn.Module, Layer] = {}
+    reasons: dict[nn.Module, str] = {}
+    for index, match in enumerate(discover(model, None, None)):
+        if match.layer is not None:
+            match.layer.bias = match.bias_fits
+        layer = match.layer or _masked_layer(match, index, model)
+        if layer is None:
+            reasons[match.module] = match.reason
+        else:
+            found[match.module] = layer
+    for item, inside in chosen or ():
+        if inside.isdisjoint(found):
+            why = next((reasons[m] for m in reasons if m in inside), "it has no parameters")
+            raise ValueError(f"layers names {item!r}, which can have no matrix: {why}")
+    if not found:
+        raise ValueError("model must have a Linear or Conv2d layer of its own weight, got none")
+    wanted = set(found) if chosen is None else {m for _, inside in chosen for m in inside}
+    return [layer for module, layer in found.items() if module in wanted]
+
+
+def _masked_layer(match: Match, index: int, model: nn.Module) -> Layer | None:
+    """The layer of a module that would be covered without its mask, else None."""
+    module: Any = match.module
+    if type(module) not in (nn.Linear, nn.Conv2d) or not is_masked(module):
+        return None
+    bias = own_parameters(module).get("bias")
+    holders = [m for m in model.modules() if any(p is bias for p in own_parameters(m).values())]
+    return Layer(match.name, module, index, bias is not None and holders == [module])
+
+
+class _Autocorrelation:
+    """The sum of x x^T over the im2col rows of one layer.
+
+    Attributes:
+        rows: How many rows it has seen, of each group.
+    """
+
+    def __init__(self, layer: Layer):
+        self.layer, self.rows = layer, 0
+        shape = (layer.groups, layer.fan_in, layer.fan_in)
+        self._sum = torch.zeros(shape, dtype=torch.float64, device=layer.weight.device)
+
+    def add(self, x: Tensor) -> None:
+        """Takes in one input of the layer, a few images' rows at a time."""
+        if not x.numel():
+            return
+        images, geometry = self.layer.images(x.detach()), self.layer.geometry
+        size = self.layer.groups * self.layer.fan_in * self.layer.positions(images) * 8
+        for part in images.split(max(1, _UNFOLD_BYTES // size)):
+            images = part.to(self._sum.device, torch.float64)
+            rows = patch_rows(images, *geometry, ones=self.layer.bias)  # type: ignore[misc]
+            self._sum.baddbmm_(rows.mT, rows)
+            self.rows += rows.shape[1]
+
+    def inverse(self, damping: float) -> Tensor:
+        """The damped inverse of the mean; the sum is gone then."""
+        self._sum /= self.rows
+        if not torch.isfinite(self._sum).all():
+            raise ValueError(f"layer {self.layer.name!r} saw NaN or infinite input")
+        for group in self._sum:
+            group.copy_(damped_inverse(group, damping))
+        return self._sum
+
+
+@contextmanager
+def _observing(layers: list[Layer], see: Callable[[Layer, Tensor], None]) -> Iterator[None]:
+    """Shows `see` every input of the layers."""
+
+    def hook(layer: Layer) -> Callable:
+        return lambda module, args, kwargs: see(layer, args[0] if args else kwargs["input"])
+
+    handles = [
+        layer.module.register_forward_pre_hook(hook(layer), with_kwargs=True) for layer in layers
+    ]
+    try:
+        with _uncompiled():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _uncompiled() -> AbstractContextManager:
+    """Runs what is compiled as it was written, since it would not call hooks put on it later."""
+    return torch.compiler.set_stance("force_eager") if compiler_is_loaded() else nullcontext()
