@@ -1,4 +1,4 @@
-"""``rlscuda info``, ``rlscuda bench``, and what ``import rlscuda`` alone needs."""
+"""`rlscuda info`, `rlscuda bench`, and what `import rlscuda` alone needs."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from rlscuda import zoo
 from rlscuda.cli.common.errors import UserError
 from rlscuda.cli.train.models import build_model
 from rlscuda.zoo import NETWORKS, ImageShape
@@ -47,6 +48,32 @@ def test_resnet20_has_20_weight_layers_beside_its_projections():
         if isinstance(module, nn.Conv2d | nn.Linear) and "shortcut" not in name
     ]
     assert len(layers) == 20
+
+
+def test_layers_keep_the_names_that_checkpoints_know():
+    names = {name: [n for n, _ in NETWORKS[name](CIFAR, 10).named_children()] for name in NETWORKS}
+    assert names["mlp"] == ["flatten", "fc1", "relu1", "fc2", "relu2", "fc3"]
+    assert names["resnet20"][:4] == ["conv", "bn", "relu", "block11"]
+    assert names["resnet20"][-4:] == ["block33", "pool", "flatten", "fc"]
+    assert names["vgg16"][:4] == ["conv11", "bn11", "relu11", "conv12"]
+    assert names["vgg16"][-4:] == ["relu1", "fc2", "relu2", "fc3"]
+    assert names["lenet5"][-5:] == ["fc1", "relu3", "fc2", "relu4", "fc3"]
+
+
+@pytest.mark.parametrize(
+    ("network", "count"),
+    [
+        (zoo.mlp(MNIST, 10, hidden=()), 7_850),
+        (zoo.resnet(CIFAR, 10, widths=(16, 32, 64), blocks=1), 78_042),
+        (zoo.resnet(CIFAR, 10, widths=(64, 128, 256, 512), blocks=2), 11_173_962),
+        (zoo.vgg(CIFAR, 10, (32, 64, 128), (2, 2, 2), hidden=(128,), pixels=2), 354_410),
+    ],
+    ids=["linear", "resnet8", "resnet18", "small vgg"],
+)
+def test_families_have_their_widths_and_depths(network, count):
+    assert parameters(network) == count
+    shape = CIFAR if parameters(network) > 10_000 else MNIST
+    assert network.eval()(torch.randn(2, *shape)).shape == (2, 10)
 
 
 def test_the_output_check_moves_no_random_stream():

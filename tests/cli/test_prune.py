@@ -1,4 +1,4 @@
-"""``rlscuda prune``: what it makes of a finished run, and that a mistake writes nothing."""
+"""`rlscuda prune`: what it makes of a finished run, and that a mistake writes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``train --prune-schedule``: its rounds, its files, and that a killed run ends as a whole one."""
+"""`train --prune-schedule`: its rounds, its files, and that a killed run ends as a whole one."""
 
 from __future__ import annotations
 

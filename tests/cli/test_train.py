@@ -1,4 +1,4 @@
-"""``rlscuda train``: its files, its options, and that it overwrites nothing by accident."""
+"""`rlscuda train`: its files, its options, and that it overwrites nothing by accident."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def finished_run(tmp_path_factory):
 
 @pytest.fixture
 def run(folder, finished_run):
-    """The finished run, copied to ``run``."""
+    """The finished run, copied to `run`."""
     shutil.copytree(finished_run, folder / "run")
     return folder / "run"
 

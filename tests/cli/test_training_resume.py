@@ -51,7 +51,7 @@ EPOCHS, BATCH, STEPS = 3, 9, 9  # 81 training images: 9 steps an epoch
 
 
 def enter(folder: Path, patch: pytest.MonkeyPatch) -> Path:
-    """Put a data set and a model into ``folder`` and make it the current one."""
+    """Put a data set and a model into `folder` and make it the current one."""
     (folder / "killable.py").write_text(MODEL)
     write_npz(folder / "data.npz")
     patch.chdir(folder)
@@ -230,7 +230,7 @@ def interrupt(*arguments: object) -> None:
 
 @pytest.fixture
 def stopped(folder, trained_run):
-    """That run, copied to ``run``."""
+    """That run, copied to `run`."""
     return Path(shutil.copytree(trained_run, folder / "run"))
 
 

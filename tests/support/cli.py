@@ -31,7 +31,7 @@ def make_images(count: int, side: int = 8, classes: int = 3, seed: int = 0):
 
 
 def write_npz(path: Path, count: int = 90, test: int = 30, **arrays) -> Path:
-    """An archive of ``count`` training and ``test`` test images; keyword arrays replace keys."""
+    """An archive of `count` training and `test` test images; keyword arrays replace keys."""
     x_train, y_train = make_images(count)
     keys = {"x_train": x_train, "y_train": y_train}
     if test:
@@ -56,7 +56,7 @@ def subprocess_environment(**extra: str) -> dict[str, str]:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file under ``folder`` and its bytes."""
+    """Every file under `folder` and its bytes."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -81,7 +81,7 @@ def assert_same(one, other, where: str = "") -> int:
 
 
 def run_in(folder: Path, *commands: tuple) -> Path:
-    """The folder, after commands on an archive ``data.npz`` in it that must all succeed."""
+    """The folder, after commands on an archive `data.npz` in it that must all succeed."""
     write_npz(folder / "data.npz")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
 
 import torch
 
 from rlscuda.cli.common.errors import UserError
-from rlscuda.cli.common.options import Option, check_options, in_range
+from rlscuda.cli.common.options import check_options, in_range, option
 
 MOST_THREADS = 1024  # beyond what a system gives, where OpenMP ends the process
 
@@ -22,9 +21,9 @@ class Execution:
         checkpoint_every: Of `rlscuda train` alone, which declares it.
     """
 
-    device: Annotated[str, Option("auto, cpu, cuda or cuda:N.")] = "auto"
-    threads: Annotated[int | None, Option("CPU threads.", least=1, most=MOST_THREADS)] = None
-    cache: Annotated[Path | None, Option("Where torchvision keeps its downloads.")] = None
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.")
+    threads: int | None = option(None, "CPU threads.", least=1, most=MOST_THREADS)
+    cache: Path | None = option(None, "Where torchvision keeps its downloads.")
     checkpoint_every: int = 0
 
     def __post_init__(self) -> None:

@@ -1,7 +1,8 @@
 """Options that are declared once, in the fields of a dataclass, and the texts that they may have.
 
+    @dataclass
     class Config:
-        epochs: Annotated[int, Option("Passes over the training images.", least=1)] = 10
+        epochs: int = option(10, "Passes over the training images.", least=1)
 
 is `--epochs` of a command, its help, its default and its range.
 """
@@ -13,7 +14,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from rlscuda.cli.common.errors import UserError
 
@@ -57,6 +58,11 @@ class Option:
             raise UserError(f"{flag} must {expected}, got {value}")
 
 
+def option(default: Any, help: str, **limits: Any) -> Any:
+    """A field of a dataclass that is an option, see `Option`."""
+    return dataclasses.field(default=default, metadata={"option": Option(help, **limits)})
+
+
 def flag_of(name: str) -> str:
     """`--batch-size` of `batch_size`."""
     return "--" + name.replace("_", "-")
@@ -64,11 +70,10 @@ def flag_of(name: str) -> str:
 
 def declared(kind: type) -> Iterator[tuple[dataclasses.Field, Any, Option]]:
     """The fields of a dataclass that are options, with their types."""
-    hints = get_type_hints(kind, include_extras=True)
+    hints = get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        if get_origin(hints[field.name]) is Annotated:
-            of, option = get_args(hints[field.name])
-            yield field, of, option
+        if "option" in field.metadata:
+            yield field, hints[field.name], field.metadata["option"]
 
 
 def check_options(config: Any) -> None:
@@ -77,9 +82,9 @@ def check_options(config: Any) -> None:
     Raises:
         UserError: One is out of it.
     """
-    for field, _, option in declared(type(config)):
+    for field, _, declaration in declared(type(config)):
         if (value := getattr(config, field.name)) is not None:
-            option.check(flag_of(field.name), value)
+            declaration.check(flag_of(field.name), value)
 
 
 def in_range(what: str, value: int, least: int, most: int = MOST) -> None:

@@ -97,31 +97,34 @@ def load_dataset(
         UserError: The data are missing, unreadable, or do not fit together.
     """
     source = read_source(name, image_size, cache)
-    labelled, load_test, notes = source.train, source.load_test, "the data set's own test images"
+    labelled, notes = source.train, "the data set's own test images"
     classes = len(source.classes) or _classes(name, labelled.labels)
     if classes < 2:
         raise UserError(f"{name} must have at least 2 classes, got {classes}")
     check_labelled(name, labelled, classes)
     if source.test_labels is not None:
         check_labels(f"{name} (test)", source.test_labels, classes)
-    if load_test is None:
+    if source.load_test is None:
         held_out, rest = _split(len(labelled.labels), TEST_FRACTION, name)
-        whole, labelled = labelled, labelled.take(rest)
+        labelled = labelled.take(rest)
         notes = f"{len(held_out)} images held out, the data set has none of its own"
-
-        def load_test() -> Labelled:
-            return whole.take(held_out)
-
     val_rows, train_rows = _split(len(labelled.labels), val_fraction, name)
     train = _tensors(labelled.take(train_rows))
     mean, std = _channel_statistics(train.images)
     shape = ImageShape(*train.images.shape[1:])
+
+    def load_test() -> Split:
+        test = source.load_test() if source.load_test else source.train.take(held_out)
+        check_labelled(f"{name} (test)", test, classes)
+        check_test_shape(name, tuple(shape), test.images.shape[1:])
+        return _tensors(test)
+
     return Dataset(
         shape=shape,
         classes=classes,
         train=train,
         val=_tensors(labelled.take(val_rows)),
-        load_test=_checked(name, load_test, shape, classes),
+        load_test=load_test,
         mean=mean,
         std=std,
         fingerprint=_fingerprint(labelled),
@@ -138,18 +141,6 @@ def _classes(name: str, labels: np.ndarray) -> int:
             f"got {highest}"
         )
     return highest + 1
-
-
-def _checked(
-    name: str, load_test: Callable[[], Labelled], shape: ImageShape, classes: int
-) -> Callable[[], Split]:
-    def load() -> Split:
-        labelled = load_test()
-        check_labelled(f"{name} (test)", labelled, classes)
-        check_test_shape(name, tuple(shape), labelled.images.shape[1:])
-        return _tensors(labelled)
-
-    return load
 
 
 def _split(count: int, fraction: float, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -24,7 +24,7 @@ from rlscuda.cli.report.folder import MODELS, ReportFolder
 from rlscuda.cli.report.record import PruneRecord, Stage, gains_of, size_of
 from rlscuda.cli.report.writing import print_report, write_report
 from rlscuda.cli.train.command import Run
-from rlscuda.cli.train.display import StepBar
+from rlscuda.cli.train.display import train_shown
 from rlscuda.cli.train.options import RunConfig
 from rlscuda.cli.train.run_folder import RunFolder
 from rlscuda.cli.train.trainer import Trainer, evaluate
@@ -33,9 +33,11 @@ from rlscuda.pruning.files.export import export_onnx, export_program
 from rlscuda.pruning.files.manifest import describe, rebuild
 from rlscuda.pruning.files.saving import load_pruned, save_pruned
 from rlscuda.pruning.pruner import RLSPruner
-from rlscuda.pruning.report import PruneReport
 
 _CALIBRATION_BATCH = 100
+_PASSED_ON = (
+    "importance", "selection", "scope", "source", "compensate", "adapt_norms", "round_to"
+)  # fmt: skip
 Batch = tuple[Tensor, Tensor]
 
 
@@ -67,8 +69,7 @@ def prune(
     files, folder = ReportFolder(out), RunFolder(source)
     with ExitStack() as held:
         with folder.reading():
-            config, name = _finished_run(folder, optimizer)
-            test_accuracy = _test_accuracy(folder, name)
+            config, name, test_accuracy = _finished_run(folder, optimizer)
             if source.resolve() in (out.resolve(), *out.resolve().parents):
                 raise UserError(f"--out {out} lies in --run {source}, which stays as it is")
             held.enter_context(writing(out))
@@ -88,9 +89,8 @@ def prune(
         pruning = Pruning(trainer, options, console)
         pruning.cut()
         with files.replaced() as new:
-            pruning.finish(new, test_accuracy)
+            record = pruning.finish(new, run.subject, test_accuracy)
             recorded = {"run": str(source), "optimizer": name, **dataclasses.asdict(options)}
-            record = pruning.record(run.subject, {path.name for path in new.iterdir()})
             write_report(new, record, recorded)
     print_report(record, console)
     print_files(console, "pruning", files.existing())
@@ -105,13 +105,13 @@ def _require_packages(exports: Iterable[str]) -> None:
         optional(package, extra)
 
 
-def _finished_run(folder: RunFolder, optimizer: str | None) -> tuple[RunConfig, str]:
-    """The config of a run, and the optimizer whose network is meant."""
+def _finished_run(folder: RunFolder, optimizer: str | None) -> tuple[RunConfig, str, float]:
+    """The config of a run, the optimizer whose network is meant, and this one's test accuracy."""
     source = folder.path
     if not is_there(folder.config):
         raise UserError(f"--run {source} holds no run of rlscuda: {folder.config} does not exist")
-    config = folder.read_options({})
-    if folder.read_summary() is None or folder.is_pending:
+    config, summary = folder.read_options({}), folder.read_summary()
+    if summary is None or folder.is_pending:
         raise UserError(
             f"the run in {source} is not finished: rlscuda train --resume --out {source} "
             "continues it"
@@ -126,15 +126,9 @@ def _finished_run(folder: RunFolder, optimizer: str | None) -> tuple[RunConfig, 
             f"the run in {source} lacks the network of {name}: {folder.checkpoint(name)} does not "
             "exist"
         )
-    return config, name
-
-
-def _test_accuracy(folder: RunFolder, name: str) -> float:
-    """Of the run's own test of one optimizer's network."""
-    summary = folder.read_summary()
-    if summary is None or name not in summary["results"]:
+    if name not in summary["results"]:
         raise UserError(f"{folder.summary} does not hold the test accuracy of {name}")
-    return summary["results"][name]["test_accuracy"]
+    return config, name, summary["results"][name]["test_accuracy"]
 
 
 class Pruning:
@@ -151,7 +145,6 @@ class Pruning:
         self.data = trainer.data
         self.example = self.data.normalise(self.data.train.images[:1])
         self.stages: list[Stage] = []
-        self.report: PruneReport | None = None
         self.whole = rebuild(trainer.whole_model, describe(trainer.model))
 
     def cut(self) -> None:
@@ -175,12 +168,16 @@ class Pruning:
             )
         self._look("pruned")
 
-    def finish(self, folder: Path, whole_test_accuracy: float) -> None:
-        """Saves the network, trains it on, exports it, and tests, once.
+    def finish(self, folder: Path, title: str, whole_test_accuracy: float) -> PruneRecord:
+        """Saves the network that was cut, trains it on, exports it, and tests, once.
 
         Args:
             folder: Where the files go.
+            title: What network on what data.
             whole_test_accuracy: Of the run's own test.
+
+        Returns:
+            What the report tells.
         """
         trainer, options = self.trainer, self.options
         pruned = folder / "pruned.safetensors"
@@ -197,37 +194,21 @@ class Pruning:
                 self._export(name, folder / EXPORTS[name])
         test = self.data.load_test()
         accuracies = [whole_test_accuracy, *(evaluate(m, self.data, test)[1] for m in models)]
-        self.stages = [
+        stages = [
             dataclasses.replace(stage, test_accuracy=accuracy)
             for stage, accuracy in zip(self.stages, accuracies, strict=True)
         ]
-
-    def record(self, title: str, written: set[str]) -> PruneRecord:
-        """What the report tells.
-
-        Args:
-            title: What network on what data.
-            written: The names of the files beside the report.
-        """
-        assert self.report is not None
-        outcome = self.stages[-1].kind
+        done = {"ratio": self.report.ratio, "outcome": stages[-1].kind, "losses": []}
+        size = options.measure_batch or trainer.config.batch_size
         return PruneRecord(
             title=title,
-            optimizer=self.trainer.name,
-            stages=self.stages,
-            rounds=[
-                {"ratio": self.report.ratio, "outcome": outcome, "losses": [],
-                 "report": self.report.to_dict()}
-            ],
-            gains=gains_of(
-                self.whole,
-                self.trainer.model,
-                self.example,
-                self.options.measure_batch or self.trainer.config.batch_size,
-            ),
-            files={name: text for name, text in MODELS.items() if name in written},
-            compensate=self.options.compensate,
-        )  # fmt: skip
+            optimizer=trainer.name,
+            stages=stages,
+            rounds=[{**done, "report": self.report.to_dict()}],
+            gains=gains_of(self.whole, trainer.model, self.example, size),
+            files={name: text for name, text in MODELS.items() if (folder / name).exists()},
+            compensate=options.compensate,
+        )
 
     def _pruner(self) -> RLSPruner:
         options, trainer = self.options, self.trainer
@@ -239,15 +220,9 @@ class Pruning:
             trainer.optimizer,
             batches[0][0][:1],
             **options.target,
-            importance=options.importance,
-            selection=options.selection,
-            scope=options.scope,
-            source=options.source,
+            **{name: getattr(options, name) for name in _PASSED_ON},
             loader=batches,
             evaluate=lambda model: evaluate(model, self.data, self.data.val)[0],
-            compensate=options.compensate,
-            adapt_norms=options.adapt_norms,
-            round_to=options.round_to,
             seed=trainer.config.seed,
         )
 
@@ -265,9 +240,7 @@ class Pruning:
         """Trains on, with the same optimizer."""
         trainer, options = self.trainer, self.options
         trainer.prolong(options.recover, options.recover_lr)
-        with StepBar(self.console, trainer) as bar:
-            for row in trainer.epochs(bar):
-                bar.print_epoch(row)
+        train_shown(self.console, trainer)
         if trainer.diverged:
             raise UserError("training on diverged: a smaller --recover-lr may do")
         self._look("recovered")

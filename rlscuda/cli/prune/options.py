@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 from rlscuda.cli.common.errors import UserError
 from rlscuda.cli.common.options import (
-    Option,
     check_options,
     flag_of,
+    option,
     read_amount,
     read_list,
     read_ratio,
@@ -25,62 +25,47 @@ _TARGETS = ("ratio", "target_flops", "target_params", "max_loss")
 class PruneOptions:
     """The options of `rlscuda prune` that decide what is removed."""
 
-    ratio: Annotated[
-        str | None, Option("Share of the channels to remove: 0.7, 70% or conv*=0.5,fc1=0.8.")
-    ] = None
-    target_flops: Annotated[
-        str | None, Option("FLOPs an image to get down to: 1.5M, or 0.5x or 50%.")
-    ] = None
-    target_params: Annotated[
-        str | None, Option("Parameters to get down to: 250k, or 0.5x or 50%.")
-    ] = None
-    max_loss: Annotated[
-        str | None, Option("Remove what the validation loss allows: it may rise by 0.1 or 10%.")
-    ] = None
-    importance: Annotated[
-        str, Option(f"What ranks the channels: {', '.join(IMPORTANCES)}.", choices=IMPORTANCES)
-    ] = "saliency"
-    selection: Annotated[
-        str | None,
-        Option(
-            "greedy (one at a time, all else downdated) or one-shot.",
-            choices=("greedy", "one-shot"),
-        ),
-    ] = None
-    scope: Annotated[
-        str,
-        Option(
-            "layer (the same share of each) or global (the cheapest of all).",
-            choices=("layer", "global"),
-        ),
-    ] = "layer"
-    source: Annotated[
-        str | None,
-        Option(
-            "Of the matrices: own (those that rls trained with) or calibration (from training "
-            "images); own where the run has them.",
-            choices=("own", "calibration"),
-        ),
-    ] = None
-    round_to: Annotated[int, Option("Keep a multiple of this many channels.", least=1)] = 1
-    compensate: Annotated[
-        bool, Option("Change the remaining weights to make up for what goes.")
-    ] = True
-    adapt_norms: Annotated[bool, Option("Let the statistics of batch norms follow the cut.")] = True
-    calibration_images: Annotated[
-        int,
-        Option("Training images that calibrate, or that own matrices are held to.", least=1),
-    ] = 1000
-    recover: Annotated[int, Option("Epochs to train on, with the same optimizer.", least=0)] = 0
-    recover_lr: Annotated[
-        float | None,
-        Option("Their first step size; .3 of the run's for RLS, else a fifth.", above=0),
-    ] = None
-    export: Annotated[str | None, Option("Comma list of onnx and pt2 (torch.export).")] = None
-    measure_batch: Annotated[
-        int | None,
-        Option("Images of the forward that is timed; the run's batch by default.", least=1),
-    ] = None
+    ratio: str | None = option(
+        None, "Share of the channels to remove: 0.7, 70% or conv*=0.5,fc1=0.8."
+    )
+    target_flops: str | None = option(None, "FLOPs an image to get down to: 1.5M, or 0.5x or 50%.")
+    target_params: str | None = option(None, "Parameters to get down to: 250k, or 0.5x or 50%.")
+    max_loss: str | None = option(
+        None, "Remove what the validation loss allows: it may rise by 0.1 or 10%."
+    )
+    importance: str = option(
+        "saliency", f"What ranks the channels: {', '.join(IMPORTANCES)}.", choices=IMPORTANCES
+    )
+    selection: str | None = option(
+        None,
+        "greedy (one at a time, all else downdated) or one-shot.",
+        choices=("greedy", "one-shot"),
+    )
+    scope: str = option(
+        "layer",
+        "layer (the same share of each) or global (the cheapest of all).",
+        choices=("layer", "global"),
+    )
+    source: str | None = option(
+        None,
+        "Of the matrices: own (those that rls trained with) or calibration (from training "
+        "images); own where the run has them.",
+        choices=("own", "calibration"),
+    )
+    round_to: int = option(1, "Keep a multiple of this many channels.", least=1)
+    compensate: bool = option(True, "Change the remaining weights to make up for what goes.")
+    adapt_norms: bool = option(True, "Let the statistics of batch norms follow the cut.")
+    calibration_images: int = option(
+        1000, "Training images that calibrate, or that own matrices are held to.", least=1
+    )
+    recover: int = option(0, "Epochs to train on, with the same optimizer.", least=0)
+    recover_lr: float | None = option(
+        None, "Their first step size; .3 of the run's for RLS, else a fifth.", above=0
+    )
+    export: str | None = option(None, "Comma list of onnx and pt2 (torch.export).")
+    measure_batch: int | None = option(
+        None, "Images of the forward that is timed; the run's batch by default.", least=1
+    )
 
     def __post_init__(self) -> None:
         """Checks all that can be checked without the run."""

@@ -64,11 +64,8 @@ def draw_widths(figure: Any, record: PruneRecord) -> None:
 
 def spectra_shown(record: PruneRecord) -> list[str]:
     """The couplings whose spectra are drawn: all, or the most costly ones, in their order."""
-    names = [width.name for width in record.widths if record.spectrum(width.name)]
-    if len(names) <= MOST_SPECTRA:
-        return names
-    dearest = sorted(names, key=lambda name: -record.spent(name))[:MOST_SPECTRA]
-    return [name for name in names if name in dearest]
+    dearest = sorted(record.spectra, key=lambda name: -record.spent(name))[:MOST_SPECTRA]
+    return [name for name in record.spectra if name in dearest]
 
 
 def draw_spectra(figure: Any, record: PruneRecord) -> None:

@@ -140,6 +140,11 @@ class PruneRecord:
             for change in changes
         ]
 
+    @property
+    def spectra(self) -> list[str]:
+        """The couplings that have a spectrum, in the network's order."""
+        return [width.name for width in self.widths if self.spectrum(width.name)]
+
     def spent(self, name: str) -> float:
         """What the removals made in one coupling cost, by their own account."""
         return sum(sum(segment.cost[: segment.removed]) for segment in self.spectrum(name))

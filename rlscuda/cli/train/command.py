@@ -15,7 +15,7 @@ from torch import nn
 import rlscuda
 from rlscuda.cli.common.errors import UserError
 from rlscuda.cli.common.execution import Execution
-from rlscuda.cli.common.files import is_there
+from rlscuda.cli.common.files import is_there, write_json
 from rlscuda.cli.common.out_folder import writing
 from rlscuda.cli.common.texts import one_line, print_files
 from rlscuda.cli.data.dataset import load_dataset
@@ -23,7 +23,7 @@ from rlscuda.cli.report.folder import MODELS
 from rlscuda.cli.report.record import PruneRecord, Stage, gains_of
 from rlscuda.cli.report.writing import print_report, write_report
 from rlscuda.cli.train.checkpoint import load_checkpoint
-from rlscuda.cli.train.display import StepBar, result_table
+from rlscuda.cli.train.display import result_table, train_shown
 from rlscuda.cli.train.options import RunConfig
 from rlscuda.cli.train.plots import plot_run
 from rlscuda.cli.train.run_folder import RunFolder
@@ -75,21 +75,22 @@ class Run:
         return trainer
 
     def train(self) -> None:
-        """Trains what is left to train, test once, write every file and name it."""
+        """Trains what is left to train, tests once, writes every file and names it."""
         self._print_head()
         rows: list[dict[str, Any]] = []
         models: dict[str, nn.Module] = {}
         pruned: Trainer | None = None
+
+        def write_rows(trainer: Trainer) -> None:
+            self.folder.write_metrics(rows + trainer.history)
+
         for name in self.config.optimizers:
             trainer = self.trainer(name)
             self._print_start(trainer)
-            with StepBar(self.console, trainer) as bar:
-                for row in trainer.epochs(bar):
-                    bar.print_epoch(row)
-                    self.folder.write_metrics(rows + trainer.history)
+            train_shown(self.console, trainer, write_rows)
             if trainer.diverged:
                 self.console.print(f"{name} stopped: its training loss is not finite any more")
-            rows += trainer.history
+            rows.extend(trainer.history)
             models[name] = trainer.model
             if trainer.pruning is not None and trainer.pruning.stages:
                 pruned = trainer
@@ -99,7 +100,7 @@ class Run:
         plot_run(self.folder.plot, self.title, rows, accuracy)
         if pruned is not None:
             self._report_pruning(pruned, results[pruned.name])
-        self.folder.write_summary({"title": self.title, "results": results})
+        write_json(self.folder.summary, {"title": self.title, "results": results})
         show_run(self.folder, self.console)
 
     def check_data(self) -> None:
@@ -200,7 +201,6 @@ class Run:
         self.console.print(Text.assemble((one_line(self.title), "bold"), rest), soft_wrap=True)
 
     def _print_start(self, trainer: Trainer) -> None:
-        total = trainer.steps_per_epoch * self.config.epochs
         settings = ", ".join(
             f"{option.replace('_', ' ')} {value:g}" for option, value in trainer.settings.items()
         )
@@ -212,7 +212,8 @@ class Run:
         elif trainer.steps_done:
             text += (
                 f": resumed in epoch {trainer.epoch + 1} after {trainer.step} of "
-                f"{trainer.steps_per_epoch} steps ({trainer.steps_done} of {total} in all)"
+                f"{trainer.steps_per_epoch} steps ({trainer.steps_done} of "
+                f"{trainer.total_steps} in all)"
             )
         self.console.print(text, soft_wrap=True)
         if isinstance(trainer.optimizer, rlscuda.RLSOptimizer) and not trainer.finished:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -20,76 +20,61 @@ REFRESH_SECONDS = 0.25
 LONGEST_TABLE = 20
 
 
-class StepBar:
-    """A progress bar over all steps of one optimizer, and a line after each epoch.
-
-    Use it as a context manager around `Trainer.epochs`, with itself as `on_step`.
+def train_shown(
+    console: Console, trainer: Trainer, after_epoch: Callable[[Trainer], None] | None = None
+) -> None:
+    """Trains to the end with a progress bar over all steps and a line after each epoch.
 
     Args:
         console: Where to print.
         trainer: At the position it starts from.
+        after_epoch: Called when the epoch's line is printed.
     """
+    epochs, label, read_at = trainer.config.epochs, LABELS[trainer.name], 0.0
 
-    def __init__(self, console: Console, trainer: Trainer):
-        self.console, self.trainer = console, trainer
-        self.progress = Progress(
-            TextColumn("{task.description}", style="bold", markup=False),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}", markup=False),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            expand=True,
-        )
-        self.task = self.progress.add_task(
-            self._description(),
-            total=trainer.steps_per_epoch * trainer.config.epochs,
-            completed=trainer.steps_done,
-            loss="…",
-        )
-        self.read_at = 0.0
+    def description() -> str:
+        return f"{label} {min(trainer.epoch + 1, epochs)}/{epochs}"
 
-    def __enter__(self) -> StepBar:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.progress.stop()
-
-    def __call__(self, trainer: Trainer, loss: Tensor) -> None:
+    def show_step(_: Trainer, loss: Tensor) -> None:
         """Advances the bar, reading the loss a few times a second only."""
+        nonlocal read_at
         now = time.perf_counter()
-        if now - self.read_at >= REFRESH_SECONDS:
-            self.read_at = now
-            self.progress.update(
-                self.task,
-                completed=trainer.steps_done,
-                loss=f"{float(loss):.3f}",
-                description=self._description(),
-            )
+        if now - read_at >= REFRESH_SECONDS:
+            read_at = now
+            done, shown = trainer.steps_done, f"{float(loss):.3f}"
+            bar.update(task, completed=done, loss=shown, description=description())
 
-    def print_epoch(self, row: dict[str, Any]) -> None:
-        """Prints an epoch's line."""
-        self.console.print(
-            f"{LABELS[row['optimizer']]:<15} epoch {row['epoch']:>3}/{self.trainer.config.epochs}  "
-            f"train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  "
-            f"val accuracy {100 * row['val_accuracy']:6.2f} %  {row['seconds']:6.1f} s",
+    columns = (
+        TextColumn("{task.description}", style="bold", markup=False),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}", markup=False),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, expand=True) as bar:
+        done = trainer.steps_done
+        task = bar.add_task(description(), total=trainer.total_steps, completed=done, loss="…")
+        for row in trainer.epochs(show_step):
+            _print_epoch(console, trainer, row)
+            if after_epoch is not None:
+                after_epoch(trainer)
+
+
+def _print_epoch(console: Console, trainer: Trainer, row: dict[str, Any]) -> None:
+    console.print(
+        f"{LABELS[trainer.name]:<15} epoch {row['epoch']:>3}/{trainer.config.epochs}  "
+        f"train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  "
+        f"val accuracy {100 * row['val_accuracy']:6.2f} %  {row['seconds']:6.1f} s",
+        soft_wrap=True,
+    )
+    if trainer.pruning is not None and "changed_val_loss" in row:
+        stage = trainer.pruning.stages[-1]
+        what = f"{stage.label} of {trainer.pruning.schedule.total}"
+        console.print(
+            f"{'':<15} {what}: {stage.parameters:,} parameters  val loss {stage.val_loss:.4f}"
+            f"  val accuracy {100 * stage.val_accuracy:6.2f} %",
             soft_wrap=True,
         )
-        pruning = self.trainer.pruning
-        if pruning is not None and "changed_val_loss" in row:
-            stage = pruning.stages[-1]
-            what = f"{stage.label} of {pruning.schedule.total}"
-            self.console.print(
-                f"{'':<15} {what}: {stage.parameters:,} parameters  val loss {stage.val_loss:.4f}"
-                f"  val accuracy {100 * stage.val_accuracy:6.2f} %",
-                soft_wrap=True,
-            )
-
-    def _description(self) -> str:
-        epochs = self.trainer.config.epochs
-        return f"{LABELS[self.trainer.name]} {min(self.trainer.epoch + 1, epochs)}/{epochs}"
 
 
 def result_table(

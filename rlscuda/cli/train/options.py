@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 from rlscuda.cli.common.errors import UserError, reading
 from rlscuda.cli.common.options import (
@@ -15,6 +15,7 @@ from rlscuda.cli.common.options import (
     check_options,
     flag_of,
     one_of,
+    option,
     read_count,
     read_list,
     read_pairs,
@@ -82,43 +83,37 @@ class ScheduleSpec:
 class RunConfig:
     """The options of `rlscuda train` that decide the result of a run."""
 
-    model: Annotated[
-        str,
-        Option(f"{', '.join(NETWORKS)}, module:factory, torchvision:NAME or timm:NAME."),
-    ] = "lenet5"
-    data: Annotated[
-        str, Option("mnist5k, PATH.npz, torchvision:NAME or a folder of class folders.")
-    ] = "mnist5k"
-    optimizer: Annotated[str, Option("Comma list of rls, sgd, adam, trained in turn.")] = "rls"
-    epochs: Annotated[int, Option("Passes over the training images.", least=1)] = 10
-    batch_size: Annotated[int, Option("Images a step.", least=1)] = 64
-    seed: Annotated[
-        int,
-        Option(
-            "Of initial weights, data order and all else that is random.", least=0, most=2**63 - 1
-        ),
-    ] = 0
-    lr: Annotated[str | None, Option("Step size: 0.1, or rls=0.1,sgd=0.05.")] = None
-    weight_decay: Annotated[str | None, Option("Weight decay: 0.01, or rls=0.05,adam=0.")] = None
-    schedule: Annotated[
-        str, Option("cosine (to zero at the last step) or constant.", choices=SCHEDULES)
-    ] = "cosine"
-    form: Annotated[
-        str, Option("Form of the RLS update: adaptive, paper or natural.", choices=FORMS)
-    ] = "adaptive"
-    val_fraction: Annotated[
-        float, Option("Share of the training images that validates.", above=0, below=1)
-    ] = 0.1
-    image_size: Annotated[
-        int | None, Option("Side that the images of a folder are resized to.", least=1)
-    ] = None
-    prune_schedule: Annotated[
-        str | None,
-        Option(
-            "Prune while rls trains, CURVE:RATIO:ROUNDS: cubic:0.7:4, or with options, "
-            f"linear:0.5:3,warmup=2,tolerance=5%,budget=4. Curves: {', '.join(CURVES)}."
-        ),
-    ] = None
+    model: str = option(
+        "lenet5", f"{', '.join(NETWORKS)}, module:factory, torchvision:NAME or timm:NAME."
+    )
+    data: str = option(
+        "mnist5k", "mnist5k, PATH.npz, torchvision:NAME or a folder of class folders."
+    )
+    optimizer: str = option("rls", "Comma list of rls, sgd, adam, trained in turn.")
+    epochs: int = option(10, "Passes over the training images.", least=1)
+    batch_size: int = option(64, "Images a step.", least=1)
+    seed: int = option(
+        0, "Of initial weights, data order and all else that is random.", least=0, most=2**63 - 1
+    )
+    lr: str | None = option(None, "Step size: 0.1, or rls=0.1,sgd=0.05.")
+    weight_decay: str | None = option(None, "Weight decay: 0.01, or rls=0.05,adam=0.")
+    schedule: str = option(
+        "cosine", "cosine (to zero at the last step) or constant.", choices=SCHEDULES
+    )
+    form: str = option(
+        "adaptive", "Form of the RLS update: adaptive, paper or natural.", choices=FORMS
+    )
+    val_fraction: float = option(
+        0.1, "Share of the training images that validates.", above=0, below=1
+    )
+    image_size: int | None = option(
+        None, "Side that the images of a folder are resized to.", least=1
+    )
+    prune_schedule: str | None = option(
+        None,
+        "Prune while rls trains, CURVE:RATIO:ROUNDS: cubic:0.7:4, or with options, "
+        f"linear:0.5:3,warmup=2,tolerance=5%,budget=4. Curves: {', '.join(CURVES)}.",
+    )
 
     def __post_init__(self) -> None:
         """Checks every value that can be checked without reading the data."""

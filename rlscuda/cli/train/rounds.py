@@ -23,7 +23,7 @@ from rlscuda.optional import optional
 from rlscuda.pruning.files.manifest import Described, describe, rebuild
 from rlscuda.pruning.pruner import RLSPruner
 from rlscuda.pruning.report import PruneReport
-from rlscuda.pruning.schedule import PruneSchedule
+from rlscuda.pruning.schedule import PruneSchedule, Round
 from rlscuda.pruning.structure.trace import trace
 
 
@@ -56,22 +56,13 @@ class SavedPoint(TypedDict):
     optimizer: dict[str, Any]
 
 
-class SavedRound(TypedDict):
-    """Of `Round.to_dict`."""
-
-    ratio: float
-    report: PruneReport
-    losses: list[float]
-    outcome: str
-
-
 class SavedSchedule(TypedDict):
     """Of `PruneSchedule.state_dict`."""
 
     epochs: int
     reference: float | None
     finished: bool
-    rounds: list[SavedRound]
+    rounds: list[Round]
 
 
 class SavedPruner(TypedDict):

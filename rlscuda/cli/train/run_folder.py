@@ -6,7 +6,6 @@ import csv
 import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -15,8 +14,8 @@ from rlscuda.cli.common.files import check_folder, is_there, read_json, write_js
 from rlscuda.cli.common.out_folder import check_free, is_empty
 from rlscuda.cli.common.swap import finish, is_pending, replaced
 from rlscuda.cli.report.folder import ReportFolder
+from rlscuda.cli.train.checkpoint import COLUMNS, PRUNING_COLUMNS
 from rlscuda.cli.train.options import OPTIMIZERS, RunConfig
-from rlscuda.cli.train.saved import COLUMNS, PRUNING_COLUMNS
 from rlscuda.files.atomic import remove_leftovers, write_text
 from rlscuda.files.documents import check
 
@@ -60,40 +59,23 @@ class Metrics(TypedDict):
     val_accuracy: float
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """Paths and files of one run.
 
     Attributes:
         path: The folder.
+        config: Options, data and versions of the run.
+        metrics: One row an optimizer and epoch; `metrics.csv` holds the same.
+        summary: Final test accuracy and timings; written once, at the end.
+        plot: Loss and accuracy by epoch and by second.
+        pruning: The report of a training that prunes as it goes, and the network it gave.
     """
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """Options, data and versions of the run."""
-        return self.path / "config.json"
-
-    @property
-    def metrics(self) -> Path:
-        """A list of one row an optimizer and epoch; `metrics.csv` has the same, one a line."""
-        return self.path / "metrics.json"
-
-    @property
-    def summary(self) -> Path:
-        """Final test accuracy and timings; written once, at the end."""
-        return self.path / "summary.json"
-
-    @property
-    def plot(self) -> Path:
-        """Loss and accuracy by epoch and by second."""
-        return self.path / "curves.png"
-
-    @property
-    def pruning(self) -> ReportFolder:
-        """The report of a training that prunes as it goes, and the network it gave."""
-        return ReportFolder(self.path / "pruning")
+    def __init__(self, path: Path):
+        self.path = path
+        names = ("config.json", "metrics.json", "summary.json", "curves.png")
+        self.config, self.metrics, self.summary, self.plot = (path / name for name in names)
+        self.pruning = ReportFolder(path / "pruning")
 
     def checkpoint(self, optimizer: str) -> Path:
         """The checkpoint of one optimizer."""
@@ -216,10 +198,6 @@ class RunFolder:
                     raise ValueError(f"steps of one of {', '.join(OPTIMIZERS)} expected, got "
                                      f"{result['steps']} of {name!r}")  # fmt: skip
         return document
-
-    def write_summary(self, document: dict[str, Any]) -> None:
-        """Writes `summary.json`."""
-        write_json(self.summary, document)
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Writes `metrics.csv` and `metrics.json`: one row an optimizer and epoch."""

@@ -15,13 +15,12 @@ from torch.nn import functional as F
 
 from rlscuda.cli.common.errors import UserError, reading
 from rlscuda.cli.data.dataset import Dataset, Split
-from rlscuda.cli.train.checkpoint import save_checkpoint
+from rlscuda.cli.train.checkpoint import check_network, check_training, save_checkpoint
 from rlscuda.cli.train.models import build_model
 from rlscuda.cli.train.optimizers import build_optimizer, build_scheduler
 from rlscuda.cli.train.options import RunConfig, ScheduleSpec
 from rlscuda.cli.train.rng import capture_rng, restore_rng, seed_everything
 from rlscuda.cli.train.rounds import Rounds
-from rlscuda.cli.train.saved import check_network, check_training
 from rlscuda.optimizer import RLSOptimizer
 from rlscuda.pruning.files.manifest import Described, rebuild
 
@@ -67,9 +66,7 @@ class Trainer:
         seed_everything(config.seed)
         self.shuffler = torch.Generator().manual_seed(config.seed)
         self.optimizer = build_optimizer(config, name, self.model)
-        self.scheduler = build_scheduler(
-            config, self.optimizer, self.steps_per_epoch * config.epochs
-        )
+        self.scheduler = build_scheduler(config, self.optimizer, self.total_steps)
         self.epoch = 0  # finished epochs
         self.step = 0  # finished steps of the epoch in progress
         self.order: Tensor | None = None  # [N] int64, rows of the epoch in progress
@@ -94,8 +91,7 @@ class Trainer:
         self.model = rebuild(self.whole_model, network)
         self.optimizer = build_optimizer(self.config, self.name, self.model)
         position = self.scheduler.state_dict()
-        steps = self.steps_per_epoch * self.config.epochs
-        self.scheduler = build_scheduler(self.config, self.optimizer, steps)
+        self.scheduler = build_scheduler(self.config, self.optimizer, self.total_steps)
         self.scheduler.load_state_dict(position)
         restore_rng(streams, self.device)
 
@@ -115,14 +111,14 @@ class Trainer:
         return bool(self.history) and not math.isfinite(self.history[-1]["train_loss"])
 
     @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.steps_per_epoch * self.config.epochs
+
+    @property
     def steps_done(self) -> int:
         """Optimizer steps since the start of the run."""
         return self.epoch * self.steps_per_epoch + self.step
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of training up to the last finished epoch, validation not counted."""
-        return self.history[-1]["seconds"] if self.history else 0.0
 
     def epochs(self, on_step: OnStep | None = None) -> Iterator[dict[str, Any]]:
         """Trains from the present position to the end, one epoch an iteration.
@@ -133,11 +129,12 @@ class Trainer:
             on_step: Called after each step with the trainer and the loss, still on its device.
 
         Yields:
-            The epoch's row, see `rlscuda.cli.train.saved.COLUMNS`.
+            The epoch's row, see `rlscuda.cli.train.checkpoint.COLUMNS`.
         """
         while not self.finished:
             self._finish_epoch(on_step)
             loss, accuracy = self.validate()
+            before = self.history[-1]["seconds"] if self.history else 0.0
             row = {
                 "optimizer": self.name,
                 "epoch": self.epoch + 1,
@@ -145,7 +142,7 @@ class Trainer:
                 "train_loss": float(self.loss_sum) / self.steps_per_epoch,
                 "val_loss": loss,
                 "val_accuracy": accuracy,
-                "seconds": self.seconds + self.epoch_seconds,
+                "seconds": before + self.epoch_seconds,
                 "lr": self.scheduler.get_last_lr()[0],
             }
             self.history.append(row)
