@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -38,6 +38,20 @@ FORMS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _COMMON: dict[str, Any] = {
     "shrinkage": None, "initial_scale": 1.0, "beta2": 0.99, "eps": 1e-8, "seed": 0, "dtype": None,
+}  # fmt: skip
+_IN: dict[str, Callable[[float], bool]] = {
+    ">= 0 and finite": lambda x: 0 <= x < math.inf,
+    "> 0 and finite": lambda x: 0 < x < math.inf,
+    "> 0, inf for none": lambda x: x > 0,
+    "in (0, 1]": lambda x: 0 < x <= 1,
+    "in [0, 1)": lambda x: 0 <= x < 1,
+    "in [0, 1]": lambda x: 0 <= x <= 1,
+}
+_RANGES = {
+    "lr": ">= 0 and finite", "forgetting": "in (0, 1]", "gain": "> 0 and finite",
+    "momentum": "in [0, 1)", "beta2": "in [0, 1)", "eps": "> 0 and finite",
+    "weight_decay": ">= 0 and finite", "trust_ratio": "> 0, inf for none",
+    "initial_scale": "> 0 and finite", "fallback_lr": ">= 0 and finite", "shrinkage": "in [0, 1]",
 }  # fmt: skip
 _KEPT = {"fallback_decays", "peak_lr"}  # the optimizer's own notes
 OPTIONS = frozenset({"form", *_KEPT, *_COMMON, *FORMS["paper"]})
@@ -132,33 +146,20 @@ def resolve_options(given: dict[str, Any]) -> dict[str, Any]:
     o = {**_COMMON, **FORMS[form], **chosen, "form": form}
     if isinstance(o["lr"], Tensor) and o["lr"].numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, got {list(o['lr'].shape)}")
-    _require(0 <= _real(o["lr"]) < math.inf, "lr", ">= 0 and finite", o["lr"])
-    _require(0 < _real(o["forgetting"]) <= 1, "forgetting", "in (0, 1]", o["forgetting"])
-    _require(0 < _real(o["gain"]) < math.inf, "gain", "> 0 and finite", o["gain"])
+    if o["shrinkage"] is None and 0 < _real(o["forgetting"]) <= 1:
+        o["shrinkage"] = min(1.0, 2 * (1 - o["forgetting"]))
+    for name, expected in _RANGES.items():
+        _require(_IN[expected](_real(o[name])), name, expected, o[name])
     if form == "adaptive":
         _require(o["gain"] <= 1, "gain", "at most 1 in the adaptive form, an average", o["gain"])
-    _require(0 <= _real(o["momentum"]) < 1, "momentum", "in [0, 1)", o["momentum"])
-    _require(0 <= _real(o["beta2"]) < 1, "beta2", "in [0, 1)", o["beta2"])
-    _require(0 < _real(o["eps"]) < math.inf, "eps", "> 0 and finite", o["eps"])
-    _require(0 <= _real(o["weight_decay"]) < math.inf, "weight_decay", ">= 0 and finite",
-             o["weight_decay"])  # fmt: skip
+        _require(o["trust_ratio"] == math.inf, "trust_ratio", "inf in the adaptive form, which "
+                 "normalises its steps", o["trust_ratio"])  # fmt: skip
     _require(isinstance(o["rank"], int) and 1 <= o["rank"] <= 2**16, "rank",
              "an int >= 1 and at most 65536", o["rank"])  # fmt: skip
     _require(o["summary"] in SUMMARIES, "summary", " | ".join(SUMMARIES), o["summary"])
-    _require(_real(o["trust_ratio"]) > 0, "trust_ratio", "> 0, inf for none", o["trust_ratio"])
-    if form == "adaptive":
-        _require(o["trust_ratio"] == math.inf, "trust_ratio", "inf in the adaptive form, which "
-                 "normalises its steps", o["trust_ratio"])  # fmt: skip
-    _require(0 < _real(o["initial_scale"]) < math.inf, "initial_scale", "> 0 and finite",
-             o["initial_scale"])  # fmt: skip
-    _require(0 <= _real(o["fallback_lr"]) < math.inf, "fallback_lr", ">= 0 and finite",
-             o["fallback_lr"])  # fmt: skip
     _require(isinstance(o["seed"], int), "seed", "an int", o["seed"])
     _require(o["dtype"] in (None, torch.float32, torch.float64), "dtype",
              "None, torch.float32 or torch.float64", o["dtype"])  # fmt: skip
-    if o["shrinkage"] is None:
-        o["shrinkage"] = min(1.0, 2 * (1 - o["forgetting"]))
-    _require(0 <= _real(o["shrinkage"]) <= 1, "shrinkage", "in [0, 1]", o["shrinkage"])
     if o["drift"] is not None:
         _require(_real(o["drift"]) >= 0, "drift", "None or >= 0", o["drift"])
         # P keeps the part 1 - gain * drift of itself; the adaptive form's first gain is 1
