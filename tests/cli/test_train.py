@@ -17,9 +17,9 @@ from torch import nn
 from rlscuda.cli import main
 from rlscuda.cli.data.dataset import Dataset
 from rlscuda.cli.train import command as train_module
+from rlscuda.cli.train.checkpoint import COLUMNS
 from rlscuda.cli.train.optimizers import build_optimizer, build_scheduler
 from rlscuda.cli.train.options import RunConfig
-from rlscuda.cli.train.saved import COLUMNS
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
