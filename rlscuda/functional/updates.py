@@ -76,7 +76,7 @@ def rls_update_(
     """
     try:
         options = (forgetting, gain, decay, diffusion, initial_scale, power, health, found_inf)
-        result = _rls_update(P, s.detach(), *options)
+        result = _rls_update(P, s.detach() if s.requires_grad else s, *options)
     except Exception as error:
         check_tensor("P", P)
         check_tensor("s", s)

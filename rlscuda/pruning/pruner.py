@@ -377,18 +377,15 @@ def _checked_target(targets: Mapping[str, Any]) -> tuple[str, Any]:
 def _changes(
     structure: Structure, candidates: Mapping[str, Candidate], removed: Mapping[str, list[int]]
 ) -> list[CouplingChange]:
-    changes = []
-    for coupling in structure.couplings:
-        if coupling.name in candidates:
-            units = removed.get(coupling.name, [])
-            changes.append(
-                CouplingChange(
-                    name=coupling.name,
-                    members=[member.name for member in coupling.members],
-                    before=coupling.units,
-                    after=coupling.units - len(units),
-                    removed=units,
-                    cost=candidates[coupling.name].cost.tolist(),
-                )
-            )
-    return changes
+    return [
+        CouplingChange(
+            name=coupling.name,
+            members=[member.name for member in coupling.members],
+            before=coupling.units,
+            after=coupling.units - len(removed.get(coupling.name, [])),
+            removed=removed.get(coupling.name, []),
+            cost=candidates[coupling.name].cost.tolist(),
+        )
+        for coupling in structure.couplings
+        if coupling.name in candidates
+    ]

@@ -56,7 +56,7 @@ def test_every_remaining_weight_moves(name):
     structure = trace(model, x)
     assert structure.refused == {} and len(structure.couplings) > 2
     before = sum(p.numel() for p in model.parameters())
-    operate(model, optimizer, plan(structure, every_other(structure)), {}, x)
+    operate(model, [optimizer], plan(structure, every_other(structure)), {}, x)
     assert sum(p.numel() for p in model.parameters()) < 0.6 * before
     twin, twins = copy.deepcopy((model, optimizer))
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}

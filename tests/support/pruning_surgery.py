@@ -37,7 +37,8 @@ def prune(model: nn.Module, optimizers: Any = (), x: Tensor | None = None, **opt
     x = inputs(next(model.parameters()).dtype) if x is None else x
     structure = trace(model, x, **options)
     surgery = plan(structure, every_other(structure))
-    operate(structure.model, optimizers, surgery, {}, x)
+    every = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else optimizers
+    operate(structure.model, every, surgery, {}, x)
     return surgery
 
 

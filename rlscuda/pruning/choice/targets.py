@@ -57,10 +57,11 @@ class Ladder:
             if not any(fnmatchcase(name, pattern) for name in self.candidates):
                 raise ValueError(f"ratio names {pattern!r}, which matches no coupling of "
                                  f"{sorted(self.candidates)}")  # fmt: skip
-        return {
-            name: candidate.removable(ratio_of(name, ratio), self.round_to)
-            for name, candidate in self.candidates.items()
+        shares = {  # of the first pattern that matches
+            name: next((float(v) for p, v in ratio.items() if fnmatchcase(name, p)), 0.0)
+            for name in self.candidates
         }
+        return {n: c.removable(shares[n], self.round_to) for n, c in self.candidates.items()}
 
     def at(self, height: float) -> Counts:
         """The counts when `height` of the original units are gone."""
@@ -125,13 +126,6 @@ def check_ratio(ratio: object) -> None:
             raise ValueError(f"ratio must be by name or shell pattern, got the key {name!r}")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
             raise ValueError(f"ratio must be in [0, 1), got {value!r}")
-
-
-def ratio_of(name: str, ratio: float | Mapping[str, float]) -> float:
-    """The ratio of one coupling: its own, or that of the first shell pattern that it matches."""
-    if not isinstance(ratio, Mapping):
-        return float(ratio)
-    return next((float(v) for pattern, v in ratio.items() if fnmatchcase(name, pattern)), 0.0)
 
 
 @dataclass(frozen=True)

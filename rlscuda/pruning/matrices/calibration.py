@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -215,13 +215,10 @@ def _observing(layers: list[Layer], see: Callable[[Layer, Tensor], None]) -> Ite
         layer.module.register_forward_pre_hook(hook(layer), with_kwargs=True) for layer in layers
     ]
     try:
-        with _uncompiled():
+        # what is compiled runs as it was written: it would not call hooks put on it later
+        eager = compiler_is_loaded()
+        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
             yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _uncompiled() -> AbstractContextManager:
-    """Runs what is compiled as it was written, since it would not call hooks put on it later."""
-    return torch.compiler.set_stance("force_eager") if compiler_is_loaded() else nullcontext()

@@ -164,26 +164,16 @@ def _flops(model: nn.Module, call: Call) -> int:
     return counter.get_total_flops()
 
 
-def _attention_flops(
-    query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
-) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _mkldnn_rnn_flops(x: torch.Size, *weights: Any, **_: Any) -> int:
-    """Of x [length, batch, features], and first of weights that of the input, [gates, features]."""
-    return _cudnn_rnn_flops(x, weights[:2])
-
-
-def _cudnn_rnn_flops(x: torch.Size, weights: Iterable[torch.Size], *_: Any, **__: Any) -> int:
+def _rnn_flops(x: torch.Size, weights: Iterable[torch.Size], *_: Any, **__: Any) -> int:
+    """Of x [length, batch, features] and its weights [gates, features], among them biases."""
     matrices = [math.prod(shape) for shape in weights if len(shape) == 2]
     return 2 * math.prod(x[:-1]) * sum(matrices)
 
 
 _UNCOUNTED = {  # by torch
-    cpu_flash_attention: _attention_flops,
-    torch.ops.aten.mkldnn_rnn_layer: _mkldnn_rnn_flops,
-    cudnn_rnn: _cudnn_rnn_flops,
+    cpu_flash_attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten.mkldnn_rnn_layer: lambda x, *weights, **_: _rnn_flops(x, weights[:2]),
+    cudnn_rnn: _rnn_flops,
 }
 
 

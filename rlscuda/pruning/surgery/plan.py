@@ -145,17 +145,13 @@ def _cut_bare(
     modules: Mapping[str, nn.Module],
 ) -> None:
     """Cuts a parameter that is no module's of those that torch-pruning knows."""
-    axis = parameter_axis(parameter)
+    # torch-pruning cuts the last dimension of more than one
+    axis = max(dim for dim, size in enumerate(parameter.shape) if size > 1)
     kept = Kept.along(tuple(parameter.shape), {axis: _without(parameter.shape[axis], channels)})
     surgery.tensors[name] = kept
     for owner, module in modules.items():
         if isinstance(module, nn.RMSNorm) and module.weight is parameter:
             surgery.attributes[owner] = {"normalized_shape": kept.shape}
-
-
-def parameter_axis(parameter: Tensor) -> int:
-    """The dimension in which torch-pruning cuts a bare parameter: the last of more than one."""
-    return max(dim for dim, size in enumerate(parameter.shape) if size > 1)
 
 
 def _without(size: int, channels: list[int]) -> Tensor:

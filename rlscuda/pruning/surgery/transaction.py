@@ -35,21 +35,16 @@ _ABSENT = object()
 @torch.no_grad()
 def operate(
     model: nn.Module,
-    optimizers: Optimizer | Iterable[Optimizer],
+    optimizers: Iterable[Optimizer],
     surgery: Surgery,
     values: Mapping[str, Tensor],
     example_inputs: ExampleInputs,
 ) -> list[Change]:
     """Carries out a surgery on a model and its optimizers; completes, or leaves all as it was.
 
-    Parameters that are cut become new `nn.Parameter` objects, with what was theirs: their ties,
-    `requires_grad`, gradient, hooks and attributes, and the state that optimizers keep for them.
-    Everything is computed, and the pruned model tried on the example inputs, before any reference
-    is replaced.
-
     Args:
         model: The model.
-        optimizers: Its optimizer, or all that hold its parameters.
+        optimizers: All that hold its parameters.
         surgery: What to remove.
         values: Name of a parameter -> its new value in its old shape, as compensation has it.
         example_inputs: What the model could be called with so far.
@@ -63,7 +58,6 @@ def operate(
             inputs.
     """
     before = all_tensors(model)
-    _check(before, surgery, values)
     replaced, valued = _new_tensors(before, surgery, values)
     changes: list[Change] = [(tensor, "data", value) for tensor, value in valued.items()]
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -73,8 +67,9 @@ def operate(
             changes.append((modules[parent], own, replaced[tensor][0]))
     for name, attributes in surgery.attributes.items():
         changes += [(modules[name], key, value) for key, value in attributes.items()]
-    changes += _followers(optimizers, replaced)
-    _try(model, surgery, _pruned_copy(model, surgery, replaced, valued), example_inputs)
+    for optimizer in optimizers:
+        changes += optimizer_changes(optimizer, replaced)
+    _try(model, surgery, pruned_copy(model, surgery, values), example_inputs)
     return commit(changes)
 
 
@@ -91,16 +86,23 @@ def pruned_copy(model: nn.Module, surgery: Surgery, values: Mapping[str, Tensor]
         ValueError: The model is not that of the surgery, or a value is of another shape or not
             finite.
     """
-    before = all_tensors(model)
-    _check(before, surgery, values)
-    return _pruned_copy(model, surgery, *_new_tensors(before, surgery, values))
+    replaced, valued = _new_tensors(all_tensors(model), surgery, values)
+    tensors = {old: new for old, (new, _) in replaced.items()} | valued
+    held = {
+        old: nn.Parameter(new.detach(), old.requires_grad) if isinstance(old, nn.Parameter) else new
+        for old, new in tensors.items()
+    }
+    pruned = isolated_copy(model, held).eval()
+    surgery.set_attributes(pruned)
+    return pruned
 
 
 def _new_tensors(
     before: Mapping[str, Tensor], surgery: Surgery, values: Mapping[str, Tensor]
-) -> tuple[dict[Tensor, tuple[Tensor, Kept]], dict[Tensor, Tensor]]:
+) -> tuple[dict[Any, tuple[Any, Kept]], dict[Tensor, Tensor]]:
     """What takes the place of each tensor that is cut, and the new values of those that are not."""
-    replaced: dict[Tensor, tuple[Tensor, Kept]] = {}
+    _check(before, surgery, values)
+    replaced: dict[Any, tuple[Any, Kept]] = {}
     valued: dict[Tensor, Tensor] = {}
     for name, tensor in before.items():
         kept, value = surgery.tensors.get(name), values.get(name)
@@ -146,31 +148,6 @@ def _successor(tensor: Tensor, kept: Kept, value: Tensor | None) -> Tensor:
     return new
 
 
-def _followers(
-    optimizers: Optimizer | Iterable[Optimizer],
-    replaced: Mapping[Tensor, tuple[Tensor, Kept]],
-) -> list[Change]:
-    """The changes of every optimizer."""
-    parameters = cast(
-        dict[nn.Parameter, tuple[nn.Parameter, Kept]],
-        {old: pair for old, pair in replaced.items() if isinstance(old, nn.Parameter)},
-    )
-    every = [optimizers] if isinstance(optimizers, Optimizer) else optimizers
-    return [change for one in every for change in optimizer_changes(one, parameters)]
-
-
-def _pruned_copy(
-    model: nn.Module,
-    surgery: Surgery,
-    replaced: Mapping[Tensor, tuple[Tensor, Kept]],
-    valued: Mapping[Tensor, Tensor],
-) -> nn.Module:
-    tensors = {old: new for old, (new, _) in replaced.items()} | dict(valued)
-    pruned = isolated_copy(model, {old: _like(old, new) for old, new in tensors.items()}).eval()
-    surgery.set_attributes(pruned)
-    return pruned
-
-
 def _try(model: nn.Module, surgery: Surgery, pruned: nn.Module, example_inputs: Any) -> None:
     """Runs a copy of the pruned model, and once more in training mode.
 
@@ -207,11 +184,6 @@ def _try_in_training(model: nn.Module, pruned: nn.Module, inputs: Any, example_i
             f"the pruned model fails in training mode on the example inputs: {error}; what "
             "produces the channels can be named in ignored"
         ) from error
-
-
-def _like(old: Tensor, new: Tensor) -> Tensor:
-    data = new.detach().clone()
-    return nn.Parameter(data, old.requires_grad) if isinstance(old, nn.Parameter) else data
 
 
 def transfer_state(optimizer: Optimizer, replaced: Replaced) -> None:

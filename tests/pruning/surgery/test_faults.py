@@ -41,7 +41,7 @@ def writes(make) -> int:
     """How many references one surgery replaces."""
     model, optimizer, surgery, values = prepared(make)
     with mock.patch.object(transaction, "_write", wraps=transaction._write) as write:
-        operate(model, optimizer, surgery, values, inputs())
+        operate(model, [optimizer], surgery, values, inputs())
     return write.call_count
 
 
@@ -65,13 +65,13 @@ def test_a_fault_at_any_point_of_the_commit_changes_nothing(make, after):
             mock.patch.object(transaction, "_write", faulty),
             pytest.raises(RuntimeError, match="planted"),
         ):
-            operate(model, optimizer, surgery, values, inputs())
+            operate(model, [optimizer], surgery, values, inputs())
         assert changed(before, everything(model, optimizer)) == set()
     twin, twins_optimizer, _, _ = prepared(make)
     losses = [(torch.manual_seed(1), training(*pair))[1]  # of dropout
               for pair in ((model, optimizer), (twin, twins_optimizer))]  # fmt: skip
     assert losses[0] == losses[1]
-    operate(model, optimizer, surgery, values, inputs())
+    operate(model, [optimizer], surgery, values, inputs())
     training(model, optimizer)
 
 
@@ -88,7 +88,7 @@ def test_a_fault_before_the_commit_changes_nothing(where):
         mock.patch(where, side_effect=RuntimeError("planted")),
         pytest.raises((RuntimeError, ValueError), match="planted"),
     ):
-        operate(model, optimizer, surgery, values, inputs())
+        operate(model, [optimizer], surgery, values, inputs())
     assert changed(before, everything(model, optimizer)) == set()
     training(model, optimizer)
 
@@ -111,7 +111,7 @@ def test_pruned_model_that_fails_is_refused():
     model.strict = True
     before = everything(model, optimizer)
     with pytest.raises(ValueError, match=r"fails on the example inputs: shape '\[-1, 8, 8, 8\]'"):
-        operate(model, optimizer, plan(structure, {"first": [0]}), {}, inputs())
+        operate(model, [optimizer], plan(structure, {"first": [0]}), {}, inputs())
     assert changed(before, everything(model, optimizer)) == set()
     training(model, optimizer)
 
@@ -156,7 +156,7 @@ def test_wrong_values(values, message):
     before = everything(model, optimizer)
     surgery = plan(trace(model, inputs()), {"0": [0]})
     with pytest.raises(ValueError, match=message):
-        operate(model, optimizer, surgery, values, inputs())
+        operate(model, [optimizer], surgery, values, inputs())
     assert changed(before, everything(model, optimizer)) == set()
 
 

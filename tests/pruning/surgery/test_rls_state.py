@@ -44,7 +44,7 @@ def test_every_entry_by_hand(form):
     depthwise = structure.coupling("2").member("4", "both").indices.tolist()
     assert depthwise == [[0, 4], [1, 5], [2, 6], [3, 7]]
     surgery = plan(structure, {"0": [1], "2": [0, 3]})
-    operate(model, optimizer, surgery, {}, inputs(torch.float64))
+    operate(model, [optimizer], surgery, {}, inputs(torch.float64))
     new = {i: optimizer.state[model[i].weight] for i in (0, 2, 4, 8)}
 
     rows = {0: [0, 2, 3, 5], 2: [1, 2, 5, 6], 4: [1, 2, 5, 6], 8: list(range(5))}
@@ -98,7 +98,7 @@ def test_staged_summary_by_hand(summary):
     gradient = model[2].weight.grad
     rows = {name: stage.summary.rows for name, stage in before.items()}
     x = inputs()
-    operate(model, optimizer, plan(trace(model, x), {"0": [1], "2": [0, 3]}), {}, x)
+    operate(model, [optimizer], plan(trace(model, x), {"0": [1], "2": [0, 3]}), {}, x)
     after = {
         m.name: optimizer._registry.stages[m.layer.weight]
         for m in optimizer._registry.matches
@@ -192,7 +192,7 @@ def test_fallback_rule_alone_is_cut():
     model = vgg()
     optimizer = RLSOptimizer(model, include=["14"])
     training(model, optimizer)
-    operate(model, optimizer, plan(trace(model, inputs()), {"0": [0]}), {}, inputs())
+    operate(model, [optimizer], plan(trace(model, inputs()), {"0": [0]}), {}, inputs())
     before = [p.clone() for p in model.parameters()]
     training(model, optimizer)
     assert not any(torch.equal(p, b) for p, b in zip(model.parameters(), before))

@@ -30,7 +30,7 @@ def pruned_in_training(case: Case):
     optimizer = RLSOptimizer(model)
     training(model, optimizer, seed=3)
     removed = {name: range(min(2, units - 1)) for name, units in case.couplings.items()}
-    operate(model, optimizer, plan(trace(model, inputs()), removed), {}, inputs())
+    operate(model, [optimizer], plan(trace(model, inputs()), removed), {}, inputs())
     training(model, optimizer, seed=13)
     return model, optimizer
 

@@ -127,7 +127,7 @@ def test_raw_inputs():
     with torch.no_grad():
         weight[:, 1] = 0
     expected = model.eval()(inputs())
-    operate(model, optimizer, surgery, {}, inputs())
+    operate(model, [optimizer], surgery, {}, inputs())
     assert surgery.inputs["0"].tolist() == [0, 2]
     assert torch.equal(model[0].weight, weight[:, [0, 2]])
     assert_close(model(surgery.slice_inputs(inputs())), expected)
@@ -219,7 +219,7 @@ def test_attention_shrinks_every_head():
     training(model, optimizer)
     structure = trace(model, inputs())
     old = model.attention.in_proj_weight
-    operate(model, optimizer, plan(structure, {"patches": [1]}), {}, inputs())
+    operate(model, [optimizer], plan(structure, {"patches": [1]}), {}, inputs())
     keep = torch.tensor([0, 2, 3, 4, 6, 7])
     rows = torch.cat([keep, keep + 8, keep + 16])
     assert torch.equal(model.attention.in_proj_weight, old[rows][:, keep])
@@ -290,6 +290,6 @@ def test_a_default_device_is_not_followed():
     with torch.device("meta"):  # where nothing can be computed
         structure = trace(model, x, include_inputs=True)
         surgery = plan(structure, every_other(structure))
-        operate(model, optimizer, surgery, {}, x)
+        operate(model, [optimizer], surgery, {}, x)
     assert all(p.device.type == "cpu" for p in model.parameters())
     assert all(s["P"].device.type == "cpu" for s in optimizer.state.values() if "P" in s)

@@ -70,7 +70,7 @@ def test_every_optimizer_goes_on(name):
     surgery = plan(structure, every_other(structure))
     expected = expected_state(optimizer, surgery, {p: n for n, p in model.named_parameters()})
     twin = copy.deepcopy(model)
-    operate(model, optimizer, surgery, {}, inputs())
+    operate(model, [optimizer], surgery, {}, inputs())
     assert_state(optimizer, expected, model)
     # a model pruned without an optimizer, and a new optimizer that is given the state
     operate(twin, [], surgery, {}, inputs())
@@ -86,7 +86,7 @@ def test_factored_moments_follow():
     optimizer = torch.optim.Adafactor(model.parameters())
     training(model, optimizer)
     state = {k: v.clone() for k, v in optimizer.state[model[3].weight].items()}
-    operate(model, optimizer, plan(trace(model, inputs()), {"0": [1], "3": [0]}), {}, inputs())
+    operate(model, [optimizer], plan(trace(model, inputs()), {"0": [1], "3": [0]}), {}, inputs())
     new = optimizer.state[model[3].weight]
     for key in ("row_var", "col_var"):
         assert torch.equal(new[key], state[key][1:][:, [0, 2, 3]])
