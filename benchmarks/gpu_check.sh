@@ -49,7 +49,7 @@ RLSCUDA_CUDA=1 TORCH_CUDA_ARCH_LIST=$arch MAX_JOBS=$(nproc) \
 
 # the CPU's tests meanwhile, but for those that need more packages than this machine has
 (
-  ignored=$(printf -- '--ignore=tests/%s ' cli files pruning ops/test_cuda.py \
+  ignored=$(printf -- '--ignore=tests/%s ' cli files package pruning ops/test_cuda.py \
     streaming/test_{regressor,rls_filter}.py optim/steps/test_{infos,numerics_long}.py)
   # shellcheck disable=SC2086
   OMP_NUM_THREADS=4 timeout 240 "$python" -m pytest -q -p no:cacheprovider tests $ignored \

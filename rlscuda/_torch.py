@@ -83,7 +83,7 @@ def masked_name(hook: Any) -> str:
     return hook._tensor_name
 
 
-def version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
     """How often a tensor was written."""
     return tensor._version
 

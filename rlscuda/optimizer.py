@@ -14,7 +14,7 @@ from rlscuda.interrupts import uninterrupted
 from rlscuda.optim import advice, forms, hooks
 from rlscuda.optim.discovery import Registry, as_list
 from rlscuda.optim.fallback import Fallback, set_rates
-from rlscuda.optim.kept import Change, KeptLayer, Replaced
+from rlscuda.optim.kept import Change, Replaced
 from rlscuda.optim.layers import Layer
 from rlscuda.optim.report import Coverage, Health, coverage_of, health_of
 from rlscuda.optim.state import check_fits, ensure_state, forget, guarded_load, restart
@@ -173,7 +173,7 @@ class RLSOptimizer(Optimizer):
     def _attach(self) -> None:
         """Puts hooks, which end with this object, on every layer that has none yet."""
         if self._attached is not None:
-            bare = self._registry.found() - self._attached
+            bare = self._registry.candidates() - self._attached
             if bare:
                 hooks.attach(self, bare, self._observe)
             self._attached |= bare
@@ -356,7 +356,7 @@ class RLSOptimizer(Optimizer):
             self._workspace, self._attached = {}, set()
         self._fallback.reset()
         self._checked = []
-        self._registry.look_anew()
+        self._registry.forget_groups()
         self._follow_groups()
 
     # -- surgery ----------------------------------------------------------------------------------
@@ -371,12 +371,7 @@ class RLSOptimizer(Optimizer):
         Raises:
             ValueError: A state has an entry that is not known.
         """
-        registry = self._registry
-        kept = {
-            weight: KeptLayer.of(layer, replaced[weight][1])
-            for weight, layer in registry.layers.items()
-            if weight in replaced
-        }
+        cut, kept, changes = self._registry.cut(replaced)
         states = {w: one.entries(self.state[w]) for w, one in kept.items() if w in self.state}
-        cut, changes = registry.cut(replaced, kept)
+        changes += [(self._fallback, name, value) for name, value in Fallback.FRESH.items()]
         return states, [*changes, (self, "_registry", cut)]

@@ -15,7 +15,7 @@ diagonal, the least that makes it factor, so nothing turns into NaN.
 
 All raise TypeError for a matrix that is no floating-point tensor, or columns that are not int64;
 and ValueError for shapes that do not fit, columns out of range or in two places, values that are
-not finite, and a matrix that is indefinite.
+not finite, a matrix that is indefinite, and a negative damping.
 """
 
 from __future__ import annotations

@@ -1,20 +1,18 @@
-"""The operators as functions: argument checks and docstrings over `torch.ops.rlscuda`.
+"""Operators as functions: forms of arguments, types of errors, docstrings over `torch.ops.rlscuda`.
 
-Nothing here records gradients: inputs are detached, matrices and weights change in place.
+The operators check their arguments when they run; traced without values, they are not checked.
+Nothing here records gradients: inputs are detached, matrices change in place. Those of a step that
+is no update of a matrix are called by the optimizer alone.
 """
 
 from rlscuda.functional.patches import patch_mean, patch_sample, patch_sketch
 from rlscuda.functional.updates import (
-    factors_agree,
-    nonfinite,
     rls_flush_,
     rls_update_,
     rls_update_held_,
 )
 
 __all__ = [
-    "factors_agree",
-    "nonfinite",
     "patch_mean",
     "patch_sample",
     "patch_sketch",

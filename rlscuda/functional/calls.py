@@ -20,7 +20,7 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
-def refusal(error: Exception) -> Exception:
+def as_user_error(error: Exception) -> Exception:
     """The exception for the caller of a function whose operator has raised `error`.
 
     Operators raise RuntimeError for whatever they refuse, as the dispatcher does; a function raises
@@ -35,14 +35,14 @@ def refusal(error: Exception) -> Exception:
 
 
 def call(operator: Operator, *arguments: Any) -> Any:
-    """Calls an operator, and raises what `refusal` makes of its exception."""
+    """Calls an operator, and raises what `as_user_error` makes of its exception."""
     try:
         return operator(*arguments)
     except RuntimeError as error:
         for expected, value in zip(arguments_of(operator), arguments):
             if value is None and not isinstance(expected.type, torch.OptionalType):
                 raise TypeError(f"{expected.name} must be a {expected.type}, got None") from None
-        raise refusal(error) from None
+        raise as_user_error(error) from None
 
 
 def fake(name: str) -> Callable[[Callable[..., Any]], None]:

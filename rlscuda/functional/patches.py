@@ -159,11 +159,15 @@ def conv_geometry(
     groups: int = 1,
     padding_mode: str = "zeros",
 ) -> Geometry:
-    """The arguments of a convolution as the operators take them, who check what they are.
+    """The arguments of a convolution as the operators take them, which check what they are.
 
     Returns:
         Kernel size, stride, padding (left, right, top, bottom), dilation, groups, padding mode
         as an index of `PADDING_MODES`.
+
+    Raises:
+        TypeError: An argument is neither an integer nor a pair.
+        ValueError: One has another length, or a text is none of those that stand for a padding.
     """
     kernel, step = _pair("kernel_size", kernel_size), _pair("stride", stride)
     dilate = _pair("dilation", dilation)
@@ -179,6 +183,9 @@ def _pair(name: str, value: IntOrPair) -> list[int]:
         return [value, value]
     if not isinstance(value, (tuple, list)):
         raise TypeError(f"{name} must be an integer or a pair, got {type(value).__name__}")
+    if len(value) != 2 and (name, len(value)) != ("padding", 4):
+        four = ", or four for padding" if name == "padding" else ""
+        raise ValueError(f"{name} must be one or two integers{four}, got {value}")
     return list(value)
 
 

@@ -1,13 +1,11 @@
-"""Updates of matrices, and the probes of gradients, as functions."""
+"""Updates of matrices as functions, and fake kernels of all operators but those of patches."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from rlscuda.functional.calls import call, check_tensor, fake, refusal
+from rlscuda.functional.calls import as_user_error, call, check_tensor, fake
 
 _ops = torch.ops.rlscuda
 _rls_update = _ops.rls_update_.default
@@ -80,7 +78,7 @@ def rls_update_(
     except Exception as error:
         check_tensor("P", P)
         check_tensor("s", s)
-        raise refusal(error) from None
+        raise as_user_error(error) from None
     _changed(P, power, health)
     return result
 
@@ -155,46 +153,6 @@ def rls_flush_(P: Tensor, held: Tensor, state: Tensor) -> None:
     """
     call(_ops.rls_flush_.default, P, held, state)
     _changed(P, state)
-
-
-def factors_agree(grad: Tensor, x: Tensor, delta: Tensor, grad_bias: Tensor | None = None) -> bool:
-    """Whether ``delta.T @ [x, 1]`` is the whole gradient, probed with one fixed vector.
-
-    A penalty on the weight, or another use of it, adds to `grad` what the factors do not hold.
-    Agreement also says that `grad` is finite.
-
-    Args:
-        grad: [c, n], float32 or float64.
-        x: Input rows [N, n], likewise.
-        delta: Gradient of the output [N, c], likewise.
-        grad_bias: [c], where a bias takes part.
-
-    Raises:
-        ValueError: Shapes, dtypes or devices do not fit one another.
-        TypeError: An argument is not of its type.
-    """
-    with torch.no_grad():
-        return call(_ops.factors_agree.default, grad, x, delta, grad_bias)
-
-
-def nonfinite(tensors: Sequence[Tensor]) -> Tensor:
-    """Whether any element of any of the tensors is infinite or NaN.
-
-    Args:
-        tensors: One or more floating-point tensors of any shape.
-
-    Returns:
-        One bool [], on the device of the first.
-
-    Raises:
-        ValueError: No tensor is given, or one is not floating-point or on another device.
-        TypeError: One is no tensor.
-    """
-    if not tensors:
-        raise ValueError("nonfinite expects at least one tensor, got none")
-    for t in tensors:
-        check_tensor("every tensor", t)
-    return call(_ops.nonfinite.default, [t.detach() for t in tensors])
 
 
 @fake("rls_update_")

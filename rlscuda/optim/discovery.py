@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
 from torch import nn
 
-from rlscuda._torch import own_parameters
+from rlscuda._torch import has_own_forward, own_parameters
 from rlscuda.optim.kept import Change, KeptLayer, Replaced
-from rlscuda.optim.layers import Layer, refusal
+from rlscuda.optim.layers import Layer
 from rlscuda.optim.staging import Stage
 
 _Users = dict[int, list[tuple[str, nn.Module]]]  # id of a parameter -> the modules that hold it
@@ -27,7 +27,6 @@ class Match:
     layer: Layer | None
     reason: str
     bias_fits: bool = False
-    bound: bool = False
 
     def bind(self, members: set[nn.Parameter]) -> bool:
         """Whether the weight is among `members`; the bias joins `P` if it is there too."""
@@ -36,7 +35,6 @@ class Match:
         bias = self.layer.bias_parameter
         fits = self.bias_fits and bias is not None and bias.requires_grad
         self.layer.bias = fits and bias in members
-        self.bound = True
         return True
 
 
@@ -63,6 +61,27 @@ def modules_named(
             raise ValueError(f"{option} names {item!r}, which the model does not have")
         chosen.append((item, {inner for hit in hits for inner in hit.modules()}))
     return chosen
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why the RLS rule cannot train `module`, or None where it can."""
+    kind = type(module).__name__
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "MultiheadAttention uses its weight without calling it"
+    if not isinstance(module, (nn.Linear, nn.Conv2d)):
+        return f"no RLS rule for {kind}"
+    if has_own_forward(module):
+        return f"{kind} has a forward of its own"
+    weight = own_parameters(module).get("weight")
+    if weight is None:
+        return "its weight is not a plain parameter (parametrised or masked)"
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "its weight has no shape yet: run one batch through a lazy module first"
+    if weight.numel() == 0:
+        return "its weight has no elements"
+    if not weight.is_floating_point() or weight.is_sparse:
+        return f"its weight is {weight.dtype}, {weight.layout}"
+    return None
 
 
 def _reasons(
@@ -222,9 +241,10 @@ class Registry:
         self.matches = [] if model is None else discover(model, include, exclude)
         self.layers: dict[nn.Parameter, Layer] = {}
         self.stages: dict[nn.Parameter, Stage] = {}
-        self.look_anew()
+        self._bound: set[Match] = set()
+        self.forget_groups()
 
-    def look_anew(self) -> None:
+    def forget_groups(self) -> None:
         """Forgets what was seen of the groups."""
         self._held: list[tuple[int, ...]] = []
         self.members: set[nn.Parameter] = set()
@@ -234,29 +254,32 @@ class Registry:
         """Whether a group came, went or was replaced since; their parameters are not looked at."""
         return [id(group) for group in groups] != [held[0] for held in self._held]
 
-    def follow(self, groups: list[dict[str, Any]], grown: bool, found: Callable[[], None]) -> None:
+    def follow(
+        self, groups: list[dict[str, Any]], may_have_grown: bool, attach: Callable[[], None]
+    ) -> None:
         """Reads the groups and their parameters anew where somebody has changed them.
 
         Args:
             groups: The optimizer's.
-            grown: Whether the model may have got layers since it was searched.
-            found: Called before the end; what an interrupt cuts short is done again.
+            may_have_grown: Whether the model may have got layers since it was searched.
+            attach: Puts hooks on what is new; what an interrupt cuts short is done again.
         """
         held = [(id(group), *map(id, group["params"])) for group in groups]
         if held == self._held:
             return
         group_of = {p: group for group in groups for p in group["params"]}
-        if grown and not group_of.keys() <= self.members:
+        if may_have_grown and not group_of.keys() <= self.members:
             self.search()
         for match in self.matches:
-            if match.layer is None or match.bound:
+            if match.layer is None or match in self._bound:
                 continue
             group = group_of.get(match.layer.weight)
             if group is not None and match.bind(set(group["params"])):
+                self._bound.add(match)
                 self.layers.setdefault(match.layer.weight, match.layer)
                 self.stages.setdefault(match.layer.weight, Stage())
         self.group_of = {p: group for p, group in group_of.items() if p in self.layers}
-        found()
+        attach()
         self.members, self._held = set(group_of), held
 
     def search(self) -> None:
@@ -264,7 +287,7 @@ class Registry:
         if self._model is not None:
             self.matches = rediscover(self._model, self.matches, *self._selection)
 
-    def found(self) -> set[Layer]:
+    def candidates(self) -> set[Layer]:
         """Every layer of the model that could be covered, in a group or not."""
         return {match.layer for match in self.matches if match.layer is not None}
 
@@ -285,34 +308,34 @@ class Registry:
         raise ValueError(f"{layer!r} is no layer of the optimizer's model")
 
     def cut(
-        self, replaced: Replaced, kept: Mapping[nn.Parameter, KeptLayer]
-    ) -> tuple[Registry, list[Change]]:
+        self, replaced: Replaced
+    ) -> tuple[Registry, dict[nn.Parameter, KeptLayer], list[Change]]:
         """The registry of the layers that are left when parameters are replaced by smaller ones.
 
-        Args:
-            replaced: The parameters.
-            kept: What is kept of each covered layer, by its old weight.
-
         Returns:
-            The registry, and the changes of the layers themselves.
+            The registry; what is kept of each covered layer, by its old weight; and the changes
+            of the layers themselves. Nothing is changed yet.
         """
 
         def new(parameter: Any) -> Any:
             return replaced[parameter][0] if parameter in replaced else parameter
 
-        cut, changes = copy.copy(self), []
-        for layer in dict.fromkeys([*self.layers.values(), *self.found()]):
+        cut, kept, changes = copy.copy(self), {}, []
+        for layer in dict.fromkeys([*self.layers.values(), *self.candidates()]):
             if layer.weight in replaced:  # two layers may have one weight
                 own = KeptLayer.of(layer, replaced[layer.weight][1])
                 changes += own.changes(new(layer.weight), new(layer.bias_parameter))
+                if self.layers.get(layer.weight) is layer:
+                    kept[layer.weight] = own
         cut.layers = {new(weight): layer for weight, layer in self.layers.items()}
         cut.stages = {
             new(weight): kept[weight].stage(stage) if weight in kept else stage
             for weight, stage in self.stages.items()
         }
         cut.group_of = {new(weight): group for weight, group in self.group_of.items()}
-        cut.members = set(map(new, self.members))
-        return cut, changes
+        cut.members, cut._bound = set(map(new, self.members)), set(self._bound)
+        cut._held = []  # so that the next look reads the new parameters
+        return cut, kept, changes
 
     def clear(self) -> None:
         """Forgets everything staged."""
@@ -325,10 +348,11 @@ class Registry:
         return copied
 
     def __getstate__(self):
-        return {"matches": self.matches, "layers": self.layers, "_selection": self._selection}
+        own = ("matches", "layers", "_bound", "_selection")
+        return {name: self.__dict__[name] for name in own}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
         self._model = None
         self.stages = {weight: Stage() for weight in self.layers}
-        self.look_anew()
+        self.forget_groups()

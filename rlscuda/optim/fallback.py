@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from rlscuda._torch import version
+from rlscuda._torch import version_of
 from rlscuda.optim.advice import warn_cut_short
 
 IN_P = {"in_P": True}  # the state of a bias whose moments are its weight's: none may have no state
@@ -27,6 +27,11 @@ class Fallback:
         ValueError: An unknown name.
         TypeError: Neither a name nor a callable.
     """
+
+    FRESH: ClassVar = {"_inner": None, "_fusable": False, "_trained": None}
+    _inner: Optimizer | None
+    _fusable: bool
+    _trained: list[list[int]] | None  # ids of the parameters of each group
 
     def __init__(self, rule: str | Callable[[list[dict]], Optimizer]):
         if isinstance(rule, str):
@@ -50,9 +55,7 @@ class Fallback:
 
     def reset(self) -> None:
         """Forgets the inner optimizer."""
-        self._inner: Optimizer | None = None
-        self._fusable = False
-        self._trained: list[list[int]] | None = None  # ids of the parameters of each group
+        self.__dict__.update(self.FRESH)
 
     def __getstate__(self):
         return {"rule": self.rule}
@@ -139,12 +142,12 @@ class Fallback:
                 # a fused step keeps its counters on the device anyhow: it need only be told
                 on_gpu = any(p.is_cuda for p in inner["params"])
                 inner["capturable"] = on_gpu and torch.cuda.is_current_stream_capturing()
-        versions = [version(p) for p in members]
+        versions = [version_of(p) for p in members]
         try:
             with self._foreign_entries_apart(members, state):
                 optimizer.step()
         except BaseException as error:
-            if versions != [version(p) for p in members]:
+            if versions != [version_of(p) for p in members]:
                 warn_cut_short(error)
             raise
 

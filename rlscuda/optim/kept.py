@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlscuda._torch import version
+from rlscuda._torch import version_of
 from rlscuda.closed_form.formulas import downdate
 from rlscuda.optim.layers import Layer
 from rlscuda.optim.staging import Factors, Stage, Summary
@@ -253,10 +253,10 @@ class KeptLayer:
         return Summary(summary.kind, rows, summary.count, summary.keys)
 
     def _factors(self, factors: Factors) -> Factors | None:
-        if version(factors.x) != factors.version:
+        if version_of(factors.x) != factors.version:
             return None  # no longer what the forward saw
         x = _select(factors.x, 1, self.inputs)
-        return Factors(x, _select(factors.delta, 1, self.rows), version(x))
+        return Factors(x, _select(factors.delta, 1, self.rows), version_of(x))
 
 
 def _with_bias(layer: Layer, columns: Tensor, groups: int) -> Tensor:

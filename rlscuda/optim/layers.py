@@ -9,31 +9,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from rlscuda._torch import has_own_forward, own_parameters
+from rlscuda._torch import own_parameters
 from rlscuda.functional.patches import PADDING_MODES
 
 SUMMARIES = ("mean", "sketch", "sample")
-
-
-def refusal(module: nn.Module) -> str | None:
-    """Why the RLS rule cannot train `module`, or None where it can."""
-    kind = type(module).__name__
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "MultiheadAttention uses its weight without calling it"
-    if not isinstance(module, (nn.Linear, nn.Conv2d)):
-        return f"no RLS rule for {kind}"
-    if has_own_forward(module):
-        return f"{kind} has a forward of its own"
-    weight = own_parameters(module).get("weight")
-    if weight is None:
-        return "its weight is not a plain parameter (parametrised or masked)"
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        return "its weight has no shape yet: run one batch through a lazy module first"
-    if weight.numel() == 0:
-        return "its weight has no elements"
-    if not weight.is_floating_point() or weight.is_sparse:
-        return f"its weight is {weight.dtype}, {weight.layout}"
-    return None
 
 
 @dataclass(eq=False)

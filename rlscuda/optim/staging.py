@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlscuda._torch import in_backward, is_transformed, version
+from rlscuda._torch import in_backward, is_transformed, version_of
 from rlscuda.optim.layers import Layer
 
 _patch_mean = torch.ops.rlscuda.patch_mean.default
@@ -112,7 +112,7 @@ class Factors:
         A penalty on a parameter, another use of it, clipping and the like leave a gradient that
         the factors do not hold.
         """
-        if version(self.x) != self.version:
+        if version_of(self.x) != self.version:
             return False
         bias = layer.bias_parameter if layer.bias else None
         grad_bias = None if bias is None else bias.grad
@@ -198,7 +198,7 @@ class Stage:
         rows, seen, counted = None, 0, 0
         if layer.factors_pay(x, group["dtype"]):
             rows = x.reshape(-1, x.shape[-1]).contiguous()
-            seen = version(rows)
+            seen = version_of(rows)
 
         def commit(gradients: tuple[Tensor | None, ...]) -> None:
             nonlocal counted

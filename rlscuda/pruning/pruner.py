@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from rlscuda._torch import unwrapped
 from rlscuda.optim.discovery import modules_named
+from rlscuda.optim.kept import Change
 from rlscuda.optimizer import RLSOptimizer
 from rlscuda.optional import optional
 from rlscuda.pruning.choice.ranking import IMPORTANCES, WITHOUT_MATRIX, Candidate, rank, units_gone
@@ -86,6 +87,7 @@ class RLSPruner:
         ValueError: An option is out of its range, or one needs another that is missing.
         TypeError: `model` is no module, `optimizer` no torch optimizer, or another option not of
             the type above.
+        ImportError: torch-pruning is not installed.
 
     Example:
         >>> pruner = RLSPruner(model, opt, torch.randn(1, 3, 32, 32), ratio=0.5)  # doctest: +SKIP
@@ -231,12 +233,12 @@ class RLSPruner:
         del pruned
         if settled.statistics:
             check_finite(settled.statistics)
-        if settled.statistics and settled.samples < FEWEST_SAMPLES:
-            warnings.warn(
-                f"batch norms adapt to the cut by {settled.samples} samples of loader: give "
-                f"{FEWEST_SAMPLES} or more, or adapt_norms=False",
-                stacklevel=2,
-            )
+            if settled.samples < FEWEST_SAMPLES:
+                warnings.warn(
+                    f"batch norms adapt to the cut by {settled.samples} samples of loader: give "
+                    f"{FEWEST_SAMPLES} or more, or adapt_norms=False",
+                    stacklevel=2,
+                )
         self._operate(cut, values, settled.statistics)  # the last that can fail
         return PruneReport(
             couplings=_changes(structure, candidates, cut.removed),
@@ -291,7 +293,7 @@ class RLSPruner:
             if not own:
                 raise ValueError("the optimizer's own matrices are needed: it has made no step yet")
             weights = {n: getattr(m, "weight", None) for n, m in self.model.named_modules()}
-            return {name: own[weight] for name, weight in weights.items() if weight in own}
+            return {n: own[w] for n, w in weights.items() if isinstance(w, Tensor) and w in own}
         return {}
 
     def _disagreement(self, matrices: Mapping[str, Tensor]) -> dict[str, float] | None:
@@ -335,15 +337,16 @@ class RLSPruner:
         """Carries out a cut and all that follows from it, or leaves everything as it was."""
         surgery = cut.surgery
         columns = {} if self.tracker is None else self.tracker.kept_columns(surgery.tensors)
-        done = operate(self.model, self.optimizers, surgery, values, self.example_inputs)
+        done: list[Change] = []  # which a snapshot knows of before there is anything to take back
+        for snapshot in self._snapshots:
+            snapshot.changes.append(done)
+        operate(self.model, self.optimizers, surgery, values, self.example_inputs, done)
         if self.tracker is not None:
             try:
                 self.tracker.follow(columns)
             except BaseException:
                 revert(done)
                 raise
-        for snapshot in self._snapshots:
-            snapshot.changes.append(done)
         for name, buffer in self.model.named_buffers():
             if name in statistics:
                 buffer.copy_(statistics[name])

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from rlscuda import _C
-from rlscuda.functional.calls import refusal
+from rlscuda.functional.calls import as_user_error
 from rlscuda.streaming.held import updates_to_hold
 
 _ALIGNMENT = 64  # bytes of a cache line: a row that starts on one is read at full speed
@@ -204,7 +204,7 @@ class RLSFilter:
                 self._P, self._W, X, Y, *self._coefficients(), self._held, self._held_state
             )
         except RuntimeError as error:
-            raise refusal(error) from None
+            raise as_user_error(error) from None
         self.updates += len(X) - resets
         self.resets += resets
         return predictions

@@ -97,7 +97,7 @@ def same(a: Any, b: Any, tolerance: float = 0.0) -> bool:
 
 
 def exact(name: str, given: list[Any], left: list[Any], result: Any) -> bool:
-    """Whether a valid call did what `reference.py` says, where that is cheap."""
+    """Whether a valid call did what `rlscuda.reference` says, where that is cheap."""
     wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in given]
     if name == "rls_update_":
         power, kept = reference.running_power(1.0, float(wide[1].square().mean()), RULE[1])

@@ -59,9 +59,9 @@ class Branches(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.norm(self.stem(x)))
         x = F.relu(self.shared(F.relu(self.shared(x))))
-        value, gate = self.gate(torch.cat([x, self.grown(x)], 1)).chunk(2, 1)
-        x = self.shuffled(value * torch.sigmoid(gate)).unflatten(1, (2, 3)).transpose(1, 2)
-        x = self.last(x.flatten(1, 2)).softmax(1).mean((2, 3))
+        value, gate = self.gate(torch.cat([x, self.grown(x).softmax(1)], 1)).chunk(2, 1)
+        x = self.shuffled(value * torch.sigmoid(gate))
+        x = self.last(x.unflatten(1, (2, 3)).transpose(1, 2).flatten(1, 2)).mean((2, 3))
         return self.head(F.relu(self.first(x)) * torch.sigmoid(self.second(x)))
 
 

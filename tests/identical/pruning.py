@@ -120,12 +120,13 @@ def pruning_choices() -> None:
 
 @scenario()
 def pruning_weights() -> None:
-    cases: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("cnn", {"sparsity": 0.5}),
-        ("cnn", {"pattern": (2, 4), "layers": ["5.conv", "10"]}),
-        ("mlp", {"sparsity": 0.7}),
+    three, two = ({"pattern": (n, 4), "layers": ["5.conv", "10"]} for n in (3, 2))
+    cases: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+        ("cnn", {"sparsity": 0.5}, three),
+        ("cnn", two, {"sparsity": 0.8}),
+        ("mlp", {"sparsity": 0.7}, {"sparsity": 0.8}),
     )
-    for number, (network, options) in enumerate(cases):
+    for number, (network, options, again) in enumerate(cases):
         model, optimizer = trained(network, 3)
         report = prune_weights(model, calibrate(model, LOADER), optimizer=optimizer, **options)
         write(f"{number}.txt", report)
@@ -133,7 +134,7 @@ def pruning_weights() -> None:
         losses = train(model, optimizer, 2)
         masks = [row.mask for row in report]
         write_training(f"{number}.pt", model, optimizer, losses=losses, masks=masks)
-        more = prune_weights(model, calibrate(model, LOADER), sparsity=0.8, permanent=True)
+        more = prune_weights(model, calibrate(model, LOADER), permanent=True, **again)
         write(f"{number}_more.pt", [model.state_dict(), [row.mask for row in more]])
 
 

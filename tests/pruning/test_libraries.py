@@ -7,14 +7,13 @@ from unittest import mock
 
 import pytest
 import torch
-from support.pruning_surgery import every_other
+from support.pruning_surgery import every_other, operate
 
 from rlscuda import RLSOptimizer
 from rlscuda.cli.report.record import size_of
 from rlscuda.pruning.running.measure import count_flops
 from rlscuda.pruning.structure.trace import trace
 from rlscuda.pruning.surgery.plan import plan
-from rlscuda.pruning.surgery.transaction import operate
 
 # what torchvision registers for its own operators needs a build for the very torch at hand; the
 # models need none of them

@@ -1,10 +1,12 @@
-"""The operators of one layer's weight step, and those of patches for the rows of a Linear layer.
+"""Operators that the optimizer alone calls, and those of patches for the rows of a Linear layer.
 
-The optimizer calls `foreach_weight_step_` for many layers; these do the same for one, as functions
-with names for their arguments.
+The optimizer calls `foreach_weight_step_` for many layers; here it is for one, with names for its
+arguments.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -61,6 +63,17 @@ def adaptive_weight_step_(
             _ops.adaptive_weight_step_.default, weight, bias, product, grad, bias_row, grad_bias, h,
             first_moment, second_moment, lr, beta1, beta2, weight_decay, eps, step,
         )  # fmt: skip
+
+
+def factors_agree(grad: Tensor, x: Tensor, delta: Tensor, grad_bias: Tensor | None = None) -> bool:
+    """Whether delta^T [x, 1] is the whole gradient [c, n], probed with one fixed vector."""
+    with torch.no_grad():
+        return call(_ops.factors_agree.default, grad, x, delta, grad_bias)
+
+
+def nonfinite(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether any element of any of the tensors is infinite or NaN: one bool []."""
+    return call(_ops.nonfinite.default, [t.detach() for t in tensors])
 
 
 def _pixels(x: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from rlscuda.pruning.couplings import Structure
 from rlscuda.pruning.structure.trace import trace
+from rlscuda.pruning.surgery import transaction
 from rlscuda.pruning.surgery.plan import Surgery, plan
-from rlscuda.pruning.surgery.transaction import operate
 from support.pruning_models import inputs
 
 
@@ -30,6 +30,13 @@ def training(model: nn.Module, optimizer, steps: int = 2, seed: int = 1) -> list
 def every_other(structure: Structure) -> dict[str, list[int]]:
     """Every other unit of every coupling, the last never."""
     return {c.name: list(range(0, c.units - 1, 2)) for c in structure.couplings}
+
+
+def operate(model, optimizers, surgery, values, x) -> list:
+    """Carries out a surgery; what takes it back."""
+    done: list = []
+    transaction.operate(model, optimizers, surgery, values, x, done)
+    return done
 
 
 def prune(model: nn.Module, optimizers: Any = (), x: Tensor | None = None, **options) -> Surgery:

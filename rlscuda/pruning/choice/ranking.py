@@ -18,9 +18,9 @@ from rlscuda._torch import BatchNorm, Convolution
 from rlscuda.closed_form import formulas
 from rlscuda.closed_form.greedy import Consumer, greedy_path
 from rlscuda.pruning.couplings import Coupling, Structure
+from rlscuda.pruning.matrices.calibration import Matrices
 
 _NO_MATRIX = "no layer that takes its channels has an inverse autocorrelation matrix"
-Matrices = Mapping[str, Tensor]  # layer name -> float64 [groups, n, n], the bias' column last
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def rank(
         the reason.
     """
     generator = torch.Generator().manual_seed(seed)
-    energy = cache(lambda name: output_energy(modules[name], matrices[name]))
+    energy = cache(lambda name: layer_energy(modules[name], matrices[name]))
     candidates: dict[str, Candidate] = {}
     refused: dict[str, str] = {}
     for coupling in structure.couplings:
@@ -157,7 +157,7 @@ def layer_weight(module: nn.Linear | nn.Conv2d, P: Tensor) -> Tensor:
     return weight.unflatten(0, (P.shape[0], -1)).to(P.device)
 
 
-def output_energy(module: Any, P: Tensor) -> list[float]:
+def layer_energy(module: Any, P: Tensor) -> list[float]:
     """What losing all its inputs would cost a layer: the variance of its outputs, once a group."""
     inputs = torch.arange(module.weight[0].numel(), device=P.device)
     parts = [formulas.output_energy(p, w, inputs) for p, w in zip(P, layer_weight(module, P))]
@@ -176,7 +176,7 @@ def consumers_of(
         coupling: The coupling.
         modules: The model's modules by name.
         matrices: Inverse autocorrelation matrices by layer.
-        energy: Name of a layer -> its `output_energy`.
+        energy: Name of a layer -> its `layer_energy`.
     """
     found = []
     for member in coupling.members:

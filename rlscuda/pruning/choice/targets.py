@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from rlscuda._torch import own_parameters
 from rlscuda.closed_form.formulas import compensate
-from rlscuda.pruning.choice.ranking import Candidate, Matrices, layer_weight
+from rlscuda.pruning.choice.ranking import Candidate, layer_weight
 from rlscuda.pruning.couplings import Coupling, Member, Structure
+from rlscuda.pruning.matrices.calibration import Matrices
 from rlscuda.pruning.running.measure import count_flops, count_parameters
 from rlscuda.pruning.surgery.plan import Surgery, plan
 from rlscuda.pruning.surgery.transaction import pruned_copy

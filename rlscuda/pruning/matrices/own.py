@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from contextlib import suppress
 
 import torch
@@ -45,20 +45,25 @@ def own_matrices(
         raise TypeError(f"optimizer must be an RLSOptimizer, got {type(optimizer).__name__}")
     check_number("damping", damping, 0)
     registry = optimizer._registry
-    layers = registry.layers.values() if names is None else list(map(registry.find, names))
-    found = by_weight(optimizer, damping)
-    unseen = [layer.name for layer in layers if layer.weight not in found]
-    if names is not None and unseen:
-        raise ValueError(f"{unseen[0]!r} has no matrix yet: the optimizer has made no step with it")
-    return {layer.name: found[layer.weight] for layer in layers if layer.weight in found}
+    if names is None:
+        layers = {layer.name: layer for layer in registry.layers.values()}
+    else:
+        layers = {name: registry.find(name) for name in names}
+    found = by_weight(optimizer, damping, {layer.weight for layer in layers.values()})
+    for name in () if names is None else layers:
+        if layers[name].weight not in found:
+            raise ValueError(f"{name!r} has no matrix yet: the optimizer has made no step with it")
+    return {name: found[one.weight] for name, one in layers.items() if one.weight in found}
 
 
-def by_weight(optimizer: RLSOptimizer, damping: float) -> dict[nn.Parameter, Tensor]:
-    """The matrix of each covered weight that the optimizer has made a step with."""
+def by_weight(
+    optimizer: RLSOptimizer, damping: float, weights: Container[nn.Parameter] | None = None
+) -> dict[nn.Parameter, Tensor]:
+    """The matrix of each covered weight that the optimizer has made a step with, or of some."""
     result: dict[nn.Parameter, Tensor] = {}
     for weight, group in optimizer._registry.group_of.items():
         state = optimizer.state.get(weight, {})
-        if not state.get("step"):
+        if not state.get("step") or (weights is not None and weight not in weights):
             continue
         P = state["P"] if state["P"].dim() == 3 else state["P"][None]
         drift = group["drift"]

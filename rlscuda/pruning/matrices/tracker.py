@@ -198,7 +198,7 @@ class SketchTracker:
             if name in kept:
                 own = KeptLayer.of_columns(layer, kept[name].cpu())
                 P = own.matrix(track.P).reshape(-1, *own.matrix_shape[-2:])
-                power = track.power[own.groups.to(P.device)].clone()
+                power = track.power[own.groups.to(P.device)]
                 track = _Track(P, power, track.seen)
             wanted = (now.groups, now.fan_in, now.fan_in)
             if track.P.shape != wanted:

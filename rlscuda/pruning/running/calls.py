@@ -210,7 +210,7 @@ def feed(model: nn.Module, batch: Any) -> Any:
     """
     device = next(model.parameters()).device
     if isinstance(batch, Mapping):
-        parameters = _parameters(model)
+        parameters = _forward_parameters(model)
         every = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         named = {k: v for k, v in batch.items() if every or k in parameters}
         return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in named.items()})
@@ -223,7 +223,7 @@ def feed(model: nn.Module, batch: Any) -> Any:
     return model(x.to(device))
 
 
-def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+def _forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     """Those of a model's forward, also of a compiled one."""
     return inspect.signature(unwrapped(model).forward).parameters
 
@@ -253,7 +253,7 @@ class SlicedBatches:
         call = call_of(example_inputs)
         positional = inspect.signature(model.forward).bind_partial(*call.args).arguments
         self._example = call.kwargs or positional  # in the order in which inputs are numbered
-        self._input = next(iter(_parameters(model)))
+        self._input = next(iter(_forward_parameters(model)))
 
     def __iter__(self) -> Iterator[Any]:
         return map(self.slice, self._loader)

@@ -22,8 +22,6 @@ class PruningRecord:
         model: The model that is to be pruned.
         example_inputs: What it can be called with.
 
-    Raises:
-        ImportError: torch-pruning is not installed.
     """
 
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs):
@@ -40,6 +38,7 @@ class PruningRecord:
                 made since this record.
 
         Raises:
+            ImportError: torch-pruning is not installed.
             ValueError: The model is not what the history leads to.
         """
         tp = optional("torch_pruning", "pruning")

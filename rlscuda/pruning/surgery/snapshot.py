@@ -46,6 +46,7 @@ class Snapshot:
         self._values = {name: t.detach().clone() for name, t in all_tensors(model).items()}
         self._tracked = tracker.state_dict() if tracker is not None else None
         self._states = [(one, copy.deepcopy(one.state_dict())) for one in optimizers]
+        self._groups = {id(group) for one, _ in self._states for group in one.param_groups}
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -65,8 +66,10 @@ class Snapshot:
                 "the model must have the parameters and buffers that it had, with masks on or off "
                 f"as then, got a change of {changed}"
             )
+        self._check_groups()
         while self.changes:
-            revert(self.changes.pop())
+            revert(self.changes[-1])
+            self.changes.pop()
         self._back()
         for name, tensor in all_tensors(self._model).items():
             tensor.copy_(self._values[name])
@@ -77,3 +80,17 @@ class Snapshot:
             # a copy, since optimizers go on with the very tensors that they are given
             optimizer.load_state_dict({**copy.deepcopy(state), "param_groups": now})
             optimizer.zero_grad()
+
+    def _check_groups(self) -> None:
+        """Raises ValueError where a group that came later holds parameters that are to go."""
+        going = {
+            getattr(target, key)
+            for done in self.changes
+            for target, key, before in done
+            if isinstance(target, nn.Module) and isinstance(before, nn.Parameter)
+        }
+        for optimizer, _ in self._states:
+            for group in optimizer.param_groups:
+                if id(group) not in self._groups and not going.isdisjoint(group["params"]):
+                    raise ValueError("a parameter group that came since the snapshot holds pruned "
+                                     "parameters, which go: take it out first")  # fmt: skip

@@ -39,7 +39,8 @@ def operate(
     surgery: Surgery,
     values: Mapping[str, Tensor],
     example_inputs: ExampleInputs,
-) -> list[Change]:
+    done: list[Change],
+) -> None:
     """Carries out a surgery on a model and its optimizers; completes, or leaves all as it was.
 
     Args:
@@ -48,9 +49,7 @@ def operate(
         surgery: What to remove.
         values: Name of a parameter -> its new value in its old shape, as compensation has it.
         example_inputs: What the model could be called with so far.
-
-    Returns:
-        What takes the surgery back, see `revert`.
+        done: Is given what takes the surgery back, see `revert`.
 
     Raises:
         ValueError: The model is not that of the surgery, a value is of another shape or not
@@ -70,7 +69,7 @@ def operate(
     for optimizer in optimizers:
         changes += optimizer_changes(optimizer, replaced)
     _try(model, surgery, pruned_copy(model, surgery, values), example_inputs)
-    return commit(changes)
+    commit(changes, done)
 
 
 @torch.no_grad()
@@ -224,7 +223,7 @@ def transfer_state(optimizer: Optimizer, replaced: Replaced) -> None:
         >>> optimizer.state[model[0].weight]["exp_avg"].shape
         torch.Size([4, 3, 3, 3])
     """
-    commit(optimizer_changes(optimizer, replaced))
+    commit(optimizer_changes(optimizer, replaced), [])
 
 
 def optimizer_changes(optimizer: Optimizer, replaced: Replaced) -> list[Change]:
@@ -315,25 +314,24 @@ def _write(target: Any, key: Any, value: Any) -> None:
         setattr(target, key, value)
 
 
-def commit(changes: Iterable[Change]) -> list[Change]:
+def commit(changes: Iterable[Change], done: list[Change]) -> None:
     """Makes every change, in order; where one fails, takes back those before it and raises.
 
-    Returns:
-        What takes all of them back, for `revert`.
+    Args:
+        changes: The changes.
+        done: Is given what takes them back, for `revert`, each before it is made.
     """
-    done: list[Change] = []
     try:
         for target, key, value in changes:
-            # noted before it is made, since it may fail half-way
-            done.append((target, key, _read(target, key)))
+            done.append((target, key, _read(target, key)))  # noted first: it may fail half-way
             _write(target, key, value)
     except BaseException:
         revert(done)
         raise
-    return done
 
 
 def revert(done: list[Change]) -> None:
-    """Takes back committed changes, the last one first."""
+    """Takes back committed changes, the last one first; what is cut short can be done again."""
     for change in reversed(done):
         _write(*change)
+    done.clear()

@@ -87,7 +87,7 @@ WRONG = [
     (ValueError, r"must not be empty, got \[0, 6, 8, 9\]", {"x": X[:0]}),
     (TypeError, "kernel_size must be an integer or a pair, got float", {"kernel_size": 3.0}),
     (ValueError, "kernel_size must be at least 1, got 0", {"kernel_size": 0}),
-    (ValueError, "kernel_size must have 2 integers, got 3", {"kernel_size": (3, 3, 3)}),
+    (ValueError, r"must be one or two integers, got \(3, 3, 3\)", {"kernel_size": (3, 3, 3)}),
     (ValueError, "stride must be at least 1, got 0", {"stride": 0}),
     (ValueError, "dilation must be at least 1, got 0", {"dilation": 0}),
     (ValueError, "padding must be at least 0, got -1", {"padding": -1}),

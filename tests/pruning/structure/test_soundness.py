@@ -7,13 +7,12 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from support.pruning_surgery import every_other
+from support.pruning_surgery import every_other, operate
 from torch import Tensor, nn
 
 from rlscuda.pruning import RLSPruner
 from rlscuda.pruning.structure.trace import trace
 from rlscuda.pruning.surgery.plan import plan
-from rlscuda.pruning.surgery.transaction import operate
 
 IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from support.pruning_models import Attention, inputs, lenet, vgg
-from support.pruning_surgery import changed, every_other, everything, training
+from support.pruning_surgery import changed, every_other, everything, operate, training
 from torch import nn
 
 from rlscuda import RLSOptimizer
@@ -15,7 +15,6 @@ from rlscuda.optim.kept import Kept
 from rlscuda.pruning.structure.trace import trace
 from rlscuda.pruning.surgery import transaction
 from rlscuda.pruning.surgery.plan import plan
-from rlscuda.pruning.surgery.transaction import operate
 
 # -- all or nothing -------------------------------------------------------------------------------
 

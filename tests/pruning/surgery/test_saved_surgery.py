@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.compare import differing, snapshot
 from support.pruning_models import ZOO, Case, inputs
+from support.pruning_surgery import operate
 
 from rlscuda import RLSOptimizer
 from rlscuda.pruning.files.export import export_program
@@ -13,7 +14,6 @@ from rlscuda.pruning.files.saving import load_optimizer, load_pruned, save_prune
 from rlscuda.pruning.running.measure import measure
 from rlscuda.pruning.structure.trace import trace
 from rlscuda.pruning.surgery.plan import plan
-from rlscuda.pruning.surgery.transaction import operate
 
 
 def training(model, optimizer, seed: int, steps: int = 2) -> None:

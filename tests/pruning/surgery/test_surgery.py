@@ -8,14 +8,13 @@ import pytest
 import torch
 from support.compare import assert_close
 from support.pruning_models import ZOO, Attention, Case, Twice, inputs, lenet, resnet, vgg
-from support.pruning_surgery import every_other, gathered, prune, training
+from support.pruning_surgery import every_other, gathered, operate, prune, training
 from torch import nn
 
 from rlscuda import RLSOptimizer
 from rlscuda.pruning.running.calls import all_tensors
 from rlscuda.pruning.structure.trace import trace
 from rlscuda.pruning.surgery.plan import plan
-from rlscuda.pruning.surgery.transaction import operate
 
 by_name = {"argvalues": ZOO, "ids": lambda case: case.name}
 WITH_STATISTICS = ("convnext", "attention", "grouped")  # over channels, dead ones included

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from support.pruning_models import ConvNeXt, inputs, lenet, resnet, vgg
-from support.pruning_surgery import every_other, gathered, prune, training
+from support.pruning_surgery import every_other, gathered, operate, prune, training
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
@@ -16,7 +16,7 @@ from rlscuda.optim.kept import Kept
 from rlscuda.pruning.structure.trace import trace
 from rlscuda.pruning.surgery.plan import plan
 from rlscuda.pruning.surgery.record import PruningRecord
-from rlscuda.pruning.surgery.transaction import operate, transfer_state
+from rlscuda.pruning.surgery.transaction import transfer_state
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True),

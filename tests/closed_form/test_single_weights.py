@@ -10,7 +10,7 @@ import torch
 from support.compare import random_spd
 from support.pruning_data import all_columns, error, inputs, inverse, with_ones
 
-from rlscuda.closed_form import single_weights as weightwise
+from rlscuda.closed_form import single_weights
 from rlscuda.closed_form.single_weights import cheapest_prefixes, refit, removal_paths
 
 
@@ -56,7 +56,7 @@ def naive_path(A: torch.Tensor, w: torch.Tensor, groups: list[list[int]], quota:
 @pytest.mark.parametrize("case", ["all", "pattern", "bias"])
 def test_paths_are_those_of_refitting_for_every_candidate(case, monkeypatch):
     n = 12
-    monkeypatch.setattr(weightwise, "_BLOCK", 3)  # several downdates, and columns taken out
+    monkeypatch.setattr(single_weights, "_BLOCK", 3)  # several downdates, and columns taken out
     X = with_ones(inputs(n)) if case == "bias" else inputs(n)
     A, W = X.T @ X / len(X), torch.randn(3, X.shape[1], dtype=torch.float64)
     groups = torch.arange(n).view(-1, 4) if case == "pattern" else all_columns(n)
@@ -101,7 +101,7 @@ def test_chunks_change_nothing(monkeypatch):
     order, costs = removal_paths(P, W, all_columns(40))
     keep = torch.rand(7, 40) < 0.5
     whole = refit(P, W, keep)
-    monkeypatch.setattr(weightwise, "_CHUNK_BYTES", 3 * 40 * 40 * 8)
+    monkeypatch.setattr(single_weights, "_CHUNK_BYTES", 3 * 40 * 40 * 8)
     again = removal_paths(P, W, all_columns(40))
     assert torch.equal(order, again[0])
     torch.testing.assert_close(costs, again[1])

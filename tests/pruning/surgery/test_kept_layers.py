@@ -8,7 +8,7 @@ import io
 import pytest
 import torch
 from support.pruning_models import ConvNeXt, inputs, lenet, resnet, vgg
-from support.pruning_surgery import prune, training
+from support.pruning_surgery import operate, prune, training
 from torch import nn
 
 from rlscuda import RLSOptimizer
@@ -16,7 +16,6 @@ from rlscuda.closed_form.formulas import downdate
 from rlscuda.optim.kept import Kept
 from rlscuda.pruning.structure.trace import trace
 from rlscuda.pruning.surgery.plan import plan
-from rlscuda.pruning.surgery.transaction import operate
 
 # -- RLSOptimizer ---------------------------------------------------------------------------------
 
