@@ -46,7 +46,6 @@ class Snapshot:
         self._values = {name: t.detach().clone() for name, t in all_tensors(model).items()}
         self._tracked = tracker.state_dict() if tracker is not None else None
         self._states = [(one, copy.deepcopy(one.state_dict())) for one in optimizers]
-        self._groups = {id(group) for one, _ in self._states for group in one.param_groups}
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -89,8 +88,8 @@ class Snapshot:
             for target, key, before in done
             if isinstance(target, nn.Module) and isinstance(before, nn.Parameter)
         }
-        for optimizer, _ in self._states:
-            for group in optimizer.param_groups:
-                if id(group) not in self._groups and not going.isdisjoint(group["params"]):
+        for optimizer, state in self._states:
+            for group in optimizer.param_groups[len(state["param_groups"]) :]:
+                if not going.isdisjoint(group["params"]):
                     raise ValueError("a parameter group that came since the snapshot holds pruned "
                                      "parameters, which go: take it out first")  # fmt: skip
