@@ -1,9 +1,11 @@
-"""The three forms of the RLS rule: their constants and their validation.
+"""The four forms of the RLS rule: their constants and their validation.
 
 paper     W <- W - (lr / h) G P_old    (Zhang et al. 2021, Yu et al. 2022), with momentum
 natural   W <- W - lr G P_new          likewise; in both no step is longer than a part of W
 adaptive  D = G P_new;  per output row v <- b2 v + (1 - b2) sum(D o G);
           M <- b1 M + (1 - b1) D;  W <- W - lr M^ / (sqrt(v^) + eps), P drifting to A^(-1/2)
+spectral  N the momentum of G, looked ahead;  W <- W - lr sqrt(c / min(c, n)) O,
+          O = (N P N^T)^(-1/2) N P, with P as in adaptive
 """
 
 from __future__ import annotations
@@ -22,6 +24,11 @@ from rlscuda.optim.layers import SUMMARIES
 FORMS: dict[str, dict[str, Any]] = {
     "adaptive": {
         "lr": 0.1, "forgetting": 1.0, "gain": 0.01, "momentum": 0.9, "weight_decay": 0.05,
+        "rank": 16, "summary": "sample", "drift": 0.3, "trust_ratio": math.inf,
+        "fallback_lr": 3e-3,
+    },
+    "spectral": {
+        "lr": 0.07, "forgetting": 1.0, "gain": 0.01, "momentum": 0.9, "weight_decay": 0.05,
         "rank": 16, "summary": "sample", "drift": 0.3, "trust_ratio": math.inf,
         "fallback_lr": 3e-3,
     },
@@ -54,6 +61,7 @@ _RANGES = {
     "initial_scale": "> 0 and finite", "fallback_lr": ">= 0 and finite", "shrinkage": "in [0, 1]",
 }  # fmt: skip
 _KEPT = {"fallback_decays", "peak_lr"}  # the optimizer's own notes
+NORMALISED = frozenset({"adaptive", "spectral"})  # what they see of inputs, and their steps
 OPTIONS = frozenset({"form", *_KEPT, *_COMMON, *FORMS["paper"]})
 _OTHER_THAN_LR = sorted(OPTIONS - {"lr", *_KEPT})
 
@@ -150,9 +158,9 @@ def resolve_options(given: dict[str, Any]) -> dict[str, Any]:
         o["shrinkage"] = min(1.0, 2 * (1 - o["forgetting"]))
     for name, expected in _RANGES.items():
         _require(_IN[expected](_real(o[name])), name, expected, o[name])
-    if form == "adaptive":
-        _require(o["gain"] <= 1, "gain", "at most 1 in the adaptive form, an average", o["gain"])
-        _require(o["trust_ratio"] == math.inf, "trust_ratio", "inf in the adaptive form, which "
+    if form in NORMALISED:
+        _require(o["gain"] <= 1, "gain", f"at most 1 in the {form} form, an average", o["gain"])
+        _require(o["trust_ratio"] == math.inf, "trust_ratio", f"inf in the {form} form, which "
                  "normalises its steps", o["trust_ratio"])  # fmt: skip
     _require(isinstance(o["rank"], int) and 1 <= o["rank"] <= 2**16, "rank",
              "an int >= 1 and at most 65536", o["rank"])  # fmt: skip
@@ -162,8 +170,8 @@ def resolve_options(given: dict[str, Any]) -> dict[str, Any]:
              "None, torch.float32 or torch.float64", o["dtype"])  # fmt: skip
     if o["drift"] is not None:
         _require(_real(o["drift"]) >= 0, "drift", "None or >= 0", o["drift"])
-        # P keeps the part 1 - gain * drift of itself; the adaptive form's first gain is 1
-        most = 1.0 if form == "adaptive" else 1 / o["gain"]
+        # P keeps the part 1 - gain * drift of itself; the first gain of an average is 1
+        most = 1.0 if form in NORMALISED else 1 / o["gain"]
         _require(o["drift"] <= most, "drift", f"at most {most:g}, or P could turn negative",
                  o["drift"])  # fmt: skip
     return o

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from rlscuda import _C
 from rlscuda.optim.fallback import ENTRIES, IN_P, Fallback
-from rlscuda.optim.forms import OPTIONS, check_complete
+from rlscuda.optim.forms import NORMALISED, OPTIONS, check_complete
 from rlscuda.optim.layers import Layer, state_dtype
 
 _DTYPES = (torch.float32, torch.float64)
@@ -27,8 +27,11 @@ def _shapes(layer: Layer, form: str) -> dict[str, tuple[int, ...]]:
         "P": layer.matrix_shape,
         "health": (len(_C.health_slots),),
     }
-    if form == "adaptive":
+    if form in NORMALISED:
         shapes["power"] = (layer.groups,)
+    if form == "spectral":
+        shapes["momentum_buffer"] = (rows, layer.fan_in)
+    if form == "adaptive":
         shapes["first_moment"] = (rows, layer.fan_in)
         shapes["second_moment"] = (rows,)
     return shapes
@@ -46,7 +49,7 @@ def initial_state(layer: Layer, group: dict[str, Any]) -> dict[str, Any]:
         kind = torch.float64 if name == "health" else dtype
         state[name] = torch.zeros(shape, dtype=kind, device=device)
     torch.diagonal(state["P"], dim1=-2, dim2=-1).fill_(group["initial_scale"])
-    if group["form"] != "adaptive" and group["momentum"]:
+    if group["form"] not in NORMALISED and group["momentum"]:
         shape = (layer.weight.shape[0], layer.fan_in)
         state["momentum_buffer"] = torch.zeros(shape, dtype=dtype, device=device)
     return state
@@ -92,7 +95,8 @@ def check_fits(layer: Layer, state: Mapping[str, Any], form: str) -> None:
     Whatever refuses a layer must do so before the first one moves.
     """
     weight, P = layer.weight, state["P"]
-    if ("first_moment" in state) != (form == "adaptive"):
+    shapes = _shapes(layer, form)
+    if any((name in state) != (name in shapes) for name in ("power", "first_moment")):
         raise ValueError(f"the state of {layer.name!r} is not one of form {form!r}: the form of a "
                          "group cannot change once it has stepped")  # fmt: skip
     if weight.device != P.device:

@@ -3,6 +3,7 @@
 paper     D = G P_old, then P moves, then W along D / h
 natural   P moves, then W along D = G P_new
 adaptive  likewise, D normalised by row
+spectral  P moves, then W along the direction that G's momentum has in the metric of P
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from rlscuda._torch import foreach_copy_, foreach_norm
+from rlscuda.optim.forms import NORMALISED
 from rlscuda.optim.layers import Layer
+from rlscuda.optim.spectral import shape_of, write_directions
 from rlscuda.optim.staging import Factors, Summary
 
 _nonfinite = torch.ops.rlscuda.nonfinite.default
@@ -61,6 +64,7 @@ class Move:
         self.grad = weight.grad if weight.dim() == 2 else weight.grad.flatten(1)
         if self.factors is not None and (
             self.summary is None
+            or self.group["form"] == "spectral"  # whose product is of the momentum
             or not self.moves_bias
             or not self.factors.agree(self.layer, self.grad)
         ):
@@ -137,25 +141,29 @@ def _chunks(batch: list[Move]) -> Iterator[list[Move]]:
 def _step_chunk(chunk: list[Move], found_inf: Tensor | None, workspace: Workspace) -> None:
     """The step of layers of one group, dtype and device."""
     group, P = chunk[0].group, chunk[0].state["P"]
+    form = group["form"]
     _prepare(chunk, workspace)
-    before = group["form"] == "paper"  # the paper's product is with the P of before the update
-    if before:
+    if form == "paper":  # its product is with the P of before the update
         bias_rows = _products(chunk, P, copy=True)
     h = _update_matrices(chunk, group, found_inf)
-    if not before:
+    biases, bias_gradients = _biases(chunk, h)
+    if form == "spectral":
+        bias_rows = [h[:0]] * len(chunk)
+        write_directions(chunk, bias_gradients, h, group)
+    elif form != "paper":
         bias_rows = _products(chunk, P, copy=False)
-    _move_weights(chunk, group, h, bias_rows)
+    _move_weights(chunk, group, h, biases, bias_gradients, bias_rows)
 
 
 def _prepare(chunk: list[Move], workspace: Workspace) -> None:
     """Gives every move its gradient in the dtype of `P`, and its product a place."""
     P = chunk[0].state["P"]
-    shapes = [(move.layer.weight.shape[0], move.layer.fan_in) for move in chunk]
-    products = buffer(workspace, "product", P, sum(rows * n for rows, n in shapes))
-    start = 0
-    for move, (rows, n) in zip(chunk, shapes):
-        move.product = products[start : start + rows * n].view(rows, n)
-        start += rows * n
+    ordered = sorted(chunk, key=lambda move: shape_of(move.layer))  # one shape, one batch
+    shapes = [(move.layer.weight.shape[0], move.layer.fan_in) for move in ordered]
+    sizes = [rows * n for rows, n in shapes]
+    products = buffer(workspace, "product", P, sum(sizes)).split(sizes)
+    for move, product, shape in zip(ordered, products, shapes):
+        move.product = product.view(shape)
     converted = [m for m in chunk if m.grad.dtype != P.dtype or not m.grad.is_contiguous()]
     if converted:
         copies = [torch.empty_like(m.grad, dtype=P.dtype, memory_format=torch.contiguous_format)
@@ -215,7 +223,7 @@ def _update_matrices(chunk: list[Move], group: dict[str, Any], found_inf: Tensor
         [state["power"] for state in states] if "power" in states[0] else [],
         [state["health"] for state in states], found_inf, projection, projected, inputs,
         group["forgetting"], group["gain"], 1 - shrinkage, shrinkage * group["initial_scale"],
-        group["drift"] or 0.0, group["initial_scale"], group["form"] == "adaptive",
+        group["drift"] or 0.0, group["initial_scale"], group["form"] in NORMALISED,
     )  # fmt: skip
 
 
@@ -248,15 +256,21 @@ def _projections(
 
 
 def _move_weights(
-    chunk: list[Move], group: dict[str, Any], h: Tensor, bias_rows: list[Tensor]
+    chunk: list[Move],
+    group: dict[str, Any],
+    h: Tensor,
+    biases: list[Tensor],
+    bias_gradients: list[Tensor],
+    bias_rows: list[Tensor],
 ) -> None:
     """Everything of the weight updates that follows the products, in one fused pass."""
     layers, states = [move.layer for move in chunk], [move.state for move in chunk]
-    adaptive = group["form"] == "adaptive"
-    biases, bias_gradients = _biases(chunk, h)
+    adaptive, spectral = (group["form"] == form for form in ("adaptive", "spectral"))
     first: list[Tensor] = []
     if adaptive:
         first = [state["first_moment"] for state in states]
+    elif spectral:
+        pass  # its direction is of the momentum already
     elif group["momentum"] or any("momentum_buffer" in state for state in states):
         for move, state in zip(chunk, states):
             if "momentum_buffer" not in state:  # a scheduler turned momentum on
@@ -268,7 +282,7 @@ def _move_weights(
     else:
         lr = float(group["lr"])
     divide_by_h = group["form"] == "paper"
-    if not adaptive and group["trust_ratio"] < math.inf:
+    if group["trust_ratio"] < math.inf:
         _complete(chunk, bias_rows, bias_gradients)
         bias_rows = [h[:0]] * len(chunk)
         h = h if divide_by_h else torch.where(h.isfinite(), 1.0, h)
@@ -280,10 +294,10 @@ def _move_weights(
         [move.grad for move in chunk] if adaptive else [], bias_rows, bias_gradients, h,
         [layer.groups for layer in layers], first,
         [state["second_moment"] for state in states] if adaptive else [],
-        [state["health"] for state in states], rate, lr, group["momentum"], group["beta2"],
-        group["weight_decay"], group["eps"],
+        [state["health"] for state in states], rate, lr, 0.0 if spectral else group["momentum"],
+        group["beta2"], group["weight_decay"], group["eps"],
         # P is still far from the input's statistics while its gain is large: warm up with it
-        group["gain"] if adaptive else 0.0, divide_by_h,
+        group["gain"] if adaptive or spectral else 0.0, divide_by_h,
     )  # fmt: skip
 
 

@@ -9,15 +9,19 @@ from rlscuda.reference.patches import patch_mean, patch_rows, patch_sample, patc
 from rlscuda.reference.updates import (
     AdaptiveStep,
     HeldBack,
+    SpectralStep,
     adaptive_weight_step,
     rls_update,
     running_power,
+    spectral_direction,
+    spectral_weight_step,
     weight_step,
 )
 
 __all__ = [
     "AdaptiveStep",
     "HeldBack",
+    "SpectralStep",
     "adaptive_weight_step",
     "patch_mean",
     "patch_rows",
@@ -26,5 +30,7 @@ __all__ = [
     "rls_filter",
     "rls_update",
     "running_power",
+    "spectral_direction",
+    "spectral_weight_step",
     "weight_step",
 ]

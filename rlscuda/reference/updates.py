@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -169,3 +170,67 @@ def adaptive_weight_step(
     root = (v.clamp(min=0) / (1 - k.beta2**step)).sqrt() + k.eps
     move = M / (1 - k.beta1**step) / root[:, None]
     return (1 - k.lr * k.weight_decay) * W - k.lr * move, M, v
+
+
+def spectral_direction(
+    N: Tensor, P: Tensor, coefficients: Iterable[tuple[float, float, float]] | None = None
+) -> Tensor:
+    """The polar factor of N in the metric of P: (N P N^T)^(-1/2) N P.
+
+    With P = R R^T and the singular values N R = U S V^T that is U V^T R^T.
+
+    Args:
+        N: [c, n].
+        P: [n, n], positive definite.
+        coefficients: a, b, c of each odd polynomial a s + b s^3 + c s^5 that acts, one after
+            another, on the singular values over the fourth root of the sum of their fourth powers;
+            None for ones in place of them all.
+
+    Returns:
+        [c, n].
+    """
+    R = torch.linalg.cholesky(P)
+    U, s, Vt = torch.linalg.svd(N @ R, full_matrices=False)
+    if coefficients is None:
+        s = torch.ones_like(s)
+    else:
+        s = s / s.pow(4).sum().pow(0.25)
+        for a, b, c in coefficients:
+            s = a * s + b * s**3 + c * s**5
+    return (U * s) @ Vt @ R.T
+
+
+@dataclass
+class SpectralStep:
+    """The constants of the spectral weight step, and the polynomials for the singular values."""
+
+    lr: float
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    eps: float = 1e-8
+    coefficients: Iterable[tuple[float, float, float]] | None = None
+
+
+def spectral_weight_step(
+    W: Tensor, G: Tensor, P: Tensor, M: Tensor, power: float, constants: SpectralStep
+) -> tuple[Tensor, Tensor]:
+    """The spectral weight step.
+
+    Args:
+        W: [c, n], a bias as its last column.
+        G: Gradient [c, n].
+        P: [n, n], of after the update.
+        M: Average of the gradients [c, n].
+        power: Running mean of the squared input, in whose units eps is.
+        constants: See `SpectralStep`.
+
+    Returns:
+        The new W and M.
+    """
+    k = constants
+    M = k.momentum * M + (1 - k.momentum) * G
+    N = k.momentum * M + (1 - k.momentum) * G
+    size = N.square().mean().sqrt()
+    scale = (len(N) / min(N.shape)) ** 0.5 * size / (size + k.eps * power**0.5)
+    direction = spectral_direction(N, P, k.coefficients)
+    return (1 - k.lr * k.weight_decay) * W - k.lr * scale * direction, M

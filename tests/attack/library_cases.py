@@ -134,6 +134,6 @@ def states(count: int) -> Iterator[Case]:
     """States of the optimizer."""
 
     for seed in range(count):
-        form = ("adaptive", "paper", "natural")[seed % 3]
+        form = ("adaptive", "paper", "natural", "spectral")[seed % 4]
         yield Case(f"state of {form} {seed}", nothing,
                    call=functools.partial(_load_state, form, seed))  # fmt: skip

@@ -310,7 +310,7 @@ def test_settings_reach_the_optimizer(name):
     assert group.get("momentum", 0.9) == 0.9
 
 
-@pytest.mark.parametrize("form", ["adaptive", "paper", "natural"])
+@pytest.mark.parametrize("form", ["adaptive", "paper", "natural", "spectral"])
 def test_the_form_reaches_rls(form):
     optimizer = build_optimizer(RunConfig(form=form), "rls", nn.Linear(2, 2))
     assert optimizer.param_groups[0]["form"] == form

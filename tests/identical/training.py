@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from rlscuda import RLSOptimizer
 
-FORMS = ("adaptive", "paper", "natural")
+FORMS = ("adaptive", "paper", "natural", "spectral")
 STEPS = 6
 OPTIONS: dict[str, dict[str, Any]] = {
     "momentum": {"momentum": 0.6, "weight_decay": 0.02},

@@ -23,7 +23,7 @@ from rlscuda import HeldMatrix, RLSOptimizer, reference
 
 DEVICE = torch.device(os.environ.get("RLSCUDA_TEST_DEVICE", "cuda"))
 ON_GPU = DEVICE.type == "cuda"
-FORMS = ("adaptive", "paper", "natural")
+FORMS = ("adaptive", "paper", "natural", "spectral")
 pytestmark = pytest.mark.skipif(
     ON_GPU and not torch.cuda.is_available(), reason="needs a CUDA device"
 )

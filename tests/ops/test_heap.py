@@ -134,7 +134,7 @@ def test_filter(n):
     check(lambda: (f.update(x, y), f.run(*series)), 20)
 
 
-@pytest.mark.parametrize("form", ["adaptive", "natural", "paper"])
+@pytest.mark.parametrize("form", ["adaptive", "natural", "paper", "spectral"])
 @pytest.mark.parametrize("model", [mlp, cnn])
 def test_step(model, form):
     net = model()

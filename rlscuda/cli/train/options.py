@@ -28,7 +28,7 @@ from rlscuda.zoo import NETWORKS
 
 OPTIMIZERS = ("rls", "sgd", "adam")
 SCHEDULES = ("cosine", "constant")
-FORMS = ("adaptive", "paper", "natural")
+FORMS = ("adaptive", "paper", "natural", "spectral")
 _POSITIVE = Option("Of a step size.", above=0)
 
 

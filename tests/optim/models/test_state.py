@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from rlscuda import RLSOptimizer
 from rlscuda.optim.hooks import ForwardHook
 
-FORMS = ["paper", "natural", "adaptive"]
+FORMS = ["paper", "natural", "adaptive", "spectral"]
 SUMMARIES = ["mean", "sketch", "sample"]
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from rlscuda import RLSOptimizer
 
-FORMS = ["paper", "natural", "adaptive"]
+FORMS = ["paper", "natural", "adaptive", "spectral"]
 
 
 def same_layer(model, optimizer, twin, other, index):

@@ -112,7 +112,7 @@ def test_the_model_may_be_given_twice_if_it_is_the_same():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("which", ["input", "gradient"])
-@pytest.mark.parametrize("form", ["paper", "natural", "adaptive"])
+@pytest.mark.parametrize("form", ["paper", "natural", "adaptive", "spectral"])
 def test_what_is_not_finite_moves_no_weight_of_a_wide_layer(form, which, bad):
     """Wide enough for the factored product, whose factors must be finite too."""
     model = nn.Sequential(nn.Linear(60, 70))
@@ -133,7 +133,7 @@ def test_what_is_not_finite_moves_no_weight_of_a_wide_layer(form, which, bad):
     assert optimizer.health()["0"].refused == 1
 
 
-@pytest.mark.parametrize("form", ["paper", "natural", "adaptive"])
+@pytest.mark.parametrize("form", ["paper", "natural", "adaptive", "spectral"])
 def test_gradient_made_finite_by_hand_is_the_gradient(form):
     """Its factors are not finite still."""
     model = nn.Sequential(nn.Linear(60, 70))

@@ -10,7 +10,7 @@ from torch import nn
 
 from rlscuda import _C, RLSOptimizer, reference
 
-FORMS = ("adaptive", "paper", "natural")
+FORMS = ("adaptive", "paper", "natural", "spectral")
 MEAN = {"summary": "mean", "rank": 1}  # a summary that a test can form by itself
 
 

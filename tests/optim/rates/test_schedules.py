@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler as schedules
 
 from rlscuda import RLSOptimizer
 
-FORMS = ["paper", "natural", "adaptive"]
+FORMS = ["paper", "natural", "adaptive", "spectral"]
 
 SCHEDULERS = {
     "lambda": lambda opt: schedules.LambdaLR(opt, lambda t: min(1, t / 3)),  # starts at 0

@@ -300,7 +300,7 @@ def test_forward_between_backward_and_step_counts_for_the_next():
     torch.testing.assert_close(stage.summary.rows[0, 0, :4], second.mean(0))
 
 
-@pytest.mark.parametrize("form", ["paper", "natural", "adaptive"])
+@pytest.mark.parametrize("form", ["paper", "natural", "adaptive", "spectral"])
 def test_autograd_notices_that_the_weights_have_moved(form):
     model = mlp()
     optimizer = make(model, form=form)

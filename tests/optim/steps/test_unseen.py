@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from rlscuda import RLSOptimizer
 
-FORMS = ["paper", "natural", "adaptive"]
+FORMS = ["paper", "natural", "adaptive", "spectral"]
 
 
 def regression(model, optimizer, forward=None, steps=150):

@@ -15,7 +15,7 @@ from rlscuda import RLSOptimizer
 from rlscuda.interrupts import uninterrupted
 from rlscuda.optim import advice
 
-FORMS = ["paper", "natural", "adaptive"]
+FORMS = ["paper", "natural", "adaptive", "spectral"]
 
 
 # -- refusals -------------------------------------------------------------------------------------

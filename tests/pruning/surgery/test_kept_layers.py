@@ -30,7 +30,7 @@ def by_hand() -> nn.Module:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("form", ["adaptive", "paper", "natural"])
+@pytest.mark.parametrize("form", ["adaptive", "paper", "natural", "spectral"])
 def test_every_entry_by_hand(form):
     model = by_hand().double()
     optimizer = RLSOptimizer(model, form=form, momentum=0.5, rank=3, summary="sketch")

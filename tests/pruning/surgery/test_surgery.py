@@ -43,7 +43,7 @@ def test_dead_channels_are_not_missed(case: Case, training_mode, dtype):
         torch.testing.assert_close(model(x), expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("form", ["adaptive", "paper", "natural"])
+@pytest.mark.parametrize("form", ["adaptive", "paper", "natural", "spectral"])
 @pytest.mark.parametrize("case", **by_name)
 def test_every_remaining_weight_moves(case: Case, form):
     model = case.model(torch.float64)  # gradients may be too small for float32 to add
