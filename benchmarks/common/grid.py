@@ -73,7 +73,7 @@ def finish(
 ) -> dict:
     """The job's record from the journal, or of the work, which is appended there."""
     for record in _read(args.journal)[1]:
-        if all(record[key] == value for key, value in job.items()):
+        if all(record.get(key) == value for key, value in job.items()):
             return record
     record = work(job, args)
     _append(args.journal, record)

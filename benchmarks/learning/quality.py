@@ -1,191 +1,130 @@
-"""Quality of RLS, SGD and Adam on five small tasks: accuracy by epoch, 3 seeds.
+"""Quality of RLS and its peers on ten small tasks: equal steps, equal time, flatness.
 
-Every optimizer runs with cosine decay and gets the same number of settings on each task. A
-setting is chosen on validation images (training images not trained on) after a schedule of
-`TUNE_EPOCHS` epochs with one seed; the winner trains on the task's full schedule with
-`SEEDS` and is read on test images. `rls_default` is `RLSOptimizer(model)`, one setting for
-every task. The tuning schedule is shorter than the final one so that the whole grid takes about
-an hour on two cores: it favours settings that learn fast, for all optimizers alike. The adaptive
-form warms its step up by itself; 20 steps of warm-up changed SGD and Adam by less than a point
-on the CIFAR CNN, so they go without.
+Every peer's rate is chosen on validation data with one seed at the full budget, over the same
+number of rates, and over up to two more where the best lies at an edge; `SEEDS` then train at the
+chosen rate and are read on test data. `rls` is `RLSOptimizer(model)`, one setting for every task.
 
     python -m benchmarks.learning.quality --workers 2  # run, or go on after an interruption
-    python -m benchmarks.learning.quality --report     # tables and plot of the results
+    python -m benchmarks.learning.quality --one gpt rls --lr 0.1 --seed 0 --set rank=8  # one run
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import math
-import statistics
-import time
-from pathlib import Path
 
-import numpy as np
 import torch
-from torch import nn
 
-import rlscuda
-from benchmarks.common import data, grid
-from benchmarks.common.training import Run, accuracy
+from benchmarks.common import grid
+from benchmarks.learning.optimizers import ROWS
+from benchmarks.learning.running import Job, train
 from benchmarks.learning.tasks import TASKS
 
-SEEDS, TUNE_SEED, TUNE_EPOCHS = (0, 1, 2), 100, 2
-
-PAPER = {"form": "paper", "summary": "mean", "rank": 1, "gain": 0.1}
-NATURAL = {"form": "natural", "summary": "sketch", "rank": 1, "gain": 0.01}
-PLAIN = {"momentum": 0.9, "weight_decay": 0.0, "fallback": "adamw", "fallback_lr": 1e-3}
-
-# optimizer -> (title, fixed arguments, the learning rates it is tuned over)
-OPTIMIZERS = {
-    "rls_default": ("RLS default", {}, ()),
-    "rls_adaptive": ("RLS adaptive", {"form": "adaptive"}, (0.025, 0.05, 0.1, 0.2)),
-    "rls_paper": ("RLS paper", PAPER | PLAIN, (0.025, 0.05, 0.1, 0.2)),
-    "rls_natural": ("RLS natural", NATURAL | PLAIN, (0.025, 0.05, 0.1, 0.2)),
-    "sgd": ("SGD+momentum", {"momentum": 0.9, "weight_decay": 5e-4}, (0.01, 0.03, 0.1, 0.3)),
-    "adam": ("Adam", {}, (3e-4, 1e-3, 3e-3, 1e-2)),
-}
+SEEDS, TUNE_SEED, EXTENSIONS = (0, 1, 2), 100, 2
 
 
-def make_optimizer(job: dict, net: nn.Module) -> torch.optim.Optimizer:
-    if job["optimizer"] == "sgd":
-        return torch.optim.SGD(net.parameters(), **job["settings"])
-    if job["optimizer"] == "adam":
-        return torch.optim.Adam(net.parameters(), **job["settings"])
-    return rlscuda.RLSOptimizer(net, seed=job["seed"], **job["settings"])
+def score(record: Job) -> float:
+    """Validation metric, the higher the better; the worst of all for a run that diverged."""
+    if record["diverged"]:
+        return -math.inf
+    higher = TASKS[record["task"]].objective.higher_is_better
+    return record["validation"] if higher else -record["validation"]
 
 
-def train(job: dict, args: argparse.Namespace) -> dict:
-    """Run one job and return its record; a run whose loss is not finite ends as diverged."""
-    task = TASKS[job["task"]]
-    splits = data.load(task.data, args.data_dir)
-    fit, read = splits["train"], splits["validation" if job["phase"] == "tune" else "test"]
-    torch.manual_seed(job["seed"])
-    net = task.build()
-    run = Run(net, make_optimizer(job, net), job["epochs"], len(fit.y), job["seed"])
-    record = job | {"accuracy": [], "loss": [], "seconds": [], "diverged": False}
-    while run.epoch < job["epochs"]:
-        start = time.perf_counter()
-        loss = run.train_epoch(fit)
-        if not math.isfinite(loss):
-            return record | {"diverged": True}
-        record["seconds"].append(round(time.perf_counter() - start, 3))
-        record["loss"].append(round(loss, 5))
-        record["accuracy"].append(round(accuracy(net, read), 2))
-    return record
+def beyond(rates: list[float], best: float) -> float | None:
+    """The rate next to the best where that is the lowest or the highest of `rates`."""
+    ordered = sorted(rates)
+    if best == ordered[0]:
+        return _neighbour(best, 1 / 3)
+    return _neighbour(best, 3) if best == ordered[-1] else None
 
 
-def score(record: dict) -> float:
-    return 0.0 if record["diverged"] else record["accuracy"][-1]
+def _neighbour(rate: float, factor: float) -> float:
+    """The next rate of the series ..., .01, .03, .1, .3, ..."""
+    near = rate * factor
+    power = 10.0 ** math.floor(math.log10(near) + 1e-6)
+    return float(f"{min((1, 3, 10), key=lambda x: abs(math.log(near / power / x))) * power:.1g}")
 
 
-def run_pair(pair: tuple[str, str], args: argparse.Namespace) -> str:
-    """Tune an optimizer on a task, then run its best setting with every seed."""
-    task, name = pair
-    _, fixed, rates = OPTIMIZERS[name]
-    base = {"task": task, "optimizer": name}
-
-    def record(phase: str, seed: int, epochs: int, settings: dict) -> dict:
-        job = {"phase": phase, "seed": seed, "epochs": epochs, "settings": settings}
-        return grid.finish(base | job, args, train)
-
-    tuned = [record("tune", TUNE_SEED, TUNE_EPOCHS, fixed | {"lr": lr}) for lr in rates]
-    best = max(tuned, key=score)["settings"] if tuned else fixed
-    for seed in SEEDS:
-        record("test", seed, TASKS[task].epochs, best)
-    return f"{task} {name} {best}"
+def chosen(task: str, row: str, args: argparse.Namespace) -> Job:
+    """The settings of a row on a task: the best rate in validation."""
+    rates = list(ROWS[row].rates)
+    if not rates:
+        return {}
+    records = {lr: _record(task, row, "tune", TUNE_SEED, {"lr": lr}, args) for lr in rates}
+    for _ in range(EXTENSIONS):
+        best = max(records, key=lambda lr: score(records[lr]))
+        lr = beyond(list(records), best)
+        if lr is None:
+            break
+        records[lr] = _record(task, row, "tune", TUNE_SEED, {"lr": lr}, args)
+    return max(records.values(), key=score)["settings"]
 
 
-def final_runs(runs: list[dict]) -> dict[tuple[str, str], list[dict]]:
-    """Group the test runs by task and optimizer."""
-    groups: dict[tuple[str, str], list[dict]] = {}
-    for record in runs:
-        if record["phase"] == "test":
-            groups.setdefault((record["task"], record["optimizer"]), []).append(record)
-    return groups
+def _record(
+    task: str,
+    row: str,
+    phase: str,
+    seed: int,
+    settings: Job,
+    args: argparse.Namespace,
+    steps: int | None = None,
+) -> Job:
+    steps = steps or TASKS[task].steps
+    job = {"task": task, "optimizer": row, "phase": phase, "seed": seed, "steps": steps}
+    return grid.finish(job | {"settings": settings}, args, _train)
 
 
-def table(runs: list[dict], cell) -> str:
-    """Markdown table of tasks by optimizers; `cell` turns a list of records into text."""
-    groups = final_runs(runs)
-    names = [n for n in OPTIMIZERS if any(key[1] == n for key in groups)]
-    lines = ["| task (epochs) | " + " | ".join(OPTIMIZERS[n][0] for n in names) + " |"]
-    lines.append("|---" * (len(names) + 1) + "|")
-    for key, task in TASKS.items():
-        if any(t == key for t, _ in groups):
-            cells = [cell(groups[key, n]) if (key, n) in groups else "" for n in names]
-            lines.append(f"| {task.title} ({task.epochs}) | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def _train(job: Job, args: argparse.Namespace) -> Job:
+    return train(job, args.data_dir)
 
 
-def last_accuracy(records: list[dict]) -> str:
-    values = [score(r) for r in records]
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.2f} ± {spread:.2f}"
+def equal_steps(pair: tuple[str, str], args: argparse.Namespace) -> str:
+    """Tune a row on a task, then run its best setting with every seed."""
+    task, row = pair
+    settings = chosen(task, row, args)
+    tests = [_record(task, row, "steps", seed, settings, args)["test"] for seed in SEEDS]
+    return f"{task} {row} {settings} {tests}"
 
 
-def first_accuracy(records: list[dict]) -> str:
-    return f"{statistics.mean((r['accuracy'] or [0.0])[0] for r in records):.1f}"
+def one(args: argparse.Namespace) -> Job:
+    """The record of the run that `--one` asks for."""
+    task, row = args.one
+    settings = dict(pair.split("=", 1) for pair in args.set)
+    settings = {name: _value(text) for name, text in settings.items()}
+    if args.lr is not None:
+        settings["lr"] = args.lr
+    steps = args.steps or TASKS[task].steps
+    job = {"task": task, "optimizer": row, "phase": "steps", "seed": args.seed, "steps": steps}
+    return train(job | {"settings": settings}, args.data_dir)
 
 
-def chosen_rate(records: list[dict]) -> str:
-    return f"{records[0]['settings'].get('lr', 'default')}"
-
-
-def report(results: Path) -> str:
-    """Return the markdown tables of a results file."""
-    runs = json.loads(results.read_text())["runs"]
-    parts = (
-        ("Test accuracy %, mean ± standard deviation over the seeds:", last_accuracy),
-        ("After the first epoch:", first_accuracy),
-        ("Chosen learning rate:", chosen_rate),
-    )
-    return "\n\n".join(f"{title}\n\n{table(runs, cell)}" for title, cell in parts)
-
-
-def plot(results: Path, path: Path) -> None:
-    """Draw test accuracy by epoch, one panel a task, the band from worst to best seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    groups = final_runs(json.loads(results.read_text())["runs"])
-    shown = [t for t in TASKS if any(key[0] == t for key in groups)]
-    figure, axes = pyplot.subplots(1, len(shown), figsize=(4 * len(shown), 4), squeeze=False)
-    for axis, task in zip(axes[0], shown, strict=True):
-        for color, name in enumerate(OPTIMIZERS):
-            curves = [r["accuracy"] for r in groups.get((task, name), []) if not r["diverged"]]
-            if curves:
-                y, x = np.array(curves), np.arange(1, len(curves[0]) + 1)
-                axis.plot(x, y.mean(0), "o-", ms=3, color=f"C{color}", label=OPTIMIZERS[name][0])
-                axis.fill_between(x, y.min(0), y.max(0), color=f"C{color}", alpha=0.2)
-        axis.set(title=TASKS[task].title, xlabel="epoch", ylabel="test accuracy %")
-        axis.set_ylim(bottom=_floor(groups, task))
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
-def _floor(groups: dict, task: str) -> float:
-    """Lower edge of a panel: below the median first epoch, so that one bad curve hides none."""
-    first = [
-        r["accuracy"][0] for k, v in groups.items() if k[0] == task for r in v if r["accuracy"]
-    ]
-    return statistics.median(first) - 5
+def _value(text: str) -> object:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def main() -> None:
     parser = grid.parser(__doc__, "quality")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
+    add = parser.add_argument
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    add("--optimizers", nargs="+", choices=ROWS, default=list(ROWS))
+    add("--one", nargs=2, metavar=("TASK", "OPTIMIZER"), help="run this alone and print its record")
+    add("--lr", type=float, help="of --one")
+    add("--seed", type=int, default=0, help="of --one")
+    add("--steps", type=int, help="of --one; by default all of the task's")
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="of --one")
     args = parser.parse_args()
-    if not args.report:
-        heavy_first = [(task, name) for task in reversed(args.tasks) for name in args.optimizers]
-        grid.run(run_pair, heavy_first, args, {"tune_epochs": TUNE_EPOCHS})
-    print(report(args.results))
-    plot(args.results, args.plot)
+    if args.one:
+        torch.set_num_threads(1)
+        print(json.dumps(one(args)))
+        return
+    pairs = [(task, row) for task in args.tasks for row in args.optimizers]
+    grid.run(equal_steps, pairs, args, {"seeds": SEEDS, "tune_seed": TUNE_SEED})
 
 
 if __name__ == "__main__":
