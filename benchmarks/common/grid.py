@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import data, environment, training
+from benchmarks.common import environment
+from rlscuda.files.atomic import write_atomically
 
 RESULTS = environment.ROOT / "benchmarks" / "results"
 
@@ -60,7 +61,6 @@ def run(
         for done in [pool.submit(work, job, args) for job in jobs]:
             print(done.result(), flush=True)
     environments, runs = _read(args.journal)
-    constants = {"batch": training.BATCH} | data.COUNTS | constants
     head = {"environments": environments, "constants": constants}
     body = ",\n    ".join(json.dumps(record) for record in runs)
     args.results.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +78,16 @@ def finish(
     record = work(job, args)
     _append(args.journal, record)
     return record
+
+
+def forget(journal: Path, unwanted: Callable[[dict], bool]) -> None:
+    """Drop runs from a journal, so that they are made anew."""
+    environments, runs = _read(journal)
+    kept = [r for r in runs if not unwanted(r)]
+    if len(kept) < len(runs):
+        lines = [{"environment": e} for e in environments] + kept
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_atomically(journal, lambda stream: stream.write(text.encode()))
 
 
 def _append(journal: Path, record: dict) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
@@ -61,6 +62,8 @@ def _soap(model: nn.Module, task: Task, lr: float, **settings: Any) -> list[Opti
 def _kron(model: nn.Module, task: Task, lr: float, **settings: Any) -> list[Optimizer]:
     from pytorch_optimizer import Kron
 
+    if not torch.backends.opt_einsum.is_available():
+        raise ImportError("PSGD needs opt_einsum: its products of four are far too slow without")
     return [Kron(model.parameters(), lr, **{"weight_decay": DECAY} | settings)]
 
 
@@ -70,12 +73,16 @@ def _rls(model: nn.Module, task: Task, lr: float | None = None, **settings: Any)
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the tables: how its optimizer is made, and the rates that it is tuned over."""
+    """A row of the tables: how its optimizer is made, and the rates that it is tuned over.
+
+    An ablation is a row of ours with `settings` of its own.
+    """
 
     title: str
     make: Callable[..., list[Optimizer]]
     rates: tuple[float, ...] = ADAM_RATES
     warmup: bool = True
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_peer(self) -> bool:
@@ -117,6 +124,15 @@ class Scheduled:
         for optimizer in self.optimizers:
             optimizer.step()
         self.step_number += 1
+
+    def resume(self, step: int) -> None:
+        """Go on from a step, after the optimizers have loaded their states, which hold rates too.
+
+        Loading replaces the groups, so the peaks are tied to the new ones.
+        """
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        peaks = [peak for _, peak in self.peaks]
+        self.peaks, self.step_number = list(zip(groups, peaks, strict=True)), step
 
     def _factor(self, step: int) -> float:
         if step < self.warmup:

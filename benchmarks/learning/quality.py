@@ -3,8 +3,10 @@
 Every peer's rate is chosen on validation data with one seed at the full budget, over the same
 number of rates, and over up to two more where the best lies at an edge; `SEEDS` then train at the
 chosen rate and are read on test data. `rls` is `RLSOptimizer(model)`, one setting for every task.
+At equal time a peer does as many steps as fit into the time of `rls`, by the measured pace of both.
 
     python -m benchmarks.learning.quality --workers 2  # run, or go on after an interruption
+    python -m benchmarks.learning.quality --report     # tables and plot of the results
     python -m benchmarks.learning.quality --one gpt rls --lr 0.1 --seed 0 --set rank=8  # one run
 """
 
@@ -14,91 +16,118 @@ import argparse
 import ast
 import json
 import math
+from importlib.metadata import version
 
 import torch
 
 from benchmarks.common import grid
-from benchmarks.learning.optimizers import ROWS
-from benchmarks.learning.running import Job, train
-from benchmarks.learning.tasks import TASKS
+from benchmarks.learning import report
+from benchmarks.learning.optimizers import ROWS, Scheduled
+from benchmarks.learning.running import Job, pace, train
+from benchmarks.learning.tasks import TASKS, Task
 
 SEEDS, TUNE_SEED, EXTENSIONS = (0, 1, 2), 100, 2
 
 
-def score(record: Job) -> float:
+def score(task: Task, record: Job) -> float:
     """Validation metric, the higher the better; the worst of all for a run that diverged."""
-    if record["diverged"]:
-        return -math.inf
-    higher = TASKS[record["task"]].objective.higher_is_better
-    return record["validation"] if higher else -record["validation"]
+    return -math.inf if record["diverged"] else task.objective.sign * record["validation"]
 
 
-def beyond(rates: list[float], best: float) -> float | None:
-    """The rate next to the best where that is the lowest or the highest of `rates`."""
-    ordered = sorted(rates)
-    if best == ordered[0]:
-        return _neighbour(best, 1 / 3)
-    return _neighbour(best, 3) if best == ordered[-1] else None
+def neighbour(rates: list[float], best: float) -> float | None:
+    """The rate next to the best in the series .01, .03, .1, ... where the best is at an edge."""
+    if min(rates) < best < max(rates):
+        return None
+    place = round(2 * math.log10(best)) + (1 if best == max(rates) else -1)
+    return float(f"{10 ** (place / 2):.0e}")
 
 
-def _neighbour(rate: float, factor: float) -> float:
-    """The next rate of the series ..., .01, .03, .1, .3, ..."""
-    near = rate * factor
-    power = 10.0 ** math.floor(math.log10(near) + 1e-6)
-    return float(f"{min((1, 3, 10), key=lambda x: abs(math.log(near / power / x))) * power:.1g}")
+class Runs:
+    """The runs of one row on one task, made or read from the journal."""
+
+    def __init__(self, task: str, row: str, args: argparse.Namespace):
+        self.task, self.row, self.args = TASKS[task], ROWS[row], args
+        self.base = {"task": task, "optimizer": row}
+
+    def run(self, phase: str, seed: int, settings: Job, steps: int | None = None) -> Job:
+        """The record of one run."""
+        job = {"phase": phase, "seed": seed, "steps": steps or self.task.steps}
+        job = self.base | job | {"settings": self.row.settings | settings}
+        return grid.finish(job, self.args, self._train)
+
+    def tuned(self) -> Job:
+        """The rate that is best in validation, as settings."""
+        records: dict[float, Job] = {}
+        rates, extensions = list(self.row.rates), EXTENSIONS
+        while rates:
+            records |= {lr: self.run("tune", TUNE_SEED, {"lr": lr}) for lr in rates}
+            best = max(records, key=lambda lr: score(self.task, records[lr]))
+            beyond = neighbour(list(records), best) if extensions else None
+            rates, extensions = [] if beyond is None else [beyond], extensions - 1
+        return {"lr": best} if records else {}
+
+    def ratio(self) -> float:
+        """The time of a step over that of fused AdamW."""
+        job = self.base | {"phase": "pace", "settings": self.row.settings}
+        return grid.finish(job, self.args, self._pace)["ratio"]
+
+    def _train(self, job: Job, args: argparse.Namespace) -> Job:
+        return train(job, self.task, args.data_dir)
+
+    def _pace(self, job: Job, args: argparse.Namespace) -> Job:
+        return job | pace(self.task, job["optimizer"], args.data_dir)
 
 
-def chosen(task: str, row: str, args: argparse.Namespace) -> Job:
-    """The settings of a row on a task: the best rate in validation."""
-    rates = list(ROWS[row].rates)
-    if not rates:
-        return {}
-    records = {lr: _record(task, row, "tune", TUNE_SEED, {"lr": lr}, args) for lr in rates}
-    for _ in range(EXTENSIONS):
-        best = max(records, key=lambda lr: score(records[lr]))
-        lr = beyond(list(records), best)
-        if lr is None:
-            break
-        records[lr] = _record(task, row, "tune", TUNE_SEED, {"lr": lr}, args)
-    return max(records.values(), key=score)["settings"]
+def equal_steps(runs: Runs) -> list[Job]:
+    """The row at its best rate, with every seed."""
+    settings = runs.tuned()
+    return [runs.run("steps", seed, settings) for seed in SEEDS]
 
 
-def _record(
-    task: str,
-    row: str,
-    phase: str,
-    seed: int,
-    settings: Job,
-    args: argparse.Namespace,
-    steps: int | None = None,
-) -> Job:
-    steps = steps or TASKS[task].steps
-    job = {"task": task, "optimizer": row, "phase": phase, "seed": seed, "steps": steps}
-    return grid.finish(job | {"settings": settings}, args, _train)
+def equal_time(runs: Runs) -> list[Job]:
+    """The same in as many steps as take the time of the `rls` run."""
+    if not runs.row.is_peer:
+        return []
+    ours = Runs(runs.task.name, "rls", runs.args).ratio()
+    steps, settings = round(runs.task.steps * ours / runs.ratio()), runs.tuned()
+    return [runs.run("time", seed, settings, steps) for seed in SEEDS]
 
 
-def _train(job: Job, args: argparse.Namespace) -> Job:
-    return train(job, args.data_dir)
+def flatness(runs: Runs) -> list[Job]:
+    """The default at three times its rate, and at a third."""
+    if runs.base["optimizer"] != "rls":
+        return []
+    [(_, rate), *_] = Scheduled("rls", runs.task.build(0), runs.task, 1, 0).peaks
+    pairs = [(factor, seed) for factor in (1 / 3, 3) for seed in SEEDS]
+    return [runs.run("flat", seed, {"lr": rate * factor}) for factor, seed in pairs]
 
 
-def equal_steps(pair: tuple[str, str], args: argparse.Namespace) -> str:
-    """Tune a row on a task, then run its best setting with every seed."""
-    task, row = pair
-    settings = chosen(task, row, args)
-    tests = [_record(task, row, "steps", seed, settings, args)["test"] for seed in SEEDS]
-    return f"{task} {row} {settings} {tests}"
+def paces(runs: Runs) -> list[Job]:
+    """Only measures the row's pace."""
+    runs.ratio()
+    return []
+
+
+PHASES = {"steps": equal_steps, "pace": paces, "time": equal_time, "flat": flatness}
+
+
+def work(job: tuple[str, str, str], args: argparse.Namespace) -> str:
+    """Do one phase of one row on one task."""
+    phase, task, row = job
+    records = PHASES[phase](Runs(task, row, args))
+    tests = [record["test"] for record in records]
+    return f"{phase} {task} {row} {records[0]['settings'] if records else ''} {tests}"
 
 
 def one(args: argparse.Namespace) -> Job:
     """The record of the run that `--one` asks for."""
-    task, row = args.one
-    settings = dict(pair.split("=", 1) for pair in args.set)
-    settings = {name: _value(text) for name, text in settings.items()}
-    if args.lr is not None:
-        settings["lr"] = args.lr
-    steps = args.steps or TASKS[task].steps
-    job = {"task": task, "optimizer": row, "phase": "steps", "seed": args.seed, "steps": steps}
-    return train(job | {"settings": settings}, args.data_dir)
+    name, row = args.one
+    task = TASKS[name]
+    settings = ROWS[row].settings | {k: _value(v) for k, v in (p.split("=", 1) for p in args.set)}
+    settings |= {} if args.lr is None else {"lr": args.lr}
+    job = {"task": name, "optimizer": row, "phase": "steps", "seed": args.seed}
+    job |= {"steps": args.steps or task.steps, "settings": settings}
+    return train(job, task, args.data_dir)
 
 
 def _value(text: str) -> object:
@@ -113,6 +142,8 @@ def main() -> None:
     add = parser.add_argument
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     add("--optimizers", nargs="+", choices=ROWS, default=list(ROWS))
+    add("--phases", nargs="+", choices=PHASES, default=list(PHASES))
+    add("--forget", nargs="+", choices=ROWS, default=[], help="drop these rows' runs at first")
     add("--one", nargs=2, metavar=("TASK", "OPTIMIZER"), help="run this alone and print its record")
     add("--lr", type=float, help="of --one")
     add("--seed", type=int, default=0, help="of --one")
@@ -123,8 +154,13 @@ def main() -> None:
         torch.set_num_threads(1)
         print(json.dumps(one(args)))
         return
-    pairs = [(task, row) for task in args.tasks for row in args.optimizers]
-    grid.run(equal_steps, pairs, args, {"seeds": SEEDS, "tune_seed": TUNE_SEED})
+    grid.forget(args.journal, lambda record: record["optimizer"] in args.forget)
+    versions = {name: version(name) for name in ("pytorch_optimizer", "scikit-learn")}
+    for phase in () if args.report else args.phases:
+        jobs = [(phase, task, row) for task in args.tasks for row in args.optimizers]
+        grid.run(work, jobs, args, {"seeds": SEEDS, "tune_seed": TUNE_SEED}, versions)
+    print(report.report(args.results))
+    report.plot(args.results, args.plot)
 
 
 if __name__ == "__main__":

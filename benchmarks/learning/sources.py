@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -42,9 +42,11 @@ def encode(text: str) -> Tensor:
 def documentation(folder: Path) -> Splits:
     """Windows of Python's own documentation; the target is the next character.
 
-    The first 80 % of the text are trained on, from any place; the rest is read in two halves.
+    Its topics repeat one another: each paragraph is taken once. The first 80 % of the text are
+    trained on, from any place; the rest is read in two halves.
     """
-    codes = encode("\n".join(topics[name] for name in sorted(topics)))
+    paragraphs = "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")
+    codes = encode("\n\n".join({" ".join(p.split()): p for p in paragraphs}.values()))
     parts, steps = _cut(codes, (0.8, 0.1, 0.1)), (1, WINDOW, WINDOW)
     windows = [part.unfold(0, WINDOW + 1, step) for part, step in zip(parts, steps)]
     return {name: Split(x[:, :-1], x[:, 1:]) for name, x in zip(PARTS, windows)}
@@ -97,15 +99,15 @@ def digits(folder: Path) -> Splits:
     return _parts(Split(x, y), 997, 400)
 
 
-def images(name: str, count: int) -> Callable[[Path], Splits]:
-    """The first training images of `mnist` or `cifar10`, normalised, with their labels."""
-    counts = {"train": count, "validation": 2000, "test": 5000}
+def images(name: str, counts: tuple[int, int, int], folder: Path) -> Splits:
+    """So many training, validation and test images of `mnist` or `cifar10`, with their labels.
 
-    def load(folder: Path) -> Splits:
-        splits = data.load(name, folder)
-        return {k: Split(s.x[: counts[k]], s.y[: counts[k]]) for k, s in splits.items()}
-
-    return load
+    They are normalised as `data.load` does it; where the sets that it reads are enough, they are
+    its first ones.
+    """
+    usual = tuple(data.COUNTS.values())
+    splits = data.load(name, folder, *map(max, counts, usual))
+    return {k: Split(splits[k].x[:n], splits[k].y[:n]) for k, n in zip(PARTS, counts)}
 
 
 def own_pixels(folder: Path) -> Splits:

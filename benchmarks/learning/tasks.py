@@ -26,6 +26,11 @@ class Objective:
     loss: Callable[[Tensor, Tensor], Tensor]
     score: Callable[[Tensor, Tensor], Tensor]
 
+    @property
+    def sign(self) -> int:
+        """1 where the metric is to be high, else -1."""
+        return 1 if self.higher_is_better else -1
+
 
 def _cross_entropy(output: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(output.flatten(0, -2), y.flatten())
@@ -87,12 +92,14 @@ class Task:
         return total / len(y)
 
 
-def _image(network: Callable[..., nn.Module], data: str) -> Callable[[], nn.Module]:
+def image_network(network: Callable[..., nn.Module], data: str) -> Callable[[], nn.Module]:
+    """A network for the images and the classes of `mnist` or `cifar10`."""
     return partial(network, SHAPES[data], CLASSES)
 
 
-_MNIST, _CIFAR = sources.images("mnist", 10_000), sources.images("cifar10", 10_000)
-_SMALL_CIFAR = sources.images("cifar10", 5_000)
+_MNIST = partial(sources.images, "mnist", (10_000, 2_000, 5_000))
+_CIFAR = partial(sources.images, "cifar10", (10_000, 2_000, 5_000))
+_SMALL_CIFAR = partial(sources.images, "cifar10", (5_000, 2_000, 5_000))
 _RESNET8 = partial(zoo.resnet, widths=(8, 16, 32), blocks=1)
 _ALL = (
     Task(
@@ -111,7 +118,7 @@ _ALL = (
         ACCURACY,
         312,
         32,
-        _image(networks.ViT, "cifar10"),
+        image_network(networks.ViT, "cifar10"),
         _SMALL_CIFAR,
         ("patches.weight", "positions", "head.weight"),
     ),
@@ -130,7 +137,7 @@ _ALL = (
         ACCURACY,
         390,
         64,
-        _image(_RESNET8, "cifar10"),
+        image_network(_RESNET8, "cifar10"),
         _SMALL_CIFAR,
         ("conv.weight", "fc.weight"),
         augment=True,
@@ -141,7 +148,7 @@ _ALL = (
         ACCURACY,
         468,
         64,
-        _image(networks.mobilenet, "cifar10"),
+        image_network(networks.mobilenet, "cifar10"),
         _CIFAR,
         ("0.weight", "29.weight"),
     ),
@@ -171,7 +178,7 @@ _ALL = (
         ACCURACY,
         468,
         64,
-        _image(networks.SMALL_CNN, "mnist"),
+        image_network(networks.SMALL_CNN, "mnist"),
         _MNIST,
         ("conv1.weight", "fc2.weight"),
     ),
@@ -181,7 +188,7 @@ _ALL = (
         ACCURACY,
         312,
         64,
-        _image(networks.CIFAR_CNN, "cifar10"),
+        image_network(networks.CIFAR_CNN, "cifar10"),
         _CIFAR,
         ("conv11.weight", "fc2.weight"),
     ),
