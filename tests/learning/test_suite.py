@@ -200,6 +200,32 @@ def test_the_report_says_who_wins(results, tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
+def test_at_equal_time_a_peer_fills_the_default_s(tmp_path, monkeypatch):
+    args = argparse.Namespace(journal=tmp_path / "runs.jsonl", data_dir=None)
+    asked = []
+
+    def fake_train(job, task, data_dir):
+        asked.append((job["phase"], job["seed"], job["steps"], job["settings"].get("lr")))
+        lr = job["settings"].get("lr", 0)
+        return job | {"diverged": lr > 0.2, "validation": -lr, "test": 1}  # lower is better
+
+    ratios = {"rls": 1.5, "adamw": 1.0, "muon": 3.0}
+    monkeypatch.setattr(quality, "train", fake_train)
+    monkeypatch.setattr(quality, "pace", lambda task, row, data_dir: {"ratio": ratios[row]})
+    for row, steps in (("adamw", 720), ("muon", 240)):
+        asked.clear()
+        for phase in ("steps", "time"):
+            quality.work((phase, "friedman1", row), args)
+        tuned = [0.0003, 0.001, 0.003, 0.01, 0.03, 0.1]
+        assert [lr for phase, *_, lr in asked if phase == "tune"] == tuned
+        assert [a for a in asked if a[0] == "time"] == [("time", s, steps, 0.1) for s in (0, 1, 2)]
+        assert [a for a in asked if a[0] == "steps"] == [("steps", s, 480, 0.1) for s in (0, 1, 2)]
+    asked.clear()
+    quality.work(("flat", "friedman1", "rls"), args)
+    rate = ROWS["rls"].make(TASKS["friedman1"].build(0), None)[0].param_groups[0]["lr"]
+    assert sorted({lr for *_, lr in asked}) == pytest.approx([rate / 3, rate * 3])
+
+
 def test_a_journal_forgets_and_goes_on(tmp_path):
     args = argparse.Namespace(journal=tmp_path / "runs.jsonl")
     wanted, made = [job("gpt", "rls"), job("gpt", "sgd")], []
