@@ -65,9 +65,9 @@ class Results:
         for run in runs:
             key = run["phase"], run["task"], run["optimizer"]
             self._groups.setdefault(key, []).append(run)
-        phases = [key for key in self._groups if key[0] == "steps"]
-        self.tasks = [name for name in TASKS if any(name == task for _, task, _ in phases)]
-        self.rows = [name for name in ROWS if any(name == row for _, _, row in phases)]
+        self.phases, tasks, rows = (set(names) for names in zip(*self._groups))
+        self.tasks = [name for name in TASKS if name in tasks]
+        self.rows = [name for name in ROWS if name in rows]
         self.peers = [name for name in self.rows if name in PEERS]
 
     def runs(self, phase: str, task: str, row: str) -> list[dict]:
@@ -98,20 +98,34 @@ def _cell(runs: list[dict]) -> Cell | None:
 def report(results: Path) -> str:
     """The markdown tables of a results file."""
     found = Results(json.loads(results.read_text(encoding="utf-8"))["runs"])
-    parts = [
-        ("Test metric at equal steps, mean ± standard deviation over the seeds", "steps"),
-        ("The same at equal time, peers in as many steps as the default's time allows", "time"),
-    ]
-    sections = [f"{title}:\n\n{_metrics(found, phase)}" for title, phase in parts]
-    sections.append(f"Chosen rates (* the best lies at the edge):\n\n{_table(found, _rate)}")
-    sections.append(f"Time of a training step over fused AdamW's:\n\n{_table(found, _pace)}")
-    sections.append(f"The default at a third and at three times its rate:\n\n{_flatness(found)}")
-    return "\n\n".join(section.rstrip() for section in sections)
+    sections = {
+        "steps": [
+            ("Test metric at equal steps, mean ± standard deviation over the seeds", _metrics),
+            ("Chosen rates (* the best lies at the edge)", _table(_rate)),
+        ],
+        "time": [
+            ("The same at equal time, peers in as many steps as the default's allows", _metrics)
+        ],
+        "pace": [("Time of a training step over fused AdamW's", _table(_pace))],
+        "flat": [("The default at a third and at three times its rate", _flatness)],
+    }
+    return "\n\n".join(
+        f"{title}:\n\n{write(found, phase).rstrip()}"
+        for phase, parts in sections.items()
+        if phase in found.phases
+        for title, write in parts
+    )
 
 
-def _table(found: Results, text: Callable[[Results, str, str], str]) -> str:
-    body = [[_title(task), *(text(found, task, row) for row in found.rows)] for task in found.tasks]
-    return markdown([["task", *(ROWS[row].title for row in found.rows)], *body])
+def _table(text: Callable[[Results, str, str], str]) -> Callable[[Results, str], str]:
+    """What writes a table of tasks by rows, whose cells are `text`."""
+
+    def write(found: Results, phase: str) -> str:
+        rows = found.rows
+        body = [[_title(task), *(text(found, task, row) for row in rows)] for task in found.tasks]
+        return markdown([["task", *(ROWS[row].title for row in rows)], *body])
+
+    return write
 
 
 def _metrics(found: Results, phase: str) -> str:
@@ -161,12 +175,12 @@ def _pace(found: Results, task: str, row: str) -> str:
     return "" if ratio is None else f"{ratio:.2f}"
 
 
-def _flatness(found: Results) -> str:
+def _flatness(found: Results, phase: str) -> str:
     """The metric at both rates, and the share of the lead over the baseline that is left."""
     header = ["task", "÷ 3", ROWS[OURS].title, "× 3", ROWS[BASELINE].title, "lead kept ÷ 3", "× 3"]
     lines = [header]
     for task in found.tasks:
-        runs = found.runs("flat", task, OURS)
+        runs = found.runs(phase, task, OURS)
         rates = sorted({run["settings"]["lr"] for run in runs})
         ours, theirs = (found.cell("steps", task, row) for row in (OURS, BASELINE))
         if len(rates) == 2 and ours and theirs:
