@@ -58,8 +58,12 @@ def run(
     _append(args.journal, {"environment": conditions})
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.workers, spawn, torch.set_num_threads, (1,)) as pool:
-        for done in [pool.submit(work, job, args) for job in jobs]:
-            print(done.result(), flush=True)
+        try:
+            for done in [pool.submit(work, job, args) for job in jobs]:
+                print(done.result(), flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     environments, runs = _read(args.journal)
     head = {"environments": environments, "constants": constants}
     body = ",\n    ".join(json.dumps(record) for record in runs)

@@ -89,6 +89,11 @@ class Row:
         """Whether it is not our own."""
         return self.make is not _rls
 
+    @property
+    def is_default(self) -> bool:
+        """Whether it is our own, with nothing set but the rate: it has the default's pace."""
+        return not (self.is_peer or self.settings)
+
 
 ROWS = {
     "rls": Row("RLS default", _rls, (), warmup=False),

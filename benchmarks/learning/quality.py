@@ -86,7 +86,7 @@ def equal_steps(runs: Runs) -> list[Job]:
 
 def equal_time(runs: Runs) -> list[Job]:
     """The same in as many steps as take the time of the `rls` run."""
-    if not runs.row.is_peer:
+    if runs.row.is_default:
         return []
     ours = Runs(runs.task.name, "rls", runs.args).ratio()
     steps, settings = round(runs.task.steps * ours / runs.ratio()), runs.tuned()

@@ -75,8 +75,8 @@ class Results:
         return self._groups.get((phase, task, row), [])
 
     def cell(self, phase: str, task: str, row: str) -> Cell | None:
-        """The test metric; at equal time our own rows are those at equal steps."""
-        own = phase == "time" and not ROWS[row].is_peer
+        """The test metric; at equal time the default's is that at equal steps."""
+        own = phase == "time" and ROWS[row].is_default
         return _cell(self.runs("steps" if own else phase, task, row))
 
     def ratio(self, task: str, row: str) -> float | None:

@@ -209,7 +209,8 @@ def test_at_equal_time_a_peer_fills_the_default_s(tmp_path, monkeypatch):
         lr = job["settings"].get("lr", 0)
         return job | {"diverged": lr > 0.2, "validation": -lr, "test": 1}  # lower is better
 
-    ratios = {"rls": 1.5, "adamw": 1.0, "muon": 3.0}
+    monkeypatch.setitem(ROWS, "rank 1", replace(ROWS["rls"], settings={"rank": 1}))
+    ratios = {"rls": 1.5, "adamw": 1.0, "muon": 3.0, "rank 1": 0.75}
     monkeypatch.setattr(quality, "train", fake_train)
     monkeypatch.setattr(quality, "pace", lambda task, row, data_dir: {"ratio": ratios[row]})
     for row, steps in (("adamw", 720), ("muon", 240)):
@@ -220,6 +221,10 @@ def test_at_equal_time_a_peer_fills_the_default_s(tmp_path, monkeypatch):
         assert [lr for phase, *_, lr in asked if phase == "tune"] == tuned
         assert [a for a in asked if a[0] == "time"] == [("time", s, steps, 0.1) for s in (0, 1, 2)]
         assert [a for a in asked if a[0] == "steps"] == [("steps", s, 480, 0.1) for s in (0, 1, 2)]
+    asked.clear()
+    for row in ("rls", "rls_tuned", "rank 1"):  # of these the ablation alone has another pace
+        quality.work(("time", "friedman1", row), args)
+    assert asked == [("time", seed, 960, None) for seed in (0, 1, 2)]
     asked.clear()
     quality.work(("flat", "friedman1", "rls"), args)
     rate = ROWS["rls"].make(TASKS["friedman1"].build(0), None)[0].param_groups[0]["lr"]
