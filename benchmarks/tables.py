@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.common import environment, shapes
-from benchmarks.learning import quality
+from benchmarks.learning import report as learning
 from benchmarks.pruning import plots
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MARKED = re.compile(r"(<!-- table:([\w.]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 NOT_MEASURED = "Not measured yet.\n"
-GRIDS = {"quality": quality.report, "pruning": plots.report}  # of many training runs
+GRIDS = {"quality": learning.report, "pruning": plots.report}  # of many training runs
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

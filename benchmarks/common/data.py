@@ -30,8 +30,10 @@ class Split:
 
 
 @lru_cache(maxsize=1)
-def load(data: str, folder: Path) -> dict[str, Split]:
-    """Read the train, validation and test subsets of `mnist` or `cifar10`.
+def load(
+    data: str, folder: Path, train: int = TRAIN, validation: int = VALIDATION, test: int = TEST
+) -> dict[str, Split]:
+    """Read the train, validation and test subsets of `mnist` or `cifar10`, of so many images.
 
     The validation images are training images that follow the ones trained on, so the test images
     play no part in any choice.
@@ -43,14 +45,14 @@ def load(data: str, folder: Path) -> dict[str, Split]:
     if not path.is_file():
         raise FileNotFoundError(f"expected the image archive {path}; pass its folder by --data-dir")
     with np.load(path) as archive:
-        x, y = _read(archive, "train", TRAIN + VALIDATION)
-        x_test, y_test = _read(archive, "test", TEST)
-    mean = x[:TRAIN].mean((0, 2, 3), keepdim=True)
-    std = x[:TRAIN].std((0, 2, 3), keepdim=True)
+        x, y = _read(archive, "train", train + validation)
+        x_test, y_test = _read(archive, "test", test)
+    mean = x[:train].mean((0, 2, 3), keepdim=True)
+    std = x[:train].std((0, 2, 3), keepdim=True)
     x, x_test = (x - mean) / std, (x_test - mean) / std
     return {
-        "train": Split(x[:TRAIN], y[:TRAIN]),
-        "validation": Split(x[TRAIN:], y[TRAIN:]),
+        "train": Split(x[:train], y[:train]),
+        "validation": Split(x[train:], y[train:]),
         "test": Split(x_test, y_test),
     }
 

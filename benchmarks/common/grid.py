@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import data, environment, training
+from benchmarks.common import environment
+from rlscuda.files.atomic import write_atomically
 
 RESULTS = environment.ROOT / "benchmarks" / "results"
 
@@ -57,10 +58,13 @@ def run(
     _append(args.journal, {"environment": conditions})
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.workers, spawn, torch.set_num_threads, (1,)) as pool:
-        for done in [pool.submit(work, job, args) for job in jobs]:
-            print(done.result(), flush=True)
+        try:
+            for done in [pool.submit(work, job, args) for job in jobs]:
+                print(done.result(), flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     environments, runs = _read(args.journal)
-    constants = {"batch": training.BATCH} | data.COUNTS | constants
     head = {"environments": environments, "constants": constants}
     body = ",\n    ".join(json.dumps(record) for record in runs)
     args.results.parent.mkdir(parents=True, exist_ok=True)
@@ -73,11 +77,21 @@ def finish(
 ) -> dict:
     """The job's record from the journal, or of the work, which is appended there."""
     for record in _read(args.journal)[1]:
-        if all(record[key] == value for key, value in job.items()):
+        if all(record.get(key) == value for key, value in job.items()):
             return record
     record = work(job, args)
     _append(args.journal, record)
     return record
+
+
+def forget(journal: Path, unwanted: Callable[[dict], bool]) -> None:
+    """Drop runs from a journal, so that they are made anew."""
+    environments, runs = _read(journal)
+    kept = [r for r in runs if not unwanted(r)]
+    if len(kept) < len(runs):
+        lines = [{"environment": e} for e in environments] + kept
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_atomically(journal, lambda stream: stream.write(text.encode()))
 
 
 def _append(journal: Path, record: dict) -> None:

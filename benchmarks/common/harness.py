@@ -8,6 +8,7 @@ best times; on a quiet machine the two agree.
 
 from __future__ import annotations
 
+import functools
 import gc
 import statistics
 import time
@@ -28,6 +29,7 @@ class Race:
         every: Lanes too slow for every round: name -> the number of rounds between two samples.
         work: Lanes that do only a part of the work in one call: name -> that part, in (0, 1].
         finish: Called at the end of each sample: waits for a device that works on its own.
+        clock: In nanoseconds: of the wall, or of the thread alone on a machine that others use.
     """
 
     def __init__(
@@ -37,14 +39,17 @@ class Race:
         every: dict[str, int] | None = None,
         work: dict[str, float] | None = None,
         finish: Lane = lambda: None,
+        clock: Callable[[], int] = time.perf_counter_ns,
     ):
         self.lanes = lanes
-        self.finish = finish
+        self.sample = functools.partial(_sample, finish=finish, clock=clock)
         self.every = every or {}
         self.work = work or {}
         self.rounds = 0
         self.samples: dict[str, dict[int, float]] = {name: {} for name in lanes}
-        self.repeats = {name: _repeats(run, sample_seconds, finish) for name, run in lanes.items()}
+        self.repeats = {
+            name: _repeats(run, sample_seconds, self.sample) for name, run in lanes.items()
+        }
 
     def round(self) -> None:
         """Times every lane once."""
@@ -55,7 +60,7 @@ class Race:
         try:
             for name in names[first:] + names[:first]:
                 if self.rounds % self.every.get(name, 1) == 0:
-                    seconds = _sample(self.lanes[name], self.repeats[name], self.finish)
+                    seconds = self.sample(self.lanes[name], self.repeats[name])
                     self.samples[name][self.rounds] = seconds / self.work.get(name, 1)
         finally:
             if collecting:
@@ -75,20 +80,20 @@ class Race:
         return {"median": statistics.median(common), "best": best}
 
 
-def _sample(run: Lane, repeats: int, finish: Lane) -> float:
-    start = time.perf_counter_ns()
+def _sample(run: Lane, repeats: int, finish: Lane, clock: Callable[[], int]) -> float:
+    start = clock()
     for _ in range(repeats):
         run()
     finish()
-    return (time.perf_counter_ns() - start) / repeats * 1e-9
+    return (clock() - start) / repeats * 1e-9
 
 
-def _repeats(run: Lane, sample_seconds: float, finish: Lane) -> int:
+def _repeats(run: Lane, sample_seconds: float, sample: Callable[[Lane, int], float]) -> int:
     """Calls that fill one sample, after a call to warm up; 1 for what is slow anyhow."""
-    if _sample(run, 1, finish) > 100 * sample_seconds:
+    if sample(run, 1) > 100 * sample_seconds:
         return 1
     repeats = 1
-    while (one := _sample(run, repeats, finish)) * repeats < sample_seconds / 2 and repeats < 4096:
+    while (one := sample(run, repeats)) * repeats < sample_seconds / 2 and repeats < 4096:
         repeats *= 2
     return max(1, min(4096, round(sample_seconds / one)))
 

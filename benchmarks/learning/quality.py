@@ -1,191 +1,166 @@
-"""Quality of RLS, SGD and Adam on five small tasks: accuracy by epoch, 3 seeds.
+"""Quality of RLS and its peers on ten small tasks: equal steps, equal time, flatness.
 
-Every optimizer runs with cosine decay and gets the same number of settings on each task. A
-setting is chosen on validation images (training images not trained on) after a schedule of
-`TUNE_EPOCHS` epochs with one seed; the winner trains on the task's full schedule with
-`SEEDS` and is read on test images. `rls_default` is `RLSOptimizer(model)`, one setting for
-every task. The tuning schedule is shorter than the final one so that the whole grid takes about
-an hour on two cores: it favours settings that learn fast, for all optimizers alike. The adaptive
-form warms its step up by itself; 20 steps of warm-up changed SGD and Adam by less than a point
-on the CIFAR CNN, so they go without.
+Every peer's rate is chosen on validation data with one seed at the full budget, over the same
+number of rates, and over up to two more where the best lies at an edge; `SEEDS` then train at the
+chosen rate and are read on test data. `rls` is `RLSOptimizer(model)`, one setting for every task.
+At equal time a peer does as many steps as fit into the time of `rls`, by the measured pace of both.
 
     python -m benchmarks.learning.quality --workers 2  # run, or go on after an interruption
     python -m benchmarks.learning.quality --report     # tables and plot of the results
+    python -m benchmarks.learning.quality --one gpt rls --lr 0.1 --seed 0 --set rank=8  # one run
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import math
-import statistics
-import time
-from pathlib import Path
+from importlib.metadata import version
 
-import numpy as np
 import torch
-from torch import nn
 
-import rlscuda
-from benchmarks.common import data, grid
-from benchmarks.common.training import Run, accuracy
-from benchmarks.learning.tasks import TASKS
+from benchmarks.common import grid
+from benchmarks.learning import report
+from benchmarks.learning.optimizers import ROWS, Scheduled
+from benchmarks.learning.running import Job, pace, train
+from benchmarks.learning.tasks import TASKS, Task
 
-SEEDS, TUNE_SEED, TUNE_EPOCHS = (0, 1, 2), 100, 2
-
-PAPER = {"form": "paper", "summary": "mean", "rank": 1, "gain": 0.1}
-NATURAL = {"form": "natural", "summary": "sketch", "rank": 1, "gain": 0.01}
-PLAIN = {"momentum": 0.9, "weight_decay": 0.0, "fallback": "adamw", "fallback_lr": 1e-3}
-
-# optimizer -> (title, fixed arguments, the learning rates it is tuned over)
-OPTIMIZERS = {
-    "rls_default": ("RLS default", {}, ()),
-    "rls_adaptive": ("RLS adaptive", {"form": "adaptive"}, (0.025, 0.05, 0.1, 0.2)),
-    "rls_paper": ("RLS paper", PAPER | PLAIN, (0.025, 0.05, 0.1, 0.2)),
-    "rls_natural": ("RLS natural", NATURAL | PLAIN, (0.025, 0.05, 0.1, 0.2)),
-    "sgd": ("SGD+momentum", {"momentum": 0.9, "weight_decay": 5e-4}, (0.01, 0.03, 0.1, 0.3)),
-    "adam": ("Adam", {}, (3e-4, 1e-3, 3e-3, 1e-2)),
-}
+SEEDS, TUNE_SEED, EXTENSIONS = (0, 1, 2), 100, 2
 
 
-def make_optimizer(job: dict, net: nn.Module) -> torch.optim.Optimizer:
-    if job["optimizer"] == "sgd":
-        return torch.optim.SGD(net.parameters(), **job["settings"])
-    if job["optimizer"] == "adam":
-        return torch.optim.Adam(net.parameters(), **job["settings"])
-    return rlscuda.RLSOptimizer(net, seed=job["seed"], **job["settings"])
+def score(task: Task, record: Job) -> float:
+    """Validation metric, the higher the better; the worst of all for a run that diverged."""
+    return -math.inf if record["diverged"] else task.objective.sign * record["validation"]
 
 
-def train(job: dict, args: argparse.Namespace) -> dict:
-    """Run one job and return its record; a run whose loss is not finite ends as diverged."""
-    task = TASKS[job["task"]]
-    splits = data.load(task.data, args.data_dir)
-    fit, read = splits["train"], splits["validation" if job["phase"] == "tune" else "test"]
-    torch.manual_seed(job["seed"])
-    net = task.build()
-    run = Run(net, make_optimizer(job, net), job["epochs"], len(fit.y), job["seed"])
-    record = job | {"accuracy": [], "loss": [], "seconds": [], "diverged": False}
-    while run.epoch < job["epochs"]:
-        start = time.perf_counter()
-        loss = run.train_epoch(fit)
-        if not math.isfinite(loss):
-            return record | {"diverged": True}
-        record["seconds"].append(round(time.perf_counter() - start, 3))
-        record["loss"].append(round(loss, 5))
-        record["accuracy"].append(round(accuracy(net, read), 2))
-    return record
+def neighbour(rates: list[float], best: float) -> float | None:
+    """The rate next to the best in the series .01, .03, .1, ... where the best is at an edge."""
+    if min(rates) < best < max(rates):
+        return None
+    place = round(2 * math.log10(best)) + (1 if best == max(rates) else -1)
+    return float(f"{10 ** (place / 2):.0e}")
 
 
-def score(record: dict) -> float:
-    return 0.0 if record["diverged"] else record["accuracy"][-1]
+class Runs:
+    """The runs of one row on one task, made or read from the journal."""
+
+    def __init__(self, task: str, row: str, args: argparse.Namespace):
+        self.task, self.row, self.args = TASKS[task], ROWS[row], args
+        self.base = {"task": task, "optimizer": row}
+
+    def run(self, phase: str, seed: int, settings: Job, steps: int | None = None) -> Job:
+        """The record of one run."""
+        job = {"phase": phase, "seed": seed, "steps": steps or self.task.steps}
+        job = self.base | job | {"settings": self.row.settings | settings}
+        return grid.finish(job, self.args, self._train)
+
+    def tuned(self) -> Job:
+        """The rate that is best in validation, as settings."""
+        records: dict[float, Job] = {}
+        rates, extensions = list(self.row.rates), EXTENSIONS
+        while rates:
+            records |= {lr: self.run("tune", TUNE_SEED, {"lr": lr}) for lr in rates}
+            best = max(records, key=lambda lr: score(self.task, records[lr]))
+            beyond = neighbour(list(records), best) if extensions else None
+            rates, extensions = [] if beyond is None else [beyond], extensions - 1
+        return {"lr": best} if records else {}
+
+    def ratio(self) -> float:
+        """The time of a step over that of fused AdamW."""
+        job = self.base | {"phase": "pace", "settings": self.row.settings}
+        return grid.finish(job, self.args, self._pace)["ratio"]
+
+    def _train(self, job: Job, args: argparse.Namespace) -> Job:
+        return train(job, self.task, args.data_dir)
+
+    def _pace(self, job: Job, args: argparse.Namespace) -> Job:
+        return job | pace(self.task, job["optimizer"], args.data_dir)
 
 
-def run_pair(pair: tuple[str, str], args: argparse.Namespace) -> str:
-    """Tune an optimizer on a task, then run its best setting with every seed."""
-    task, name = pair
-    _, fixed, rates = OPTIMIZERS[name]
-    base = {"task": task, "optimizer": name}
-
-    def record(phase: str, seed: int, epochs: int, settings: dict) -> dict:
-        job = {"phase": phase, "seed": seed, "epochs": epochs, "settings": settings}
-        return grid.finish(base | job, args, train)
-
-    tuned = [record("tune", TUNE_SEED, TUNE_EPOCHS, fixed | {"lr": lr}) for lr in rates]
-    best = max(tuned, key=score)["settings"] if tuned else fixed
-    for seed in SEEDS:
-        record("test", seed, TASKS[task].epochs, best)
-    return f"{task} {name} {best}"
+def equal_steps(runs: Runs) -> list[Job]:
+    """The row at its best rate, with every seed."""
+    settings = runs.tuned()
+    return [runs.run("steps", seed, settings) for seed in SEEDS]
 
 
-def final_runs(runs: list[dict]) -> dict[tuple[str, str], list[dict]]:
-    """Group the test runs by task and optimizer."""
-    groups: dict[tuple[str, str], list[dict]] = {}
-    for record in runs:
-        if record["phase"] == "test":
-            groups.setdefault((record["task"], record["optimizer"]), []).append(record)
-    return groups
+def equal_time(runs: Runs) -> list[Job]:
+    """The same in as many steps as take the time of the `rls` run."""
+    if runs.row.is_default:
+        return []
+    ours = Runs(runs.task.name, "rls", runs.args).ratio()
+    steps, settings = round(runs.task.steps * ours / runs.ratio()), runs.tuned()
+    return [runs.run("time", seed, settings, steps) for seed in SEEDS]
 
 
-def table(runs: list[dict], cell) -> str:
-    """Markdown table of tasks by optimizers; `cell` turns a list of records into text."""
-    groups = final_runs(runs)
-    names = [n for n in OPTIMIZERS if any(key[1] == n for key in groups)]
-    lines = ["| task (epochs) | " + " | ".join(OPTIMIZERS[n][0] for n in names) + " |"]
-    lines.append("|---" * (len(names) + 1) + "|")
-    for key, task in TASKS.items():
-        if any(t == key for t, _ in groups):
-            cells = [cell(groups[key, n]) if (key, n) in groups else "" for n in names]
-            lines.append(f"| {task.title} ({task.epochs}) | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def flatness(runs: Runs) -> list[Job]:
+    """The default at three times its rate, and at a third."""
+    if runs.base["optimizer"] != "rls":
+        return []
+    [(_, rate), *_] = Scheduled("rls", runs.task.build(0), runs.task, 1, 0).peaks
+    pairs = [(factor, seed) for factor in (1 / 3, 3) for seed in SEEDS]
+    return [runs.run("flat", seed, {"lr": rate * factor}) for factor, seed in pairs]
 
 
-def last_accuracy(records: list[dict]) -> str:
-    values = [score(r) for r in records]
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.2f} ± {spread:.2f}"
+def paces(runs: Runs) -> list[Job]:
+    """Only measures the row's pace."""
+    runs.ratio()
+    return []
 
 
-def first_accuracy(records: list[dict]) -> str:
-    return f"{statistics.mean((r['accuracy'] or [0.0])[0] for r in records):.1f}"
+PHASES = {"steps": equal_steps, "pace": paces, "time": equal_time, "flat": flatness}
 
 
-def chosen_rate(records: list[dict]) -> str:
-    return f"{records[0]['settings'].get('lr', 'default')}"
+def work(job: tuple[str, str, str], args: argparse.Namespace) -> str:
+    """Do one phase of one row on one task."""
+    phase, task, row = job
+    records = PHASES[phase](Runs(task, row, args))
+    tests = [record["test"] for record in records]
+    return f"{phase} {task} {row} {records[0]['settings'] if records else ''} {tests}"
 
 
-def report(results: Path) -> str:
-    """Return the markdown tables of a results file."""
-    runs = json.loads(results.read_text())["runs"]
-    parts = (
-        ("Test accuracy %, mean ± standard deviation over the seeds:", last_accuracy),
-        ("After the first epoch:", first_accuracy),
-        ("Chosen learning rate:", chosen_rate),
-    )
-    return "\n\n".join(f"{title}\n\n{table(runs, cell)}" for title, cell in parts)
+def one(args: argparse.Namespace) -> Job:
+    """The record of the run that `--one` asks for."""
+    name, row = args.one
+    task = TASKS[name]
+    settings = ROWS[row].settings | {k: _value(v) for k, v in (p.split("=", 1) for p in args.set)}
+    settings |= {} if args.lr is None else {"lr": args.lr}
+    job = {"task": name, "optimizer": row, "phase": "steps", "seed": args.seed}
+    job |= {"steps": args.steps or task.steps, "settings": settings}
+    return train(job, task, args.data_dir)
 
 
-def plot(results: Path, path: Path) -> None:
-    """Draw test accuracy by epoch, one panel a task, the band from worst to best seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    groups = final_runs(json.loads(results.read_text())["runs"])
-    shown = [t for t in TASKS if any(key[0] == t for key in groups)]
-    figure, axes = pyplot.subplots(1, len(shown), figsize=(4 * len(shown), 4), squeeze=False)
-    for axis, task in zip(axes[0], shown, strict=True):
-        for color, name in enumerate(OPTIMIZERS):
-            curves = [r["accuracy"] for r in groups.get((task, name), []) if not r["diverged"]]
-            if curves:
-                y, x = np.array(curves), np.arange(1, len(curves[0]) + 1)
-                axis.plot(x, y.mean(0), "o-", ms=3, color=f"C{color}", label=OPTIMIZERS[name][0])
-                axis.fill_between(x, y.min(0), y.max(0), color=f"C{color}", alpha=0.2)
-        axis.set(title=TASKS[task].title, xlabel="epoch", ylabel="test accuracy %")
-        axis.set_ylim(bottom=_floor(groups, task))
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
-def _floor(groups: dict, task: str) -> float:
-    """Lower edge of a panel: below the median first epoch, so that one bad curve hides none."""
-    first = [
-        r["accuracy"][0] for k, v in groups.items() if k[0] == task for r in v if r["accuracy"]
-    ]
-    return statistics.median(first) - 5
+def _value(text: str) -> object:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def main() -> None:
     parser = grid.parser(__doc__, "quality")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
+    add = parser.add_argument
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    add("--optimizers", nargs="+", choices=ROWS, default=list(ROWS))
+    add("--phases", nargs="+", choices=PHASES, default=list(PHASES))
+    add("--forget", nargs="+", choices=ROWS, default=[], help="drop these rows' runs at first")
+    add("--one", nargs=2, metavar=("TASK", "OPTIMIZER"), help="run this alone and print its record")
+    add("--lr", type=float, help="of --one")
+    add("--seed", type=int, default=0, help="of --one")
+    add("--steps", type=int, help="of --one; by default all of the task's")
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="of --one")
     args = parser.parse_args()
-    if not args.report:
-        heavy_first = [(task, name) for task in reversed(args.tasks) for name in args.optimizers]
-        grid.run(run_pair, heavy_first, args, {"tune_epochs": TUNE_EPOCHS})
-    print(report(args.results))
-    plot(args.results, args.plot)
+    if args.one:
+        torch.set_num_threads(1)
+        print(json.dumps(one(args)))
+        return
+    grid.forget(args.journal, lambda record: record["optimizer"] in args.forget)
+    versions = {name: version(name) for name in ("pytorch_optimizer", "scikit-learn")}
+    for phase in () if args.report else args.phases:
+        jobs = [(phase, task, row) for task in args.tasks for row in args.optimizers]
+        grid.run(work, jobs, args, {"seeds": SEEDS, "tune_seed": TUNE_SEED}, versions)
+    print(report.report(args.results))
+    report.plot(args.results, args.plot)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from torch import nn
 
 import rlscuda
 from benchmarks.common import data, environment, grid
-from benchmarks.common.training import Run, accuracy
+from benchmarks.common.training import BATCH, Run, accuracy
 from benchmarks.pruning import methods, networks, plots
 from benchmarks.pruning.methods import METHODS
 from benchmarks.pruning.networks import CASES
@@ -179,7 +179,8 @@ def main() -> None:
     add("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS))
     args = parser.parse_args()
     if not args.report:
-        constants = {
+        constants = data.COUNTS | {
+            "batch": BATCH,
             "calibration_images": methods.CALIBRATED,
             "scored_images": methods.SCORED,
             "estimated_images": methods.ESTIMATED,

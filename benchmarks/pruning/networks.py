@@ -6,6 +6,7 @@ last epochs, which start from a saved state.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import rlscuda
-from benchmarks.common.data import SHAPES, Split
+from benchmarks.common.data import CLASSES, SHAPES, Split
 from benchmarks.common.training import Run
-from benchmarks.learning.tasks import CIFAR_CNN, SMALL_CNN, Task
+from benchmarks.learning.networks import CIFAR_CNN, SMALL_CNN
 from rlscuda import zoo
 from rlscuda.files.archives import load_archive, save_archive
 from rlscuda.files.atomic import write_atomically
@@ -27,15 +28,23 @@ RANK, TRACKED = 16, 2  # of the sketch that is tracked, and the last epochs that
 
 
 @dataclass(frozen=True)
-class Case(Task):
-    """A task, and the shares of channels to remove of its network.
+class Case:
+    """A network, the images it learns from, its epochs, and the shares of channels to remove.
 
     `slow` is one of which Adam's recovery and training from new weights are run at the middle
     share alone.
     """
 
+    title: str
+    data: str
+    epochs: int
+    network: Callable[..., nn.Module]
     ratios: tuple[float, ...]
     slow: bool = False
+
+    def build(self) -> nn.Module:
+        """The network, with weights of the current random state."""
+        return self.network(SHAPES[self.data], CLASSES)
 
     @property
     def example(self) -> Tensor:
