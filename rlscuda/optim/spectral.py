@@ -5,10 +5,11 @@ singular values N R = U S V^T, the direction is
 
     (N P N^T)^(-1/2) N P = U V^T R^T,
 
-the steepest way down where a bound holds for the spectral norm of what the step does to P's
-whitened input: all of the momentum's directions move the output alike. Nothing is decomposed: a
-polynomial of the smaller one of N P N^T [c, c] and N^T N P [n, n] stands for the inverse root.
-`rlscuda.reference.spectral_direction` is the definition.
+the steepest way down where a bound holds for the spectral norm of what the step does to an input
+that P whitens: all directions of the momentum move the output alike. It is taken of some rows at a
+time, at most `ROWS`: that costs little beside N P and learns as well. Nothing is decomposed: a
+polynomial of the smaller one of N P N^T and N^T N P stands for the inverse root.
+`rlscuda.reference.spectral_weight_step` is the definition.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from rlscuda.optim.layers import Layer
 
+ROWS = 64
 # a + b x + c x^2 of each iteration: x p(x^2) one after another map singular values of [.03, 1] to
 # 1 +- .037, each the best such polynomial on what the last one leaves; smaller ones grow likewise
 # by a factor of 44 at most.
@@ -33,52 +35,63 @@ COEFFICIENTS = (
 )
 
 
-def shape_of(layer: Layer) -> tuple[int, int, int]:
-    """Matrices, and the rows and columns of each, that a layer's direction is made of."""
-    return layer.groups, layer.weight.shape[0] // layer.groups, layer.fan_in
-
-
 def write_directions(
     moves: Sequence[Any], bias_gradients: Sequence[Tensor], h: Tensor, group: dict[str, Any]
 ) -> None:
-    """Turns the product of every move into its direction, and takes the gradient into the moments.
+    """Makes every move's product its direction, and takes its gradient into the momentum.
+
+    Layers of one shape are one batch.
 
     Args:
-        moves: Layers of one group, dtype and device; their products lie ordered by `shape_of`.
+        moves: Layers of one group, dtype and device.
         bias_gradients: The gradient of each bias in `P`, an empty tensor where there is none.
         h: Of each matrix in turn, not finite where nothing may move.
         group: The parameter group.
     """
-    usable = h.isfinite().split([move.layer.groups for move in moves])
-    rows = sorted(zip(moves, bias_gradients, usable), key=lambda row: shape_of(row[0].layer))
-    for shape, batch in itertools.groupby(rows, key=lambda row: shape_of(row[0].layer)):
-        _write_batch(*map(list, zip(*batch)), shape, group)
+    finite = h.isfinite().split([move.layer.groups for move in moves])
+    rows = sorted(zip(moves, bias_gradients, finite), key=_shape)
+    with torch.autocast(h.device.type, enabled=False):
+        for shape, batch in itertools.groupby(rows, key=_shape):
+            _write_batch(shape, group, *map(list, zip(*batch)))
+
+
+def block_rows(rows: int) -> int:
+    """Rows of each block but the last: as few blocks as can be, as equal as can be."""
+    return -(-rows // -(-rows // ROWS))
+
+
+def _shape(row: tuple[Any, ...]) -> tuple[int, int, int]:
+    """Matrices, and the rows and columns of each, that the direction of a move is made of."""
+    layer: Layer = row[0].layer
+    return layer.groups, layer.weight.shape[0] // layer.groups, layer.fan_in
 
 
 def _write_batch(
-    moves: list[Any],
-    bias_gradients: list[Tensor],
-    usable: list[Tensor],
     shape: tuple[int, int, int],
     group: dict[str, Any],
+    moves: list[Any],
+    bias_gradients: list[Tensor],
+    finite: list[Tensor],
 ) -> None:
-    """Likewise for layers of one shape, whose matrices are one batch [b, c, n]."""
     groups, c, n = shape
-    finite = torch.cat(usable)
-    N = _momentum(moves, bias_gradients, finite, shape, group["momentum"])
-    D = moves[0].product.as_strided(N.shape, N.stride())  # the products, one after another
+    N = _momentum(moves, bias_gradients, torch.cat(finite), shape, group["momentum"])
+    tiny = torch.finfo(N.dtype).tiny
     length = torch.linalg.vector_norm(N, dim=(1, 2), keepdim=True) / math.sqrt(c * n)
-    N.div_(length.clamp(min=torch.finfo(N.dtype).tiny))  # so that no square leaves its range
+    N.div_(length.clamp(min=tiny))  # so that no square leaves its range
+    D = torch.empty_like(N)
     for move, part, product in zip(moves, N.split(groups), D.split(groups)):
         torch.bmm(part, move.state["P"].view(groups, n, n), out=product)
-    gram = torch.bmm(D, N.mT) if c <= n else torch.bmm(N.mT, D)
-    size = (gram * gram.mT).sum((1, 2), keepdim=True).sqrt()  # of the eigenvalues, >= the largest
-    size.clamp_(min=torch.finfo(N.dtype).tiny)
+    m = block_rows(c)
+    N, scaled = N.view(-1, m, n), D.view(-1, m, n)
+    gram = torch.bmm(scaled, N.mT) if m <= n else torch.bmm(N.mT, scaled)
+    size = (gram * gram.mT).sum((1, 2), keepdim=True).clamp(min=tiny).sqrt()  # >= any eigenvalue
     root = _inverse_root(gram.div_(size)).div_(size.sqrt())
     power = torch.cat([move.state["power"] for move in moves]).view(-1, 1, 1)
-    scale = math.sqrt(c / min(c, n)) * length / (length + group["eps"] * power.sqrt())
-    torch.mul(D, scale, out=N)
-    torch.bmm(*((root, N) if c <= n else (N, root)), out=D)
+    floor = (group["eps"] * power.sqrt()).clamp(min=tiny)
+    D.mul_(math.sqrt(m / min(m, n)) * length / (length + floor))
+    torch.bmm(*((root, scaled) if m <= n else (scaled, root)), out=N)
+    for move, direction in zip(moves, N.view(len(moves), groups, -1, n)):
+        move.product = direction[:, :c].reshape(-1, n)
 
 
 def _momentum(
@@ -91,24 +104,26 @@ def _momentum(
     """Averages the gradients in, and returns what the average will be if the next is the same.
 
     Returns:
-        [b, c, n], with the biases as the last column.
+        [b, rows of all blocks, n], with the biases as the last column and rows of zeros at the end.
     """
     groups, c, n = shape
-    N = moves[0].grad.new_empty(len(finite), c, n)
-    for move, gradient, part in zip(moves, bias_gradients, N.view(len(moves), -1, n)):
-        part[:, : move.layer.columns] = move.grad
+    rows = block_rows(c) * -(-c // ROWS)
+    N = moves[0].grad.new_zeros(len(finite), rows, n)
+    parts = N.view(len(moves), groups, rows, n)[:, :, :c]
+    for move, gradient, part in zip(moves, bias_gradients, parts):
+        part[..., : move.layer.columns] = move.grad.view(groups, c, -1)
         if move.layer.bias:
-            part[:, -1] = gradient
+            part[..., -1] = gradient.view(groups, c)
     N.masked_fill_(~finite.view(-1, 1, 1), 0)  # which the average does not take in
     shares = (finite.to(N.dtype) * (1 - momentum)).view(-1, groups, 1, 1)
-    for move, share, part in zip(moves, shares, N.view(len(moves), groups, c, n)):
+    for move, share, part in zip(moves, shares, parts):
         average = move.state["momentum_buffer"].view(groups, c, n).lerp_(part, share)
         part.lerp_(average, momentum)
     return N
 
 
 def _inverse_root(x: Tensor) -> Tensor:
-    """About x^(-1/2) of each matrix [b, m, m] whose Frobenius norm is 1."""
+    """About x^(-1/2) of each matrix [b, m, m] whose eigenvalues are in [0, 1]."""
     root = None
     for i, (a, b, c) in enumerate(COEFFICIENTS):
         factor = torch.baddbmm(x, x, x, beta=b, alpha=c)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rlscuda._torch import foreach_copy_, foreach_norm
 from rlscuda.optim.forms import NORMALISED
 from rlscuda.optim.layers import Layer
-from rlscuda.optim.spectral import shape_of, write_directions
+from rlscuda.optim.spectral import write_directions
 from rlscuda.optim.staging import Factors, Summary
 
 _nonfinite = torch.ops.rlscuda.nonfinite.default
@@ -158,12 +158,12 @@ def _step_chunk(chunk: list[Move], found_inf: Tensor | None, workspace: Workspac
 def _prepare(chunk: list[Move], workspace: Workspace) -> None:
     """Gives every move its gradient in the dtype of `P`, and its product a place."""
     P = chunk[0].state["P"]
-    ordered = sorted(chunk, key=lambda move: shape_of(move.layer))  # one shape, one batch
-    shapes = [(move.layer.weight.shape[0], move.layer.fan_in) for move in ordered]
-    sizes = [rows * n for rows, n in shapes]
-    products = buffer(workspace, "product", P, sum(sizes)).split(sizes)
-    for move, product, shape in zip(ordered, products, shapes):
-        move.product = product.view(shape)
+    shapes = [(move.layer.weight.shape[0], move.layer.fan_in) for move in chunk]
+    products = buffer(workspace, "product", P, sum(rows * n for rows, n in shapes))
+    start = 0
+    for move, (rows, n) in zip(chunk, shapes):
+        move.product = products[start : start + rows * n].view(rows, n)
+        start += rows * n
     converted = [m for m in chunk if m.grad.dtype != P.dtype or not m.grad.is_contiguous()]
     if converted:
         copies = [torch.empty_like(m.grad, dtype=P.dtype, memory_format=torch.contiguous_format)

@@ -202,12 +202,22 @@ def spectral_direction(
 
 @dataclass
 class SpectralStep:
-    """The constants of the spectral weight step, and the polynomials for the singular values."""
+    """The constants of the spectral weight step.
+
+    Args:
+        lr: eta.
+        momentum: beta.
+        weight_decay: wd.
+        eps: Gradients of about that size, over the root mean square of the input, move little.
+        rows: Rows of a block, whose direction is its own.
+        coefficients: See `spectral_direction`.
+    """
 
     lr: float
     momentum: float = 0.9
     weight_decay: float = 0.0
     eps: float = 1e-8
+    rows: int = 64
     coefficients: Iterable[tuple[float, float, float]] | None = None
 
 
@@ -231,6 +241,6 @@ def spectral_weight_step(
     M = k.momentum * M + (1 - k.momentum) * G
     N = k.momentum * M + (1 - k.momentum) * G
     size = N.square().mean().sqrt()
-    scale = (len(N) / min(N.shape)) ** 0.5 * size / (size + k.eps * power**0.5)
-    direction = spectral_direction(N, P, k.coefficients)
+    scale = max(1, k.rows / N.shape[1]) ** 0.5 * size / (size + k.eps * power**0.5)
+    direction = torch.cat([spectral_direction(B, P, k.coefficients) for B in N.split(k.rows)])
     return (1 - k.lr * k.weight_decay) * W - k.lr * scale * direction, M

@@ -49,7 +49,10 @@ def wrong_inputs(device, dtype):
     return get_error_inputs_for_all_optims(device, dtype) + [
         wrong("lr must be >= 0 and finite, got -0.1", lr=-0.1),
         wrong("lr must be >= 0 and finite, got nan", lr=float("nan")),
-        wrong("form must be adaptive | paper | natural, got 'x'".replace("|", r"\|"), form="x"),
+        wrong(
+            "form must be adaptive | spectral | paper | natural, got 'x'".replace("|", r"\|"),
+            form="x",
+        ),
         wrong("momentum must be in .0, 1., got 1.0", momentum=1.0),
         wrong("fallback must be adamw", fallback="adamax"),
     ]

@@ -7,7 +7,7 @@ from support.training import batch, cnn, train
 from torch import nn
 
 from rlscuda import RLSOptimizer, reference
-from rlscuda.optim.spectral import COEFFICIENTS
+from rlscuda.optim.spectral import COEFFICIENTS, ROWS, block_rows
 
 NETWORKS = {
     "wide": lambda: nn.Sequential(nn.Linear(9, 4)),
@@ -16,6 +16,9 @@ NETWORKS = {
     "one row": lambda: nn.Sequential(nn.Linear(5, 1)),
     "one input": lambda: nn.Sequential(nn.Linear(1, 6, bias=False)),
     "equal ones": lambda: nn.Sequential(*(nn.Linear(5, 5) for _ in range(3)), nn.Linear(5, 2)),
+    "two blocks": lambda: nn.Sequential(nn.Linear(70, 90)),
+    "three blocks, not equal": lambda: nn.Sequential(nn.Linear(3, 131, bias=False)),
+    "blocks of groups": lambda: nn.Sequential(nn.Conv2d(2, 2 * 67, 3, groups=2)),
     "convolutions": cnn,
     "depthwise": lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=4), nn.Conv2d(8, 3, 1)),
 }
@@ -51,8 +54,9 @@ def test_steps_are_those_of_the_specification(network):
         }
         optimizer.step()
         warm = 0.2 / max(0.2, 1 / (step + 1))  # as the gain of P is still above its last
-        constants = reference.SpectralStep(0.3 * warm, 0.9, 0.05, 1e-3, COEFFICIENTS)
         for m in covered:
+            rows = block_rows(before[m].shape[1])
+            constants = reference.SpectralStep(0.3 * warm, 0.9, 0.05, 1e-3, rows, COEFFICIENTS)
             state, now = optimizer.state[m.weight], matrix(m.weight, m.bias, len(before[m]))
             P = state["P"].view(len(now), *state["P"].shape[-2:])
             averages = []
@@ -154,3 +158,11 @@ def test_layers_of_one_shape_move_as_each_would_alone():
         for optimizer in pair:
             optimizer.step()
     torch.testing.assert_close(together[2].weight, alone.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_are_few_and_about_equal():
+    for rows in range(1, 1000):
+        m = block_rows(rows)
+        blocks = -(-rows // ROWS)
+        assert m <= ROWS
+        assert 0 < rows - (blocks - 1) * m <= m
