@@ -71,11 +71,11 @@ def pre_hooks(module: nn.Module) -> dict[int, Any]:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether a Linear or Conv2d computes something else than that class does."""
+    """Whether a Linear or convolution computes something else than that class does."""
     kind: Any = type(module)
-    if isinstance(module, nn.Linear):
-        return kind.forward is not nn.Linear.forward
-    return (kind.forward, kind._conv_forward) != (nn.Conv2d.forward, nn.Conv2d._conv_forward)
+    base: Any = next(b for b in (nn.Linear, nn.Conv1d, nn.Conv2d) if isinstance(module, b))
+    names = ("forward",) if base is nn.Linear else ("forward", "_conv_forward")
+    return any(getattr(kind, name) is not getattr(base, name) for name in names)
 
 
 def masked_name(hook: Any) -> str:

@@ -22,7 +22,7 @@ from rlscuda.optim.stepping import Move, Workspace, step_layers
 
 
 class RLSOptimizer(Optimizer):
-    r"""Trains Linear and Conv2d layers by recursive least squares, and all else by a fallback rule.
+    r"""Trains linear layers and convolutions by recursive least squares, the rest by a fallback.
 
     Each covered layer keeps the inverse autocorrelation matrix ``P`` [n, n] of its im2col input
     rows (n = fan-in, + 1 for the bias), updated by a few rows a minibatch, and moves its weight

@@ -12,7 +12,7 @@ from torch import nn
 
 from rlscuda._torch import has_own_forward, own_parameters
 from rlscuda.optim.kept import Change, KeptLayer, Replaced
-from rlscuda.optim.layers import Layer
+from rlscuda.optim.layers import COVERED, Layer
 from rlscuda.optim.staging import Stage
 
 _Users = dict[int, list[tuple[str, nn.Module]]]  # id of a parameter -> the modules that hold it
@@ -68,7 +68,7 @@ def refusal(module: nn.Module) -> str | None:
     kind = type(module).__name__
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "MultiheadAttention uses its weight without calling it"
-    if not isinstance(module, (nn.Linear, nn.Conv2d)):
+    if not isinstance(module, COVERED):
         return f"no RLS rule for {kind}"
     if has_own_forward(module):
         return f"{kind} has a forward of its own"
@@ -126,7 +126,7 @@ def _sharing(model: nn.Module) -> dict[nn.Parameter, str]:
     }
 
 
-def _bias_fits(module: nn.Linear | nn.Conv2d, users: _Users) -> bool:
+def _bias_fits(module: Any, users: _Users) -> bool:
     """Whether the bias belongs to the weight alone, so that it may be a column of its rows."""
     bias, weight = own_parameters(module).get("bias"), module.weight
     if bias is None or (bias.dtype, bias.device) != (weight.dtype, weight.device):

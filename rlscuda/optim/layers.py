@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from rlscuda._torch import own_parameters
 from rlscuda.functional.patches import PADDING_MODES
 
 SUMMARIES = ("mean", "sketch", "sample")
+COVERED = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 @dataclass(eq=False)
@@ -21,18 +22,19 @@ class Layer:
 
     Attributes:
         name: Qualified name in the model.
-        module: The `nn.Linear` or `nn.Conv2d`.
+        module: One of the kinds in `COVERED`.
         index: Place among the model's layers; part of the seed of its random signs.
         bias: Whether the bias is a column of ones inside `P`.
-        weight: The weight [c, n] or [c, C/groups, kh, kw], which a mask put on later leaves here.
+        weight: The weight [c, n] or [c, C/groups, *kernel], which a mask put on later leaves here.
         bias_parameter: The bias [c], or None.
         columns: Fan-in without the bias.
         geometry: Kernel size, stride, padding (left, right, top, bottom), dilation, groups and
-            padding mode, as the operators take them; a Linear is a 1 x 1 convolution.
+            padding mode, as the operators take them; a Linear is a 1 x 1 convolution, a Conv1d one
+            of images of one line.
     """
 
     name: str
-    module: nn.Linear | nn.Conv2d
+    module: Any
     index: int
     bias: bool
     weight: nn.Parameter = field(init=False)
@@ -42,21 +44,24 @@ class Layer:
 
     def __post_init__(self):
         m = self.module
-        self.weight = cast(nn.Parameter, m.weight)
+        self.weight = m.weight
         self.bias_parameter = own_parameters(m).get("bias")
         self.columns = m.weight.numel() // max(1, m.weight.shape[0])
         if isinstance(m, nn.Linear):
             self.geometry = ([1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1, 0)
             return
+        lines = [1] * (2 - len(m.kernel_size))
+        kernel, stride, dilation = (
+            [*lines, *pair] for pair in (m.kernel_size, m.stride, m.dilation)
+        )
         if isinstance(m.padding, str):
-            total = [d * (k - 1) * (m.padding == "same") for d, k in zip(m.dilation, m.kernel_size)]
+            total = [d * (k - 1) * (m.padding == "same") for d, k in zip(dilation, kernel)]
             (top, bottom), (left, right) = ((t // 2, t - t // 2) for t in total)
         else:
-            top, left = bottom, right = m.padding
-        self.geometry = (
-            list(m.kernel_size), list(m.stride), [left, right, top, bottom],
-            list(m.dilation), m.groups, PADDING_MODES.index(m.padding_mode),
-        )  # fmt: skip
+            top, left = bottom, right = (0, *m.padding)[-2:]
+        padding = [left, right, top, bottom]
+        mode = PADDING_MODES.index(m.padding_mode)
+        self.geometry = (kernel, stride, padding, dilation, m.groups, mode)
 
     def factors_pay(self, x: Tensor, dtype: torch.dtype | None) -> bool:
         """Whether the factored product (P X^T) delta is possible and cheaper than G P.
@@ -102,7 +107,13 @@ class Layer:
         """The layer's input as [N, C, H, W] without a copy where its strides allow."""
         if self.weight.dim() == 2:
             return x.reshape(-1, x.shape[-1], 1, 1)
-        return x if x.dim() == 4 else x.unsqueeze(0)
+        x = x if x.dim() == self.weight.dim() else x.unsqueeze(0)
+        return x if x.dim() == 4 else x.unsqueeze(2)
+
+    @property
+    def plane_weight(self) -> Tensor:
+        """The weight as the operators take it, [c, n] or [c, C/groups, kh, kw]: a view."""
+        return self.weight.unsqueeze(2) if self.weight.dim() == 3 else self.weight
 
     def positions(self, images: Tensor) -> int:
         """Patches an image: output height times output width."""

@@ -276,7 +276,7 @@ def _move_weights(
         h = _shortened(chunk, h, biases, (lr if rate is None else rate) / longest)
         divide_by_h = True
     _weight_step(
-        [layer.weight for layer in layers], biases, [move.product for move in chunk],
+        [layer.plane_weight for layer in layers], biases, [move.product for move in chunk],
         [move.grad for move in chunk] if adaptive else [], bias_rows, bias_gradients, h,
         [layer.groups for layer in layers], first,
         [state["second_moment"] for state in states] if adaptive else [],
