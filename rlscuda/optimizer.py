@@ -57,6 +57,8 @@ class RLSOptimizer(Optimizer):
         include: Names (shell patterns) or modules to which the RLS rule is limited.
         exclude: Names (shell patterns) or modules that the fallback rule trains.
         dtype: ``torch.float64`` asks for a float64 ``P``; float64 parameters have it anyway.
+        max_fan_in: Above this fan-in ``P`` is block-diagonal, of blocks of consecutive inputs that
+            are no larger (8192).
         seed: Of the random signs and draws of ``sketch`` and ``sample``.
 
     Raises:
@@ -96,13 +98,15 @@ class RLSOptimizer(Optimizer):
         include: Iterable[str | nn.Module] | None = None,
         exclude: Iterable[str | nn.Module] | None = None,
         dtype: torch.dtype | None = None,
+        max_fan_in: int | None = None,
         seed: int | None = None,
     ):
         self._given = {
             "lr": lr, "form": form, "forgetting": forgetting, "gain": gain, "momentum": momentum,
             "weight_decay": weight_decay, "rank": rank, "summary": summary, "shrinkage": shrinkage,
             "drift": drift, "trust_ratio": trust_ratio, "initial_scale": initial_scale,
-            "beta2": beta2, "eps": eps, "fallback_lr": fallback_lr, "dtype": dtype, "seed": seed,
+            "beta2": beta2, "eps": eps, "fallback_lr": fallback_lr, "dtype": dtype,
+            "max_fan_in": max_fan_in, "seed": seed,
         }  # fmt: skip
         defaults = forms.resolve_options(self._given)
         self._fallback = Fallback(fallback)
@@ -243,7 +247,7 @@ class RLSOptimizer(Optimizer):
     def _move(self, layer: Layer) -> Move:
         group, stage = self._registry.group_of[layer.weight], self._registry.stages[layer.weight]
         state = self._ensure_state(layer)
-        check_fits(layer, state, group["form"])
+        check_fits(layer, state, group)
         moves_bias = self._registry.members.issuperset(layer.parameters())
         return Move(layer, group, state, stage.summary, stage.factors, moves_bias)
 
@@ -311,7 +315,8 @@ class RLSOptimizer(Optimizer):
 
         Returns:
             [n, n], or [groups, n, n] for a grouped convolution; the last row and column are the
-            bias' where the layer has one.
+            bias' where the layer has one. [groups * blocks, m, m] above `max_fan_in`: the blocks of
+            m consecutive columns, the last filled up by columns that no input enters.
 
         Raises:
             ValueError: The RLS rule does not cover it.

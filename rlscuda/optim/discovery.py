@@ -28,13 +28,15 @@ class Match:
     reason: str
     bias_fits: bool = False
 
-    def bind(self, members: set[nn.Parameter]) -> bool:
-        """Whether the weight is among `members`; the bias joins `P` if it is there too."""
+    def bind(self, group: dict[str, Any]) -> bool:
+        """Whether the weight is in a group; the bias joins `P` if it is there too."""
+        members = set(group["params"])
         if self.layer is None or self.layer.weight not in members:
             return False
         bias = self.layer.bias_parameter
         fits = self.bias_fits and bias is not None and bias.requires_grad
         self.layer.bias = fits and bias in members
+        self.layer.max_fan_in = group["max_fan_in"]
         return True
 
 
@@ -274,7 +276,7 @@ class Registry:
             if match.layer is None or match in self._bound:
                 continue
             group = group_of.get(match.layer.weight)
-            if group is not None and match.bind(set(group["params"])):
+            if group is not None and match.bind(group):
                 self._bound.add(match)
                 self.layers.setdefault(match.layer.weight, match.layer)
                 self.stages.setdefault(match.layer.weight, Stage())

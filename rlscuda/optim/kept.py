@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -191,11 +192,18 @@ class KeptLayer:
         columns = self.columns[:, :-1] if self.layer.bias else self.columns
         return (self.groups[:, None] * self.layer.columns + columns).flatten()
 
+    @cached_property
+    def cut(self) -> Layer:
+        """The layer as its matrices will see it."""
+        new = copy.copy(self.layer)
+        new.columns = self.columns.shape[1] - new.bias
+        new.geometry = (*new.geometry[:4], len(self.groups), *new.geometry[5:])
+        return new
+
     @property
     def matrix_shape(self) -> tuple[int, ...]:
         """The shape of the new `P`."""
-        groups, n = self.columns.shape
-        return (n, n) if groups == 1 else (groups, n, n)
+        return self.cut.matrix_shape
 
     def matrix(self, P: Tensor) -> Tensor:
         """The new `P` of a live one: the same tensor where no column and no group goes."""
@@ -203,13 +211,27 @@ class KeptLayer:
         lost = self.columns.shape[1] < layer.fan_in
         if not lost and len(self.groups) == layer.groups:
             return P
-        blocks = P.reshape(layer.groups, *P.shape[-2:])[self.groups.to(device)]
+        blocks = P.reshape(layer.groups, layer.blocks, *P.shape[-2:])[self.groups.to(device)]
         if lost:
-            gone = torch.ones(len(blocks), layer.fan_in, dtype=torch.bool, device="cpu")
-            gone.scatter_(1, self.columns, False)
-            removed = [group.nonzero().flatten().to(device) for group in gone]
-            blocks = torch.stack([downdate(block, r) for block, r in zip(blocks, removed)])
+            parts = [
+                self._block(group, own[start:stop])
+                for group, own in zip(blocks, self.columns)
+                for _, start, stop in self.cut.spans()
+            ]
+            blocks = torch.stack(parts)
         return blocks.to(P.dtype).reshape(self.matrix_shape)
+
+    def _block(self, old: Tensor, columns: Tensor) -> Tensor:
+        """The block of a new `P` of some old columns, of which old blocks may have given parts."""
+        parts = []
+        for block, (_, start, stop) in zip(old, self.layer.spans()):
+            gone = torch.ones(len(block), dtype=torch.bool, device="cpu")
+            inside = columns[(columns >= start) & (columns < stop)] - start
+            if len(inside):
+                gone[inside] = False
+                parts.append(downdate(block, gone.nonzero().flatten().to(block.device)))
+        filling = parts[0].new_ones(self.cut.block_size - len(columns))
+        return torch.block_diag(*parts, filling.diag())
 
     def entries(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """The layer's state after the cut, which keeps the same columns of every group.
@@ -235,11 +257,9 @@ class KeptLayer:
 
     def changes(self, weight: nn.Parameter, bias: nn.Parameter | None) -> list[Change]:
         """Those of the layer itself, whose parameters are replaced by these."""
-        layer = self.layer
-        geometry = (*layer.geometry[:4], len(self.groups), *layer.geometry[5:])
-        columns = self.columns.shape[1] - layer.bias
-        values = {"weight": weight, "bias_parameter": bias, "columns": columns}
-        return [(layer, k, value) for k, value in {**values, "geometry": geometry}.items()]
+        values = {"columns": self.cut.columns, "geometry": self.cut.geometry}
+        values |= {"weight": weight, "bias_parameter": bias}
+        return [(self.layer, name, value) for name, value in values.items()]
 
     def stage(self, stage: Stage) -> Stage:
         """What was staged, cut likewise; the old one is left to forwards still on their way."""

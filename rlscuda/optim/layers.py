@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlscuda._torch import own_parameters
@@ -18,7 +20,10 @@ COVERED = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 @dataclass(eq=False)
 class Layer:
-    """One RLS-trained layer: its parameters and the geometry of its im2col matrix.
+    """One RLS-trained layer: its parameters, the geometry of its im2col matrix and of its `P`.
+
+    Above a fan-in of `max_fan_in`, `P` is block-diagonal: of each group, `blocks` matrices of
+    `block_size` consecutive columns, the last of them filled up with columns of zeros.
 
     Attributes:
         name: Qualified name in the model.
@@ -28,6 +33,7 @@ class Layer:
         weight: The weight [c, n] or [c, C/groups, *kernel], which a mask put on later leaves here.
         bias_parameter: The bias [c], or None.
         columns: Fan-in without the bias.
+        max_fan_in: The largest block of `P`; None for no blocks.
         geometry: Kernel size, stride, padding (left, right, top, bottom), dilation, groups and
             padding mode, as the operators take them; a Linear is a 1 x 1 convolution, a Conv1d one
             of images of one line.
@@ -40,6 +46,7 @@ class Layer:
     weight: nn.Parameter = field(init=False)
     bias_parameter: nn.Parameter | None = field(init=False)
     columns: int = field(init=False)
+    max_fan_in: int | None = None
     geometry: tuple = field(init=False)
 
     def __post_init__(self):
@@ -66,8 +73,9 @@ class Layer:
     def factors_pay(self, x: Tensor, dtype: torch.dtype | None) -> bool:
         """Whether the factored product (P X^T) delta is possible and cheaper than G P.
 
-        That is N (n + c) < n c for N input rows, asked for with a margin that pays for the probe
-        of the factors; away from the CPU that probe would have to be waited for.
+        That is N (m + c) < m c for N input rows and blocks of m columns, asked for with a margin
+        that pays for the probe of the factors; away from the CPU that probe would have to be
+        waited for.
 
         Args:
             x: The input.
@@ -76,14 +84,15 @@ class Layer:
         weight = self.weight
         if weight.dim() != 2:
             return False
-        outputs, n = weight.shape
-        if 2 * (x.numel() // n) * (n + outputs) >= n * outputs or x.device.type != "cpu":
+        outputs, m = weight.shape[0], self.block_size
+        rows = x.numel() // self.columns
+        if 2 * rows * (m + outputs) >= m * outputs or x.device.type != "cpu":
             return False
         return x.dtype == weight.dtype == state_dtype(weight, dtype)
 
     @property
     def groups(self) -> int:
-        """Independent matrices `P`: the groups of a convolution."""
+        """The groups of a convolution, each of an input and a `P` of its own."""
         return self.geometry[4]
 
     @property
@@ -93,9 +102,19 @@ class Layer:
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
-        """The shape of `P`: [n, n], or [groups, n, n]."""
-        n = self.fan_in
-        return (n, n) if self.groups == 1 else (self.groups, n, n)
+        """The shape of `P`: [n, n], or [groups * blocks, m, m]."""
+        m, count = self.block_size, self.groups * self.blocks
+        return (m, m) if count == 1 else (count, m, m)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks on the diagonal of the `P` of each group."""
+        return -(-self.fan_in // self.max_fan_in) if self.max_fan_in else 1
+
+    @property
+    def block_size(self) -> int:
+        """m: the columns of a block, which are as even as they can be."""
+        return -(-self.fan_in // self.blocks)
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that one step of this layer moves."""
@@ -114,6 +133,39 @@ class Layer:
     def plane_weight(self) -> Tensor:
         """The weight as the operators take it, [c, n] or [c, C/groups, kh, kw]: a view."""
         return self.weight.unsqueeze(2) if self.weight.dim() == 3 else self.weight
+
+    def spans(self) -> Iterator[tuple[int, int, int]]:
+        """Of each block its place and the first and last + 1 of its columns."""
+        m = self.block_size
+        for k in range(self.blocks):
+            yield k, k * m, min((k + 1) * m, self.fan_in)
+
+    def split(self, rows: Tensor) -> Tensor:
+        """Rows [groups, r, n] as the operator takes them beside `P`: [r, n] or [..., r, m]."""
+        if self.blocks > 1:
+            filled = F.pad(rows, (0, self.blocks * self.block_size - self.fan_in))
+            rows = filled.unflatten(2, (self.blocks, -1)).movedim(2, 1).flatten(0, 1)
+        return rows.contiguous() if len(rows) > 1 else rows[0]
+
+    def multiply(self, rows: Tensor, P: Tensor, out: Tensor) -> None:
+        """Writes rows P [k, fan_in], of rows [k, columns] that lack the bias' column."""
+        n = self.columns
+        if P.dim() == 2:
+            torch.mm(rows, P[:n], out=out)
+            return
+        rows, out = (t.unflatten(0, (self.groups, -1)) for t in (rows, out))
+        for k, start, stop in self.spans():
+            size, inner = stop - start, min(n, stop) - start
+            blocks = P[k :: self.blocks, :inner, :size]
+            torch.bmm(rows[..., start : start + inner], blocks, out=out[..., start:stop])
+
+    def bias_row(self, P: Tensor) -> Tensor:
+        """The row of `P` [n] or [groups, n] that the bias' part of a product takes."""
+        if self.blocks == 1:
+            return P[..., self.columns, :]
+        *_, (k, start, stop) = self.spans()
+        row = P[k :: self.blocks, self.columns - start, : stop - start]
+        return F.pad(row, (start, 0))
 
     def positions(self, images: Tensor) -> int:
         """Patches an image: output height times output width."""

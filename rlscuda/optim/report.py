@@ -23,7 +23,8 @@ class CoverageRow:
         status: `exact` (RLS), `fallback`, or `refused`: not trained by this optimizer at all.
         why: The reason where it is not `exact`.
         fan_in: n, 0 where there is no `P`.
-        groups: Matrices of the layer.
+        groups: Groups of the layer.
+        blocks: Blocks of the `P` of each group.
         bytes: Memory of its `P`.
     """
 
@@ -33,6 +34,7 @@ class CoverageRow:
     why: str = ""
     fan_in: int = 0
     groups: int = 0
+    blocks: int = 0
     bytes: int = 0
 
 
@@ -43,7 +45,8 @@ class Coverage(list):
         header = ("layer", "kind", "rule", "P", "MiB", "why")
         lines = [header]
         for r in self:
-            shape = f"{r.groups} x {r.fan_in}²" if r.groups > 1 else f"{r.fan_in}²"
+            count, size = r.groups * r.blocks, -(-r.fan_in // max(1, r.blocks))
+            shape = f"{count} x {size}²" if count > 1 else f"{size}²"
             size = f"{r.bytes / 2**20:.2f}"
             exact = r.status == "exact"
             lines.append((r.name or "(root)", r.kind, r.status, shape if exact else "",
@@ -89,12 +92,16 @@ def coverage_of(registry: Registry, patience: int) -> Coverage:
             why = (
                 "its bias is frozen, shared or in another group, and so outside P" if apart else ""
             )
+            if layer.blocks > 1:
+                why = (
+                    f"P is {layer.blocks} blocks of at most {layer.block_size} of the "
+                    f"{layer.fan_in} inputs: more than max_fan_in={layer.max_fan_in}"
+                )
             if layer.weight in blind:
                 why = "no input is seen: it steps without P"
             size = matrix_bytes(layer, group_of[layer.weight]["dtype"])
-            rows.append(
-                CoverageRow(match.name, kind, "exact", why, layer.fan_in, layer.groups, size)
-            )
+            shape = (layer.fan_in, layer.groups, layer.blocks)
+            rows.append(CoverageRow(match.name, kind, "exact", why, *shape, size))
     known = {p for match in matches for p in own_parameters(match.module).values() if p is not None}
     known |= {match.layer.weight for match in matches if match.layer is not None}  # masked later
     outside = members - known

@@ -86,15 +86,20 @@ def forget(states: dict, layer: Layer, group: dict[str, Any]) -> None:
             del states[parameter]
 
 
-def check_fits(layer: Layer, state: Mapping[str, Any], form: str) -> None:
-    """Raises ValueError where a layer's weight, gradient or form is not what `P` was made for.
+def check_fits(layer: Layer, state: Mapping[str, Any], group: dict[str, Any]) -> None:
+    """Raises ValueError where a layer's weight, gradient or options are not what `P` was made for.
 
     Whatever refuses a layer must do so before the first one moves.
     """
-    weight, P = layer.weight, state["P"]
+    weight, P, form = layer.weight, state["P"], group["form"]
     if ("first_moment" in state) != (form == "adaptive"):
         raise ValueError(f"the state of {layer.name!r} is not one of form {form!r}: the form of a "
                          "group cannot change once it has stepped")  # fmt: skip
+    if group["max_fan_in"] != layer.max_fan_in:
+        raise ValueError(
+            "the max_fan_in of a group cannot change once its layers are known: "
+            f"{layer.name!r} has {layer.max_fan_in}, its group {group['max_fan_in']}"
+        )
     if weight.device != P.device:
         raise ValueError(
             f"the weight of {layer.name!r} is on {weight.device}, its P on {P.device}: move the "
@@ -161,9 +166,10 @@ def _check_state(
             raise ValueError("state_dict is not that of an RLSOptimizer: its groups have no "
                              f"{sorted(OPTIONS - saved.keys())}")  # fmt: skip
         _check_options(saved)
-        if saved["form"] != group["form"]:
-            raise ValueError(f"state_dict is of form {saved['form']!r}, the optimizer of "
-                             f"{group['form']!r}")  # fmt: skip
+        for name in ("form", "max_fan_in"):
+            if saved[name] != group[name]:
+                raise ValueError(f"state_dict is of {name} {saved[name]!r}, the optimizer of "
+                                 f"{group[name]!r}")  # fmt: skip
         if (saved["fallback_lr"] is None) != (group["fallback_lr"] is None):
             raise ValueError("state_dict and optimizer disagree on whose rate lr is, that of the "
                              "layers or of the fallback rule")  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlscuda import _C
 from rlscuda._torch import foreach_copy_, foreach_norm
 from rlscuda.optim.layers import Layer
 from rlscuda.optim.staging import Factors, Summary
@@ -68,13 +69,11 @@ class Move:
 
     @property
     def rows(self) -> Tensor:
-        """The summary as the operator takes it; without rows where nothing is staged."""
-        P = self.state["P"]
+        """The summary [groups, r, fan_in] in the dtype of `P`; r = 0 where nothing is staged."""
+        P, layer = self.state["P"], self.layer
         if self.summary is None:
-            return P[..., :0, :]
-        rows = self.summary.rows
-        rows = rows if rows.dtype == P.dtype else rows.to(P.dtype)
-        return rows if self.layer.groups > 1 else rows[0]
+            return P.new_empty(layer.groups, 0, layer.fan_in)
+        return self.summary.rows.to(P.dtype)
 
 
 def buffer(workspace: Workspace, name: str, P: Tensor, numel: int) -> Tensor:
@@ -96,7 +95,7 @@ def step_layers(moves: list[Move], workspace: Workspace) -> None:
     batches: dict[tuple, list[Move]] = {}
     for move in moves:
         P, weight = move.state["P"], move.layer.weight
-        key = (id(move.group), P.dtype, weight.dtype, P.device)
+        key = (id(move.group), P.dtype, weight.dtype, P.device, move.layer.blocks > 1)
         batches.setdefault(key, []).append(move)
     for batch in batches.values():
         for chunk in _chunks(batch):
@@ -164,7 +163,7 @@ def _prepare(chunk: list[Move], workspace: Workspace) -> None:
         for move, copy in zip(converted, copies):
             move.grad = copy
     for move in chunk:
-        if move.factors is not None:
+        if move.factors is not None and move.layer.blocks == 1:
             move.projected = _project(move.layer, move.state["P"], move.factors.x, workspace)
 
 
@@ -188,17 +187,19 @@ def _products(chunk: list[Move], P: Tensor, copy: bool) -> list[Tensor]:
     bias_rows = [none] * len(chunk)
     for i, move in enumerate(chunk):
         layer, matrix = move.layer, move.state["P"]
-        n = layer.columns
-        if move.factors is not None and move.projected is not None:
-            torch.mm(move.factors.delta.t(), move.projected, out=move.product)
+        if move.factors is not None:
+            projected = move.projected
+            if projected is None:  # in blocks, by the P of now
+                x = move.factors.x
+                projected = P.new_empty(len(x), layer.fan_in)
+                layer.multiply(x, matrix, out=projected)
+                if layer.bias:
+                    projected += layer.bias_row(matrix)
+            torch.mm(move.factors.delta.t(), projected, out=move.product)
             continue
-        if layer.groups == 1:
-            torch.mm(move.grad, matrix[:n] if layer.bias else matrix, out=move.product)
-        else:
-            grad, product = (t.unflatten(0, (layer.groups, -1)) for t in (move.grad, move.product))
-            torch.bmm(grad, matrix[:, :n], out=product)
+        layer.multiply(move.grad, matrix, out=move.product)
         if layer.bias:
-            bias_rows[i] = matrix[..., n, :]
+            bias_rows[i] = layer.bias_row(matrix)
     if not copy or all(row is none for row in bias_rows):
         return bias_rows
     copies = torch.cat([row.flatten() for row in bias_rows]).split([r.numel() for r in bias_rows])
@@ -206,17 +207,47 @@ def _products(chunk: list[Move], P: Tensor, copy: bool) -> list[Tensor]:
 
 
 def _update_matrices(chunk: list[Move], group: dict[str, Any], found_inf: Tensor | None) -> Tensor:
-    """Updates every `P`; returns h of each matrix in turn, NaN where the weight may not move."""
-    states = [move.state for move in chunk]
+    """Updates every `P`; returns h of each group in turn, NaN where its weight may not move."""
+    layers, states = [move.layer for move in chunk], [move.state for move in chunk]
     projection, projected, inputs = _projections(chunk, group)
-    shrinkage = group["shrinkage"]
-    return _rls_update(
-        [state["P"] for state in states], [move.rows for move in chunk],
-        [state["power"] for state in states] if "power" in states[0] else [],
-        [state["health"] for state in states], found_inf, projection, projected, inputs,
+    shrinkage, blocked, rows = group["shrinkage"], layers[0].blocks > 1, [m.rows for m in chunk]
+    powers = [state["power"] for state in states] if "power" in states[0] else []
+    if blocked and powers:  # the operator takes one a matrix: here all blocks of a group share it
+        rows = [_normalised(m, group["gain"], found_inf) for m in chunk]
+        powers = []
+    h = _rls_update(
+        [state["P"] for state in states], [layer.split(r) for layer, r in zip(layers, rows)],
+        powers, [state["health"] for state in states], found_inf, projection, projected, inputs,
         group["forgetting"], group["gain"], 1 - shrinkage, shrinkage * group["initial_scale"],
         group["drift"] or 0.0, group["initial_scale"], group["form"] == "adaptive",
     )  # fmt: skip
+    if not blocked:
+        return h
+    # lambda + kappa s P s of the whole row: every block has added its part to lambda
+    parts = (h - group["forgetting"]).split([layer.groups * layer.blocks for layer in layers])
+    sums = [part.view(layer.groups, -1).sum(1) for part, layer in zip(parts, layers)]
+    return torch.cat(sums) + group["forgetting"]
+
+
+def _normalised(move: Move, gain: float, found_inf: Tensor | None) -> Tensor:
+    """The rows of a layer over the root of their running power, which takes them in.
+
+    As the operator does it for a matrix: see `rlscuda.reference.running_power`.
+    """
+    rows, power, health = move.rows, move.state["power"], move.state["health"]
+    if move.summary is None:
+        return rows
+    seen, before = rows.double().square().mean((1, 2)), power.double()
+    steps, earlier = (health[_C.health_slots.index(name)] for name in ("steps", "earlier"))
+    kappa = (1 / (steps + earlier + 1)).clamp(min=gain)
+    known = (before > 0) & before.isfinite()
+    now = torch.where(known, before.lerp(seen, kappa), seen)
+    kept = torch.where(known, before.lerp(torch.minimum(seen, 100 * before), kappa), seen)
+    fits = seen <= torch.finfo(power.dtype).max
+    enters = fits if found_inf is None else fits & ~found_inf
+    power.copy_(torch.where(enters, kept, power))
+    scale = torch.where(fits, torch.where(now > 0, now.rsqrt(), 0.0), math.nan)
+    return (rows * scale[:, None, None]).to(rows.dtype)
 
 
 def _projections(
