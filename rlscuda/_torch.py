@@ -70,12 +70,10 @@ def pre_hooks(module: nn.Module) -> dict[int, Any]:
     return module._forward_pre_hooks
 
 
-def has_own_forward(module: nn.Module) -> bool:
-    """Whether a Linear or convolution computes something else than that class does."""
-    kind: Any = type(module)
-    base: Any = next(b for b in (nn.Linear, nn.Conv1d, nn.Conv2d) if isinstance(module, b))
-    names = ("forward",) if base is nn.Linear else ("forward", "_conv_forward")
-    return any(getattr(kind, name) is not getattr(base, name) for name in names)
+def has_own_forward(module: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether a module computes something else than a class that it is derived from."""
+    names, kind = ("forward", "_conv_forward"), type(module)
+    return any(getattr(kind, name, None) is not getattr(base, name, None) for name in names)
 
 
 def masked_name(hook: Any) -> str:

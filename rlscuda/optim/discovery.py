@@ -12,7 +12,7 @@ from torch import nn
 
 from rlscuda._torch import has_own_forward, own_parameters
 from rlscuda.optim.kept import Change, KeptLayer, Replaced
-from rlscuda.optim.layers import COVERED, Layer
+from rlscuda.optim.layers import Layer, base_of
 from rlscuda.optim.staging import Stage
 
 _Users = dict[int, list[tuple[str, nn.Module]]]  # id of a parameter -> the modules that hold it
@@ -70,9 +70,10 @@ def refusal(module: nn.Module) -> str | None:
     kind = type(module).__name__
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "MultiheadAttention uses its weight without calling it"
-    if not isinstance(module, COVERED):
+    base = base_of(module)
+    if base is None:
         return f"no RLS rule for {kind}"
-    if has_own_forward(module):
+    if has_own_forward(module, base):
         return f"{kind} has a forward of its own"
     weight = own_parameters(module).get("weight")
     if weight is None:

@@ -157,10 +157,11 @@ class KeptLayer:
     @classmethod
     def of(cls, layer: Layer, weight: Kept) -> KeptLayer:
         """What is kept of a layer of whose weight that is kept."""
-        rows = weight.places(0)
-        groups = torch.unique(rows // (weight.of[0] // layer.groups))
-        area = layer.columns // weight.of[1]
-        columns = weight.places(1)[:, None] * area + torch.arange(area, device="cpu")
+        out, into = (1, 0) if layer.transposed else (0, 1)
+        rows = weight.places(out)
+        groups = torch.unique(rows // (layer.outputs // layer.groups))
+        area = layer.columns // weight.of[into]
+        columns = weight.places(into)[:, None] * area + torch.arange(area, device="cpu")
         return cls(layer, rows, groups, _with_bias(layer, columns.view(1, -1), len(groups)))
 
     @classmethod
@@ -182,7 +183,7 @@ class KeptLayer:
             raise ValueError(
                 f"kept of {name!r} must be as many in each group, got {counts.tolist()}"
             )
-        rows = torch.arange(len(layer.weight), device="cpu")
+        rows = torch.arange(layer.outputs, device="cpu")
         columns = (kept % n).view(len(groups), -1)
         return cls(layer, rows, groups, _with_bias(layer, columns, len(groups)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -18,6 +19,17 @@ SUMMARIES = ("mean", "sketch", "sample")
 COVERED = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
+def base_of(module: nn.Module) -> type[nn.Module] | None:
+    """The class whose forward the RLS rule knows and `module` is derived from, if there is one."""
+    return next((kind for kind in (*COVERED, *_transposed()) if isinstance(module, kind)), None)
+
+
+def _transposed() -> tuple[type[nn.Module], ...]:
+    """The Conv1D of transformers, a Linear whose weight is [n, c], where that is loaded."""
+    kind = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return () if kind is None else (kind,)
+
+
 @dataclass(eq=False)
 class Layer:
     """One RLS-trained layer: its parameters, the geometry of its im2col matrix and of its `P`.
@@ -27,12 +39,14 @@ class Layer:
 
     Attributes:
         name: Qualified name in the model.
-        module: One of the kinds in `COVERED`.
+        module: One of the kinds that `base_of` knows.
         index: Place among the model's layers; part of the seed of its random signs.
         bias: Whether the bias is a column of ones inside `P`.
-        weight: The weight [c, n] or [c, C/groups, *kernel], which a mask put on later leaves here.
+        weight: The weight [c, n], [n, c] where `transposed`, or [c, C/groups, *kernel]; a mask put
+            on later leaves it here.
         bias_parameter: The bias [c], or None.
         columns: Fan-in without the bias.
+        transposed: Whether the weight is that of the Conv1D of transformers.
         max_fan_in: The largest block of `P`; None for no blocks.
         geometry: Kernel size, stride, padding (left, right, top, bottom), dilation, groups and
             padding mode, as the operators take them; a Linear is a 1 x 1 convolution, a Conv1d one
@@ -46,6 +60,7 @@ class Layer:
     weight: nn.Parameter = field(init=False)
     bias_parameter: nn.Parameter | None = field(init=False)
     columns: int = field(init=False)
+    transposed: bool = field(init=False)
     max_fan_in: int | None = None
     geometry: tuple = field(init=False)
 
@@ -53,8 +68,9 @@ class Layer:
         m = self.module
         self.weight = m.weight
         self.bias_parameter = own_parameters(m).get("bias")
-        self.columns = m.weight.numel() // max(1, m.weight.shape[0])
-        if isinstance(m, nn.Linear):
+        self.transposed = isinstance(m, _transposed())
+        self.columns = m.weight.numel() // max(1, self.outputs)
+        if m.weight.dim() == 2:
             self.geometry = ([1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1, 0)
             return
         lines = [1] * (2 - len(m.kernel_size))
@@ -84,11 +100,20 @@ class Layer:
         weight = self.weight
         if weight.dim() != 2:
             return False
-        outputs, m = weight.shape[0], self.block_size
+        outputs, m = self.outputs, self.block_size
         rows = x.numel() // self.columns
         if 2 * rows * (m + outputs) >= m * outputs or x.device.type != "cpu":
             return False
         return x.dtype == weight.dtype == state_dtype(weight, dtype)
+
+    @property
+    def outputs(self) -> int:
+        """c: rows of the weight as a matrix, see `as_rows`."""
+        return self.weight.shape[1 if self.transposed else 0]
+
+    def as_rows(self, like_weight: Tensor) -> Tensor:
+        """A tensor of the weight's shape as [c, columns]."""
+        return like_weight.t() if self.transposed else like_weight.flatten(1)
 
     @property
     def groups(self) -> int:
@@ -132,6 +157,8 @@ class Layer:
     @property
     def plane_weight(self) -> Tensor:
         """The weight as the operators take it, [c, n] or [c, C/groups, kh, kw]: a view."""
+        if self.transposed:
+            return self.weight.t()
         return self.weight.unsqueeze(2) if self.weight.dim() == 3 else self.weight
 
     def spans(self) -> Iterator[tuple[int, int, int]]:

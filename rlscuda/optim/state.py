@@ -22,7 +22,7 @@ _OF_FALLBACK = set().union(*ENTRIES.values())
 
 def _shapes(layer: Layer, form: str) -> dict[str, tuple[int, ...]]:
     """The tensors that every state of a layer holds, besides its counters."""
-    rows = layer.weight.shape[0]
+    rows = layer.outputs
     shapes: dict[str, tuple[int, ...]] = {
         "P": layer.matrix_shape,
         "health": (len(_C.health_slots),),
@@ -47,7 +47,7 @@ def initial_state(layer: Layer, group: dict[str, Any]) -> dict[str, Any]:
         state[name] = torch.zeros(shape, dtype=kind, device=device)
     torch.diagonal(state["P"], dim1=-2, dim2=-1).fill_(group["initial_scale"])
     if group["form"] != "adaptive" and group["momentum"]:
-        shape = (layer.weight.shape[0], layer.fan_in)
+        shape = (layer.outputs, layer.fan_in)
         state["momentum_buffer"] = torch.zeros(shape, dtype=dtype, device=device)
     return state
 
@@ -105,7 +105,7 @@ def check_fits(layer: Layer, state: Mapping[str, Any], group: dict[str, Any]) ->
             f"the weight of {layer.name!r} is on {weight.device}, its P on {P.device}: move the "
             "model before the optimizer is made, or load its state_dict after"
         )
-    rows = weight.shape[0]
+    rows = layer.outputs
     moment = state.get("first_moment", state.get("momentum_buffer"))
     same_rows = moment is None or len(moment) == rows
     if not same_rows or weight.numel() != rows * layer.columns:
@@ -253,7 +253,7 @@ def _check_layer(layer: Layer, form: str, entries: Mapping[str, Any]) -> None:
         raise ValueError(f"step {where} must be an int >= 0, got {step!r}")
     shapes = _shapes(layer, form)
     if "momentum_buffer" in entries:
-        shapes["momentum_buffer"] = (layer.weight.shape[0], layer.fan_in)
+        shapes["momentum_buffer"] = (layer.outputs, layer.fan_in)
     for name, shape in shapes.items():
         value = entries.get(name)
         if not isinstance(value, Tensor) or value.shape != shape:

@@ -59,7 +59,7 @@ class Move:
     def __post_init__(self):
         weight = self.layer.weight
         assert weight.grad is not None
-        self.grad = weight.grad if weight.dim() == 2 else weight.grad.flatten(1)
+        self.grad = self.layer.as_rows(weight.grad)
         if self.factors is not None and (
             self.summary is None
             or not self.moves_bias
@@ -124,7 +124,7 @@ def _chunks(batch: list[Move]) -> Iterator[list[Move]]:
     chunk: list[Move] = []
     used = 0
     for move in batch:
-        size = move.layer.weight.shape[0] * move.layer.fan_in * move.state["P"].element_size()
+        size = move.layer.outputs * move.layer.fan_in * move.state["P"].element_size()
         if chunk and used + size > limit:
             yield chunk
             chunk, used = [], 0
@@ -149,7 +149,7 @@ def _step_chunk(chunk: list[Move], found_inf: Tensor | None, workspace: Workspac
 def _prepare(chunk: list[Move], workspace: Workspace) -> None:
     """Gives every move its gradient in the dtype of `P`, and its product a place."""
     P = chunk[0].state["P"]
-    shapes = [(move.layer.weight.shape[0], move.layer.fan_in) for move in chunk]
+    shapes = [(move.layer.outputs, move.layer.fan_in) for move in chunk]
     products = buffer(workspace, "product", P, sum(rows * n for rows, n in shapes))
     start = 0
     for move, (rows, n) in zip(chunk, shapes):

@@ -143,6 +143,8 @@ def pruning_layers(model: nn.Module, layers: Iterable[str | nn.Module] | None) -
     found: dict[nn.Module, Layer] = {}
     reasons: dict[nn.Module, str] = {}
     for index, match in enumerate(discover(model, None, None)):
+        if not isinstance(match.module, COVERED) and not match.reason:
+            match.layer, match.reason = None, f"{type(match.module).__name__} cannot be pruned"
         if match.layer is not None:
             match.layer.bias = match.bias_fits
         layer = match.layer or _masked_layer(match, index, model)
