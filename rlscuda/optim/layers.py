@@ -16,7 +16,7 @@ from rlscuda._torch import own_parameters
 from rlscuda.functional.patches import PADDING_MODES
 
 SUMMARIES = ("mean", "sketch", "sample")
-COVERED = (nn.Linear, nn.Conv1d, nn.Conv2d)
+COVERED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def base_of(module: nn.Module) -> type[nn.Module] | None:
@@ -50,7 +50,8 @@ class Layer:
         max_fan_in: The largest block of `P`; None for no blocks.
         geometry: Kernel size, stride, padding (left, right, top, bottom), dilation, groups and
             padding mode, as the operators take them; a Linear is a 1 x 1 convolution, a Conv1d one
-            of images of one line.
+            of images of one line, a Conv3d one of its slabs.
+        depth: Kernel size, stride, dilation and padding (before, after) along a volume's depth.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Layer:
     transposed: bool = field(init=False)
     max_fan_in: int | None = None
     geometry: tuple = field(init=False)
+    depth: tuple = field(init=False)
 
     def __post_init__(self):
         m = self.module
@@ -73,18 +75,16 @@ class Layer:
         if m.weight.dim() == 2:
             self.geometry = ([1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1, 0)
             return
-        lines = [1] * (2 - len(m.kernel_size))
-        kernel, stride, dilation = (
-            [*lines, *pair] for pair in (m.kernel_size, m.stride, m.dilation)
-        )
         if isinstance(m.padding, str):
-            total = [d * (k - 1) * (m.padding == "same") for d, k in zip(dilation, kernel)]
-            (top, bottom), (left, right) = ((t // 2, t - t // 2) for t in total)
+            total = [d * (k - 1) * (m.padding == "same") for d, k in zip(m.dilation, m.kernel_size)]
+            padding = [(t // 2, t - t // 2) for t in total]
         else:
-            top, left = bottom, right = (0, *m.padding)[-2:]
-        padding = [left, right, top, bottom]
+            padding = [(p, p) for p in m.padding]
+        axes = list(zip(m.kernel_size, m.stride, m.dilation, padding))
+        self.depth, *plane = [(1, 1, 1, (0, 0))] * (3 - len(axes)) + axes
+        kernel, stride, dilation, (rows, columns) = map(list, zip(*plane))
         mode = PADDING_MODES.index(m.padding_mode)
-        self.geometry = (kernel, stride, padding, dilation, m.groups, mode)
+        self.geometry = (kernel, stride, [*columns, *rows], dilation, m.groups, mode)
 
     def factors_pay(self, x: Tensor, dtype: torch.dtype | None) -> bool:
         """Whether the factored product (P X^T) delta is possible and cheaper than G P.
@@ -152,13 +152,29 @@ class Layer:
         if self.weight.dim() == 2:
             return x.reshape(-1, x.shape[-1], 1, 1)
         x = x if x.dim() == self.weight.dim() else x.unsqueeze(0)
+        if x.dim() == 5:
+            return self._slabs(x)
         return x if x.dim() == 4 else x.unsqueeze(2)
+
+    def _slabs(self, x: Tensor) -> Tensor:
+        """Volumes [N, C, D, H, W] as images [N D', C kd, H, W]: kd planes an output plane."""
+        size, stride, dilation, padding = self.depth
+        mode = PADDING_MODES[self.geometry[5]]
+        if mode == "zeros":
+            x = F.pad(x, (0, 0, 0, 0, *padding))
+        places = torch.arange(x.shape[2], device=x.device)
+        if mode != "zeros":
+            places = F.pad(places[None].double(), padding, mode=mode)[0].long()
+        windows = places.unfold(0, dilation * (size - 1) + 1, stride)[:, ::dilation]
+        return x[:, :, windows].movedim(2, 1).flatten(2, 3).flatten(0, 1)
 
     @property
     def plane_weight(self) -> Tensor:
         """The weight as the operators take it, [c, n] or [c, C/groups, kh, kw]: a view."""
         if self.transposed:
             return self.weight.t()
+        if self.weight.dim() == 5:  # whatever its memory format, the operators read it in order
+            return self.weight.view(*self.weight.shape[:3], -1)
         return self.weight.unsqueeze(2) if self.weight.dim() == 3 else self.weight
 
     def spans(self) -> Iterator[tuple[int, int, int]]:

@@ -41,6 +41,7 @@ class Move:
         summary: What is staged of its input, or None.
         factors: The factors of its gradient, where they were kept and still hold all of it.
         moves_bias: Whether its bias, if in `P`, is still in a group.
+        weight: Its weight as the operators take it.
         grad: Its gradient as [c, n], contiguous, of the dtype of `P`.
         product: Where the product goes [c, fan_in].
         projected: X P [N, fan_in] for the factored product.
@@ -52,6 +53,7 @@ class Move:
     summary: Summary | None
     factors: Factors | None
     moves_bias: bool
+    weight: Tensor = field(init=False)
     grad: Tensor = field(init=False)
     product: Tensor = field(init=False)
     projected: Tensor | None = None
@@ -59,6 +61,7 @@ class Move:
     def __post_init__(self):
         weight = self.layer.weight
         assert weight.grad is not None
+        self.weight = self.layer.plane_weight
         self.grad = self.layer.as_rows(weight.grad)
         if self.factors is not None and (
             self.summary is None
@@ -307,7 +310,7 @@ def _move_weights(
         h = _shortened(chunk, h, biases, (lr if rate is None else rate) / longest)
         divide_by_h = True
     _weight_step(
-        [layer.plane_weight for layer in layers], biases, [move.product for move in chunk],
+        [move.weight for move in chunk], biases, [move.product for move in chunk],
         [move.grad for move in chunk] if adaptive else [], bias_rows, bias_gradients, h,
         [layer.groups for layer in layers], first,
         [state["second_moment"] for state in states] if adaptive else [],
