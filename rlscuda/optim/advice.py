@@ -60,9 +60,10 @@ def of_steps(moves: list[Move], stages: Mapping[nn.Parameter, Stage]) -> Iterato
         yield (
             f"no input was seen in the last {PATIENCE} steps of {', '.join(map(repr, blind))}: "
             "they train without P. Their forward is not that of the module itself "
-            "(functional_call, torch.func, DataParallel), was compiled in eval mode or before the "
-            "optimizer was made (call torch.compiler.reset()), has sparse input, does not happen "
-            "while zero_grad(set_to_none=False) keeps a gradient, or somebody removed its hooks"
+            "(functional_call, torch.func, DataParallel), is an attention of more than one tensor, "
+            "was compiled in eval mode or before the optimizer was made (call "
+            "torch.compiler.reset()), has sparse input, does not happen while "
+            "zero_grad(set_to_none=False) keeps a gradient, or somebody removed its hooks"
         )
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from rlscuda._torch import has_own_forward, own_parameters
 from rlscuda.optim.kept import Change, KeptLayer, Replaced
-from rlscuda.optim.layers import Layer, base_of
+from rlscuda.optim.layers import Layer, base_of, names_of
 from rlscuda.optim.staging import Stage
 
 _Users = dict[int, list[tuple[str, nn.Module]]]  # id of a parameter -> the modules that hold it
@@ -75,7 +75,9 @@ def refusal(module: nn.Module) -> str | None:
         return f"no RLS rule for {kind}"
     if has_own_forward(module, base):
         return f"{kind} has a forward of its own"
-    weight = own_parameters(module).get("weight")
+    weight = _own_weight(module)
+    if isinstance(module, nn.MultiheadAttention) and weight is None:
+        return "its query, key and value have weights of their own"
     if weight is None:
         return "its weight is not a plain parameter (parametrised or masked)"
     if isinstance(weight, nn.parameter.UninitializedParameter):
@@ -87,11 +89,16 @@ def refusal(module: nn.Module) -> str | None:
     return None
 
 
+def _own_weight(module: nn.Module) -> nn.Parameter | None:
+    return own_parameters(module).get(names_of(module)[0])
+
+
 def _reasons(
     model: nn.Module, users: _Users, included: set[nn.Module] | None, excluded: set[nn.Module]
 ) -> dict[nn.Module, str]:
     """Why each module with parameters of its own is not to be covered; '' where it is."""
     reasons: dict[nn.Module, str] = {}
+    crossed: set[nn.Module] = set()
     for module in model.modules():
         if own_parameters(module):
             reason = refusal(module) or ""
@@ -100,17 +107,22 @@ def _reasons(
             if not reason and module in excluded:
                 reason = "excluded"
             reasons[module] = reason
+        if isinstance(module, nn.TransformerDecoderLayer):
+            crossed.add(module.multihead_attn)
+    for module in crossed & reasons.keys():
+        reasons[module] = reasons[module] or "its query differs from its key and value"
     alone = dict(reasons)
     sharing = _sharing(model)
     for module, reason in alone.items():
         if reason:
             continue
-        for name, other in users[id(module.weight)]:
+        weight = cast(nn.Parameter, _own_weight(module))
+        for name, other in users[id(weight)]:
             if alone[other]:
                 reasons[module] = f"its weight is also that of {name!r}: {alone[other]}"
             elif getattr(other, "groups", 1) != getattr(module, "groups", 1):
                 reasons[module] = f"its weight is also that of {name!r}, in other groups"
-        if there := sharing.get(cast(nn.Parameter, module.weight)):
+        if there := sharing.get(weight):
             reasons[module] = f"its weight lies in the memory of {there!r}, another parameter"
     return reasons
 
@@ -129,10 +141,12 @@ def _sharing(model: nn.Module) -> dict[nn.Parameter, str]:
     }
 
 
-def _bias_fits(module: Any, users: _Users) -> bool:
+def _bias_fits(module: nn.Module, users: _Users) -> bool:
     """Whether the bias belongs to the weight alone, so that it may be a column of its rows."""
-    bias, weight = own_parameters(module).get("bias"), module.weight
-    if bias is None or (bias.dtype, bias.device) != (weight.dtype, weight.device):
+    weight, bias = _own_weight(module), own_parameters(module).get(names_of(module)[1])
+    if weight is None or bias is None:
+        return False
+    if (bias.dtype, bias.device) != (weight.dtype, weight.device):
         return False
     holders = [{id(m) for _, m in users[id(p)]} for p in (weight, bias)]
     return holders[0] == holders[1] and bias.is_contiguous()

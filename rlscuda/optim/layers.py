@@ -21,7 +21,14 @@ COVERED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 def base_of(module: nn.Module) -> type[nn.Module] | None:
     """The class whose forward the RLS rule knows and `module` is derived from, if there is one."""
-    return next((kind for kind in (*COVERED, *_transposed()) if isinstance(module, kind)), None)
+    kinds = (*COVERED, nn.MultiheadAttention, *_transposed())
+    return next((kind for kind in kinds if isinstance(module, kind)), None)
+
+
+def names_of(module: nn.Module) -> tuple[str, str]:
+    """The names of the weight and the bias that a module's rule moves."""
+    prefix = "in_proj_" if isinstance(module, nn.MultiheadAttention) else ""
+    return f"{prefix}weight", f"{prefix}bias"
 
 
 def _transposed() -> tuple[type[nn.Module], ...]:
@@ -47,6 +54,7 @@ class Layer:
         bias_parameter: The bias [c], or None.
         columns: Fan-in without the bias.
         transposed: Whether the weight is that of the Conv1D of transformers.
+        crossed: Whether an attention was seen whose query, key and value are not one tensor.
         max_fan_in: The largest block of `P`; None for no blocks.
         geometry: Kernel size, stride, padding (left, right, top, bottom), dilation, groups and
             padding mode, as the operators take them; a Linear is a 1 x 1 convolution, a Conv1d one
@@ -62,17 +70,19 @@ class Layer:
     bias_parameter: nn.Parameter | None = field(init=False)
     columns: int = field(init=False)
     transposed: bool = field(init=False)
+    crossed: bool = False
     max_fan_in: int | None = None
     geometry: tuple = field(init=False)
     depth: tuple = field(init=False)
 
     def __post_init__(self):
         m = self.module
-        self.weight = m.weight
-        self.bias_parameter = own_parameters(m).get("bias")
+        weight, bias = names_of(m)
+        self.weight = getattr(m, weight)
+        self.bias_parameter = own_parameters(m).get(bias)
         self.transposed = isinstance(m, _transposed())
-        self.columns = m.weight.numel() // max(1, self.outputs)
-        if m.weight.dim() == 2:
+        self.columns = self.weight.numel() // max(1, self.outputs)
+        if self.weight.dim() == 2:
             self.geometry = ([1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1, 0)
             return
         if isinstance(m.padding, str):
@@ -98,7 +108,7 @@ class Layer:
             dtype: That the user asks for `P`, or None.
         """
         weight = self.weight
-        if weight.dim() != 2:
+        if weight.dim() != 2 or isinstance(self.module, nn.MultiheadAttention):
             return False
         outputs, m = self.outputs, self.block_size
         rows = x.numel() // self.columns

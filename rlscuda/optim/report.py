@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from rlscuda import _C
 from rlscuda._torch import own_parameters
 from rlscuda.optim.discovery import Registry
-from rlscuda.optim.layers import matrix_bytes
+from rlscuda.optim.layers import Layer, matrix_bytes
 
 
 @dataclass(frozen=True)
@@ -88,17 +89,7 @@ def coverage_of(registry: Registry, patience: int) -> Coverage:
             why = match.reason or "its weight is frozen or in no parameter group"
             rows.append(CoverageRow(match.name, kind, "fallback", why))
         else:
-            apart = layer.module.bias is not None and not layer.bias
-            why = (
-                "its bias is frozen, shared or in another group, and so outside P" if apart else ""
-            )
-            if layer.blocks > 1:
-                why = (
-                    f"P is {layer.blocks} blocks of at most {layer.block_size} of the "
-                    f"{layer.fan_in} inputs: more than max_fan_in={layer.max_fan_in}"
-                )
-            if layer.weight in blind:
-                why = "no input is seen: it steps without P"
+            why = "; ".join(_remarks(layer, layer.weight in blind))
             size = matrix_bytes(layer, group_of[layer.weight]["dtype"])
             shape = (layer.fan_in, layer.groups, layer.blocks)
             rows.append(CoverageRow(match.name, kind, "exact", why, *shape, size))
@@ -113,12 +104,27 @@ def coverage_of(registry: Registry, patience: int) -> Coverage:
     return rows
 
 
+def _remarks(layer: Layer, blind: bool) -> Iterator[str]:
+    """What is out of the ordinary about a covered layer."""
+    if layer.crossed:
+        yield "its query, key and value are not one tensor: it steps without P"
+    elif blind:
+        yield "no input is seen: it steps without P"
+    if layer.blocks > 1:
+        yield (
+            f"P is {layer.blocks} blocks of at most {layer.block_size} of the {layer.fan_in} "
+            f"inputs: more than max_fan_in={layer.max_fan_in}"
+        )
+    if layer.bias_parameter is not None and not layer.bias:
+        yield "its bias is frozen, shared or in another group, and so outside P"
+
+
 @dataclass(frozen=True)
 class LayerHealth:
     """How the matrix of one layer fares.
 
     Attributes:
-        updates: Updates applied to its matrices (each group of a convolution counts).
+        updates: Updates applied to its matrices (each group and block counts).
         refused: Updates refused for a non-finite summary or gradient.
         resets: Times that h was not positive and finite, and `P` was set back to its start.
         missing: Steps that had a gradient but no staged input.
