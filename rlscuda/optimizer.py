@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -190,7 +191,19 @@ class RLSOptimizer(Optimizer):
         group = self._registry.group_of.get(weight)
         if group is not None and weight.requires_grad:
             step = self.state[weight].get("step", 0) if weight in self.state else 0
-            self._registry.stages[weight].observe(layer, group, step, x, output)
+            registry = self._registry
+            registry.stages[weight].observe(layer, group, step, registry.mask, x, output)
+
+    def mask(self, mask: Tensor) -> AbstractContextManager[None]:
+        """Keeps padded positions out of every `P`, for the forwards inside a ``with``.
+
+        It holds for linear layers and self-attention whose input has the mask's shape before its
+        features; checkpointed segments need it around the backward too. A GPU is waited for.
+
+        Args:
+            mask: bool, such as [batch, time], True where a position counts.
+        """
+        return self._registry.mask.entered(mask)
 
     # -- the step ---------------------------------------------------------------------------------
 

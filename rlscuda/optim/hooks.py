@@ -77,7 +77,7 @@ class ForwardHook:
             layer.crossed = any(other is not x for other in others)
             output = output[0]
         else:
-            x = args[0] if args else named["input"]
+            x = args[0] if args else next(iter(named.values()))
         if output.requires_grad and not torch.jit.is_tracing() and not layer.crossed:
             observe(layer, x, output)
 

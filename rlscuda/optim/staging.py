@@ -7,6 +7,8 @@ an unused branch) stages nothing, and one that is counts once, in training mode 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +123,61 @@ class Factors:
         return _factors_agree(grad, self.x, self.delta.contiguous(), grad_bias)
 
 
+class RowMask:
+    """Which rows of inputs take part, as `RLSOptimizer.mask` has it; all where it is not entered.
+
+    Attributes:
+        shape: Of the mask that is entered: of an input without its features.
+        index: Places of the rows that take part.
+        left: Shapes of masks that were entered since the last `clear`.
+    """
+
+    def __init__(self):
+        self.shape: torch.Size | None = None
+        self.index: Tensor | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets masks that were left."""
+        self.left: set[torch.Size] = set()
+
+    @contextmanager
+    def entered(self, mask: Tensor) -> Iterator[None]:
+        """Lets a mask hold inside.
+
+        Raises:
+            TypeError: It is no bool tensor.
+        """
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask must be a bool tensor, got {got}")
+        outside = self.shape, self.index
+        self.shape, self.index = mask.shape, mask.flatten().nonzero()[:, 0]
+        self.left.add(mask.shape)
+        try:
+            yield
+        finally:
+            self.shape, self.index = outside
+
+    def take(self, layer: Layer, x: Tensor) -> Tensor:
+        """The rows [k, n] of an input of the mask's shape that take part; any other as it is.
+
+        Raises:
+            RuntimeError: A checkpointed segment is recomputed where its mask does not hold.
+        """
+        leading = x.shape[:-1]
+        if layer.weight.dim() != 2 or leading not in self.left:
+            return x
+        if leading == self.shape and self.index is not None:
+            return x.flatten(0, -2).index_select(0, self.index.to(x.device))
+        if in_backward():
+            raise RuntimeError(
+                f"the input of {layer.name!r} is recomputed outside of the mask of its shape "
+                f"{list(leading)}: let mask() enclose backward() too"
+            )
+        return x
+
+
 class Stage:
     """What one layer has staged for the next step.
 
@@ -173,7 +230,13 @@ class Stage:
         self.factors = factors if self.calls == 1 else None
 
     def observe(
-        self, layer: Layer, group: dict[str, Any], step: int, x: Tensor, output: Tensor
+        self,
+        layer: Layer,
+        group: dict[str, Any],
+        step: int,
+        mask: RowMask,
+        x: Tensor,
+        output: Tensor,
     ) -> None:
         """Summarises the input of one forward, to be committed when its gradient comes.
 
@@ -181,6 +244,7 @@ class Stage:
             layer: The layer.
             group: Its parameter group.
             step: Steps it has taken.
+            mask: Which rows take part.
             x: The input.
             output: The output, with a gradient to come.
         """
@@ -190,13 +254,16 @@ class Stage:
         if weight.grad is None and self.calls and not in_backward():
             self.clear()  # the gradient was dropped, and so was the step
         x = x.detach()
-        images = layer.images(x)
+        some = mask.take(layer, x)
+        if not some.numel():
+            return
+        images = layer.images(some)
         size = images.shape[0] * (layer.positions(images) if group["summary"] == "sketch" else 1)
         offset = self.reserve(size, tentative=in_backward() or not layer.module.training)
         seed = (group["seed"] + _SEED_STRIDE * (1 + layer.index + (step << 16))) & (2**63 - 1)
         summary = summarise(layer, images, group["summary"], group["rank"], seed, offset)
         rows, seen, counted = None, 0, 0
-        if layer.factors_pay(x, group["dtype"]):
+        if some is x and layer.factors_pay(x, group["dtype"]):
             rows = x.reshape(-1, x.shape[-1]).contiguous()
             seen = version_of(rows)
 
