@@ -15,10 +15,10 @@ from rlscuda.interrupts import uninterrupted
 from rlscuda.optim import advice, forms, hooks
 from rlscuda.optim.discovery import Registry, as_list
 from rlscuda.optim.fallback import Fallback, set_rates
-from rlscuda.optim.kept import Change, Replaced
+from rlscuda.optim.kept import Change, Replaced, cut_states
 from rlscuda.optim.layers import Layer
 from rlscuda.optim.report import Coverage, Health, coverage_of, health_of
-from rlscuda.optim.state import check_fits, ensure_state, forget, guarded_load, restart
+from rlscuda.optim.state import check_fits, ensure_state, forget, guarded_load, ready, restart
 from rlscuda.optim.stepping import Move, Workspace, step_layers
 
 
@@ -192,7 +192,7 @@ class RLSOptimizer(Optimizer):
         if group is not None and weight.requires_grad:
             step = self.state[weight].get("step", 0) if weight in self.state else 0
             registry = self._registry
-            registry.stages[weight].observe(layer, group, step, registry.mask, x, output)
+            registry.stages[weight].observe(layer, group, step, registry.inputs, x, output)
 
     def mask(self, mask: Tensor) -> AbstractContextManager[None]:
         """Keeps padded positions out of every `P`, for the forwards inside a ``with``.
@@ -203,7 +203,7 @@ class RLSOptimizer(Optimizer):
         Args:
             mask: bool, such as [batch, time], True where a position counts.
         """
-        return self._registry.mask.entered(mask)
+        return self._registry.inputs.entered(mask)
 
     # -- the step ---------------------------------------------------------------------------------
 
@@ -237,6 +237,7 @@ class RLSOptimizer(Optimizer):
         moving = [self._registry.layers[w] for w in self._registry.group_of if w.grad is not None]
         fresh = [layer for layer in moving if "P" not in self.state.get(layer.weight, ())]
         try:  # all that may refuse comes before the first layer moves
+            ready(self.state, self._registry, moving, self._fallback)
             moves = [self._move(layer) for layer in moving]
             self._fallback.prepare(self.param_groups, self._covered(), self.state)
             self._fallback.step(self.param_groups, self.state)
@@ -259,7 +260,7 @@ class RLSOptimizer(Optimizer):
 
     def _move(self, layer: Layer) -> Move:
         group, stage = self._registry.group_of[layer.weight], self._registry.stages[layer.weight]
-        state = self._ensure_state(layer)
+        state = self.state[layer.weight]
         check_fits(layer, state, group)
         moves_bias = self._registry.members.issuperset(layer.parameters())
         return Move(layer, group, state, stage.summary, stage.factors, moves_bias)
@@ -272,10 +273,6 @@ class RLSOptimizer(Optimizer):
             for p in self._registry.layers[weight].parameters()
             if p is weight or weight.grad is not None or p.grad is None
         }
-
-    def _ensure_state(self, layer: Layer) -> dict[str, Any]:
-        group = self._registry.group_of[layer.weight]
-        return ensure_state(self.state, layer, group, self._fallback)
 
     def restart(self, memory: int = 30) -> None:
         r"""Readies the optimizer for another schedule, once one has ended.
@@ -335,13 +332,15 @@ class RLSOptimizer(Optimizer):
             ValueError: The RLS rule does not cover it.
         """
         self._follow_groups()
-        return self._ensure_state(self._registry.find(layer))["P"]
+        found = self._registry.find(layer)
+        group = self._registry.group_of[found.weight]
+        return ensure_state(self.state, found, group, self._fallback)["P"]
 
     def coverage(self) -> Coverage:
         """How each module of the model is trained, why, and the bytes of its `P`."""
         self._follow_groups()
         self._registry.search()
-        return coverage_of(self._registry, advice.PATIENCE)
+        return coverage_of(self._registry, self.state, advice.PATIENCE)
 
     def health(self) -> Health:
         """The health of every `P`; reads counters from the device, so it waits for it."""
@@ -390,6 +389,6 @@ class RLSOptimizer(Optimizer):
             ValueError: A state has an entry that is not known.
         """
         cut, kept, changes = self._registry.cut(replaced)
-        states = {w: one.entries(self.state[w]) for w, one in kept.items() if w in self.state}
+        states = cut_states(kept, self.state)
         changes += [(self._fallback, name, value) for name, value in Fallback.FRESH.items()]
         return states, [*changes, (self, "_registry", cut)]

@@ -13,7 +13,7 @@ from torch import nn
 from rlscuda._torch import has_own_forward, own_parameters
 from rlscuda.optim.kept import Change, KeptLayer, Replaced
 from rlscuda.optim.layers import Layer, base_of, names_of
-from rlscuda.optim.staging import RowMask, Stage
+from rlscuda.optim.staging import Inputs, Stage
 
 _Users = dict[int, list[tuple[str, nn.Module]]]  # id of a parameter -> the modules that hold it
 
@@ -251,7 +251,7 @@ class Registry:
         stages: Covered weight -> what is staged for its next step.
         group_of: Covered weight -> its parameter group.
         members: All parameters of the groups.
-        mask: Which rows of inputs take part.
+        inputs: What inputs of different layers have in common.
     """
 
     def __init__(self, model: nn.Module | None, include: Any, exclude: Any):
@@ -259,7 +259,7 @@ class Registry:
         self.matches = [] if model is None else discover(model, include, exclude)
         self.layers: dict[nn.Parameter, Layer] = {}
         self.stages: dict[nn.Parameter, Stage] = {}
-        self.mask = RowMask()
+        self.inputs = Inputs()
         self._bound: set[Match] = set()
         self.forget_groups()
 
@@ -358,7 +358,7 @@ class Registry:
 
     def clear(self) -> None:
         """Forgets everything staged."""
-        self.mask.clear()
+        self.inputs.clear()
         for stage in self.stages.values():
             stage.clear()
 
@@ -373,6 +373,6 @@ class Registry:
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self._model, self.mask = None, RowMask()
+        self._model, self.inputs = None, Inputs()
         self.stages = {weight: Stage() for weight in self.layers}
         self.forget_groups()

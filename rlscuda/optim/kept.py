@@ -234,8 +234,12 @@ class KeptLayer:
         filling = parts[0].new_ones(self.cut.block_size - len(columns))
         return torch.block_diag(*parts, filling.diag())
 
-    def entries(self, state: Mapping[str, Any]) -> dict[str, Any]:
+    def entries(self, state: Mapping[str, Any], made: dict[tuple, Tensor]) -> dict[str, Any]:
         """The layer's state after the cut, which keeps the same columns of every group.
+
+        Args:
+            state: As it was.
+            made: New matrices by the old ones that layers of one input share, and their columns.
 
         Raises:
             ValueError: The state has an entry that is not known.
@@ -243,7 +247,9 @@ class KeptLayer:
         new: dict[str, Any] = {}
         for name, value in state.items():
             if name == "P":
-                new[name] = self.matrix(value)
+                key = (id(value), *self.columns.flatten().tolist())
+                new[name] = made[key] if key in made else self.matrix(value)
+                made[key] = new[name]
             elif name in ("first_moment", "momentum_buffer"):
                 new[name] = _select(_select(value, 0, self.rows), 1, self.columns[0])
             elif name == "second_moment":
@@ -278,6 +284,14 @@ class KeptLayer:
             return None  # no longer what the forward saw
         x = _select(factors.x, 1, self.inputs)
         return Factors(x, _select(factors.delta, 1, self.rows), version_of(x))
+
+
+def cut_states(
+    kept: Mapping[nn.Parameter, KeptLayer], states: Mapping[Any, Mapping[str, Any]]
+) -> dict[nn.Parameter, dict[str, Any]]:
+    """The state after the cut of each layer that has one, see `KeptLayer.entries`."""
+    made: dict[tuple, Tensor] = {}
+    return {w: one.entries(states[w], made) for w, one in kept.items() if w in states}
 
 
 def _with_bias(layer: Layer, columns: Tensor, groups: int) -> Tensor:

@@ -82,6 +82,7 @@ class Layer:
         self.bias_parameter = own_parameters(m).get(bias)
         self.transposed = isinstance(m, _transposed())
         self.columns = self.weight.numel() // max(1, self.outputs)
+        self.depth = (1, 1, 1, (0, 0))
         if self.weight.dim() == 2:
             self.geometry = ([1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1, 0)
             return
@@ -91,7 +92,7 @@ class Layer:
         else:
             padding = [(p, p) for p in m.padding]
         axes = list(zip(m.kernel_size, m.stride, m.dilation, padding))
-        self.depth, *plane = [(1, 1, 1, (0, 0))] * (3 - len(axes)) + axes
+        self.depth, *plane = [self.depth] * (3 - len(axes)) + axes
         kernel, stride, dilation, (rows, columns) = map(list, zip(*plane))
         mode = PADDING_MODES.index(m.padding_mode)
         self.geometry = (kernel, stride, [*columns, *rows], dilation, m.groups, mode)
@@ -124,6 +125,14 @@ class Layer:
     def as_rows(self, like_weight: Tensor) -> Tensor:
         """A tensor of the weight's shape as [c, columns]."""
         return like_weight.t() if self.transposed else like_weight.flatten(1)
+
+    def alike(self, other: Layer) -> bool:
+        """Whether both make the same rows of one input, for one matrix that describes it."""
+        kinds = [
+            (x.columns, x.bias, x.max_fan_in, x.geometry, x.depth, x.weight.dtype, x.weight.device)
+            for x in (self, other)
+        ]
+        return self.groups == 1 and kinds[0] == kinds[1]
 
     @property
     def groups(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ class CoverageRow:
         fan_in: n, 0 where there is no `P`.
         groups: Groups of the layer.
         blocks: Blocks of the `P` of each group.
-        bytes: Memory of its `P`.
+        bytes: Memory of its `P`, 0 where that is another layer's.
     """
 
     name: str
@@ -65,16 +65,18 @@ class Coverage(list):
         return "\n".join(table)
 
 
-def coverage_of(registry: Registry, patience: int) -> Coverage:
+def coverage_of(registry: Registry, states: Mapping, patience: int) -> Coverage:
     """The coverage of every module of a model.
 
     Args:
         registry: What is known of it.
+        states: The states of its parameters.
         patience: Steps without an input after which a layer is said to step without its `P`.
     """
     matches, group_of, members = registry.matches, registry.group_of, registry.members
     blind = {w for w, stage in registry.stages.items() if stage.missed >= patience}
     rows = Coverage()
+    holders: dict[int, Layer] = {}
     for match in matches:
         kind, layer = type(match.module).__name__, match.layer
         own = {p for p in own_parameters(match.module).values() if p is not None}
@@ -89,8 +91,11 @@ def coverage_of(registry: Registry, patience: int) -> Coverage:
             why = match.reason or "its weight is frozen or in no parameter group"
             rows.append(CoverageRow(match.name, kind, "fallback", why))
         else:
-            why = "; ".join(_remarks(layer, layer.weight in blind))
+            state = states.get(layer.weight, {})
+            holder = holders.setdefault(id(state["P"]), layer) if "P" in state else layer
+            why = "; ".join(_remarks(layer, holder, layer.weight in blind))
             size = matrix_bytes(layer, group_of[layer.weight]["dtype"])
+            size *= holder.weight is layer.weight
             shape = (layer.fan_in, layer.groups, layer.blocks)
             rows.append(CoverageRow(match.name, kind, "exact", why, *shape, size))
     known = {p for match in matches for p in own_parameters(match.module).values() if p is not None}
@@ -104,8 +109,10 @@ def coverage_of(registry: Registry, patience: int) -> Coverage:
     return rows
 
 
-def _remarks(layer: Layer, blind: bool) -> Iterator[str]:
-    """What is out of the ordinary about a covered layer."""
+def _remarks(layer: Layer, holder: Layer, blind: bool) -> Iterator[str]:
+    """What is out of the ordinary about a covered layer, whose `P` another may hold."""
+    if holder.weight is not layer.weight:
+        yield f"it shares the P of {holder.name!r}, which has the same input"
     if layer.crossed:
         yield "its query, key and value are not one tensor: it steps without P"
     elif blind:

@@ -7,6 +7,8 @@ an unused branch) stages nothing, and one that is counts once, in training mode 
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,14 +125,45 @@ class Factors:
         return _factors_agree(grad, self.x, self.delta.contiguous(), grad_bias)
 
 
-class RowMask:
-    """Which rows of inputs take part, as `RLSOptimizer.mask` has it; all where it is not entered.
+@dataclass(eq=False, slots=True)
+class Shown:
+    """The summary of one input of a layer, and what says whether another was shown the same.
 
     Attributes:
-        shape: Of the mask that is entered: of an input without its features.
-        index: Places of the rows that take part.
-        left: Shapes of masks that were entered since the last `clear`.
+        x: The input, as the forward had it.
+        version: Its version counter.
+        layer: The layer.
+        group: Its parameter group.
+        index: Rows of it that take part; None for all.
+        summary: Their summary.
+        token: Number of the input, one for each that is summarised.
     """
+
+    x: weakref.ref[Tensor]
+    version: int
+    layer: Layer
+    group: dict[str, Any]
+    index: Tensor | None
+    summary: Summary
+    token: int
+
+    def serves(self, x: Tensor, layer: Layer, group: dict[str, Any], index: Tensor | None) -> bool:
+        """Whether the summary is that of an input of another layer, too."""
+        same = self.x() is x and self.version == version_of(x) and self.index is index
+        return same and self.group is group and self.layer.alike(layer)
+
+
+class Inputs:
+    """What layers have in common: the mask of rows, and the last input, of which several may be.
+
+    Attributes:
+        shape: Of the mask that is entered, see `RLSOptimizer.mask`: of an input without features.
+        index: Places of the rows that take part; None outside of any.
+        left: Shapes of masks that were entered since the last `clear`.
+        last: The last input that was summarised.
+    """
+
+    _numbers = itertools.count()
 
     def __init__(self):
         self.shape: torch.Size | None = None
@@ -138,8 +171,18 @@ class RowMask:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets masks that were left."""
+        """Forgets masks that were left, and inputs."""
         self.left: set[torch.Size] = set()
+        self.last: Shown | None = None
+
+    def note(
+        self, x: Tensor, layer: Layer, group: dict[str, Any], index: Tensor | None, summary: Summary
+    ) -> Shown:
+        """Keeps the summary of an input for layers that are shown it too."""
+        seen = version_of(x)
+        number = next(self._numbers)
+        self.last = Shown(weakref.ref(x), seen, layer, group, index, summary, number)
+        return self.last
 
     @contextmanager
     def entered(self, mask: Tensor) -> Iterator[None]:
@@ -187,6 +230,8 @@ class Stage:
         factors: Of the only one, where they were kept.
         generation: Counts the calls of `clear`, so that a forward counts once between two.
         missed: Steps in a row that found nothing staged.
+        shown: Numbers of the inputs it was shown.
+        tokens: Those of them that are in the summary.
     """
 
     def __init__(self):
@@ -199,6 +244,8 @@ class Stage:
         self.calls = 0
         self.factors: Factors | None = None
         self.generation += 1
+        self.shown: set[int] = set()
+        self.tokens: set[int] = set()
         self._seen = self._ahead = 0
 
     def reserve(self, size: int, tentative: bool) -> int:
@@ -222,8 +269,10 @@ class Stage:
         single = self.summary is not None and self.summary.total == 1
         return single and group["form"] == "paper" and float(group["lr"]) > 2 * group["gain"]
 
-    def commit(self, summary: Summary, end: int, factors: Factors | None) -> None:
+    def commit(self, shown: Shown, end: int, factors: Factors | None) -> None:
         """Takes in the summary of one differentiated forward, which ends at offset `end`."""
+        self.tokens.add(shown.token)
+        summary = shown.summary
         self.summary = summary if self.summary is None else self.summary.merge(summary)
         self._seen = max(self._seen, end)
         self.calls += 1
@@ -234,7 +283,7 @@ class Stage:
         layer: Layer,
         group: dict[str, Any],
         step: int,
-        mask: RowMask,
+        inputs: Inputs,
         x: Tensor,
         output: Tensor,
     ) -> None:
@@ -244,7 +293,7 @@ class Stage:
             layer: The layer.
             group: Its parameter group.
             step: Steps it has taken.
-            mask: Which rows take part.
+            inputs: What it has in common with other layers.
             x: The input.
             output: The output, with a gradient to come.
         """
@@ -253,15 +302,21 @@ class Stage:
         weight = layer.weight
         if weight.grad is None and self.calls and not in_backward():
             self.clear()  # the gradient was dropped, and so was the step
-        x = x.detach()
-        some = mask.take(layer, x)
+        given, x = x, x.detach()
+        some = inputs.take(layer, x)
         if not some.numel():
             return
+        index = None if some is x else inputs.index
         images = layer.images(some)
         size = images.shape[0] * (layer.positions(images) if group["summary"] == "sketch" else 1)
         offset = self.reserve(size, tentative=in_backward() or not layer.module.training)
-        seed = (group["seed"] + _SEED_STRIDE * (1 + layer.index + (step << 16))) & (2**63 - 1)
-        summary = summarise(layer, images, group["summary"], group["rank"], seed, offset)
+        last = inputs.last
+        if last is None or last.token in self.shown or not last.serves(given, layer, group, index):
+            seed = (group["seed"] + _SEED_STRIDE * (1 + layer.index + (step << 16))) & (2**63 - 1)
+            summary = summarise(layer, images, group["summary"], group["rank"], seed, offset)
+            last = inputs.note(given, layer, group, index, summary)
+        shown = last
+        self.shown.add(shown.token)
         rows, seen, counted = None, 0, 0
         if some is x and layer.factors_pay(x, group["dtype"]):
             rows = x.reshape(-1, x.shape[-1]).contiguous()
@@ -275,7 +330,7 @@ class Stage:
             counted, factors = self.generation, None
             if rows is not None and weight.grad is None and gradient.dtype == rows.dtype:
                 factors = Factors(rows, gradient.reshape(len(rows), -1), seen)
-            self.commit(summary, offset + size, factors)
+            self.commit(shown, offset + size, factors)
 
         # what `output.register_hook` does, at half its cost
         slot, node = output.output_nr, output.grad_fn

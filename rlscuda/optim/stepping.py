@@ -124,16 +124,28 @@ def _found_inf(moves: list[Move]) -> dict[torch.device, Tensor]:
 def _chunks(batch: list[Move]) -> Iterator[list[Move]]:
     """Parts of a batch whose products fit the workspace together."""
     limit = _CHUNK_BYTES.get(batch[0].layer.weight.device.type, 0)
+    together: dict[int, list[Move]] = {}  # layers that share a P step with it
+    for move in batch:
+        together.setdefault(id(move.state["P"]), []).append(move)
     chunk: list[Move] = []
     used = 0
-    for move in batch:
-        size = move.layer.outputs * move.layer.fan_in * move.state["P"].element_size()
+    for moves in together.values():
+        elements = sum(move.layer.outputs * move.layer.fan_in for move in moves)
+        size = elements * moves[0].state["P"].element_size()
         if chunk and used + size > limit:
             yield chunk
             chunk, used = [], 0
-        chunk.append(move)
+        chunk += moves
         used += size
     yield chunk
+
+
+def _first(chunk: list[Move]) -> dict[int, Move]:
+    """The first layer of each `P`, which speaks for those that share it, by the id of that."""
+    first: dict[int, Move] = {}
+    for move in chunk:
+        first.setdefault(id(move.state["P"]), move)
+    return first
 
 
 def _step_chunk(chunk: list[Move], found_inf: Tensor | None, workspace: Workspace) -> None:
@@ -165,9 +177,13 @@ def _prepare(chunk: list[Move], workspace: Workspace) -> None:
         foreach_copy_(copies, [m.grad for m in converted])
         for move, copy in zip(converted, copies):
             move.grad = copy
-    for move in chunk:
+    first = _first(chunk)
+    for move in first.values():
         if move.factors is not None and move.layer.blocks == 1:
             move.projected = _project(move.layer, move.state["P"], move.factors.x, workspace)
+    for move in chunk:
+        if move.factors is not None:  # shown the same rows
+            move.projected = first[id(move.state["P"])].projected
 
 
 def _project(layer: Layer, P: Tensor, X: Tensor, workspace: Workspace) -> Tensor:
@@ -192,7 +208,7 @@ def _products(chunk: list[Move], P: Tensor, copy: bool) -> list[Tensor]:
         layer, matrix = move.layer, move.state["P"]
         if move.factors is not None:
             projected = move.projected
-            if projected is None:  # in blocks, by the P of now
+            if projected is None:  # by the P of now
                 x = move.factors.x
                 projected = P.new_empty(len(x), layer.fan_in)
                 layer.multiply(x, matrix, out=projected)
@@ -211,12 +227,14 @@ def _products(chunk: list[Move], P: Tensor, copy: bool) -> list[Tensor]:
 
 def _update_matrices(chunk: list[Move], group: dict[str, Any], found_inf: Tensor | None) -> Tensor:
     """Updates every `P`; returns h of each group in turn, NaN where its weight may not move."""
-    layers, states = [move.layer for move in chunk], [move.state for move in chunk]
-    projection, projected, inputs = _projections(chunk, group)
-    shrinkage, blocked, rows = group["shrinkage"], layers[0].blocks > 1, [m.rows for m in chunk]
+    first = _first(chunk)
+    moves = list(first.values())
+    layers, states = [move.layer for move in moves], [move.state for move in moves]
+    projection, projected, inputs = _projections(moves, group)
+    shrinkage, blocked, rows = group["shrinkage"], layers[0].blocks > 1, [m.rows for m in moves]
     powers = [state["power"] for state in states] if "power" in states[0] else []
     if blocked and powers:  # the operator takes one a matrix: here all blocks of a group share it
-        rows = [_normalised(m, group["gain"], found_inf) for m in chunk]
+        rows = [_normalised(m, group["gain"], found_inf) for m in moves]
         powers = []
     h = _rls_update(
         [state["P"] for state in states], [layer.split(r) for layer, r in zip(layers, rows)],
@@ -224,12 +242,14 @@ def _update_matrices(chunk: list[Move], group: dict[str, Any], found_inf: Tensor
         group["forgetting"], group["gain"], 1 - shrinkage, shrinkage * group["initial_scale"],
         group["drift"] or 0.0, group["initial_scale"], group["form"] == "adaptive",
     )  # fmt: skip
-    if not blocked:
+    if not blocked and len(moves) == len(chunk):
         return h
-    # lambda + kappa s P s of the whole row: every block has added its part to lambda
-    parts = (h - group["forgetting"]).split([layer.groups * layer.blocks for layer in layers])
-    sums = [part.view(layer.groups, -1).sum(1) for part, layer in zip(parts, layers)]
-    return torch.cat(sums) + group["forgetting"]
+    parts = list(h.split([layer.groups * layer.blocks for layer in layers]))
+    if blocked:  # lambda + kappa s P s of the whole row: every block has added its part to lambda
+        least = group["forgetting"]
+        parts = [(p - least).view(one.groups, -1).sum(1) + least for p, one in zip(parts, layers)]
+    own = dict(zip(first, parts))
+    return torch.cat([own[id(move.state["P"])] for move in chunk])
 
 
 def _normalised(move: Move, gain: float, found_inf: Tensor | None) -> Tensor:

@@ -101,7 +101,7 @@ def test_only_inputs_of_its_shape_are_masked():
 def test_masks_nest_and_end_with_an_error():
     model = network()
     optimizer = make(model)
-    rows = optimizer._registry.mask
+    rows = optimizer._registry.inputs
     with pytest.raises(ZeroDivisionError), optimizer.mask(VALID):
         with optimizer.mask(VALID[:1]):
             assert rows.shape == (1, 5)
@@ -175,4 +175,4 @@ def test_self_attention():
         torch.testing.assert_close(*(o.inverse_autocorrelation(name) for o in (optimizer, other)))
     copied = copy.deepcopy((layer, optimizer))[1]
     with copied.mask(VALID):
-        assert copied._registry.mask is not optimizer._registry.mask
+        assert copied._registry.inputs is not optimizer._registry.inputs
