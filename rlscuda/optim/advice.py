@@ -96,8 +96,9 @@ def _of_memory(
         if there and total > _SHARE * there:
             yield (
                 f"P of the covered layers will take {total / 2**30:.1f} of the {there / 2**30:.1f} "
-                f"GiB of {device}, {of[most] / 2**30:.1f} of them for {most!r}; layers named in "
-                "exclude= are trained by the fallback rule, see coverage()"
+                f"GiB of {device}, {of[most] / 2**30:.1f} of them for {most!r}; a smaller "
+                "max_fan_in= splits them, layers named in exclude= are trained by the fallback "
+                "rule, see coverage()"
             )
 
 

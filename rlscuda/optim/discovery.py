@@ -12,7 +12,7 @@ from torch import nn
 
 from rlscuda._torch import has_own_forward, own_parameters
 from rlscuda.optim.kept import Change, KeptLayer, Replaced
-from rlscuda.optim.layers import Layer, base_of, names_of
+from rlscuda.optim.layers import Layer, base_of, is_transposed, names_of
 from rlscuda.optim.staging import Inputs, Stage
 
 _Users = dict[int, list[tuple[str, nn.Module]]]  # id of a parameter -> the modules that hold it
@@ -75,9 +75,9 @@ def refusal(module: nn.Module) -> str | None:
         return f"no RLS rule for {kind}"
     if has_own_forward(module, base):
         return f"{kind} has a forward of its own"
-    weight = _own_weight(module)
-    if isinstance(module, nn.MultiheadAttention) and weight is None:
+    if own_parameters(module).get("q_proj_weight") is not None:
         return "its query, key and value have weights of their own"
+    weight = _own_weight(module)
     if weight is None:
         return "its weight is not a plain parameter (parametrised or masked)"
     if isinstance(weight, nn.parameter.UninitializedParameter):
@@ -98,7 +98,7 @@ def _reasons(
 ) -> dict[nn.Module, str]:
     """Why each module with parameters of its own is not to be covered; '' where it is."""
     reasons: dict[nn.Module, str] = {}
-    crossed: set[nn.Module] = set()
+    crossed: set[nn.Module | None] = set()
     for module in model.modules():
         if own_parameters(module):
             reason = refusal(module) or ""
@@ -108,9 +108,10 @@ def _reasons(
                 reason = "excluded"
             reasons[module] = reason
         if isinstance(module, nn.TransformerDecoderLayer):
-            crossed.add(module.multihead_attn)
-    for module in crossed & reasons.keys():
-        reasons[module] = reasons[module] or "its query differs from its key and value"
+            crossed.add(getattr(module, "multihead_attn", None))
+    for module, reason in reasons.items():
+        if module in crossed and not reason:
+            reasons[module] = "its query differs from its key and value"
     alone = dict(reasons)
     sharing = _sharing(model)
     for module, reason in alone.items():
@@ -122,6 +123,8 @@ def _reasons(
                 reasons[module] = f"its weight is also that of {name!r}: {alone[other]}"
             elif getattr(other, "groups", 1) != getattr(module, "groups", 1):
                 reasons[module] = f"its weight is also that of {name!r}, in other groups"
+            elif is_transposed(other) != is_transposed(module):
+                reasons[module] = f"its weight is also that of {name!r}, transposed"
         if there := sharing.get(weight):
             reasons[module] = f"its weight lies in the memory of {there!r}, another parameter"
     return reasons

@@ -31,6 +31,11 @@ def names_of(module: nn.Module) -> tuple[str, str]:
     return f"{prefix}weight", f"{prefix}bias"
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight of a module is [n, c]."""
+    return isinstance(module, _transposed())
+
+
 def _transposed() -> tuple[type[nn.Module], ...]:
     """The Conv1D of transformers, a Linear whose weight is [n, c], where that is loaded."""
     kind = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
@@ -80,7 +85,7 @@ class Layer:
         weight, bias = names_of(m)
         self.weight = getattr(m, weight)
         self.bias_parameter = own_parameters(m).get(bias)
-        self.transposed = isinstance(m, _transposed())
+        self.transposed = is_transposed(m)
         self.columns = self.weight.numel() // max(1, self.outputs)
         self.depth = (1, 1, 1, (0, 0))
         if self.weight.dim() == 2:

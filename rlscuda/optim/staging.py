@@ -159,7 +159,7 @@ class Inputs:
     Attributes:
         shape: Of the mask that is entered, see `RLSOptimizer.mask`: of an input without features.
         index: Places of the rows that take part; None outside of any.
-        left: Shapes of masks that were entered since the last `clear`.
+        left: Shapes of masks that were left since the last `clear`.
         last: The last input that was summarised.
     """
 
@@ -196,11 +196,11 @@ class Inputs:
             raise TypeError(f"mask must be a bool tensor, got {got}")
         outside = self.shape, self.index
         self.shape, self.index = mask.shape, mask.flatten().nonzero()[:, 0]
-        self.left.add(mask.shape)
         try:
             yield
         finally:
             self.shape, self.index = outside
+            self.left.add(mask.shape)
 
     def take(self, layer: Layer, x: Tensor) -> Tensor:
         """The rows [k, n] of an input of the mask's shape that take part; any other as it is.
@@ -209,11 +209,11 @@ class Inputs:
             RuntimeError: A checkpointed segment is recomputed where its mask does not hold.
         """
         leading = x.shape[:-1]
-        if layer.weight.dim() != 2 or leading not in self.left:
+        if layer.weight.dim() != 2:
             return x
         if leading == self.shape and self.index is not None:
             return x.flatten(0, -2).index_select(0, self.index.to(x.device))
-        if in_backward():
+        if leading in self.left and in_backward():
             raise RuntimeError(
                 f"the input of {layer.name!r} is recomputed outside of the mask of its shape "
                 f"{list(leading)}: let mask() enclose backward() too"

@@ -119,6 +119,16 @@ def test_only_where_transformers_is_loaded_and_its_forward_is_kept(transformers,
     assert RLSOptimizer(model).coverage()[0].why == "no RLS rule for Conv1D"
 
 
+def test_weight_of_a_linear_too_is_left_to_the_fallback(transformers):
+    model = nn.Sequential(Conv1D(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    model[1].weight = model[0].weight
+    rows = RLSOptimizer(model).coverage()
+    assert [row.why for row in rows] == [
+        "its weight is also that of '1', transposed", "its weight is also that of '0', transposed",
+        "",
+    ]  # fmt: skip
+
+
 def test_pruning(transformers):
     """Its matrix is there; what cuts or masks it says that there is no rule."""
     model, _ = twins()

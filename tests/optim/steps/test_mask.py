@@ -24,11 +24,12 @@ def network(inputs=4, hidden=6):
 
 def step(model, optimizer, x, mask=None):
     """One step of a loss that looks at what the mask leaves."""
-    optimizer.zero_grad()
     if mask is None:
+        optimizer.zero_grad()
         y = model(x)
     else:
         with optimizer.mask(mask):
+            optimizer.zero_grad()  # inside or before it
             y = model(x)[mask]
     y.square().sum().backward()
     optimizer.step()
@@ -142,6 +143,7 @@ def test_checkpointed_segments_need_it_around_the_backward():
     optimizer, other = make(model), make(twin)
     x = torch.randn(3, 5, 4).double().requires_grad_()
     with optimizer.mask(VALID):
+        optimizer.zero_grad()
         loss = model(x)[VALID].square().sum()
     with pytest.raises(
         RuntimeError, match=r"'body.0' is recomputed outside of the mask .*\[3, 5\]"
