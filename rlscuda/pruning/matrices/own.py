@@ -62,9 +62,14 @@ def by_weight(
 ) -> dict[nn.Parameter, Tensor]:
     """The matrix of each covered weight that the optimizer has made a step with, or of some."""
     result: dict[nn.Parameter, Tensor] = {}
+    made: dict[tuple[int, int], Tensor] = {}  # layers of one input share P
     for weight, group in optimizer._registry.group_of.items():
         state = optimizer.state.get(weight, {})
         if not state.get("step") or (weights is not None and weight not in weights):
+            continue
+        key = (id(state["P"]), id(group))
+        if key in made:
+            result[weight] = made[key]
             continue
         P = state["P"] if state["P"].dim() == 3 else state["P"][None]
         drift = group["drift"]
@@ -76,7 +81,7 @@ def by_weight(
             options = {k: group[k] for k in ("forgetting", "gain", "shrinkage", "initial_scale")}
             P = torch.stack([shrunk_to_inverse(part, damping=damping, **options) for part in P])
         layer = optimizer._registry.layers[weight]
-        result[weight] = P if layer.blocks == 1 else _assembled(layer, P.double())
+        result[weight] = made[key] = P if layer.blocks == 1 else _assembled(layer, P.double())
     return result
 
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlscuda import RLSOptimizer
 from rlscuda.optim.staging import Shown
-from rlscuda.pruning import RLSPruner
+from rlscuda.pruning import RLSPruner, own_matrices
 
 FORMS = {
     "paper": {"form": "paper", "gain": 0.3, "momentum": 0.5},
@@ -289,6 +289,15 @@ def test_convolutions_of_one_input():
         optimizer.step()
         optimizer.zero_grad()
     assert shared(model, optimizer) == ["qk", "v"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_own_matrices_are_turned_back_once(form):
+    model = Three()
+    optimizer = RLSOptimizer(model, **FORMS[form])
+    fit(model, optimizer, ["same"] * 3)
+    own = own_matrices(optimizer)
+    assert own["q"] is own["k"] is own["v"] is not own["head"]
 
 
 @pytest.mark.parametrize("form", FORMS)
