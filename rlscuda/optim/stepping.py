@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlscuda import _C
 from rlscuda._torch import foreach_copy_, foreach_norm
-from rlscuda.optim.layers import Layer
+from rlscuda.optim.layers import Layer, normalised
 from rlscuda.optim.staging import Factors, Summary
 
 _nonfinite = torch.ops.rlscuda.nonfinite.default
@@ -234,7 +233,10 @@ def _update_matrices(chunk: list[Move], group: dict[str, Any], found_inf: Tensor
     shrinkage, blocked, rows = group["shrinkage"], layers[0].blocks > 1, [m.rows for m in moves]
     powers = [state["power"] for state in states] if "power" in states[0] else []
     if blocked and powers:  # the operator takes one a matrix: here all blocks of a group share it
-        rows = [_normalised(m, group["gain"], found_inf) for m in moves]
+        rows = [
+            normalised(r, state["power"], state["health"], group["gain"], found_inf)
+            for r, state in zip(rows, states)
+        ]
         powers = []
     h = _rls_update(
         [state["P"] for state in states], [layer.split(r) for layer, r in zip(layers, rows)],
@@ -250,27 +252,6 @@ def _update_matrices(chunk: list[Move], group: dict[str, Any], found_inf: Tensor
         parts = [(p - least).view(one.groups, -1).sum(1) + least for p, one in zip(parts, layers)]
     own = dict(zip(first, parts))
     return torch.cat([own[id(move.state["P"])] for move in chunk])
-
-
-def _normalised(move: Move, gain: float, found_inf: Tensor | None) -> Tensor:
-    """The rows of a layer over the root of their running power, which takes them in.
-
-    As the operator does it for a matrix: see `rlscuda.reference.running_power`.
-    """
-    rows, power, health = move.rows, move.state["power"], move.state["health"]
-    if move.summary is None:
-        return rows
-    seen, before = rows.double().square().mean((1, 2)), power.double()
-    steps, earlier = (health[_C.health_slots.index(name)] for name in ("steps", "earlier"))
-    kappa = (1 / (steps + earlier + 1)).clamp(min=gain)
-    known = (before > 0) & before.isfinite()
-    now = torch.where(known, before.lerp(seen, kappa), seen)
-    kept = torch.where(known, before.lerp(torch.minimum(seen, 100 * before), kappa), seen)
-    fits = seen <= torch.finfo(power.dtype).max
-    enters = fits if found_inf is None else fits & ~found_inf
-    power.copy_(torch.where(enters, kept, power))
-    scale = torch.where(fits, torch.where(now > 0, now.rsqrt(), 0.0), math.nan)
-    return (rows * scale[:, None, None]).to(rows.dtype)
 
 
 def _projections(
