@@ -70,12 +70,10 @@ def pre_hooks(module: nn.Module) -> dict[int, Any]:
     return module._forward_pre_hooks
 
 
-def has_own_forward(module: nn.Module) -> bool:
-    """Whether a Linear or Conv2d computes something else than that class does."""
-    kind: Any = type(module)
-    if isinstance(module, nn.Linear):
-        return kind.forward is not nn.Linear.forward
-    return (kind.forward, kind._conv_forward) != (nn.Conv2d.forward, nn.Conv2d._conv_forward)
+def has_own_forward(module: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether a module computes something else than a class that it is derived from."""
+    names, kind = ("forward", "_conv_forward"), type(module)
+    return any(getattr(kind, name, None) is not getattr(base, name, None) for name in names)
 
 
 def masked_name(hook: Any) -> str:

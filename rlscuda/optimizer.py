@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,15 +15,15 @@ from rlscuda.interrupts import uninterrupted
 from rlscuda.optim import advice, forms, hooks
 from rlscuda.optim.discovery import Registry, as_list
 from rlscuda.optim.fallback import Fallback, set_rates
-from rlscuda.optim.kept import Change, Replaced
+from rlscuda.optim.kept import Change, Replaced, cut_states
 from rlscuda.optim.layers import Layer
 from rlscuda.optim.report import Coverage, Health, coverage_of, health_of
-from rlscuda.optim.state import check_fits, ensure_state, forget, guarded_load, restart
+from rlscuda.optim.state import check_fits, ensure_state, forget, guarded_load, ready, restart
 from rlscuda.optim.stepping import Move, Workspace, step_layers
 
 
 class RLSOptimizer(Optimizer):
-    r"""Trains Linear and Conv2d layers by recursive least squares, and all else by a fallback rule.
+    r"""Trains linear layers and convolutions by recursive least squares, the rest by a fallback.
 
     Each covered layer keeps the inverse autocorrelation matrix ``P`` [n, n] of its im2col input
     rows (n = fan-in, + 1 for the bias), updated by a few rows a minibatch, and moves its weight
@@ -57,6 +58,8 @@ class RLSOptimizer(Optimizer):
         include: Names (shell patterns) or modules to which the RLS rule is limited.
         exclude: Names (shell patterns) or modules that the fallback rule trains.
         dtype: ``torch.float64`` asks for a float64 ``P``; float64 parameters have it anyway.
+        max_fan_in: Above this fan-in ``P`` is block-diagonal, of blocks of consecutive inputs that
+            are no larger (8192).
         seed: Of the random signs and draws of ``sketch`` and ``sample``.
 
     Raises:
@@ -96,13 +99,15 @@ class RLSOptimizer(Optimizer):
         include: Iterable[str | nn.Module] | None = None,
         exclude: Iterable[str | nn.Module] | None = None,
         dtype: torch.dtype | None = None,
+        max_fan_in: int | None = None,
         seed: int | None = None,
     ):
         self._given = {
             "lr": lr, "form": form, "forgetting": forgetting, "gain": gain, "momentum": momentum,
             "weight_decay": weight_decay, "rank": rank, "summary": summary, "shrinkage": shrinkage,
             "drift": drift, "trust_ratio": trust_ratio, "initial_scale": initial_scale,
-            "beta2": beta2, "eps": eps, "fallback_lr": fallback_lr, "dtype": dtype, "seed": seed,
+            "beta2": beta2, "eps": eps, "fallback_lr": fallback_lr, "dtype": dtype,
+            "max_fan_in": max_fan_in, "seed": seed,
         }  # fmt: skip
         defaults = forms.resolve_options(self._given)
         self._fallback = Fallback(fallback)
@@ -186,7 +191,19 @@ class RLSOptimizer(Optimizer):
         group = self._registry.group_of.get(weight)
         if group is not None and weight.requires_grad:
             step = self.state[weight].get("step", 0) if weight in self.state else 0
-            self._registry.stages[weight].observe(layer, group, step, x, output)
+            registry = self._registry
+            registry.stages[weight].observe(layer, group, step, registry.inputs, x, output)
+
+    def mask(self, mask: Tensor) -> AbstractContextManager[None]:
+        """Keeps padded positions out of every `P`, for the forwards inside a ``with``.
+
+        It holds for linear layers and self-attention whose input has the mask's shape before its
+        features; checkpointed segments need it around the backward too. A GPU is waited for.
+
+        Args:
+            mask: bool, such as [batch, time], True where a position counts.
+        """
+        return self._registry.inputs.entered(mask)
 
     # -- the step ---------------------------------------------------------------------------------
 
@@ -220,6 +237,7 @@ class RLSOptimizer(Optimizer):
         moving = [self._registry.layers[w] for w in self._registry.group_of if w.grad is not None]
         fresh = [layer for layer in moving if "P" not in self.state.get(layer.weight, ())]
         try:  # all that may refuse comes before the first layer moves
+            ready(self.state, self._registry, moving, self._fallback)
             moves = [self._move(layer) for layer in moving]
             self._fallback.prepare(self.param_groups, self._covered(), self.state)
             self._fallback.step(self.param_groups, self.state)
@@ -242,8 +260,8 @@ class RLSOptimizer(Optimizer):
 
     def _move(self, layer: Layer) -> Move:
         group, stage = self._registry.group_of[layer.weight], self._registry.stages[layer.weight]
-        state = self._ensure_state(layer)
-        check_fits(layer, state, group["form"])
+        state = self.state[layer.weight]
+        check_fits(layer, state, group)
         moves_bias = self._registry.members.issuperset(layer.parameters())
         return Move(layer, group, state, stage.summary, stage.factors, moves_bias)
 
@@ -255,10 +273,6 @@ class RLSOptimizer(Optimizer):
             for p in self._registry.layers[weight].parameters()
             if p is weight or weight.grad is not None or p.grad is None
         }
-
-    def _ensure_state(self, layer: Layer) -> dict[str, Any]:
-        group = self._registry.group_of[layer.weight]
-        return ensure_state(self.state, layer, group, self._fallback)
 
     def restart(self, memory: int = 30) -> None:
         r"""Readies the optimizer for another schedule, once one has ended.
@@ -311,19 +325,22 @@ class RLSOptimizer(Optimizer):
 
         Returns:
             [n, n], or [groups, n, n] for a grouped convolution; the last row and column are the
-            bias' where the layer has one.
+            bias' where the layer has one. [groups * blocks, m, m] above `max_fan_in`: the blocks of
+            m consecutive columns, the last filled up by columns that no input enters.
 
         Raises:
             ValueError: The RLS rule does not cover it.
         """
         self._follow_groups()
-        return self._ensure_state(self._registry.find(layer))["P"]
+        found = self._registry.find(layer)
+        group = self._registry.group_of[found.weight]
+        return ensure_state(self.state, found, group, self._fallback)["P"]
 
     def coverage(self) -> Coverage:
         """How each module of the model is trained, why, and the bytes of its `P`."""
         self._follow_groups()
         self._registry.search()
-        return coverage_of(self._registry, advice.PATIENCE)
+        return coverage_of(self._registry, self.state, advice.PATIENCE)
 
     def health(self) -> Health:
         """The health of every `P`; reads counters from the device, so it waits for it."""
@@ -372,6 +389,6 @@ class RLSOptimizer(Optimizer):
             ValueError: A state has an entry that is not known.
         """
         cut, kept, changes = self._registry.cut(replaced)
-        states = {w: one.entries(self.state[w]) for w, one in kept.items() if w in self.state}
+        states = cut_states(kept, self.state)
         changes += [(self._fallback, name, value) for name, value in Fallback.FRESH.items()]
         return states, [*changes, (self, "_registry", cut)]

@@ -60,9 +60,10 @@ def of_steps(moves: list[Move], stages: Mapping[nn.Parameter, Stage]) -> Iterato
         yield (
             f"no input was seen in the last {PATIENCE} steps of {', '.join(map(repr, blind))}: "
             "they train without P. Their forward is not that of the module itself "
-            "(functional_call, torch.func, DataParallel), was compiled in eval mode or before the "
-            "optimizer was made (call torch.compiler.reset()), has sparse input, does not happen "
-            "while zero_grad(set_to_none=False) keeps a gradient, or somebody removed its hooks"
+            "(functional_call, torch.func, DataParallel), is an attention of more than one tensor, "
+            "was compiled in eval mode or before the optimizer was made (call "
+            "torch.compiler.reset()), has sparse input, does not happen while "
+            "zero_grad(set_to_none=False) keeps a gradient, or somebody removed its hooks"
         )
 
 
@@ -95,8 +96,9 @@ def _of_memory(
         if there and total > _SHARE * there:
             yield (
                 f"P of the covered layers will take {total / 2**30:.1f} of the {there / 2**30:.1f} "
-                f"GiB of {device}, {of[most] / 2**30:.1f} of them for {most!r}; layers named in "
-                "exclude= are trained by the fallback rule, see coverage()"
+                f"GiB of {device}, {of[most] / 2**30:.1f} of them for {most!r}; a smaller "
+                "max_fan_in= splits them, layers named in exclude= are trained by the fallback "
+                "rule, see coverage()"
             )
 
 

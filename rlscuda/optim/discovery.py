@@ -12,8 +12,8 @@ from torch import nn
 
 from rlscuda._torch import has_own_forward, own_parameters
 from rlscuda.optim.kept import Change, KeptLayer, Replaced
-from rlscuda.optim.layers import Layer
-from rlscuda.optim.staging import Stage
+from rlscuda.optim.layers import Layer, base_of, is_transposed, names_of
+from rlscuda.optim.staging import Inputs, Stage
 
 _Users = dict[int, list[tuple[str, nn.Module]]]  # id of a parameter -> the modules that hold it
 
@@ -28,13 +28,15 @@ class Match:
     reason: str
     bias_fits: bool = False
 
-    def bind(self, members: set[nn.Parameter]) -> bool:
-        """Whether the weight is among `members`; the bias joins `P` if it is there too."""
+    def bind(self, group: dict[str, Any]) -> bool:
+        """Whether the weight is in a group; the bias joins `P` if it is there too."""
+        members = set(group["params"])
         if self.layer is None or self.layer.weight not in members:
             return False
         bias = self.layer.bias_parameter
         fits = self.bias_fits and bias is not None and bias.requires_grad
         self.layer.bias = fits and bias in members
+        self.layer.max_fan_in = group["max_fan_in"]
         return True
 
 
@@ -68,11 +70,14 @@ def refusal(module: nn.Module) -> str | None:
     kind = type(module).__name__
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "MultiheadAttention uses its weight without calling it"
-    if not isinstance(module, (nn.Linear, nn.Conv2d)):
+    base = base_of(module)
+    if base is None:
         return f"no RLS rule for {kind}"
-    if has_own_forward(module):
+    if has_own_forward(module, base):
         return f"{kind} has a forward of its own"
-    weight = own_parameters(module).get("weight")
+    if own_parameters(module).get("q_proj_weight") is not None:
+        return "its query, key and value have weights of their own"
+    weight = _own_weight(module)
     if weight is None:
         return "its weight is not a plain parameter (parametrised or masked)"
     if isinstance(weight, nn.parameter.UninitializedParameter):
@@ -84,11 +89,16 @@ def refusal(module: nn.Module) -> str | None:
     return None
 
 
+def _own_weight(module: nn.Module) -> nn.Parameter | None:
+    return own_parameters(module).get(names_of(module)[0])
+
+
 def _reasons(
     model: nn.Module, users: _Users, included: set[nn.Module] | None, excluded: set[nn.Module]
 ) -> dict[nn.Module, str]:
     """Why each module with parameters of its own is not to be covered; '' where it is."""
     reasons: dict[nn.Module, str] = {}
+    crossed: set[nn.Module | None] = set()
     for module in model.modules():
         if own_parameters(module):
             reason = refusal(module) or ""
@@ -97,17 +107,25 @@ def _reasons(
             if not reason and module in excluded:
                 reason = "excluded"
             reasons[module] = reason
+        if isinstance(module, nn.TransformerDecoderLayer):
+            crossed.add(getattr(module, "multihead_attn", None))
+    for module, reason in reasons.items():
+        if module in crossed and not reason:
+            reasons[module] = "its query differs from its key and value"
     alone = dict(reasons)
     sharing = _sharing(model)
     for module, reason in alone.items():
         if reason:
             continue
-        for name, other in users[id(module.weight)]:
+        weight = cast(nn.Parameter, _own_weight(module))
+        for name, other in users[id(weight)]:
             if alone[other]:
                 reasons[module] = f"its weight is also that of {name!r}: {alone[other]}"
             elif getattr(other, "groups", 1) != getattr(module, "groups", 1):
                 reasons[module] = f"its weight is also that of {name!r}, in other groups"
-        if there := sharing.get(cast(nn.Parameter, module.weight)):
+            elif is_transposed(other) != is_transposed(module):
+                reasons[module] = f"its weight is also that of {name!r}, transposed"
+        if there := sharing.get(weight):
             reasons[module] = f"its weight lies in the memory of {there!r}, another parameter"
     return reasons
 
@@ -126,10 +144,12 @@ def _sharing(model: nn.Module) -> dict[nn.Parameter, str]:
     }
 
 
-def _bias_fits(module: nn.Linear | nn.Conv2d, users: _Users) -> bool:
+def _bias_fits(module: nn.Module, users: _Users) -> bool:
     """Whether the bias belongs to the weight alone, so that it may be a column of its rows."""
-    bias, weight = own_parameters(module).get("bias"), module.weight
-    if bias is None or (bias.dtype, bias.device) != (weight.dtype, weight.device):
+    weight, bias = _own_weight(module), own_parameters(module).get(names_of(module)[1])
+    if weight is None or bias is None:
+        return False
+    if (bias.dtype, bias.device) != (weight.dtype, weight.device):
         return False
     holders = [{id(m) for _, m in users[id(p)]} for p in (weight, bias)]
     return holders[0] == holders[1] and bias.is_contiguous()
@@ -234,6 +254,7 @@ class Registry:
         stages: Covered weight -> what is staged for its next step.
         group_of: Covered weight -> its parameter group.
         members: All parameters of the groups.
+        inputs: What inputs of different layers have in common.
     """
 
     def __init__(self, model: nn.Module | None, include: Any, exclude: Any):
@@ -241,6 +262,7 @@ class Registry:
         self.matches = [] if model is None else discover(model, include, exclude)
         self.layers: dict[nn.Parameter, Layer] = {}
         self.stages: dict[nn.Parameter, Stage] = {}
+        self.inputs = Inputs()
         self._bound: set[Match] = set()
         self.forget_groups()
 
@@ -274,7 +296,7 @@ class Registry:
             if match.layer is None or match in self._bound:
                 continue
             group = group_of.get(match.layer.weight)
-            if group is not None and match.bind(set(group["params"])):
+            if group is not None and match.bind(group):
                 self._bound.add(match)
                 self.layers.setdefault(match.layer.weight, match.layer)
                 self.stages.setdefault(match.layer.weight, Stage())
@@ -339,6 +361,7 @@ class Registry:
 
     def clear(self) -> None:
         """Forgets everything staged."""
+        self.inputs.clear()
         for stage in self.stages.values():
             stage.clear()
 
@@ -353,6 +376,6 @@ class Registry:
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self._model = None
+        self._model, self.inputs = None, Inputs()
         self.stages = {weight: Stage() for weight in self.layers}
         self.forget_groups()

@@ -45,6 +45,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _COMMON: dict[str, Any] = {
     "shrinkage": None, "initial_scale": 1.0, "beta2": 0.99, "eps": 1e-8, "seed": 0, "dtype": None,
+    "max_fan_in": 8192,
 }  # fmt: skip
 _IN: dict[str, Callable[[float], bool]] = {
     ">= 0 and finite": lambda x: 0 <= x < math.inf,
@@ -164,6 +165,8 @@ def resolve_options(given: dict[str, Any]) -> dict[str, Any]:
                  "normalises its steps", o["trust_ratio"])  # fmt: skip
     _require(isinstance(o["rank"], int) and 1 <= o["rank"] <= 2**16, "rank",
              "an int >= 1 and at most 65536", o["rank"])  # fmt: skip
+    _require(type(o["max_fan_in"]) is int and o["max_fan_in"] >= 1, "max_fan_in", "an int >= 1",
+             o["max_fan_in"])  # fmt: skip
     _require(o["summary"] in SUMMARIES, "summary", " | ".join(SUMMARIES), o["summary"])
     _require(isinstance(o["seed"], int), "seed", "an int", o["seed"])
     _require(o["dtype"] in (None, torch.float32, torch.float64), "dtype",

@@ -71,8 +71,14 @@ class ForwardHook:
         if layer is None or observe is None or layer.module is not module:
             return
         *kwargs, output = kwargs_and_output
-        x = args[0] if args else kwargs[0]["input"]
-        if output.requires_grad and not torch.jit.is_tracing():
+        named = kwargs[0] if kwargs else {}
+        if isinstance(module, nn.MultiheadAttention):
+            x, *others = (*args, *(named[k] for k in ("query", "key", "value")[len(args) :]))[:3]
+            layer.crossed = any(other is not x for other in others)
+            output = output[0]
+        else:
+            x = args[0] if args else next(iter(named.values()))
+        if output.requires_grad and not torch.jit.is_tracing() and not layer.crossed:
             observe(layer, x, output)
 
     def __deepcopy__(self, memo):

@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -156,10 +157,11 @@ class KeptLayer:
     @classmethod
     def of(cls, layer: Layer, weight: Kept) -> KeptLayer:
         """What is kept of a layer of whose weight that is kept."""
-        rows = weight.places(0)
-        groups = torch.unique(rows // (weight.of[0] // layer.groups))
-        area = layer.columns // weight.of[1]
-        columns = weight.places(1)[:, None] * area + torch.arange(area, device="cpu")
+        out, into = (1, 0) if layer.transposed else (0, 1)
+        rows = weight.places(out)
+        groups = torch.unique(rows // (layer.outputs // layer.groups))
+        area = layer.columns // weight.of[into]
+        columns = weight.places(into)[:, None] * area + torch.arange(area, device="cpu")
         return cls(layer, rows, groups, _with_bias(layer, columns.view(1, -1), len(groups)))
 
     @classmethod
@@ -181,7 +183,7 @@ class KeptLayer:
             raise ValueError(
                 f"kept of {name!r} must be as many in each group, got {counts.tolist()}"
             )
-        rows = torch.arange(len(layer.weight), device="cpu")
+        rows = torch.arange(layer.outputs, device="cpu")
         columns = (kept % n).view(len(groups), -1)
         return cls(layer, rows, groups, _with_bias(layer, columns, len(groups)))
 
@@ -191,11 +193,18 @@ class KeptLayer:
         columns = self.columns[:, :-1] if self.layer.bias else self.columns
         return (self.groups[:, None] * self.layer.columns + columns).flatten()
 
+    @cached_property
+    def cut(self) -> Layer:
+        """The layer as its matrices will see it."""
+        new = copy.copy(self.layer)
+        new.columns = self.columns.shape[1] - new.bias
+        new.geometry = (*new.geometry[:4], len(self.groups), *new.geometry[5:])
+        return new
+
     @property
     def matrix_shape(self) -> tuple[int, ...]:
         """The shape of the new `P`."""
-        groups, n = self.columns.shape
-        return (n, n) if groups == 1 else (groups, n, n)
+        return self.cut.matrix_shape
 
     def matrix(self, P: Tensor) -> Tensor:
         """The new `P` of a live one: the same tensor where no column and no group goes."""
@@ -203,16 +212,34 @@ class KeptLayer:
         lost = self.columns.shape[1] < layer.fan_in
         if not lost and len(self.groups) == layer.groups:
             return P
-        blocks = P.reshape(layer.groups, *P.shape[-2:])[self.groups.to(device)]
+        blocks = P.reshape(layer.groups, layer.blocks, *P.shape[-2:])[self.groups.to(device)]
         if lost:
-            gone = torch.ones(len(blocks), layer.fan_in, dtype=torch.bool, device="cpu")
-            gone.scatter_(1, self.columns, False)
-            removed = [group.nonzero().flatten().to(device) for group in gone]
-            blocks = torch.stack([downdate(block, r) for block, r in zip(blocks, removed)])
+            parts = [
+                self._block(group, own[start:stop])
+                for group, own in zip(blocks, self.columns)
+                for _, start, stop in self.cut.spans()
+            ]
+            blocks = torch.stack(parts)
         return blocks.to(P.dtype).reshape(self.matrix_shape)
 
-    def entries(self, state: Mapping[str, Any]) -> dict[str, Any]:
+    def _block(self, old: Tensor, columns: Tensor) -> Tensor:
+        """The block of a new `P` of some old columns, of which old blocks may have given parts."""
+        parts = []
+        for block, (_, start, stop) in zip(old, self.layer.spans()):
+            gone = torch.ones(len(block), dtype=torch.bool, device="cpu")
+            inside = columns[(columns >= start) & (columns < stop)] - start
+            if len(inside):
+                gone[inside] = False
+                parts.append(downdate(block, gone.nonzero().flatten().to(block.device)))
+        filling = parts[0].new_ones(self.cut.block_size - len(columns))
+        return torch.block_diag(*parts, filling.diag())
+
+    def entries(self, state: Mapping[str, Any], made: dict[tuple, Tensor]) -> dict[str, Any]:
         """The layer's state after the cut, which keeps the same columns of every group.
+
+        Args:
+            state: As it was.
+            made: New matrices by the old ones that layers of one input share, and their columns.
 
         Raises:
             ValueError: The state has an entry that is not known.
@@ -220,7 +247,9 @@ class KeptLayer:
         new: dict[str, Any] = {}
         for name, value in state.items():
             if name == "P":
-                new[name] = self.matrix(value)
+                key = (id(value), *self.columns.flatten().tolist())
+                new[name] = made[key] if key in made else self.matrix(value)
+                made[key] = new[name]
             elif name in ("first_moment", "momentum_buffer"):
                 new[name] = _select(_select(value, 0, self.rows), 1, self.columns[0])
             elif name == "second_moment":
@@ -235,11 +264,9 @@ class KeptLayer:
 
     def changes(self, weight: nn.Parameter, bias: nn.Parameter | None) -> list[Change]:
         """Those of the layer itself, whose parameters are replaced by these."""
-        layer = self.layer
-        geometry = (*layer.geometry[:4], len(self.groups), *layer.geometry[5:])
-        columns = self.columns.shape[1] - layer.bias
-        values = {"weight": weight, "bias_parameter": bias, "columns": columns}
-        return [(layer, k, value) for k, value in {**values, "geometry": geometry}.items()]
+        values = {"columns": self.cut.columns, "geometry": self.cut.geometry}
+        values |= {"weight": weight, "bias_parameter": bias}
+        return [(self.layer, name, value) for name, value in values.items()]
 
     def stage(self, stage: Stage) -> Stage:
         """What was staged, cut likewise; the old one is left to forwards still on their way."""
@@ -257,6 +284,14 @@ class KeptLayer:
             return None  # no longer what the forward saw
         x = _select(factors.x, 1, self.inputs)
         return Factors(x, _select(factors.delta, 1, self.rows), version_of(x))
+
+
+def cut_states(
+    kept: Mapping[nn.Parameter, KeptLayer], states: Mapping[Any, Mapping[str, Any]]
+) -> dict[nn.Parameter, dict[str, Any]]:
+    """The state after the cut of each layer that has one, see `KeptLayer.entries`."""
+    made: dict[tuple, Tensor] = {}
+    return {w: one.entries(states[w], made) for w, one in kept.items() if w in states}
 
 
 def _with_bias(layer: Layer, columns: Tensor, groups: int) -> Tensor:

@@ -3,82 +3,146 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlscuda import _C
 from rlscuda._torch import own_parameters
 from rlscuda.functional.patches import PADDING_MODES
 
 SUMMARIES = ("mean", "sketch", "sample")
+COVERED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def base_of(module: nn.Module) -> type[nn.Module] | None:
+    """The class whose forward the RLS rule knows and `module` is derived from, if there is one."""
+    kinds = (*COVERED, nn.MultiheadAttention, *_transposed())
+    return next((kind for kind in kinds if isinstance(module, kind)), None)
+
+
+def names_of(module: nn.Module) -> tuple[str, str]:
+    """The names of the weight and the bias that a module's rule moves."""
+    prefix = "in_proj_" if isinstance(module, nn.MultiheadAttention) else ""
+    return f"{prefix}weight", f"{prefix}bias"
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight of a module is [n, c]."""
+    return isinstance(module, _transposed())
+
+
+def _transposed() -> tuple[type[nn.Module], ...]:
+    """The Conv1D of transformers, a Linear whose weight is [n, c], where that is loaded."""
+    kind = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return () if kind is None else (kind,)
 
 
 @dataclass(eq=False)
 class Layer:
-    """One RLS-trained layer: its parameters and the geometry of its im2col matrix.
+    """One RLS-trained layer: its parameters, the geometry of its im2col matrix and of its `P`.
+
+    Above a fan-in of `max_fan_in`, `P` is block-diagonal: of each group, `blocks` matrices of
+    `block_size` consecutive columns, the last of them filled up with columns of zeros.
 
     Attributes:
         name: Qualified name in the model.
-        module: The `nn.Linear` or `nn.Conv2d`.
+        module: One of the kinds that `base_of` knows.
         index: Place among the model's layers; part of the seed of its random signs.
         bias: Whether the bias is a column of ones inside `P`.
-        weight: The weight [c, n] or [c, C/groups, kh, kw], which a mask put on later leaves here.
+        weight: The weight [c, n], [n, c] where `transposed`, or [c, C/groups, *kernel]; a mask put
+            on later leaves it here.
         bias_parameter: The bias [c], or None.
         columns: Fan-in without the bias.
+        transposed: Whether the weight is that of the Conv1D of transformers.
+        crossed: Whether an attention was seen whose query, key and value are not one tensor.
+        max_fan_in: The largest block of `P`; None for no blocks.
         geometry: Kernel size, stride, padding (left, right, top, bottom), dilation, groups and
-            padding mode, as the operators take them; a Linear is a 1 x 1 convolution.
+            padding mode, as the operators take them; a Linear is a 1 x 1 convolution, a Conv1d one
+            of images of one line, a Conv3d one of its slabs.
+        depth: Kernel size, stride, dilation and padding (before, after) along a volume's depth.
     """
 
     name: str
-    module: nn.Linear | nn.Conv2d
+    module: Any
     index: int
     bias: bool
     weight: nn.Parameter = field(init=False)
     bias_parameter: nn.Parameter | None = field(init=False)
     columns: int = field(init=False)
+    transposed: bool = field(init=False)
+    crossed: bool = False
+    max_fan_in: int | None = None
     geometry: tuple = field(init=False)
+    depth: tuple = field(init=False)
 
     def __post_init__(self):
         m = self.module
-        self.weight = cast(nn.Parameter, m.weight)
-        self.bias_parameter = own_parameters(m).get("bias")
-        self.columns = m.weight.numel() // max(1, m.weight.shape[0])
-        if isinstance(m, nn.Linear):
+        weight, bias = names_of(m)
+        self.weight = getattr(m, weight)
+        self.bias_parameter = own_parameters(m).get(bias)
+        self.transposed = is_transposed(m)
+        self.columns = self.weight.numel() // max(1, self.outputs)
+        self.depth = (1, 1, 1, (0, 0))
+        if self.weight.dim() == 2:
             self.geometry = ([1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1, 0)
             return
         if isinstance(m.padding, str):
             total = [d * (k - 1) * (m.padding == "same") for d, k in zip(m.dilation, m.kernel_size)]
-            (top, bottom), (left, right) = ((t // 2, t - t // 2) for t in total)
+            padding = [(t // 2, t - t // 2) for t in total]
         else:
-            top, left = bottom, right = m.padding
-        self.geometry = (
-            list(m.kernel_size), list(m.stride), [left, right, top, bottom],
-            list(m.dilation), m.groups, PADDING_MODES.index(m.padding_mode),
-        )  # fmt: skip
+            padding = [(p, p) for p in m.padding]
+        axes = list(zip(m.kernel_size, m.stride, m.dilation, padding))
+        self.depth, *plane = [self.depth] * (3 - len(axes)) + axes
+        kernel, stride, dilation, (rows, columns) = map(list, zip(*plane))
+        mode = PADDING_MODES.index(m.padding_mode)
+        self.geometry = (kernel, stride, [*columns, *rows], dilation, m.groups, mode)
 
     def factors_pay(self, x: Tensor, dtype: torch.dtype | None) -> bool:
         """Whether the factored product (P X^T) delta is possible and cheaper than G P.
 
-        That is N (n + c) < n c for N input rows, asked for with a margin that pays for the probe
-        of the factors; away from the CPU that probe would have to be waited for.
+        That is N (m + c) < m c for N input rows and blocks of m columns, asked for with a margin
+        that pays for the probe of the factors; away from the CPU that probe would have to be
+        waited for.
 
         Args:
             x: The input.
             dtype: That the user asks for `P`, or None.
         """
         weight = self.weight
-        if weight.dim() != 2:
+        if weight.dim() != 2 or isinstance(self.module, nn.MultiheadAttention):
             return False
-        outputs, n = weight.shape
-        if 2 * (x.numel() // n) * (n + outputs) >= n * outputs or x.device.type != "cpu":
+        outputs, m = self.outputs, self.block_size
+        rows = x.numel() // self.columns
+        if 2 * rows * (m + outputs) >= m * outputs or x.device.type != "cpu":
             return False
         return x.dtype == weight.dtype == state_dtype(weight, dtype)
 
     @property
+    def outputs(self) -> int:
+        """c: rows of the weight as a matrix, see `as_rows`."""
+        return self.weight.shape[1 if self.transposed else 0]
+
+    def as_rows(self, like_weight: Tensor) -> Tensor:
+        """A tensor of the weight's shape as [c, columns]."""
+        return like_weight.t() if self.transposed else like_weight.flatten(1)
+
+    def alike(self, other: Layer) -> bool:
+        """Whether both make the same rows of one input, for one matrix that describes it."""
+        kinds = [
+            (x.columns, x.bias, x.max_fan_in, x.geometry, x.depth, x.weight.dtype, x.weight.device)
+            for x in (self, other)
+        ]
+        return self.groups == 1 and kinds[0] == kinds[1]
+
+    @property
     def groups(self) -> int:
-        """Independent matrices `P`: the groups of a convolution."""
+        """The groups of a convolution, each of an input and a `P` of its own."""
         return self.geometry[4]
 
     @property
@@ -88,9 +152,19 @@ class Layer:
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
-        """The shape of `P`: [n, n], or [groups, n, n]."""
-        n = self.fan_in
-        return (n, n) if self.groups == 1 else (self.groups, n, n)
+        """The shape of `P`: [n, n], or [groups * blocks, m, m]."""
+        m, count = self.block_size, self.groups * self.blocks
+        return (m, m) if count == 1 else (count, m, m)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks on the diagonal of the `P` of each group."""
+        return -(-self.fan_in // self.max_fan_in) if self.max_fan_in else 1
+
+    @property
+    def block_size(self) -> int:
+        """m: the columns of a block, which are as even as they can be."""
+        return -(-self.fan_in // self.blocks)
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that one step of this layer moves."""
@@ -102,7 +176,64 @@ class Layer:
         """The layer's input as [N, C, H, W] without a copy where its strides allow."""
         if self.weight.dim() == 2:
             return x.reshape(-1, x.shape[-1], 1, 1)
-        return x if x.dim() == 4 else x.unsqueeze(0)
+        x = x if x.dim() == self.weight.dim() else x.unsqueeze(0)
+        if x.dim() == 5:
+            return self._slabs(x)
+        return x if x.dim() == 4 else x.unsqueeze(2)
+
+    def _slabs(self, x: Tensor) -> Tensor:
+        """Volumes [N, C, D, H, W] as images [N D', C kd, H, W]: kd planes an output plane."""
+        size, stride, dilation, padding = self.depth
+        mode = PADDING_MODES[self.geometry[5]]
+        if mode == "zeros":
+            x = F.pad(x, (0, 0, 0, 0, *padding))
+        places = torch.arange(x.shape[2], device=x.device)
+        if mode != "zeros":
+            places = F.pad(places[None].double(), padding, mode=mode)[0].long()
+        windows = places.unfold(0, dilation * (size - 1) + 1, stride)[:, ::dilation]
+        return x[:, :, windows].movedim(2, 1).flatten(2, 3).flatten(0, 1)
+
+    @property
+    def plane_weight(self) -> Tensor:
+        """The weight as the operators take it, [c, n] or [c, C/groups, kh, kw]: a view."""
+        if self.transposed:
+            return self.weight.t()
+        if self.weight.dim() == 5:  # whatever its memory format, the operators read it in order
+            return self.weight.view(*self.weight.shape[:3], -1)
+        return self.weight.unsqueeze(2) if self.weight.dim() == 3 else self.weight
+
+    def spans(self) -> Iterator[tuple[int, int, int]]:
+        """Of each block its place and the first and last + 1 of its columns."""
+        m = self.block_size
+        for k in range(self.blocks):
+            yield k, k * m, min((k + 1) * m, self.fan_in)
+
+    def split(self, rows: Tensor) -> Tensor:
+        """Rows [groups, r, n] as the operator takes them beside `P`: [r, n] or [..., r, m]."""
+        if self.blocks > 1:
+            filled = F.pad(rows, (0, self.blocks * self.block_size - self.fan_in))
+            rows = filled.unflatten(2, (self.blocks, -1)).movedim(2, 1).flatten(0, 1)
+        return rows.contiguous() if len(rows) > 1 else rows[0]
+
+    def multiply(self, rows: Tensor, P: Tensor, out: Tensor) -> None:
+        """Writes rows P [k, fan_in], of rows [k, fan_in] or without the bias' column."""
+        n = rows.shape[1]
+        if P.dim() == 2:
+            torch.mm(rows, P[:n], out=out)
+            return
+        rows, out = (t.unflatten(0, (self.groups, -1)) for t in (rows, out))
+        for k, start, stop in self.spans():
+            size, inner = stop - start, min(n, stop) - start
+            blocks = P[k :: self.blocks, :inner, :size]
+            torch.bmm(rows[..., start : start + inner], blocks, out=out[..., start:stop])
+
+    def bias_row(self, P: Tensor) -> Tensor:
+        """The row of `P` [n] or [groups, n] that the bias' part of a product takes."""
+        if self.blocks == 1:
+            return P[..., self.columns, :]
+        *_, (k, start, stop) = self.spans()
+        row = P[k :: self.blocks, self.columns - start, : stop - start]
+        return F.pad(row, (start, 0))
 
     def positions(self, images: Tensor) -> int:
         """Patches an image: output height times output width."""
@@ -112,6 +243,33 @@ class Layer:
         height = (images.shape[2] + top + bottom - dh * (kh - 1) - 1) // sh + 1
         width = (images.shape[3] + left + right - dw * (kw - 1) - 1) // sw + 1
         return height * width
+
+
+def normalised(
+    rows: Tensor, power: Tensor, health: Tensor, gain: float, found_inf: Tensor | None
+) -> Tensor:
+    """The rows of a layer over the root of their running power, as the operator has it for one P.
+
+    Args:
+        rows: [groups, r, n].
+        power: [groups], updated; see `rlscuda.reference.running_power`.
+        health: The layer's counters.
+        gain: Of an update, at least.
+        found_inf: One bool; where it is true, `power` stays.
+    """
+    if not rows.shape[1]:
+        return rows
+    seen, before = rows.double().square().mean((1, 2)), power.double()
+    steps, earlier = (health[_C.health_slots.index(name)] for name in ("steps", "earlier"))
+    kappa = (1 / (steps + earlier + 1)).clamp(min=gain)
+    known = (before > 0) & before.isfinite()
+    now = torch.where(known, before.lerp(seen, kappa), seen)
+    kept = torch.where(known, before.lerp(torch.minimum(seen, 100 * before), kappa), seen)
+    fits = seen <= torch.finfo(power.dtype).max
+    enters = fits if found_inf is None else fits & ~found_inf
+    power.copy_(torch.where(enters, kept, power))
+    scale = torch.where(fits, torch.where(now > 0, now.rsqrt(), 0.0), math.nan)
+    return (rows * scale[:, None, None]).to(rows.dtype)
 
 
 def matrix_bytes(layer: Layer, requested: torch.dtype | None) -> int:

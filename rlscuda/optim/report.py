@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from rlscuda import _C
 from rlscuda._torch import own_parameters
 from rlscuda.optim.discovery import Registry
-from rlscuda.optim.layers import matrix_bytes
+from rlscuda.optim.layers import Layer, matrix_bytes
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,9 @@ class CoverageRow:
         status: `exact` (RLS), `fallback`, or `refused`: not trained by this optimizer at all.
         why: The reason where it is not `exact`.
         fan_in: n, 0 where there is no `P`.
-        groups: Matrices of the layer.
-        bytes: Memory of its `P`.
+        groups: Groups of the layer.
+        blocks: Blocks of the `P` of each group.
+        bytes: Memory of its `P`, 0 where that is another layer's.
     """
 
     name: str
@@ -33,6 +35,7 @@ class CoverageRow:
     why: str = ""
     fan_in: int = 0
     groups: int = 0
+    blocks: int = 0
     bytes: int = 0
 
 
@@ -43,7 +46,8 @@ class Coverage(list):
         header = ("layer", "kind", "rule", "P", "MiB", "why")
         lines = [header]
         for r in self:
-            shape = f"{r.groups} x {r.fan_in}²" if r.groups > 1 else f"{r.fan_in}²"
+            count, size = r.groups * r.blocks, -(-r.fan_in // max(1, r.blocks))
+            shape = f"{count} x {size}²" if count > 1 else f"{size}²"
             size = f"{r.bytes / 2**20:.2f}"
             exact = r.status == "exact"
             lines.append((r.name or "(root)", r.kind, r.status, shape if exact else "",
@@ -61,16 +65,18 @@ class Coverage(list):
         return "\n".join(table)
 
 
-def coverage_of(registry: Registry, patience: int) -> Coverage:
+def coverage_of(registry: Registry, states: Mapping, patience: int) -> Coverage:
     """The coverage of every module of a model.
 
     Args:
         registry: What is known of it.
+        states: The states of its parameters.
         patience: Steps without an input after which a layer is said to step without its `P`.
     """
     matches, group_of, members = registry.matches, registry.group_of, registry.members
     blind = {w for w, stage in registry.stages.items() if stage.missed >= patience}
     rows = Coverage()
+    holders: dict[int, Layer] = {}
     for match in matches:
         kind, layer = type(match.module).__name__, match.layer
         own = {p for p in own_parameters(match.module).values() if p is not None}
@@ -85,16 +91,13 @@ def coverage_of(registry: Registry, patience: int) -> Coverage:
             why = match.reason or "its weight is frozen or in no parameter group"
             rows.append(CoverageRow(match.name, kind, "fallback", why))
         else:
-            apart = layer.module.bias is not None and not layer.bias
-            why = (
-                "its bias is frozen, shared or in another group, and so outside P" if apart else ""
-            )
-            if layer.weight in blind:
-                why = "no input is seen: it steps without P"
+            state = states.get(layer.weight, {})
+            holder = holders.setdefault(id(state["P"]), layer) if "P" in state else layer
+            why = "; ".join(_remarks(layer, holder, layer.weight in blind))
             size = matrix_bytes(layer, group_of[layer.weight]["dtype"])
-            rows.append(
-                CoverageRow(match.name, kind, "exact", why, layer.fan_in, layer.groups, size)
-            )
+            size *= holder.weight is layer.weight
+            shape = (layer.fan_in, layer.groups, layer.blocks)
+            rows.append(CoverageRow(match.name, kind, "exact", why, *shape, size))
     known = {p for match in matches for p in own_parameters(match.module).values() if p is not None}
     known |= {match.layer.weight for match in matches if match.layer is not None}  # masked later
     outside = members - known
@@ -106,12 +109,29 @@ def coverage_of(registry: Registry, patience: int) -> Coverage:
     return rows
 
 
+def _remarks(layer: Layer, holder: Layer, blind: bool) -> Iterator[str]:
+    """What is out of the ordinary about a covered layer, whose `P` another may hold."""
+    if holder.weight is not layer.weight:
+        yield f"it shares the P of {holder.name!r}, which has the same input"
+    if layer.crossed:
+        yield "its query, key and value are not one tensor: it steps without P"
+    elif blind:
+        yield "no input is seen: it steps without P"
+    if layer.blocks > 1:
+        yield (
+            f"P is {layer.blocks} blocks of at most {layer.block_size} of the {layer.fan_in} "
+            f"inputs: more than max_fan_in={layer.max_fan_in}"
+        )
+    if layer.bias_parameter is not None and not layer.bias:
+        yield "its bias is frozen, shared or in another group, and so outside P"
+
+
 @dataclass(frozen=True)
 class LayerHealth:
     """How the matrix of one layer fares.
 
     Attributes:
-        updates: Updates applied to its matrices (each group of a convolution counts).
+        updates: Updates applied to its matrices (each group and block counts).
         refused: Updates refused for a non-finite summary or gradient.
         resets: Times that h was not positive and finite, and `P` was set back to its start.
         missing: Steps that had a gradient but no staged input.

@@ -63,7 +63,7 @@ def block_rows(rows: int) -> int:
 def _shape(row: tuple[Any, ...]) -> tuple[int, int, int]:
     """Matrices, and the rows and columns of each, that the direction of a move is made of."""
     layer: Layer = row[0].layer
-    return layer.groups, layer.weight.shape[0] // layer.groups, layer.fan_in
+    return layer.groups, layer.outputs // layer.groups, layer.fan_in
 
 
 def _write_batch(
@@ -79,8 +79,8 @@ def _write_batch(
     length = torch.linalg.vector_norm(N, dim=(1, 2), keepdim=True) / math.sqrt(c * n)
     N.div_(length.clamp(min=tiny))  # so that no square leaves its range
     D = torch.empty_like(N)
-    for move, part, product in zip(moves, N.split(groups), D.split(groups)):
-        torch.bmm(part, move.state["P"].view(groups, n, n), out=product)
+    for move, part, product in zip(moves, N.view(len(moves), -1, n), D.view(len(moves), -1, n)):
+        move.layer.multiply(part, move.state["P"], out=product)
     m = block_rows(c)
     N, scaled = N.view(-1, m, n), D.view(-1, m, n)
     gram = torch.bmm(scaled, N.mT) if m <= n else torch.bmm(N.mT, scaled)

@@ -7,6 +7,10 @@ an unused branch) stages nothing, and one that is counts once, in training mode 
 
 from __future__ import annotations
 
+import itertools
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +125,102 @@ class Factors:
         return _factors_agree(grad, self.x, self.delta.contiguous(), grad_bias)
 
 
+@dataclass(eq=False, slots=True)
+class Shown:
+    """The summary of one input of a layer, and what says whether another was shown the same.
+
+    Attributes:
+        x: The input, as the forward had it.
+        version: Its version counter.
+        layer: The layer.
+        group: Its parameter group.
+        index: Rows of it that take part; None for all.
+        summary: Their summary.
+        token: Number of the input, one for each that is summarised.
+    """
+
+    x: weakref.ref[Tensor]
+    version: int
+    layer: Layer
+    group: dict[str, Any]
+    index: Tensor | None
+    summary: Summary
+    token: int
+
+    def serves(self, x: Tensor, layer: Layer, group: dict[str, Any], index: Tensor | None) -> bool:
+        """Whether the summary is that of an input of another layer, too."""
+        same = self.x() is x and self.version == version_of(x) and self.index is index
+        return same and self.group is group and self.layer.alike(layer)
+
+
+class Inputs:
+    """What layers have in common: the mask of rows, and the last input, of which several may be.
+
+    Attributes:
+        shape: Of the mask that is entered, see `RLSOptimizer.mask`: of an input without features.
+        index: Places of the rows that take part; None outside of any.
+        left: Shapes of masks that were left since the last `clear`.
+        last: The last input that was summarised.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(self):
+        self.shape: torch.Size | None = None
+        self.index: Tensor | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets masks that were left, and inputs."""
+        self.left: set[torch.Size] = set()
+        self.last: Shown | None = None
+
+    def note(
+        self, x: Tensor, layer: Layer, group: dict[str, Any], index: Tensor | None, summary: Summary
+    ) -> Shown:
+        """Keeps the summary of an input for layers that are shown it too."""
+        seen = version_of(x)
+        number = next(self._numbers)
+        self.last = Shown(weakref.ref(x), seen, layer, group, index, summary, number)
+        return self.last
+
+    @contextmanager
+    def entered(self, mask: Tensor) -> Iterator[None]:
+        """Lets a mask hold inside.
+
+        Raises:
+            TypeError: It is no bool tensor.
+        """
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask must be a bool tensor, got {got}")
+        outside = self.shape, self.index
+        self.shape, self.index = mask.shape, mask.flatten().nonzero()[:, 0]
+        try:
+            yield
+        finally:
+            self.shape, self.index = outside
+            self.left.add(mask.shape)
+
+    def take(self, layer: Layer, x: Tensor) -> Tensor:
+        """The rows [k, n] of an input of the mask's shape that take part; any other as it is.
+
+        Raises:
+            RuntimeError: A checkpointed segment is recomputed where its mask does not hold.
+        """
+        leading = x.shape[:-1]
+        if layer.weight.dim() != 2:
+            return x
+        if leading == self.shape and self.index is not None:
+            return x.flatten(0, -2).index_select(0, self.index.to(x.device))
+        if leading in self.left and in_backward():
+            raise RuntimeError(
+                f"the input of {layer.name!r} is recomputed outside of the mask of its shape "
+                f"{list(leading)}: let mask() enclose backward() too"
+            )
+        return x
+
+
 class Stage:
     """What one layer has staged for the next step.
 
@@ -130,6 +230,8 @@ class Stage:
         factors: Of the only one, where they were kept.
         generation: Counts the calls of `clear`, so that a forward counts once between two.
         missed: Steps in a row that found nothing staged.
+        shown: Numbers of the inputs it was shown.
+        tokens: Those of them that are in the summary.
     """
 
     def __init__(self):
@@ -142,6 +244,8 @@ class Stage:
         self.calls = 0
         self.factors: Factors | None = None
         self.generation += 1
+        self.shown: set[int] = set()
+        self.tokens: set[int] = set()
         self._seen = self._ahead = 0
 
     def reserve(self, size: int, tentative: bool) -> int:
@@ -165,15 +269,23 @@ class Stage:
         single = self.summary is not None and self.summary.total == 1
         return single and group["form"] == "paper" and float(group["lr"]) > 2 * group["gain"]
 
-    def commit(self, summary: Summary, end: int, factors: Factors | None) -> None:
+    def commit(self, shown: Shown, end: int, factors: Factors | None) -> None:
         """Takes in the summary of one differentiated forward, which ends at offset `end`."""
+        self.tokens.add(shown.token)
+        summary = shown.summary
         self.summary = summary if self.summary is None else self.summary.merge(summary)
         self._seen = max(self._seen, end)
         self.calls += 1
         self.factors = factors if self.calls == 1 else None
 
     def observe(
-        self, layer: Layer, group: dict[str, Any], step: int, x: Tensor, output: Tensor
+        self,
+        layer: Layer,
+        group: dict[str, Any],
+        step: int,
+        inputs: Inputs,
+        x: Tensor,
+        output: Tensor,
     ) -> None:
         """Summarises the input of one forward, to be committed when its gradient comes.
 
@@ -181,6 +293,7 @@ class Stage:
             layer: The layer.
             group: Its parameter group.
             step: Steps it has taken.
+            inputs: What it has in common with other layers.
             x: The input.
             output: The output, with a gradient to come.
         """
@@ -189,14 +302,23 @@ class Stage:
         weight = layer.weight
         if weight.grad is None and self.calls and not in_backward():
             self.clear()  # the gradient was dropped, and so was the step
-        x = x.detach()
-        images = layer.images(x)
+        given, x = x, x.detach()
+        some = inputs.take(layer, x)
+        if not some.numel():
+            return
+        index = None if some is x else inputs.index
+        images = layer.images(some)
         size = images.shape[0] * (layer.positions(images) if group["summary"] == "sketch" else 1)
         offset = self.reserve(size, tentative=in_backward() or not layer.module.training)
-        seed = (group["seed"] + _SEED_STRIDE * (1 + layer.index + (step << 16))) & (2**63 - 1)
-        summary = summarise(layer, images, group["summary"], group["rank"], seed, offset)
+        last = inputs.last
+        if last is None or last.token in self.shown or not last.serves(given, layer, group, index):
+            seed = (group["seed"] + _SEED_STRIDE * (1 + layer.index + (step << 16))) & (2**63 - 1)
+            summary = summarise(layer, images, group["summary"], group["rank"], seed, offset)
+            last = inputs.note(given, layer, group, index, summary)
+        shown = last
+        self.shown.add(shown.token)
         rows, seen, counted = None, 0, 0
-        if layer.factors_pay(x, group["dtype"]):
+        if some is x and layer.factors_pay(x, group["dtype"]):
             rows = x.reshape(-1, x.shape[-1]).contiguous()
             seen = version_of(rows)
 
@@ -208,7 +330,7 @@ class Stage:
             counted, factors = self.generation, None
             if rows is not None and weight.grad is None and gradient.dtype == rows.dtype:
                 factors = Factors(rows, gradient.reshape(len(rows), -1), seen)
-            self.commit(summary, offset + size, factors)
+            self.commit(shown, offset + size, factors)
 
         # what `output.register_hook` does, at half its cost
         slot, node = output.output_nr, output.grad_fn

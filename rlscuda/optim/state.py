@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,16 @@ from rlscuda.optim.fallback import ENTRIES, IN_P, Fallback
 from rlscuda.optim.forms import NORMALISED, OPTIONS, check_complete
 from rlscuda.optim.layers import Layer, state_dtype
 
+if TYPE_CHECKING:
+    from rlscuda.optim.discovery import Registry
+
 _DTYPES = (torch.float32, torch.float64)
 _OF_FALLBACK = set().union(*ENTRIES.values())
 
 
 def _shapes(layer: Layer, form: str) -> dict[str, tuple[int, ...]]:
     """The tensors that every state of a layer holds, besides its counters."""
-    rows = layer.weight.shape[0]
+    rows = layer.outputs
     shapes: dict[str, tuple[int, ...]] = {
         "P": layer.matrix_shape,
         "health": (len(_C.health_slots),),
@@ -37,26 +41,34 @@ def _shapes(layer: Layer, form: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def initial_state(layer: Layer, group: dict[str, Any]) -> dict[str, Any]:
-    """A layer's entries before its first step.
+def initial_state(
+    layer: Layer, group: dict[str, Any], shared: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """A layer's entries before its first step, of which it may share some with another.
 
     `P` [n, n] or [groups, n, n]; `step` counts on the host, for the random draws; `health` are the
     counters that the kernels keep and follow; `power` [groups] and moments where the form has them.
     """
     device, dtype = layer.weight.device, state_dtype(layer.weight, group["dtype"])
-    state: dict[str, Any] = {"step": 0}
+    state: dict[str, Any] = {"step": 0, **shared}
     for name, shape in _shapes(layer, group["form"]).items():
-        kind = torch.float64 if name == "health" else dtype
-        state[name] = torch.zeros(shape, dtype=kind, device=device)
-    torch.diagonal(state["P"], dim1=-2, dim2=-1).fill_(group["initial_scale"])
+        if name not in shared:
+            kind = torch.float64 if name == "health" else dtype
+            state[name] = torch.zeros(shape, dtype=kind, device=device)
+    if not shared:
+        torch.diagonal(state["P"], dim1=-2, dim2=-1).fill_(group["initial_scale"])
     if group["form"] not in NORMALISED and group["momentum"]:
-        shape = (layer.weight.shape[0], layer.fan_in)
+        shape = (layer.outputs, layer.fan_in)
         state["momentum_buffer"] = torch.zeros(shape, dtype=dtype, device=device)
     return state
 
 
 def ensure_state(
-    states: dict, layer: Layer, group: dict[str, Any], fallback: Fallback
+    states: dict,
+    layer: Layer,
+    group: dict[str, Any],
+    fallback: Fallback,
+    shared: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """A layer's entries, made before its first step; float64 once its weight is.
 
@@ -65,16 +77,58 @@ def ensure_state(
         layer: The layer.
         group: Its parameter group.
         fallback: The rule that may have had its bias.
+        shared: Entries that a new one is to have in common with another.
     """
     state = states[layer.weight]
     if "P" not in state:
-        state.update(initial_state(layer, group))
+        state.update(initial_state(layer, group, shared))
         for bias in layer.parameters()[1:]:
             if fallback.starts(states[bias]):
                 states[bias].update(IN_P)
     elif layer.weight.dtype == torch.float64 and state["P"].dtype != torch.float64:
-        state.update({k: v.double() for k, v in state.items() if isinstance(v, Tensor)})
+        copies = {k: v.to(torch.float64, copy=True) for k, v in _tensors(state).items()}
+        state.update(copies)
     return state
+
+
+def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _of_input(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The entries that describe the input, which layers of one input have in common."""
+    return {name: state[name] for name in ("P", "power", "health") if name in state}
+
+
+def ready(states: dict, registry: Registry, moving: list[Layer], fallback: Fallback) -> None:
+    """Makes the entries of layers about to move: one `P` for those that see the same inputs.
+
+    That holds from their first step on. Where one of them sees another input, or none has to move
+    but the other, it goes on with a copy.
+    """
+    about, stages, groups = set(moving), registry.stages, registry.group_of
+    sharing: dict[int, list[Layer]] = {}
+    for weight, layer in registry.layers.items():
+        if "P" in states.get(weight, ()):
+            sharing.setdefault(id(states[weight]["health"]), []).append(layer)
+    for layers in sharing.values():
+        parts: dict[tuple, dict[str, Tensor]] = {}
+        for layer in layers if len(layers) > 1 else ():
+            weight, state = layer.weight, states[layer.weight]
+            of_step = (layer in about, frozenset(stages[weight].tokens), id(groups.get(weight)))
+            key = (*of_step, id(state["P"]))
+            own = _of_input(state)
+            if key not in parts:
+                parts[key] = {k: v.clone() for k, v in own.items()} if parts else own
+            state.update(parts[key])
+    first: dict[frozenset[int], Layer] = {}
+    for layer in moving:
+        shared: dict[str, Tensor] = {}
+        tokens = frozenset(stages[layer.weight].tokens)
+        if tokens and "P" not in states.get(layer.weight, ()):
+            mate = first.setdefault(tokens, layer)
+            shared = _of_input(states.get(mate.weight, {}))
+        ensure_state(states, layer, groups[layer.weight], fallback, shared)
 
 
 def forget(states: dict, layer: Layer, group: dict[str, Any]) -> None:
@@ -89,22 +143,27 @@ def forget(states: dict, layer: Layer, group: dict[str, Any]) -> None:
             del states[parameter]
 
 
-def check_fits(layer: Layer, state: Mapping[str, Any], form: str) -> None:
-    """Raises ValueError where a layer's weight, gradient or form is not what `P` was made for.
+def check_fits(layer: Layer, state: Mapping[str, Any], group: dict[str, Any]) -> None:
+    """Raises ValueError where a layer's weight, gradient or options are not what `P` was made for.
 
     Whatever refuses a layer must do so before the first one moves.
     """
-    weight, P = layer.weight, state["P"]
+    weight, P, form = layer.weight, state["P"], group["form"]
     shapes = _shapes(layer, form)
     if any((name in state) != (name in shapes) for name in ("power", "first_moment")):
         raise ValueError(f"the state of {layer.name!r} is not one of form {form!r}: the form of a "
                          "group cannot change once it has stepped")  # fmt: skip
+    if group["max_fan_in"] != layer.max_fan_in:
+        raise ValueError(
+            "the max_fan_in of a group cannot change once its layers are known: "
+            f"{layer.name!r} has {layer.max_fan_in}, its group {group['max_fan_in']}"
+        )
     if weight.device != P.device:
         raise ValueError(
             f"the weight of {layer.name!r} is on {weight.device}, its P on {P.device}: move the "
             "model before the optimizer is made, or load its state_dict after"
         )
-    rows = weight.shape[0]
+    rows = layer.outputs
     moment = state.get("first_moment", state.get("momentum_buffer"))
     same_rows = moment is None or len(moment) == rows
     if not same_rows or weight.numel() != rows * layer.columns:
@@ -165,9 +224,10 @@ def _check_state(
             raise ValueError("state_dict is not that of an RLSOptimizer: its groups have no "
                              f"{sorted(OPTIONS - saved.keys())}")  # fmt: skip
         _check_options(saved)
-        if saved["form"] != group["form"]:
-            raise ValueError(f"state_dict is of form {saved['form']!r}, the optimizer of "
-                             f"{group['form']!r}")  # fmt: skip
+        for name in ("form", "max_fan_in"):
+            if saved[name] != group[name]:
+                raise ValueError(f"state_dict is of {name} {saved[name]!r}, the optimizer of "
+                                 f"{group[name]!r}")  # fmt: skip
         if (saved["fallback_lr"] is None) != (group["fallback_lr"] is None):
             raise ValueError("state_dict and optimizer disagree on whose rate lr is, that of the "
                              "layers or of the fallback rule")  # fmt: skip
@@ -251,7 +311,7 @@ def _check_layer(layer: Layer, form: str, entries: Mapping[str, Any]) -> None:
         raise ValueError(f"step {where} must be an int >= 0, got {step!r}")
     shapes = _shapes(layer, form)
     if "momentum_buffer" in entries:
-        shapes["momentum_buffer"] = (layer.weight.shape[0], layer.fan_in)
+        shapes["momentum_buffer"] = (layer.outputs, layer.fan_in)
     for name, shape in shapes.items():
         value = entries.get(name)
         if not isinstance(value, Tensor) or value.shape != shape:
@@ -276,10 +336,14 @@ def _restore_dtypes(
     layers: Mapping[nn.Parameter, Layer],
 ) -> None:
     """Puts back what torch's loader cast to the parameter's dtype, as tensors of our own."""
+    made: dict[tuple, Tensor] = {}  # layers of one input go on sharing what describes it
     for parameter, entries in _entries(state_dict, groups):
         for name, value in entries.items():
             if isinstance(value, Tensor) and parameter in layers:
-                state[parameter][name] = value.detach().to(parameter.device, copy=True)
+                key = (id(value), id(entries.get("health")), parameter.device)
+                if key not in made:
+                    made[key] = value.detach().to(parameter.device, copy=True)
+                state[parameter][name] = made[key]
             elif state[parameter][name] is value and isinstance(value, Tensor):
                 state[parameter][name] = value.clone()
 

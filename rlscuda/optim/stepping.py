@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rlscuda._torch import foreach_copy_, foreach_norm
 from rlscuda.optim.forms import NORMALISED
-from rlscuda.optim.layers import Layer
+from rlscuda.optim.layers import Layer, normalised
 from rlscuda.optim.spectral import write_directions
 from rlscuda.optim.staging import Factors, Summary
 
@@ -43,6 +43,7 @@ class Move:
         summary: What is staged of its input, or None.
         factors: The factors of its gradient, where they were kept and still hold all of it.
         moves_bias: Whether its bias, if in `P`, is still in a group.
+        weight: Its weight as the operators take it.
         grad: Its gradient as [c, n], contiguous, of the dtype of `P`.
         product: Where the product goes [c, fan_in].
         projected: X P [N, fan_in] for the factored product.
@@ -54,6 +55,7 @@ class Move:
     summary: Summary | None
     factors: Factors | None
     moves_bias: bool
+    weight: Tensor = field(init=False)
     grad: Tensor = field(init=False)
     product: Tensor = field(init=False)
     projected: Tensor | None = None
@@ -61,7 +63,8 @@ class Move:
     def __post_init__(self):
         weight = self.layer.weight
         assert weight.grad is not None
-        self.grad = weight.grad if weight.dim() == 2 else weight.grad.flatten(1)
+        self.weight = self.layer.plane_weight
+        self.grad = self.layer.as_rows(weight.grad)
         if self.factors is not None and (
             self.summary is None
             or self.group["form"] == "spectral"  # whose product is of the momentum
@@ -72,13 +75,11 @@ class Move:
 
     @property
     def rows(self) -> Tensor:
-        """The summary as the operator takes it; without rows where nothing is staged."""
-        P = self.state["P"]
+        """The summary [groups, r, fan_in] in the dtype of `P`; r = 0 where nothing is staged."""
+        P, layer = self.state["P"], self.layer
         if self.summary is None:
-            return P[..., :0, :]
-        rows = self.summary.rows
-        rows = rows if rows.dtype == P.dtype else rows.to(P.dtype)
-        return rows if self.layer.groups > 1 else rows[0]
+            return P.new_empty(layer.groups, 0, layer.fan_in)
+        return self.summary.rows.to(P.dtype)
 
 
 def buffer(workspace: Workspace, name: str, P: Tensor, numel: int) -> Tensor:
@@ -100,7 +101,7 @@ def step_layers(moves: list[Move], workspace: Workspace) -> None:
     batches: dict[tuple, list[Move]] = {}
     for move in moves:
         P, weight = move.state["P"], move.layer.weight
-        key = (id(move.group), P.dtype, weight.dtype, P.device)
+        key = (id(move.group), P.dtype, weight.dtype, P.device, move.layer.blocks > 1)
         batches.setdefault(key, []).append(move)
     for batch in batches.values():
         for chunk in _chunks(batch):
@@ -126,16 +127,28 @@ def _found_inf(moves: list[Move]) -> dict[torch.device, Tensor]:
 def _chunks(batch: list[Move]) -> Iterator[list[Move]]:
     """Parts of a batch whose products fit the workspace together."""
     limit = _CHUNK_BYTES.get(batch[0].layer.weight.device.type, 0)
+    together: dict[int, list[Move]] = {}  # layers that share a P step with it
+    for move in batch:
+        together.setdefault(id(move.state["P"]), []).append(move)
     chunk: list[Move] = []
     used = 0
-    for move in batch:
-        size = move.layer.weight.shape[0] * move.layer.fan_in * move.state["P"].element_size()
+    for moves in together.values():
+        elements = sum(move.layer.outputs * move.layer.fan_in for move in moves)
+        size = elements * moves[0].state["P"].element_size()
         if chunk and used + size > limit:
             yield chunk
             chunk, used = [], 0
-        chunk.append(move)
+        chunk += moves
         used += size
     yield chunk
+
+
+def _first(chunk: list[Move]) -> dict[int, Move]:
+    """The first layer of each `P`, which speaks for those that share it, by the id of that."""
+    first: dict[int, Move] = {}
+    for move in chunk:
+        first.setdefault(id(move.state["P"]), move)
+    return first
 
 
 def _step_chunk(chunk: list[Move], found_inf: Tensor | None, workspace: Workspace) -> None:
@@ -158,7 +171,7 @@ def _step_chunk(chunk: list[Move], found_inf: Tensor | None, workspace: Workspac
 def _prepare(chunk: list[Move], workspace: Workspace) -> None:
     """Gives every move its gradient in the dtype of `P`, and its product a place."""
     P = chunk[0].state["P"]
-    shapes = [(move.layer.weight.shape[0], move.layer.fan_in) for move in chunk]
+    shapes = [(move.layer.outputs, move.layer.fan_in) for move in chunk]
     products = buffer(workspace, "product", P, sum(rows * n for rows, n in shapes))
     start = 0
     for move, (rows, n) in zip(chunk, shapes):
@@ -171,9 +184,13 @@ def _prepare(chunk: list[Move], workspace: Workspace) -> None:
         foreach_copy_(copies, [m.grad for m in converted])
         for move, copy in zip(converted, copies):
             move.grad = copy
-    for move in chunk:
-        if move.factors is not None:
+    first = _first(chunk)
+    for move in first.values():
+        if move.factors is not None and move.layer.blocks == 1:
             move.projected = _project(move.layer, move.state["P"], move.factors.x, workspace)
+    for move in chunk:
+        if move.factors is not None:  # shown the same rows
+            move.projected = first[id(move.state["P"])].projected
 
 
 def _project(layer: Layer, P: Tensor, X: Tensor, workspace: Workspace) -> Tensor:
@@ -196,17 +213,19 @@ def _products(chunk: list[Move], P: Tensor, copy: bool) -> list[Tensor]:
     bias_rows = [none] * len(chunk)
     for i, move in enumerate(chunk):
         layer, matrix = move.layer, move.state["P"]
-        n = layer.columns
-        if move.factors is not None and move.projected is not None:
-            torch.mm(move.factors.delta.t(), move.projected, out=move.product)
+        if move.factors is not None:
+            projected = move.projected
+            if projected is None:  # by the P of now
+                x = move.factors.x
+                projected = P.new_empty(len(x), layer.fan_in)
+                layer.multiply(x, matrix, out=projected)
+                if layer.bias:
+                    projected += layer.bias_row(matrix)
+            torch.mm(move.factors.delta.t(), projected, out=move.product)
             continue
-        if layer.groups == 1:
-            torch.mm(move.grad, matrix[:n] if layer.bias else matrix, out=move.product)
-        else:
-            grad, product = (t.unflatten(0, (layer.groups, -1)) for t in (move.grad, move.product))
-            torch.bmm(grad, matrix[:, :n], out=product)
+        layer.multiply(move.grad, matrix, out=move.product)
         if layer.bias:
-            bias_rows[i] = matrix[..., n, :]
+            bias_rows[i] = layer.bias_row(matrix)
     if not copy or all(row is none for row in bias_rows):
         return bias_rows
     copies = torch.cat([row.flatten() for row in bias_rows]).split([r.numel() for r in bias_rows])
@@ -214,17 +233,33 @@ def _products(chunk: list[Move], P: Tensor, copy: bool) -> list[Tensor]:
 
 
 def _update_matrices(chunk: list[Move], group: dict[str, Any], found_inf: Tensor | None) -> Tensor:
-    """Updates every `P`; returns h of each matrix in turn, NaN where the weight may not move."""
-    states = [move.state for move in chunk]
-    projection, projected, inputs = _projections(chunk, group)
-    shrinkage = group["shrinkage"]
-    return _rls_update(
-        [state["P"] for state in states], [move.rows for move in chunk],
-        [state["power"] for state in states] if "power" in states[0] else [],
-        [state["health"] for state in states], found_inf, projection, projected, inputs,
+    """Updates every `P`; returns h of each group in turn, NaN where its weight may not move."""
+    first = _first(chunk)
+    moves = list(first.values())
+    layers, states = [move.layer for move in moves], [move.state for move in moves]
+    projection, projected, inputs = _projections(moves, group)
+    shrinkage, blocked, rows = group["shrinkage"], layers[0].blocks > 1, [m.rows for m in moves]
+    powers = [state["power"] for state in states] if "power" in states[0] else []
+    if blocked and powers:  # the operator takes one a matrix: here all blocks of a group share it
+        rows = [
+            normalised(r, state["power"], state["health"], group["gain"], found_inf)
+            for r, state in zip(rows, states)
+        ]
+        powers = []
+    h = _rls_update(
+        [state["P"] for state in states], [layer.split(r) for layer, r in zip(layers, rows)],
+        powers, [state["health"] for state in states], found_inf, projection, projected, inputs,
         group["forgetting"], group["gain"], 1 - shrinkage, shrinkage * group["initial_scale"],
         group["drift"] or 0.0, group["initial_scale"], group["form"] in NORMALISED,
     )  # fmt: skip
+    if not blocked and len(moves) == len(chunk):
+        return h
+    parts = list(h.split([layer.groups * layer.blocks for layer in layers]))
+    if blocked:  # lambda + kappa s P s of the whole row: every block has added its part to lambda
+        least = group["forgetting"]
+        parts = [(p - least).view(one.groups, -1).sum(1) + least for p, one in zip(parts, layers)]
+    own = dict(zip(first, parts))
+    return torch.cat([own[id(move.state["P"])] for move in chunk])
 
 
 def _projections(
@@ -290,7 +325,7 @@ def _move_weights(
         h = _shortened(chunk, h, biases, (lr if rate is None else rate) / longest)
         divide_by_h = True
     _weight_step(
-        [layer.weight for layer in layers], biases, [move.product for move in chunk],
+        [move.weight for move in chunk], biases, [move.product for move in chunk],
         [move.grad for move in chunk] if adaptive else [], bias_rows, bias_gradients, h,
         [layer.groups for layer in layers], first,
         [state["second_moment"] for state in states] if adaptive else [],

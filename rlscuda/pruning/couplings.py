@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+
+from rlscuda.optim.layers import COVERED
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,23 +32,23 @@ class Member:
         """The columns of the im2col matrix that the units take on the input side.
 
         Args:
-            module: The `nn.Linear` or `nn.Conv2d` of that name.
+            module: The Linear or convolution of that name.
 
         Returns:
             [units, columns] int64, ascending, in `F.unfold` order; for a grouped convolution within
             the matrix of each group.
 
         Raises:
-            ValueError: The units are not on the input side of a Linear or Conv2d.
+            ValueError: The units are not on the input side of a Linear or convolution.
         """
-        if self.kind != "in" or not isinstance(module, (nn.Linear, nn.Conv2d)):
+        if self.kind != "in" or not isinstance(module, COVERED):
             raise ValueError(
-                f"columns are those of the input side of a Linear or Conv2d, got side "
+                f"columns are those of the input side of a Linear or convolution, got side "
                 f"{self.kind!r} of {type(module).__name__} {self.name!r}"
             )
         if isinstance(module, nn.Linear):
             return self.indices
-        area = module.kernel_size[0] * module.kernel_size[1]
+        area = math.prod(module.kernel_size)
         # the units hold the same positions of every group, and the first comes first
         first = self.indices[:, : self.indices.shape[1] // module.groups]
         return (first[:, :, None] * area + torch.arange(area, device="cpu")).flatten(1)

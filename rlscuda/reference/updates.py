@@ -46,6 +46,29 @@ def rls_update(
     return decay * updated + diffusion * identity, U, H.diagonal().mean()
 
 
+def block_rls_update(P: Tensor, S: Tensor, size: int, **constants: float) -> tuple[Tensor, Tensor]:
+    """One update of a block-diagonal matrix, as that of a layer of a large fan-in.
+
+    Each block sees its own columns of the rows alone.
+
+    Args:
+        P: [n, n], zero outside of the blocks of consecutive columns; the last may be smaller.
+        S: [r, n].
+        size: Columns of a block.
+        **constants: See `rls_update`.
+
+    Returns:
+        The new P [n, n], and h [], the mean of the diagonal of lambda I + (kappa / r) S P S^T.
+    """
+    parts = [
+        rls_update(P[k : k + size, k : k + size], S[:, k : k + size], **constants)
+        for k in range(0, len(P), size)
+    ]
+    forgetting = constants.get("forgetting", 1.0)
+    h = forgetting + sum(part - forgetting for _, _, part in parts)
+    return torch.block_diag(*(block for block, _, _ in parts)), torch.as_tensor(h)
+
+
 def running_power(before: float, seen: float, gain: float) -> tuple[float, float]:
     """The running mean of the squared input at one update.
 

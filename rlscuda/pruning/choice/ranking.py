@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rlscuda._torch import BatchNorm, Convolution
 from rlscuda.closed_form import formulas
 from rlscuda.closed_form.greedy import Consumer, greedy_path
+from rlscuda.optim.layers import COVERED
 from rlscuda.pruning.couplings import Coupling, Structure
 from rlscuda.pruning.matrices.calibration import Matrices
 
@@ -148,7 +149,7 @@ def units_gone(original: dict[str, int], couplings: list[Coupling]) -> dict[str,
     return {c.name: original.setdefault(c.name, c.units) - c.units for c in couplings}
 
 
-def layer_weight(module: nn.Linear | nn.Conv2d, P: Tensor) -> Tensor:
+def layer_weight(module: Any, P: Tensor) -> Tensor:
     """The weight as [groups, c / groups, n] float64, with the bias' column where `P` has it."""
     weight = module.weight.detach().double().flatten(1)
     if P.shape[-1] > weight.shape[1]:
@@ -194,7 +195,7 @@ def feeds_one_layer(coupling: Coupling, modules: Mapping[str, Any]) -> bool:
     if len(consumers) != 1:
         return False
     module = modules[consumers[0].name]
-    if not isinstance(module, (nn.Linear, nn.Conv2d)) or getattr(module, "groups", 1) > 1:
+    if not isinstance(module, COVERED) or getattr(module, "groups", 1) > 1:
         return False
     return consumers[0].indices.numel() == module.weight.shape[1]
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rlscuda._torch import own_parameters
 from rlscuda.closed_form.formulas import compensate
+from rlscuda.optim.layers import COVERED
 from rlscuda.pruning.choice.ranking import Candidate, layer_weight
 from rlscuda.pruning.couplings import Coupling, Member, Structure
 from rlscuda.pruning.matrices.calibration import Matrices
@@ -243,11 +244,11 @@ def lost_columns(
     modules: Mapping[str, nn.Module],
     removed: Mapping[str, Sequence[int]],
 ) -> dict[str, Tensor]:
-    """The im2col columns that each Linear and Conv2d loses, of each group; int64, ascending."""
+    """The im2col columns that Linears and convolutions lose, of each group; int64, ascending."""
     lost: dict[str, list[Tensor]] = {}
     for member, units in _losing(couplings, removed):
         module = modules.get(member.name)
-        if member.kind == "in" and isinstance(module, (nn.Linear, nn.Conv2d)):
+        if member.kind == "in" and isinstance(module, COVERED):
             lost.setdefault(member.name, []).append(member.columns(module)[units].flatten())
     return {name: torch.cat(parts).sort().values for name, parts in lost.items()}
 
@@ -262,7 +263,7 @@ def without_rule(
     for member, _ in _losing(couplings, removed):
         module = modules.get(member.name)
         mixes = member.kind == "in" or isinstance(module, nn.MultiheadAttention)
-        if mixes and not isinstance(module, (nn.Linear, nn.Conv2d)):
+        if mixes and not isinstance(module, COVERED):
             reasons[member.name] = f"there is no rule for {type(module).__name__}"
     return reasons
 

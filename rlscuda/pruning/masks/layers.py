@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 from torch.optim import Optimizer
 
 from rlscuda._torch import own_buffers, own_parameters, pre_hooks
+from rlscuda.optim.layers import COVERED
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,13 @@ class MaskLayer:
     Attributes:
         name: Qualified name.
         module: The layer.
-        weight: Its weight [c, n] or [c, C/groups, kh, kw].
+        weight: Its weight [c, n] or [c, C/groups, *kernel].
         bias: Its bias [c] where that is inside P, else None.
         P: Inverse autocorrelation [groups, k, k] in float64; k is n, or n + 1 with the bias.
     """
 
     name: str
-    module: nn.Linear | nn.Conv2d
+    module: nn.Module
     weight: nn.Parameter
     bias: nn.Parameter | None
     P: Tensor
@@ -95,8 +96,8 @@ def mask_layer(model: nn.Module, name: str, matrices: Mapping[str, Tensor]) -> M
     if name not in modules:
         raise ValueError(f"the model has no layer {name!r}")
     module = modules[name]
-    if not isinstance(module, (nn.Linear, nn.Conv2d)):
-        raise ValueError(f"{name!r} must be a Linear or Conv2d, got {type(module).__name__}")
+    if not isinstance(module, COVERED):
+        raise ValueError(f"{name!r} must be a Linear or convolution, got {type(module).__name__}")
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         raise ValueError(f"MultiheadAttention uses the weight of {name!r} without calling it, and "
                          "so past a mask")  # fmt: skip
@@ -115,7 +116,7 @@ def mask_layer(model: nn.Module, name: str, matrices: Mapping[str, Tensor]) -> M
     return layer
 
 
-def _checked_matrix(name: str, module: nn.Linear | nn.Conv2d, n: int, P: Tensor) -> Tensor:
+def _checked_matrix(name: str, module: nn.Module, n: int, P: Tensor) -> Tensor:
     P, groups = P.unsqueeze(0) if P.dim() == 2 else P, getattr(module, "groups", 1)
     plain_bias = own_parameters(module).get("bias") is not None
     shapes = [[groups, n, n]] + [[groups, n + 1, n + 1]] * plain_bias

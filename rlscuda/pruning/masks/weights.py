@@ -145,7 +145,7 @@ def prune_weights(
 
     Args:
         model: The model.
-        matrices: Qualified names of Linear and Conv2d layers to their inverse autocorrelation
+        matrices: Qualified names of Linear and convolution layers to their inverse autocorrelation
             matrices [groups, k, k] (or [k, k] for one group); k is the fan-in n in `F.unfold`
             order, or n + 1 with the bias as the last column, which must have no mask.
         sparsity: Share of the weights of each layer that is to be zero, above 0 and below 1,

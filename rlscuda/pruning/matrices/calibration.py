@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rlscuda._torch import compiler_is_loaded, own_parameters, unwrapped
 from rlscuda.closed_form.formulas import damped_inverse, downdate
 from rlscuda.optim.discovery import Match, discover, modules_named
-from rlscuda.optim.layers import Layer
+from rlscuda.optim.layers import COVERED, Layer
 from rlscuda.pruning.masks.layers import is_masked
 from rlscuda.pruning.options import check_number
 from rlscuda.pruning.running.calls import feed, inference
@@ -46,7 +46,7 @@ def calibrate(
         loader: Batches: a tensor; a tuple or list whose first item is the input; or a mapping, of
             which the model's forward gets the items it names.
         layers: Names (shell patterns) or modules to which this is limited; by default every Linear
-            and Conv2d that an RLS rule could cover, with a mask or without.
+            and convolution that an RLS rule could cover, with a mask or without.
         damping: Relative to the mean of the autocorrelation's diagonal, see `damped_inverse`.
         max_batches: How many batches to take; all by default.
 
@@ -126,7 +126,7 @@ def disagreement(own: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict
 
 
 def pruning_layers(model: nn.Module, layers: Iterable[str | nn.Module] | None) -> list[Layer]:
-    """The Linear and Conv2d layers of a model, each bias in its matrix that is of its layer alone.
+    """The Linears and convolutions of a model, each bias in its matrix that is of its layer alone.
 
     Args:
         model: The model.
@@ -143,6 +143,8 @@ def pruning_layers(model: nn.Module, layers: Iterable[str | nn.Module] | None) -
     found: dict[nn.Module, Layer] = {}
     reasons: dict[nn.Module, str] = {}
     for index, match in enumerate(discover(model, None, None)):
+        if not isinstance(match.module, COVERED) and not match.reason:
+            match.layer, match.reason = None, f"{type(match.module).__name__} cannot be pruned"
         if match.layer is not None:
             match.layer.bias = match.bias_fits
         layer = match.layer or _masked_layer(match, index, model)
@@ -155,7 +157,9 @@ def pruning_layers(model: nn.Module, layers: Iterable[str | nn.Module] | None) -
             why = next((reasons[m] for m in reasons if m in inside), "it has no parameters")
             raise ValueError(f"layers names {item!r}, which can have no matrix: {why}")
     if not found:
-        raise ValueError("model must have a Linear or Conv2d layer of its own weight, got none")
+        raise ValueError(
+            "model must have a Linear or convolution layer of its own weight, got none"
+        )
     wanted = set(found) if chosen is None else {m for _, inside in chosen for m in inside}
     return [layer for module, layer in found.items() if module in wanted]
 
@@ -163,7 +167,7 @@ def pruning_layers(model: nn.Module, layers: Iterable[str | nn.Module] | None) -
 def _masked_layer(match: Match, index: int, model: nn.Module) -> Layer | None:
     """The layer of a module that would be covered without its mask, else None."""
     module: Any = match.module
-    if type(module) not in (nn.Linear, nn.Conv2d) or not is_masked(module):
+    if type(module) not in COVERED or not is_masked(module):
         return None
     bias = own_parameters(module).get("bias")
     holders = [m for m in model.modules() if any(p is bias for p in own_parameters(m).values())]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlscuda.closed_form.formulas import check_matrix, damped_inverse, invert_, symmetrise_
+from rlscuda.optim.layers import Layer
 from rlscuda.optimizer import RLSOptimizer
 from rlscuda.pruning.options import check_number
 
@@ -34,8 +35,8 @@ def own_matrices(
 
     Returns:
         [groups, n, n] each, on the layer's device: the live `P`, not a copy, where it is used as it
-        is, else float64. A common factor of each is arbitrary, and so saliencies from it compare
-        within a layer, or relative to the layer's output energy.
+        is and whole, else float64. A common factor of each is arbitrary, and so saliencies from it
+        compare within a layer, or relative to the layer's output energy.
 
     Raises:
         TypeError: `optimizer` is no RLSOptimizer.
@@ -61,9 +62,14 @@ def by_weight(
 ) -> dict[nn.Parameter, Tensor]:
     """The matrix of each covered weight that the optimizer has made a step with, or of some."""
     result: dict[nn.Parameter, Tensor] = {}
+    made: dict[tuple[int, int], Tensor] = {}  # layers of one input share P
     for weight, group in optimizer._registry.group_of.items():
         state = optimizer.state.get(weight, {})
         if not state.get("step") or (weights is not None and weight not in weights):
+            continue
+        key = (id(state["P"]), id(group))
+        if key in made:
+            result[weight] = made[key]
             continue
         P = state["P"] if state["P"].dim() == 3 else state["P"][None]
         drift = group["drift"]
@@ -74,8 +80,15 @@ def by_weight(
         elif group["shrinkage"]:
             options = {k: group[k] for k in ("forgetting", "gain", "shrinkage", "initial_scale")}
             P = torch.stack([shrunk_to_inverse(part, damping=damping, **options) for part in P])
-        result[weight] = P
+        layer = optimizer._registry.layers[weight]
+        result[weight] = made[key] = P if layer.blocks == 1 else _assembled(layer, P.double())
     return result
+
+
+def _assembled(layer: Layer, blocks: Tensor) -> Tensor:
+    """The block-diagonal matrix [groups, n, n] of each group, without what fills up a block."""
+    whole = [torch.block_diag(*own) for own in blocks.unflatten(0, (layer.groups, -1))]
+    return torch.stack(whole)[:, : layer.fan_in, : layer.fan_in]
 
 
 def adaptive_to_inverse(P: Tensor, drift: float, damping: float) -> Tensor:

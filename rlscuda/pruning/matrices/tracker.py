@@ -52,7 +52,7 @@ class SketchTracker:
         rank: Rows of a sketch.
         forgetting: What remains of the past after a forward, in (0, 1).
         layers: Names (shell patterns) or modules to which this is limited; by default every Linear
-            and Conv2d that an RLS rule could cover, whoever trains it, with a mask or without.
+            and convolution that an RLS rule could cover, whoever trains it, with a mask or without.
         damping: Relative to the mean power of the layer's input, > 0.
         seed: Of the random signs and the noise; the global random state is not used.
         dtype: Of P: float32 or float64.

@@ -27,6 +27,7 @@ NUMBERS = {  # option -> what it must be, and values that it must not be
     "beta2": ("in [0, 1)", [-0.1, 1.0, math.nan]),
     "eps": ("> 0 and finite", [0.0, -1e-8, math.inf]),
     "fallback_lr": (">= 0 and finite", [-1e-3, math.nan, math.inf]),
+    "max_fan_in": ("an int >= 1", [0, -1, 16.0, "16", True, math.inf]),
     "seed": ("an int", [0.5, "0"]),
     "dtype": ("None, torch.float32 or torch.float64", [torch.bfloat16, "float32", torch.int64]),
 }

@@ -307,7 +307,7 @@ def test_errors_leave_the_model_as_it_was():
         (mlp, good, {"layers": ["4"]}, "no matrix of '4', only of 0, 2"),
         (mlp, good, {"layers": []}, "at least one layer"),
         (mlp, {**good, "7": P}, {}, "the model has no layer '7'"),
-        (mlp, {**good, "1": P}, {}, "'1' must be a Linear or Conv2d, got ReLU"),
+        (mlp, {**good, "1": P}, {}, "'1' must be a Linear or convolution, got ReLU"),
         (lambda: nn.MultiheadAttention(4, 1), {"out_proj": P}, {}, "uses the weight of 'out_proj'"),
         (tied, good, {"layers": ["0"]}, "weight of '0' is also that of '2'"),
         (parametrised, good, {}, "weight of '0' must be a parameter of it"),

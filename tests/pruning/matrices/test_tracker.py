@@ -319,7 +319,7 @@ def test_hooks_end_with_the_tracker():
         ({"dtype": torch.float16}, ValueError, "dtype must be .* got torch.float16"),
         ({"layers": ["nothing"]}, ValueError, "layers names 'nothing', which the model does not"),
         ({"layers": ["1"]}, ValueError, "layers names '1', which can have no matrix: "),
-        ({"model": nn.ReLU()}, ValueError, "must have a Linear or Conv2d"),
+        ({"model": nn.ReLU()}, ValueError, "must have a Linear or convolution"),
         ({"model": 3}, TypeError, "model must be a module, got int"),
     ],
 )  # fmt: skip
