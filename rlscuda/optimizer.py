@@ -17,9 +17,10 @@ from rlscuda.optim.discovery import Registry, as_list
 from rlscuda.optim.fallback import Fallback, set_rates
 from rlscuda.optim.kept import Change, Replaced, cut_states
 from rlscuda.optim.layers import Layer
+from rlscuda.optim.moves import Move, Workspace
 from rlscuda.optim.report import Coverage, Health, coverage_of, health_of
 from rlscuda.optim.state import check_fits, ensure_state, forget, guarded_load, ready, restart
-from rlscuda.optim.stepping import Move, Workspace, step_layers
+from rlscuda.optim.steps.stepping import step_layers
 
 
 class RLSOptimizer(Optimizer):

@@ -12,8 +12,8 @@ from torch import nn
 
 from rlscuda.optim.forms import FORMS
 from rlscuda.optim.layers import Layer, matrix_bytes
+from rlscuda.optim.moves import Move
 from rlscuda.optim.staging import Stage
-from rlscuda.optim.stepping import Move
 
 NOTHING_COVERED = (
     "no layer of the model is covered: the fallback rule trains everything, see coverage()"

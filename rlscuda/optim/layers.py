@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlscuda import _C
 from rlscuda._torch import own_parameters
 from rlscuda.functional.patches import PADDING_MODES
 
@@ -243,33 +242,6 @@ class Layer:
         height = (images.shape[2] + top + bottom - dh * (kh - 1) - 1) // sh + 1
         width = (images.shape[3] + left + right - dw * (kw - 1) - 1) // sw + 1
         return height * width
-
-
-def normalised(
-    rows: Tensor, power: Tensor, health: Tensor, gain: float, found_inf: Tensor | None
-) -> Tensor:
-    """The rows of a layer over the root of their running power, as the operator has it for one P.
-
-    Args:
-        rows: [groups, r, n].
-        power: [groups], updated; see `rlscuda.reference.running_power`.
-        health: The layer's counters.
-        gain: Of an update, at least.
-        found_inf: One bool; where it is true, `power` stays.
-    """
-    if not rows.shape[1]:
-        return rows
-    seen, before = rows.double().square().mean((1, 2)), power.double()
-    steps, earlier = (health[_C.health_slots.index(name)] for name in ("steps", "earlier"))
-    kappa = (1 / (steps + earlier + 1)).clamp(min=gain)
-    known = (before > 0) & before.isfinite()
-    now = torch.where(known, before.lerp(seen, kappa), seen)
-    kept = torch.where(known, before.lerp(torch.minimum(seen, 100 * before), kappa), seen)
-    fits = seen <= torch.finfo(power.dtype).max
-    enters = fits if found_inf is None else fits & ~found_inf
-    power.copy_(torch.where(enters, kept, power))
-    scale = torch.where(fits, torch.where(now > 0, now.rsqrt(), 0.0), math.nan)
-    return (rows * scale[:, None, None]).to(rows.dtype)
 
 
 def matrix_bytes(layer: Layer, requested: torch.dtype | None) -> int:

@@ -7,7 +7,7 @@ from support.training import batch, cnn, train
 from torch import nn
 
 from rlscuda import RLSOptimizer, reference
-from rlscuda.optim.spectral import COEFFICIENTS, ROWS, block_rows
+from rlscuda.optim.steps.spectral import COEFFICIENTS, ROWS, block_rows
 
 NETWORKS = {
     "wide": lambda: nn.Sequential(nn.Linear(9, 4)),

@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlscuda.optim.layers import Layer
+from rlscuda.optim.moves import Move
 
 ROWS = 64
 # a + b x + c x^2 of each iteration: x p(x^2) one after another map singular values of [.03, 1] to
@@ -36,7 +35,7 @@ COEFFICIENTS = (
 
 
 def write_directions(
-    moves: Sequence[Any], bias_gradients: Sequence[Tensor], h: Tensor, group: dict[str, Any]
+    moves: list[Move], bias_gradients: list[Tensor], h: Tensor, group: dict[str, Any]
 ) -> None:
     """Makes every move's product its direction, and takes its gradient into the momentum.
 
@@ -60,16 +59,16 @@ def block_rows(rows: int) -> int:
     return -(-rows // -(-rows // ROWS))
 
 
-def _shape(row: tuple[Any, ...]) -> tuple[int, int, int]:
+def _shape(row: tuple[Move, Tensor, Tensor]) -> tuple[int, int, int]:
     """Matrices, and the rows and columns of each, that the direction of a move is made of."""
-    layer: Layer = row[0].layer
+    layer = row[0].layer
     return layer.groups, layer.outputs // layer.groups, layer.fan_in
 
 
 def _write_batch(
     shape: tuple[int, int, int],
     group: dict[str, Any],
-    moves: list[Any],
+    moves: list[Move],
     bias_gradients: list[Tensor],
     finite: list[Tensor],
 ) -> None:
@@ -95,7 +94,7 @@ def _write_batch(
 
 
 def _momentum(
-    moves: list[Any],
+    moves: list[Move],
     bias_gradients: list[Tensor],
     finite: Tensor,
     shape: tuple[int, int, int],

@@ -1,0 +1,94 @@
+"""One step of many layers: an operator call for all of them, and a matrix product for each.
+
+paper     D = G P_old, then P moves, then W along D / h
+natural   P moves, then W along D = G P_new
+adaptive  likewise, D normalised by row
+spectral  P moves, then W along the direction that G's momentum has in the metric of P
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from rlscuda.optim.moves import Move, Workspace, prepare
+from rlscuda.optim.steps.matrices import products, update_matrices
+from rlscuda.optim.steps.spectral import write_directions
+from rlscuda.optim.steps.weights import biases_of, move_weights
+
+_nonfinite = torch.ops.rlscuda.nonfinite.default
+
+# Bytes of products that wait for their weight step: what a cache holds, or what fills a GPU.
+_CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
+
+
+def step_layers(moves: list[Move], workspace: Workspace) -> None:
+    """Updates the matrix of every layer and moves its weight; a non-finite gradient voids it all.
+
+    Args:
+        moves: The layers.
+        workspace: Memory kept from step to step.
+    """
+    found_inf = _found_inf(moves)
+    batches: dict[tuple, list[Move]] = {}
+    for move in moves:
+        P, weight = move.state["P"], move.layer.weight
+        key = (id(move.group), P.dtype, weight.dtype, P.device, move.layer.blocks > 1)
+        batches.setdefault(key, []).append(move)
+    for batch in batches.values():
+        for chunk in _chunks(batch):
+            P = chunk[0].state["P"]
+            _step_chunk(chunk, found_inf.get(P.device), workspace)
+
+
+def _found_inf(moves: list[Move]) -> dict[torch.device, Tensor]:
+    """One bool a device: whether any gradient is not finite; where factors agree, theirs is."""
+    gradients: dict[torch.device, list[Tensor]] = {}
+    for move in moves:
+        if move.factors is None:
+            given = [p.grad for p in move.layer.parameters() if p.grad is not None]
+            gradients.setdefault(move.layer.weight.device, []).extend(given)
+    flags = {device: _nonfinite(tensors) for device, tensors in gradients.items()}
+    if len(flags) > 1:
+        first = next(iter(flags))
+        anywhere = torch.stack([flag.to(first, non_blocking=True) for flag in flags.values()]).any()
+        flags = {device: anywhere.to(device, non_blocking=True) for device in flags}
+    return flags
+
+
+def _chunks(batch: list[Move]) -> Iterator[list[Move]]:
+    """Parts of a batch whose products fit the workspace together."""
+    limit = _CHUNK_BYTES.get(batch[0].layer.weight.device.type, 0)
+    together: dict[int, list[Move]] = {}  # layers that share a P step with it
+    for move in batch:
+        together.setdefault(id(move.state["P"]), []).append(move)
+    chunk: list[Move] = []
+    used = 0
+    for moves in together.values():
+        elements = sum(move.layer.outputs * move.layer.fan_in for move in moves)
+        size = elements * moves[0].state["P"].element_size()
+        if chunk and used + size > limit:
+            yield chunk
+            chunk, used = [], 0
+        chunk += moves
+        used += size
+    yield chunk
+
+
+def _step_chunk(chunk: list[Move], found_inf: Tensor | None, workspace: Workspace) -> None:
+    """The step of layers of one group, dtype and device."""
+    group, P = chunk[0].group, chunk[0].state["P"]
+    form = group["form"]
+    prepare(chunk, workspace)
+    if form == "paper":  # its product is with the P of before the update
+        bias_rows = products(chunk, P, copy=True)
+    h = update_matrices(chunk, group, found_inf)
+    biases, bias_gradients = biases_of(chunk, h)
+    if form == "spectral":
+        bias_rows = [h[:0]] * len(chunk)
+        write_directions(chunk, bias_gradients, h, group)
+    elif form != "paper":
+        bias_rows = products(chunk, P, copy=False)
+    move_weights(chunk, group, h, biases, bias_gradients, bias_rows)
