@@ -28,34 +28,38 @@ class RLSOptimizer(Optimizer):
 
     Each covered layer keeps the inverse autocorrelation matrix ``P`` [n, n] of its im2col input
     rows (n = fan-in, + 1 for the bias), updated by a few rows a minibatch, and moves its weight
-    along ``grad @ P``.
+    along ``grad @ P``; in the default form, along the momentum made orthogonal in the metric of
+    ``P``, as Muon does in that of the identity.
 
     Args:
         params: A model, or parameters or parameter groups as for any torch optimizer.
-        lr: Learning rate :math:`\eta` (default: of the form; adaptive 0.1, else 0.3). Without a
-            model, or set by a group without a covered layer, it is the fallback rule's own.
+        lr: Learning rate :math:`\eta` (spectral .07, adaptive .1, else .3). Without a model, or set
+            by a group without a covered layer, it is the fallback rule's own.
         model: The model that holds the parameters, where `params` is not the model itself.
-        form: ``"adaptive"`` (default), ``"paper"`` or ``"natural"``; it sets the defaults below.
+        form: ``"spectral"`` (default), ``"adaptive"``, ``"paper"`` or ``"natural"``; it sets the
+            defaults below.
         forgetting: Forgetting factor :math:`\lambda` in (0, 1] (1).
-        gain: Gain :math:`\kappa` of a new observation (adaptive .01, paper .1, natural .01).
+        gain: Gain :math:`\kappa` of a new observation (paper .1, else .01).
         momentum: Momentum :math:`\alpha` in [0, 1): the share of the last direction that the next
-            one keeps (adaptive .9, else 0). The adaptive form averages, as Adam does; the others
-            sum, as their papers do.
-        weight_decay: Decoupled weight decay (adaptive .05, else 0).
-        rank: Rows r of one input summary (adaptive 16, else 1).
-        summary: ``"mean"``, ``"sketch"`` or ``"sample"``: how a minibatch enters ``P`` (adaptive
-            sample, paper mean, natural sketch).
+            one keeps (spectral, adaptive .9, else 0). The spectral form averages and looks ahead,
+            as Muon does, the adaptive one averages, as Adam does; the others sum, as their papers
+            do.
+        weight_decay: Decoupled weight decay (spectral, adaptive .05, else 0).
+        rank: Rows r of one input summary (spectral, adaptive 16, else 1).
+        summary: ``"mean"``, ``"sketch"`` or ``"sample"``: how a minibatch enters ``P`` (paper mean,
+            natural sketch, else sample).
         shrinkage: Pull of ``P`` towards its start, 2 (1 - forgetting) by default, 0 for none.
-        drift: Random-walk drift of ``P`` (adaptive .3, else None).
-        trust_ratio: No step moves a layer by more than this part of its norm (paper, natural .1;
-            adaptive inf, as it normalises anyway); inf for exact least squares.
+        drift: Random-walk drift of ``P`` (spectral, adaptive .3, else None).
+        trust_ratio: No step moves a layer by more than this part of its norm (paper, natural .1,
+            inf for exact least squares; the others normalise anyway).
         initial_scale: ``P`` starts as this multiple of the identity (1).
         beta2: Decay of the adaptive form's row second moments (.99).
-        eps: Added to their square root (1e-8).
+        eps: Added to their square root; in the spectral form, the size of a gradient, for inputs of
+            unit size, that still moves half as much as a large one (1e-8).
         fallback: ``"adamw"`` (default), ``"sgd"``, or a callable that makes a torch optimizer from
             parameter groups; it trains every parameter that no RLS rule covers.
-        fallback_lr: Its learning rate at the peak of `lr`, whose schedule it follows (adaptive
-            3e-3, else 1e-3).
+        fallback_lr: Its learning rate at the peak of `lr`, whose schedule it follows (spectral,
+            adaptive 3e-3, else 1e-3).
         include: Names (shell patterns) or modules to which the RLS rule is limited.
         exclude: Names (shell patterns) or modules that the fallback rule trains.
         dtype: ``torch.float64`` asks for a float64 ``P``; float64 parameters have it anyway.
@@ -82,7 +86,7 @@ class RLSOptimizer(Optimizer):
         lr: float | Tensor | None = None,
         *,
         model: nn.Module | None = None,
-        form: str = "adaptive",
+        form: str = "spectral",
         forgetting: float | None = None,
         gain: float | None = None,
         momentum: float | None = None,

@@ -20,7 +20,8 @@ LR = 1e-3
 OPTIMIZERS = {
     "RLS paper, mean": lambda m: RLSOptimizer(m, lr=LR, form="paper"),
     "RLS paper, sketch": lambda m: RLSOptimizer(m, lr=LR, form="paper", summary="sketch"),
-    "RLS adaptive": lambda m: RLSOptimizer(m, lr=LR),
+    "RLS adaptive": lambda m: RLSOptimizer(m, lr=LR, form="adaptive"),
+    "RLS spectral": lambda m: RLSOptimizer(m, lr=LR),
     shapes.BASELINE: lambda m: torch.optim.Adam(m.parameters(), lr=LR, fused=True),
     "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=LR, momentum=0.9),
     "eager RLS paper, mean": lambda m: EagerRLS(m, form="paper", lr=LR),
@@ -62,7 +63,11 @@ def assert_right(case):
     ours, eager = (dict(train.model.named_parameters()) for train in trainers)
     for name, value in ours.items():
         torch.testing.assert_close(value, eager[name], rtol=1e-7, atol=1e-9, msg=name)
-    for options in ({"form": "paper", "summary": "sketch", "lr": 0.02}, {"lr": 0.02}):
+    for options in (
+        {"form": "paper", "summary": "sketch", "lr": 0.02},
+        {"form": "adaptive", "lr": 0.02},
+        {"lr": 0.02},
+    ):
         train = Trainer(case, lambda m, options=options: RLSOptimizer(m, **options), 8)
         losses = [train().item() for _ in range(8)]
         assert losses[-1] < losses[0], (options, losses)
@@ -76,6 +81,7 @@ def test_training_step(race, case):
         f"RLS paper, mean / {shapes.BASELINE}": case.paper_target,
         f"RLS paper, sketch / {shapes.BASELINE}": case.paper_target,
         f"RLS adaptive / {shapes.BASELINE}": case.adaptive_target,
+        f"RLS spectral / {shapes.BASELINE}": case.adaptive_target,
     }
     race(
         case.name,

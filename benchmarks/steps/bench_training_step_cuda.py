@@ -15,7 +15,8 @@ NETWORKS = {
     "VGG-16, 32 × 32, batch 128": lambda: zoo.vgg16(networks.IMAGES, 10),
 }
 OPTIMIZERS = {
-    "RLS adaptive": lambda m: RLSOptimizer(m, lr=LR),
+    "RLS spectral": lambda m: RLSOptimizer(m, lr=LR),
+    "RLS adaptive": lambda m: RLSOptimizer(m, lr=LR, form="adaptive"),
     "RLS paper, mean": lambda m: RLSOptimizer(m, lr=LR, form="paper"),
     shapes.BASELINE: lambda m: torch.optim.Adam(m.parameters(), lr=LR, fused=True),
     "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=LR, momentum=0.9),
@@ -52,7 +53,7 @@ def test_training_step(race, name):
     race(
         name,
         lanes,
-        targets={f"RLS adaptive / {shapes.BASELINE}": 1.25},
+        targets={f"RLS {f} / {shapes.BASELINE}": 1.25 for f in ("spectral", "adaptive")},
         ratios=[f"{key} / {shapes.BASELINE}" for key in OPTIMIZERS if key != shapes.BASELINE],
         rounds=15,
         sample_seconds=0.05,

@@ -38,7 +38,8 @@ def cnn() -> tuple[nn.Module, torch.Tensor]:
 
 
 OPTIMIZERS = {
-    "adaptive": RLSOptimizer,
+    "spectral": RLSOptimizer,
+    "adaptive": lambda model: RLSOptimizer(model, form="adaptive"),
     "paper": lambda model: RLSOptimizer(model, form="paper", lr=0.01),
     "natural": lambda model: RLSOptimizer(model, form="natural", lr=0.01),
     "adamw": lambda model: torch.optim.AdamW(model.parameters()),

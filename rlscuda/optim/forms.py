@@ -1,11 +1,11 @@
 """The four forms of the RLS rule: their constants and their validation.
 
+spectral  N the momentum of G, looked ahead;  W <- W - lr sqrt(c / min(c, n)) O,
+          O = (N P N^T)^(-1/2) N P of at most 64 rows at a time, P drifting to A^(-1/2)
 paper     W <- W - (lr / h) G P_old    (Zhang et al. 2021, Yu et al. 2022), with momentum
 natural   W <- W - lr G P_new          likewise; in both no step is longer than a part of W
 adaptive  D = G P_new;  per output row v <- b2 v + (1 - b2) sum(D o G);
-          M <- b1 M + (1 - b1) D;  W <- W - lr M^ / (sqrt(v^) + eps), P drifting to A^(-1/2)
-spectral  N the momentum of G, looked ahead;  W <- W - lr sqrt(c / min(c, n)) O,
-          O = (N P N^T)^(-1/2) N P, with P as in adaptive
+          M <- b1 M + (1 - b1) D;  W <- W - lr M^ / (sqrt(v^) + eps), P as in spectral
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torch import Tensor
 from rlscuda.optim.layers import SUMMARIES
 
 FORMS: dict[str, dict[str, Any]] = {
-    "adaptive": {
-        "lr": 0.1, "forgetting": 1.0, "gain": 0.01, "momentum": 0.9, "weight_decay": 0.05,
+    "spectral": {
+        "lr": 0.07, "forgetting": 1.0, "gain": 0.01, "momentum": 0.9, "weight_decay": 0.05,
         "rank": 16, "summary": "sample", "drift": 0.3, "trust_ratio": math.inf,
         "fallback_lr": 3e-3,
     },
-    "spectral": {
-        "lr": 0.07, "forgetting": 1.0, "gain": 0.01, "momentum": 0.9, "weight_decay": 0.05,
+    "adaptive": {
+        "lr": 0.1, "forgetting": 1.0, "gain": 0.01, "momentum": 0.9, "weight_decay": 0.05,
         "rank": 16, "summary": "sample", "drift": 0.3, "trust_ratio": math.inf,
         "fallback_lr": 3e-3,
     },
@@ -149,7 +149,7 @@ def resolve_options(given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: An option is out of its range.
     """
-    form = given.get("form", "adaptive")
+    form = given.get("form", "spectral")
     _require(isinstance(form, str) and form in FORMS, "form", " | ".join(FORMS), form)
     chosen = {name: value for name, value in given.items() if value is not None}
     o = {**_COMMON, **FORMS[form], **chosen, "form": form}

@@ -23,12 +23,12 @@ from rlscuda.cli.common.options import (
     read_rise,
 )
 from rlscuda.files.documents import check
+from rlscuda.optim.forms import FORMS
 from rlscuda.pruning.schedule import CURVES
 from rlscuda.zoo import NETWORKS
 
 OPTIMIZERS = ("rls", "sgd", "adam")
 SCHEDULES = ("cosine", "constant")
-FORMS = ("adaptive", "paper", "natural", "spectral")
 _POSITIVE = Option("Of a step size.", above=0)
 
 
@@ -101,7 +101,7 @@ class RunConfig:
         "cosine", "cosine (to zero at the last step) or constant.", choices=SCHEDULES
     )
     form: str = option(
-        "adaptive", "Form of the RLS update: adaptive, paper or natural.", choices=FORMS
+        "spectral", f"Form of the RLS update: {', '.join(FORMS)}.", choices=tuple(FORMS)
     )
     val_fraction: float = option(
         0.1, "Share of the training images that validates.", above=0, below=1

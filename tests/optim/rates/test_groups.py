@@ -90,7 +90,7 @@ def test_group_added_later_joins_from_then_on(form):
     ({"lr": -1.0}, ValueError, "lr must be >= 0 and finite, got -1.0"),
     ({"forgetting": 2.0}, ValueError, "forgetting must be in (0, 1], got 2.0"),
     ({"form": "papers"}, ValueError,
-     "form must be adaptive | spectral | paper | natural, got 'papers'"),
+     "form must be spectral | adaptive | paper | natural, got 'papers'"),
     ({"params": "taken"}, ValueError, "some parameters appear in more than one parameter group"),
     ({"params": [1.0]}, TypeError, "optimizer can only optimize Tensors"),
     ({"params": {1, 2}}, TypeError, "ordered collections"),

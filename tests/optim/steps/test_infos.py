@@ -50,7 +50,7 @@ def wrong_inputs(device, dtype):
         wrong("lr must be >= 0 and finite, got -0.1", lr=-0.1),
         wrong("lr must be >= 0 and finite, got nan", lr=float("nan")),
         wrong(
-            "form must be adaptive | spectral | paper | natural, got 'x'".replace("|", r"\|"),
+            "form must be spectral | adaptive | paper | natural, got 'x'".replace("|", r"\|"),
             form="x",
         ),
         wrong("momentum must be in .0, 1., got 1.0", momentum=1.0),
