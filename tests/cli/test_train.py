@@ -94,7 +94,7 @@ def test_a_run_writes_and_names_its_files(folder, capsys):
         last = [row for row in rows if row["optimizer"] == name][-1]
         assert result["seconds"] == last["seconds"] > 0
         assert result["test_images"] == 30
-        assert result["test_accuracy"] > 0.5  # the blocks of the synthetic images are easy
+        assert result["test_accuracy"] > 0.4  # of three classes, after 8 steps
     for text in ("after epoch 2", "seconds of training", "test accuracy, %", "SGD + momentum"):
         assert text in out
 
@@ -210,7 +210,10 @@ def test_a_diverging_optimizer_stops_and_the_next_one_trains(folder, capsys):
         (["--optimizer", "sgd,"], "--optimizer must be one of rls, sgd, adam, got ''"),
         (["--optimizer", "sgd,sgd"], "--optimizer names one optimizer twice: sgd,sgd"),
         (["--schedule", "step"], "--schedule must be one of cosine, constant, got 'step'"),
-        (["--form", "exact"], "--form must be one of adaptive, paper, natural, got 'exact'"),
+        (
+            ["--form", "exact"],
+            "--form must be one of spectral, adaptive, paper, natural, got 'exact'",
+        ),
         (["--lr", 0.1], "does not say which of sgd,adam it is for: expected sgd=VALUE,adam=VALUE"),
         (["--lr", "rls=0.1"], "--lr must be one of sgd, adam, got 'rls'"),
         (["--lr", "sgd=fast"], "--lr expects a number, got 'fast'"),

@@ -140,7 +140,8 @@ def wrong_states(state, model):
 
     adam = torch.optim.Adam(model.parameters())
     paper = RLSOptimizer(model, form="paper")
-    other = RLSOptimizer(nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)))
+    wider = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
+    other = RLSOptimizer(wider, form="adaptive")
     for optimizer in (paper, other):
         for p in optimizer.param_groups[0]["params"]:
             p.grad = torch.zeros_like(p)
@@ -205,14 +206,14 @@ def wrong_states(state, model):
     }  # fmt: skip
 
 
-MESSAGES = list(wrong_states(RLSOptimizer(m := mlp()).state_dict() | {
+MESSAGES = list(wrong_states(RLSOptimizer(m := mlp(), form="adaptive").state_dict() | {
     "state": {0: {"P": torch.eye(5), "health": torch.zeros(7)}}}, m))  # fmt: skip
 
 
 @pytest.mark.parametrize("message", MESSAGES)
 def test_state_that_does_not_fit_changes_nothing(message):
     model = mlp()
-    optimizer = RLSOptimizer(model)
+    optimizer = RLSOptimizer(model, form="adaptive")  # the one with the most entries
     train(model, optimizer)
     state = wrong_states(copy.deepcopy(optimizer.state_dict()), mlp())[message]
     before, groups = (

@@ -143,4 +143,4 @@ def test_pruning(transformers):
     rows, columns = torch.tensor([0, 2, 5]), torch.tensor([1, 3])
     cut = KeptLayer.of(layer, Kept.along((7, 12), {0: columns, 1: rows}))
     assert torch.equal(cut.rows, rows) and cut.columns.tolist() == [[1, 3, 7]]
-    assert cut.entries(optimizer.state[model[0].weight], {})["first_moment"].shape == (3, 3)
+    assert cut.entries(optimizer.state[model[0].weight], {})["momentum_buffer"].shape == (3, 3)

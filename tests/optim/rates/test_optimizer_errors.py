@@ -34,9 +34,14 @@ NUMBERS = {  # option -> what it must be, and values that it must not be
 WRONG = {f"{k}-{v}": ({k: v}, f"{k} must be {expected}, got {v!r}")
          for k, (expected, values) in NUMBERS.items() for v in values}  # fmt: skip
 WRONG |= {
-    "adaptive_gain": ({"gain": 1.5}, "gain must be at most 1 in the adaptive form"),
-    "adaptive_trust": ({"trust_ratio": 0.1}, "trust_ratio must be inf in the adaptive form"),
-    "adaptive_drift": ({"drift": 1.5}, "drift must be at most 1, or P could turn negative"),
+    "spectral_gain": ({"gain": 1.5}, "gain must be at most 1 in the spectral form"),
+    "spectral_trust": ({"trust_ratio": 0.1}, "trust_ratio must be inf in the spectral form"),
+    "adaptive_gain": ({"form": "adaptive", "gain": 1.5}, "gain must be at most 1 in the adaptive"),
+    "adaptive_trust": (
+        {"form": "adaptive", "trust_ratio": 0.1},
+        "trust_ratio must be inf in the adaptive form",
+    ),
+    "spectral_drift": ({"drift": 1.5}, "drift must be at most 1, or P could turn negative"),
     "paper_drift": ({"form": "paper", "gain": 0.5, "drift": 2.5}, "drift must be at most 2, or P"),
     "lr_tensor": ({"lr": torch.ones(2)}, "Tensor lr must be 1-element, got [2]"),
     "lr_tensor_negative": ({"lr": torch.tensor(-1.0)}, "lr must be >= 0 and finite, got tensor(-1"),

@@ -9,6 +9,7 @@ from support.compare import assert_close
 from torch import nn
 
 from rlscuda import _C, RLSOptimizer, reference
+from rlscuda.optim.steps.spectral import COEFFICIENTS
 
 FORMS = ("adaptive", "paper", "natural", "spectral")
 MEAN = {"summary": "mean", "rank": 1}  # a summary that a test can form by itself
@@ -37,27 +38,32 @@ def trained(steps=150, **options):
     return model, optimizer
 
 
+@pytest.mark.parametrize("form", ["spectral", "adaptive"])
 @pytest.mark.parametrize("memory", [0, 7, 30, 99, 1000])
-def test_the_next_step_is_that_of_a_young_optimizer(memory):
-    model, optimizer = trained(**MEAN)
+def test_the_next_step_is_that_of_a_young_optimizer(form, memory):
+    model, optimizer = trained(form=form, lr=0.1, **MEAN)
     optimizer.restart(memory)
-    before = copy.deepcopy((model, optimizer.state[model[3].weight]))
+    before = copy.deepcopy((model, optimizer.state[model[3].weight], optimizer.param_groups[0]))
     x = train(model, optimizer, 1, seed=1)
-    old, state = before[0][3], before[1]
+    old, state, drift = before[0][3], before[1], before[2]["drift"]
     with torch.no_grad():
         row = before[0][:3](x).mean(0)
     kappa = max(0.01, 1 / (memory + 1)) if memory < 150 else 0.01
     s = torch.cat([row, row.new_ones(1)])
     power = (1 - kappa) * state["power"] + kappa * s.square().mean()
     P, _, _ = reference.rls_update(
-        state["P"], (s / power.sqrt())[None], 1.0, kappa, 1 - 0.3 * kappa, kappa
+        state["P"], (s / power.sqrt())[None], 1.0, kappa, 1 - drift * kappa, kappa
     )
     assert_close(optimizer.inverse_autocorrelation("3"), P)
     G = torch.cat([model[3].weight.grad, model[3].bias.grad[:, None]], 1)
     W = torch.cat([old.weight, old.bias[:, None]], 1)
-    constants = reference.AdaptiveStep(0.1 * 0.01 / kappa, 0.9, 0.99, 0.05, 1e-8)
-    zeros = torch.zeros_like(W), torch.zeros_like(W[:, 0])
-    expected, _, _ = reference.adaptive_weight_step(W, G @ P, G, *zeros, 1, constants)
+    lr, zeros = 0.1 * 0.01 / kappa, torch.zeros_like(W)
+    if form == "spectral":
+        step = reference.SpectralStep(lr, 0.9, 0.05, 1e-8, len(W), COEFFICIENTS)
+        expected, _ = reference.spectral_weight_step(W, G, P, zeros, power.item(), step)
+    else:
+        step = reference.AdaptiveStep(lr, 0.9, 0.99, 0.05, 1e-8)
+        expected, _, _ = reference.adaptive_weight_step(W, G @ P, G, zeros, zeros[:, 0], 1, step)
     assert_close(torch.cat([model[3].weight, model[3].bias[:, None]], 1), expected)
 
 
