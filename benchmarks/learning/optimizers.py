@@ -48,9 +48,9 @@ def _muon(model: nn.Module, task: Task, lr: float, **settings: Any) -> list[Opti
     for name, p in model.named_parameters():
         depthwise = p.dim() == 4 and p.shape[1] == 1 and p.shape[0] > 1
         (rest if p.dim() < 2 or name in task.ends or depthwise else hidden).append(p)
-    options = {"weight_decay": DECAY, "adjust_lr_fn": "match_rms_adamw"}
-    others = AdamW(rest, lr, betas=BETAS, weight_decay=DECAY, fused=True)
-    return [FlatMuon(hidden, lr=lr, **options | settings), others]
+    options = {"weight_decay": DECAY} | settings
+    others = AdamW(rest, lr, betas=BETAS, fused=True, **options)
+    return [FlatMuon(hidden, lr=lr, adjust_lr_fn="match_rms_adamw", **options), others]
 
 
 def _soap(model: nn.Module, task: Task, lr: float, **settings: Any) -> list[Optimizer]:
@@ -73,14 +73,16 @@ def _rls(model: nn.Module, task: Task, lr: float | None = None, **settings: Any)
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the tables: how its optimizer is made, and the rates that it is tuned over.
+    """A row of the tables: how its optimizer is made, and what it is tuned over.
 
+    Rates are tried with the usual decay, then `decays` at the best rate.
     An ablation is a row of ours with `settings` of its own.
     """
 
     title: str
     make: Callable[..., list[Optimizer]]
     rates: tuple[float, ...] = ADAM_RATES
+    decays: tuple[float, ...] = (4 * DECAY,)
     warmup: bool = True
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -96,9 +98,9 @@ class Row:
 
 
 ROWS = {
-    "rls": Row("RLS default", _rls, (), warmup=False),
-    "rls_tuned": Row("RLS tuned", _rls, (0.01, 0.03, 0.1, 0.3), warmup=False),
-    "sgd": Row("SGD + Nesterov", _sgd, (0.01, 0.03, 0.1, 0.3)),
+    "rls": Row("RLS default", _rls, (), (), warmup=False),
+    "rls_tuned": Row("RLS tuned", _rls, (0.01, 0.03, 0.1, 0.3), (), warmup=False),
+    "sgd": Row("SGD + Nesterov", _sgd, (0.01, 0.03, 0.1, 0.3), (2e-3,)),
     "adamw": Row("AdamW", _adamw),
     "muon": Row("Muon", _muon),
     "soap": Row("SOAP", _soap),

@@ -1,9 +1,10 @@
 """Quality of RLS and its peers on ten small tasks: equal steps, equal time, flatness.
 
 Every peer's rate is chosen on validation data with one seed at the full budget, over the same
-number of rates, and over up to two more where the best lies at an edge; `SEEDS` then train at the
-chosen rate and are read on test data. `rls` is `RLSOptimizer(model)`, one setting for every task.
-At equal time a peer does as many steps as fit into the time of `rls`, by the measured pace of both.
+number of rates, and over up to two more where the best lies at an edge; there a decay four times
+the usual is tried too. `SEEDS` then train with what was best and are read on test data. `rls` is
+`RLSOptimizer(model)`, one setting for every task. At equal time a peer does as many steps as fit
+into the time of `rls`, by the measured pace of both.
 
     python -m benchmarks.learning.quality --workers 2  # run, or go on after an interruption
     python -m benchmarks.learning.quality --report     # tables and plot of the results
@@ -56,7 +57,7 @@ class Runs:
         return grid.finish(job, self.args, self._train)
 
     def tuned(self) -> Job:
-        """The rate that is best in validation, as settings."""
+        """The rate that is best in validation, and the decay if another is better, as settings."""
         records: dict[float, Job] = {}
         rates, extensions = list(self.row.rates), EXTENSIONS
         while rates:
@@ -64,7 +65,10 @@ class Runs:
             best = max(records, key=lambda lr: score(self.task, records[lr]))
             beyond = neighbour(list(records), best) if extensions else None
             rates, extensions = [] if beyond is None else [beyond], extensions - 1
-        return {"lr": best} if records else {}
+        if not records:
+            return {}
+        choices = [{"lr": best}, *({"lr": best, "weight_decay": d} for d in self.row.decays)]
+        return max(choices, key=lambda c: score(self.task, self.run("tune", TUNE_SEED, c)))
 
     def ratio(self) -> float:
         """The time of a step over that of fused AdamW."""

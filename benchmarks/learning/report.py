@@ -167,7 +167,9 @@ def _rate(found: Results, task: str, row: str) -> str:
         return ""
     rate = runs[0]["settings"].get("lr")
     edge = "*" if tried and rate in (min(tried), max(tried)) else ""
-    return "default" if rate is None else f"{rate:g}{edge}"
+    decay = runs[0]["settings"].get("weight_decay")
+    more = "" if decay is None else f", decay {decay:g}"
+    return "default" if rate is None else f"{rate:g}{edge}{more}"
 
 
 def _pace(found: Results, task: str, row: str) -> str:

@@ -202,12 +202,14 @@ def test_the_report_says_who_wins(results, tmp_path):
 
 def test_at_equal_time_a_peer_fills_the_default_s(tmp_path, monkeypatch):
     args = argparse.Namespace(journal=tmp_path / "runs.jsonl", data_dir=None)
-    asked = []
+    asked, decays = [], set()
 
     def fake_train(job, task, data_dir):
         asked.append((job["phase"], job["seed"], job["steps"], job["settings"].get("lr")))
-        lr = job["settings"].get("lr", 0)
-        return job | {"diverged": lr > 0.2, "validation": -lr, "test": 1}  # lower is better
+        lr, decay = (job["settings"].get(name, 0) for name in ("lr", "weight_decay"))
+        error = 0.01 - lr + (decay if job["optimizer"] == "muon" else -decay)
+        decays.add(decay)
+        return job | {"diverged": lr > 0.2, "validation": error, "test": 1}
 
     monkeypatch.setitem(ROWS, "rank 1", replace(ROWS["rls"], settings={"rank": 1}))
     ratios = {"rls": 1.5, "adamw": 1.0, "muon": 3.0, "rank 1": 0.75}
@@ -216,8 +218,10 @@ def test_at_equal_time_a_peer_fills_the_default_s(tmp_path, monkeypatch):
     for row, steps in (("adamw", 720), ("muon", 240)):
         asked.clear()
         for phase in ("steps", "time"):
+            decays.clear()
             quality.work((phase, "friedman1", row), args)
-        tuned = [0.0003, 0.001, 0.003, 0.01, 0.03, 0.1]
+        assert decays == ({0.2} if row == "adamw" else {0})  # where more decay is better
+        tuned = [0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.1]
         assert [lr for phase, *_, lr in asked if phase == "tune"] == tuned
         assert [a for a in asked if a[0] == "time"] == [("time", s, steps, 0.1) for s in (0, 1, 2)]
         assert [a for a in asked if a[0] == "steps"] == [("steps", s, 480, 0.1) for s in (0, 1, 2)]
