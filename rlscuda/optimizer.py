@@ -33,7 +33,7 @@ class RLSOptimizer(Optimizer):
 
     Args:
         params: A model, or parameters or parameter groups as for any torch optimizer.
-        lr: Learning rate :math:`\eta` (spectral .07, adaptive .1, else .3). Without a model, or set
+        lr: Learning rate :math:`\eta` (spectral .05, adaptive .1, else .3). Without a model, or set
             by a group without a covered layer, it is the fallback rule's own.
         model: The model that holds the parameters, where `params` is not the model itself.
         form: ``"spectral"`` (default), ``"adaptive"``, ``"paper"`` or ``"natural"``; it sets the
@@ -44,7 +44,7 @@ class RLSOptimizer(Optimizer):
             one keeps (spectral, adaptive .9, else 0). The spectral form averages and looks ahead,
             as Muon does, the adaptive one averages, as Adam does; the others sum, as their papers
             do.
-        weight_decay: Decoupled weight decay (spectral, adaptive .05, else 0).
+        weight_decay: Decoupled weight decay (spectral .2, adaptive .05, else 0).
         rank: Rows r of one input summary (spectral, adaptive 16, else 1).
         summary: ``"mean"``, ``"sketch"`` or ``"sample"``: how a minibatch enters ``P`` (paper mean,
             natural sketch, else sample).

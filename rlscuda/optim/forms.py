@@ -23,8 +23,8 @@ from rlscuda.optim.layers import SUMMARIES
 
 FORMS: dict[str, dict[str, Any]] = {
     "spectral": {
-        "lr": 0.07, "forgetting": 1.0, "gain": 0.01, "momentum": 0.9, "weight_decay": 0.05,
-        "rank": 16, "summary": "sample", "drift": 0.6, "trust_ratio": math.inf,
+        "lr": 0.05, "forgetting": 1.0, "gain": 0.01, "momentum": 0.9, "weight_decay": 0.2,
+        "rank": 16, "summary": "sample", "drift": 0.3, "trust_ratio": math.inf,
         "fallback_lr": 3e-3,
     },
     "adaptive": {

@@ -114,7 +114,7 @@ def test_the_saved_network_and_optimizer_go_on(folder, finished, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "peak"),
-    [(("--recover-lr", 0.02), 0.02), ((), 0.021),
+    [(("--recover-lr", 0.02), 0.02), ((), 0.015),
      (("--optimizer", "sgd", "--source", "calibration"), 0.01)],
 )  # fmt: skip
 def test_recovery_trains_at_its_rates(folder, capsys, monkeypatch, arguments, peak):

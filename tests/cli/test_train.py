@@ -300,7 +300,7 @@ def test_each_optimizer_gets_its_own_overrides():
         defaults = build_optimizer(config, name, nn.Linear(2, 2)).defaults
         return defaults["lr"], defaults["weight_decay"]
 
-    assert settings("rls") == (0.2, 0.05)
+    assert settings("rls") == (0.2, 0.2)
     assert settings("sgd") == (0.05, 0)
     assert settings("adam") == (0.01, 0)
 

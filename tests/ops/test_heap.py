@@ -146,4 +146,4 @@ def test_step(model, form):
         net(x).square().mean().backward()
         optimizer.step()
 
-    check(step, 25)
+    check(step, 100)  # caches below torch fill for some 400 steps

@@ -41,7 +41,8 @@ def matrix(parameter, bias, groups):
 def test_steps_are_those_of_the_specification(network):
     torch.manual_seed(3)
     model = NETWORKS[network]().double()
-    optimizer = RLSOptimizer(model, form="spectral", rank=3, lr=0.3, eps=1e-3, gain=0.2)
+    optimizer = RLSOptimizer(model, form="spectral", rank=3, lr=0.3, eps=1e-3, gain=0.2,
+                             weight_decay=0.05)  # fmt: skip
     covered = [m for m in model if isinstance(m, (nn.Linear, nn.Conv2d))]
     moments = dict.fromkeys(covered, 0.0)
     for step in range(4):
