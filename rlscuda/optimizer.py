@@ -58,7 +58,7 @@ class RLSOptimizer(Optimizer):
             unit size, that still moves half as much as a large one (1e-8).
         fallback: ``"adamw"`` (default), ``"sgd"``, or a callable that makes a torch optimizer from
             parameter groups; it trains every parameter that no RLS rule covers.
-        fallback_lr: Its learning rate at the peak of `lr`, whose schedule it follows (spectral,
+        fallback_lr: Its learning rate at the peak of `lr`, whose schedule it follows (spectral .01,
             adaptive 3e-3, else 1e-3).
         include: Names (shell patterns) or modules to which the RLS rule is limited.
         exclude: Names (shell patterns) or modules that the fallback rule trains.

@@ -25,7 +25,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "spectral": {
         "lr": 0.05, "forgetting": 1.0, "gain": 0.01, "momentum": 0.9, "weight_decay": 0.2,
         "rank": 16, "summary": "sample", "drift": 0.3, "trust_ratio": math.inf,
-        "fallback_lr": 3e-3,
+        "fallback_lr": 1e-2,
     },
     "adaptive": {
         "lr": 0.1, "forgetting": 1.0, "gain": 0.01, "momentum": 0.9, "weight_decay": 0.05,

@@ -50,7 +50,6 @@ class Move:
         self.grad = self.layer.as_rows(weight.grad)
         if self.factors is not None and (
             self.summary is None
-            or self.group["form"] == "spectral"  # whose product is of the momentum
             or not self.moves_bias
             or not self.factors.agree(self.layer, self.grad)
         ):

@@ -318,7 +318,8 @@ class Stage:
         shown = last
         self.shown.add(shown.token)
         rows, seen, counted = None, 0, 0
-        if some is x and layer.factors_pay(x, group["dtype"]):
+        averaged = group["form"] == "spectral"  # whose product is of the momentum
+        if some is x and not averaged and layer.factors_pay(x, group["dtype"]):
             rows = x.reshape(-1, x.shape[-1]).contiguous()
             seen = version_of(rows)
 
