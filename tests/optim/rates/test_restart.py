@@ -68,9 +68,9 @@ def test_the_next_step_is_that_of_a_young_optimizer(form, memory):
 
 
 FALLBACKS = {
-    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.003, weight_decay=0),
-    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.003, momentum=0.9),
-    "callable": lambda groups: torch.optim.RMSprop(groups, lr=0.003),
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.01, weight_decay=0),
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9),
+    "callable": lambda groups: torch.optim.RMSprop(groups, lr=0.01),
 }
 
 
