@@ -42,15 +42,15 @@ RATES: dict[str, dict[str, tuple[float | None, ...]]] = {
         "rls": (None,),
         "sgd": (0.1, 0.3),
         "adamw": (1e-3, 3e-3),
-        "muon": (1e-3, 3e-3),
-        "soap": (1e-3, 3e-3),
+        "muon": (3e-3, 0.01),
+        "soap": (3e-3, 0.01),
     },
     "gpt": {
         "rls": (None,),
         "sgd": (0.1, 0.3),
         "adamw": (1e-3, 3e-3),
-        "muon": (1e-3, 3e-3),
-        "soap": (1e-3, 3e-3),
+        "muon": (0.01, 0.03),
+        "soap": (3e-3, 0.01),
     },
 }
 
