@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from rlscuda._torch import FORWARD_HOOKS, compiler_is_loaded, is_compiled, outside_dynamo
+from rlscuda.optim.kinds.recurrent import RECURRENT, input_of, tensors_of
 from rlscuda.optim.layers import Layer
 
 # What a hook is in a copy that cannot lack it: it takes any arguments, does nothing, and can be
@@ -46,7 +47,7 @@ class ForwardHook:
 
     Args:
         layer: The layer whose input to observe.
-        observe: Bound method (layer, input, output) of the owner.
+        observe: Bound method (layer, input, outputs with a gradient to come) of the owner.
     """
 
     __name__ = __qualname__ = "rlscuda_forward_hook"  # tools that list hooks ask for it
@@ -76,10 +77,14 @@ class ForwardHook:
             x, *others = (*args, *(named[k] for k in ("query", "key", "value")[len(args) :]))[:3]
             layer.crossed = any(other is not x for other in others)
             output = output[0]
-        else:
+        outputs = [tensor for tensor in tensors_of(output) if tensor.requires_grad]
+        if not outputs or torch.jit.is_tracing() or layer.crossed:
+            return
+        if isinstance(module, RECURRENT):
+            x = input_of(module, layer.names[0], args, named, output)
+        elif not isinstance(module, nn.MultiheadAttention):
             x = args[0] if args else next(iter(named.values()))
-        if output.requires_grad and not torch.jit.is_tracing() and not layer.crossed:
-            observe(layer, x, output)
+        observe(layer, x, outputs)
 
     def __deepcopy__(self, memo):
         return _INERT
@@ -91,10 +96,13 @@ class ForwardHook:
 def attach(owner: Any, layers: Iterable[Layer], observe: Callable) -> Callable[[], Any]:
     """Puts a `ForwardHook` before all others on each layer's module, for as long as `owner` lives.
 
+    Those of one module are called in the order of its layers.
+
     Returns:
         What takes them off again.
     """
-    handles = [(weakref.ref(layer.module), _register(layer, observe)) for layer in layers]
+    ordered = sorted(layers, key=lambda layer: layer.index, reverse=True)
+    handles = [(weakref.ref(layer.module), _register(layer, observe)) for layer in ordered]
     finalizer = weakref.finalize(owner, _remove, handles)
     finalizer.atexit = False
     return finalizer

@@ -286,13 +286,14 @@ class RLSPruner:
             return calibrate(self.model, self.loader, damping=self.damping)
         if self.source == "own":
             # by their weights, since an optimizer may have been given a part of the model
+            weights = {n: getattr(m, "weight", None) for n, m in self.model.named_modules()}
+            wanted = {w for w in weights.values() if isinstance(w, nn.Parameter)}
             own: dict[Any, Tensor] = {}
             for one in self.optimizers:
                 if isinstance(one, RLSOptimizer):
-                    own |= by_weight(one, self.damping)
+                    own |= by_weight(one, self.damping, wanted)
             if not own:
                 raise ValueError("the optimizer's own matrices are needed: it has made no step yet")
-            weights = {n: getattr(m, "weight", None) for n, m in self.model.named_modules()}
             return {n: own[w] for n, w in weights.items() if isinstance(w, Tensor) and w in own}
         return {}
 
