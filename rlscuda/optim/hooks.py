@@ -40,26 +40,28 @@ class PrivateEntries(OrderedDict):
 
 
 class ForwardHook:
-    """Forward hook of one layer: passes on what may be differentiated.
+    """Forward hook of one module: passes on what may be differentiated of each of its layers.
 
     A compiled forward breaks its graph there, in training mode only, so that a model in eval mode
     compiles and exports as a whole.
 
     Args:
-        layer: The layer whose input to observe.
+        layers: The module's layers, whose inputs to observe.
         observe: Bound method (layer, input, outputs with a gradient to come) of the owner.
     """
 
     __name__ = __qualname__ = "rlscuda_forward_hook"  # tools that list hooks ask for it
 
-    def __init__(self, layer: Layer, observe: Callable):
-        self._layer = weakref.ref(layer)
+    def __init__(self, layers: Iterable[Layer], observe: Callable):
+        self._layers = [weakref.ref(layer) for layer in layers]
         self._observe = weakref.WeakMethod(observe)
 
     def __call__(self, module, args, *kwargs_and_output):
         """Takes the arguments of a hook with or without `with_kwargs`: others re-register it."""
         if not torch.compiler.is_compiling():
-            self._pass_on(module, args, *kwargs_and_output)
+            # the compiler would take it up where it leaves a module, as a recurrent one, to Python
+            pass_on = self._break_graph if compiler_is_loaded() else self._pass_on
+            pass_on(module, args, *kwargs_and_output)
         elif module.training and torch.is_grad_enabled() and not torch.compiler.is_exporting():
             self._break_graph(module, args, *kwargs_and_output)
 
@@ -68,23 +70,25 @@ class ForwardHook:
         self._pass_on(module, args, *kwargs_and_output)
 
     def _pass_on(self, module, args, *kwargs_and_output):
-        layer, observe = self._layer(), self._observe()
-        if layer is None or observe is None or layer.module is not module:
+        alive, observe = [layer() for layer in self._layers], self._observe()
+        layers = [layer for layer in alive if layer is not None and layer.module is module]
+        if not layers or observe is None:
             return
         *kwargs, output = kwargs_and_output
         named = kwargs[0] if kwargs else {}
         if isinstance(module, nn.MultiheadAttention):
             x, *others = (*args, *(named[k] for k in ("query", "key", "value")[len(args) :]))[:3]
-            layer.crossed = any(other is not x for other in others)
+            layers[0].crossed = any(other is not x for other in others)
             output = output[0]
-        outputs = [tensor for tensor in tensors_of(output) if tensor.requires_grad]
-        if not outputs or torch.jit.is_tracing() or layer.crossed:
-            return
-        if isinstance(module, RECURRENT):
-            x = input_of(module, layer.names[0], args, named, output)
-        elif not isinstance(module, nn.MultiheadAttention):
+        elif not isinstance(module, RECURRENT):
             x = args[0] if args else next(iter(named.values()))
-        observe(layer, x, outputs)
+        outputs = [tensor for tensor in tensors_of(output) if tensor.requires_grad]
+        if not outputs or torch.jit.is_tracing() or layers[0].crossed:
+            return
+        for layer in layers:
+            if isinstance(module, RECURRENT):
+                x = input_of(module, layer.names[0], args, named, output)
+            observe(layer, x, outputs)
 
     def __deepcopy__(self, memo):
         return _INERT
@@ -94,27 +98,26 @@ class ForwardHook:
 
 
 def attach(owner: Any, layers: Iterable[Layer], observe: Callable) -> Callable[[], Any]:
-    """Puts a `ForwardHook` before all others on each layer's module, for as long as `owner` lives.
-
-    Those of one module are called in the order of its layers.
+    """Puts a `ForwardHook` before all others on the layers' modules, for as long as `owner` lives.
 
     Returns:
         What takes them off again.
     """
-    ordered = sorted(layers, key=lambda layer: layer.index, reverse=True)
-    handles = [(weakref.ref(layer.module), _register(layer, observe)) for layer in ordered]
+    of_module: dict[nn.Module, list[Layer]] = {}
+    for layer in sorted(layers, key=lambda layer: layer.index):
+        of_module.setdefault(layer.module, []).append(layer)
+    handles = [(weakref.ref(m), _register(m, own, observe)) for m, own in of_module.items()]
     finalizer = weakref.finalize(owner, _remove, handles)
     finalizer.atexit = False
     return finalizer
 
 
-def _register(layer: Layer, observe: Callable) -> RemovableHandle:
-    module = layer.module
+def _register(module: nn.Module, layers: list[Layer], observe: Callable) -> RemovableHandle:
     for name in FORWARD_HOOKS:
         if not getattr(module, name):  # the handles of hooks that are there refer to their dict
             setattr(module, name, PrivateEntries())
     handle = module.register_forward_hook(
-        ForwardHook(layer, observe), prepend=True, with_kwargs=True
+        ForwardHook(layers, observe), prepend=True, with_kwargs=True
     )
     for hooks in (getattr(module, name) for name in FORWARD_HOOKS):
         if isinstance(hooks, PrivateEntries):

@@ -152,10 +152,11 @@ class Health(dict):
     """Layer name to `LayerHealth`; prints as a table."""
 
     def __str__(self):
-        lines = [f"{'layer':<24}{'updates':>9}{'refused':>9}{'resets':>8}{'missing':>9}"
+        width = max([24, *(len(name) + 1 for name in self)])
+        lines = [f"{'layer':<{width}}{'updates':>9}{'refused':>9}{'resets':>8}{'missing':>9}"
                  f"{'max gain':>12}{'trace':>12}{'|P-Pᵀ|':>10}"]  # fmt: skip
         lines += [
-            f"{name:<24}{r.updates:>9}{r.refused:>9}{r.resets:>8}{r.missing:>9}"
+            f"{name:<{width}}{r.updates:>9}{r.refused:>9}{r.resets:>8}{r.missing:>9}"
             f"{r.largest_gain:>12.4g}{r.trace:>12.4g}{r.symmetry_error:>10.2g}"
             for name, r in self.items()
         ]

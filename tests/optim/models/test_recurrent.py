@@ -114,6 +114,24 @@ def test_recomputed_segments_count_once():
     assert not differing(snapshot(model, optimizer), snapshot(twin, other))
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_compiled_model_learns_the_same(when):
+    """The compiler leaves recurrent modules to Python, but not what their hooks call."""
+    torch.compiler.reset()
+    model, twin = Classifier(), Classifier()
+    fast = torch.compile(model, backend="eager") if when == "before" else model
+    optimizer, other = RLSOptimizer(fast), RLSOptimizer(twin)
+    fast = torch.compile(model, backend="eager")
+    for step in range(3):
+        for m, o in ((fast, optimizer), (twin, other)):
+            torch.manual_seed(step)
+            o.zero_grad()
+            m(torch.randint(11, (16, 6))).square().mean().backward()
+            o.step()
+    assert not differing(snapshot(model, optimizer), snapshot(twin, other))
+    torch.compiler.reset()
+
+
 def statuses(optimizer):
     return {r.name: r.why if r.status == "fallback" else r.status for r in optimizer.coverage()}
 
