@@ -24,7 +24,7 @@ from rlscuda.optim.steps.stepping import step_layers
 
 
 class RLSOptimizer(Optimizer):
-    r"""Trains linear layers and convolutions by recursive least squares, the rest by a fallback.
+    r"""Trains linear, convolution and recurrent layers by RLS, all other parameters by a fallback.
 
     Each covered layer keeps the inverse autocorrelation matrix ``P`` [n, n] of its im2col input
     rows (n = fan-in, + 1 for the bias), updated by a few rows a minibatch, and moves its weight

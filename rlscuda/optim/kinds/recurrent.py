@@ -58,7 +58,7 @@ def input_of(module: Any, weight: str, args: tuple, named: dict[str, Any], outpu
         return torch.zeros_like(hidden) if state is None else state
     back, ways = weight.endswith("_reverse"), 1 + module.bidirectional
     steps = output[0].data.detach().chunk(ways, -1)[back]
-    first = None if state is None else state[back - ways]
+    first = None if state is None else state.detach()[back - ways]
     if isinstance(x, PackedSequence):
         return _packed_before(steps, first, x.batch_sizes.tolist(), back)
     time = 1 if module.batch_first and x.dim() == 3 else 0
