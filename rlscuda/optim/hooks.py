@@ -13,7 +13,13 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from rlscuda._torch import FORWARD_HOOKS, compiler_is_loaded, is_compiled, outside_dynamo
+from rlscuda._torch import (
+    FORWARD_HOOKS,
+    compiler_is_loaded,
+    compiler_listens,
+    is_compiled,
+    outside_dynamo,
+)
 from rlscuda.optim.kinds.recurrent import RECURRENT, input_of, tensors_of
 from rlscuda.optim.layers import Layer
 
@@ -59,8 +65,8 @@ class ForwardHook:
     def __call__(self, module, args, *kwargs_and_output):
         """Takes the arguments of a hook with or without `with_kwargs`: others re-register it."""
         if not torch.compiler.is_compiling():
-            # the compiler would take it up where it leaves a module, as a recurrent one, to Python
-            pass_on = self._break_graph if compiler_is_loaded() else self._pass_on
+            # the compiler leaves some modules to Python, as recurrent ones, but not what they call
+            pass_on = self._break_graph if compiler_listens() else self._pass_on
             pass_on(module, args, *kwargs_and_output)
         elif module.training and torch.is_grad_enabled() and not torch.compiler.is_exporting():
             self._break_graph(module, args, *kwargs_and_output)
@@ -70,23 +76,24 @@ class ForwardHook:
         self._pass_on(module, args, *kwargs_and_output)
 
     def _pass_on(self, module, args, *kwargs_and_output):
-        alive, observe = [layer() for layer in self._layers], self._observe()
-        layers = [layer for layer in alive if layer is not None and layer.module is module]
+        observe = self._observe()
+        layers = [own for layer in self._layers if (own := layer()) and own.module is module]
         if not layers or observe is None:
             return
         *kwargs, output = kwargs_and_output
         named = kwargs[0] if kwargs else {}
+        recurrent = isinstance(module, RECURRENT)
         if isinstance(module, nn.MultiheadAttention):
             x, *others = (*args, *(named[k] for k in ("query", "key", "value")[len(args) :]))[:3]
             layers[0].crossed = any(other is not x for other in others)
             output = output[0]
-        elif not isinstance(module, RECURRENT):
+        elif not recurrent:
             x = args[0] if args else next(iter(named.values()))
         outputs = [tensor for tensor in tensors_of(output) if tensor.requires_grad]
         if not outputs or torch.jit.is_tracing() or layers[0].crossed:
             return
         for layer in layers:
-            if isinstance(module, RECURRENT):
+            if recurrent:
                 x = input_of(module, layer.names[0], args, named, output)
             observe(layer, x, outputs)
 

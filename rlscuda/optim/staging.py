@@ -345,4 +345,4 @@ def summarisable(x: Tensor, outputs: Sequence[Tensor]) -> bool:
     What a transform such as `vmap` passes through the layers means nothing after it has returned.
     """
     plain = x.layout == torch.strided and x.numel() > 0
-    return plain and not any(map(is_transformed, (x, *outputs)))
+    return plain and not (is_transformed(x) or any(map(is_transformed, outputs)))

@@ -7,7 +7,6 @@ the last layer's `weight_hh`. A cell shows both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -79,10 +78,9 @@ def _packed_before(steps: Tensor, first: Tensor | None, sizes: list[int], back: 
     return torch.cat((first, *going_on))
 
 
-def tensors_of(output: Any) -> Iterator[Tensor]:
+def tensors_of(output: Any) -> list[Tensor]:
     """The tensors that a call returned."""
     if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, tuple):
-        for part in output:
-            yield from tensors_of(part)
+        return [output]
+    parts = output if isinstance(output, tuple) else ()
+    return [tensor for part in parts for tensor in tensors_of(part)]
