@@ -48,6 +48,11 @@ def compiler_is_loaded() -> bool:
     return "torch._dynamo" in sys.modules
 
 
+def compiler_listens() -> bool:
+    """Whether functions that this thread calls are compiled: it runs what a compiled one left."""
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Whether a model, or a module of it in place, was given to the compiler."""
     return hasattr(model, "_orig_mod") or any(

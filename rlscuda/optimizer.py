@@ -24,7 +24,7 @@ from rlscuda.optim.steps.stepping import step_layers
 
 
 class RLSOptimizer(Optimizer):
-    r"""Trains linear layers and convolutions by recursive least squares, the rest by a fallback.
+    r"""Trains linear, convolution and recurrent layers by RLS, all other parameters by a fallback.
 
     Each covered layer keeps the inverse autocorrelation matrix ``P`` [n, n] of its im2col input
     rows (n = fan-in, + 1 for the bias), updated by a few rows a minibatch, and moves its weight
@@ -188,7 +188,7 @@ class RLSOptimizer(Optimizer):
                 hooks.attach(self, bare, self._observe)
             self._attached |= bare
 
-    def _observe(self, layer: Layer, x: Tensor, output: Tensor) -> None:
+    def _observe(self, layer: Layer, x: Tensor, outputs: list[Tensor]) -> None:
         """Stages what one forward shows."""
         if self._registry.has_other_groups(self.param_groups):
             self._follow_groups()
@@ -197,13 +197,13 @@ class RLSOptimizer(Optimizer):
         if group is not None and weight.requires_grad:
             step = self.state[weight].get("step", 0) if weight in self.state else 0
             registry = self._registry
-            registry.stages[weight].observe(layer, group, step, registry.inputs, x, output)
+            registry.stages[weight].observe(layer, group, step, registry.inputs, x, outputs)
 
     def mask(self, mask: Tensor) -> AbstractContextManager[None]:
         """Keeps padded positions out of every `P`, for the forwards inside a ``with``.
 
-        It holds for linear layers and self-attention whose input has the mask's shape before its
-        features; checkpointed segments need it around the backward too. A GPU is waited for.
+        It holds for linear and recurrent layers and self-attention whose input has the mask's shape
+        before its features; checkpointed segments need it around the backward. A GPU is waited for.
 
         Args:
             mask: bool, such as [batch, time], True where a position counts.
@@ -326,7 +326,7 @@ class RLSOptimizer(Optimizer):
         """The live matrix `P` of a layer, without a copy.
 
         Args:
-            layer: The module, or its qualified name.
+            layer: The module or its qualified name; of recurrent ones, that of the weight.
 
         Returns:
             [n, n], or [groups, n, n] for a grouped convolution; the last row and column are the

@@ -10,23 +10,33 @@ from typing import Any, cast
 
 from torch import nn
 
-from rlscuda._torch import has_own_forward, own_parameters
 from rlscuda.optim.kept import Change, KeptLayer, Replaced
-from rlscuda.optim.layers import Layer, base_of, is_transposed, names_of
+from rlscuda.optim.kinds.modules import is_transposed
+from rlscuda.optim.kinds.places import Place, places_in, refusal
+from rlscuda.optim.layers import Layer
 from rlscuda.optim.staging import Inputs, Stage
 
-_Users = dict[int, list[tuple[str, nn.Module]]]  # id of a parameter -> the modules that hold it
+_Users = dict[int, list[Place]]  # id of a parameter -> the places that hold it
 
 
 @dataclass(eq=False)
 class Match:
-    """One module with parameters of its own: the layer it makes, or why it makes none."""
+    """One place of a model's weights: the layer it makes, or why it makes none."""
 
-    name: str
-    module: nn.Module
+    place: Place
     layer: Layer | None
     reason: str
     bias_fits: bool = False
+
+    @property
+    def name(self) -> str:
+        """Qualified name of the place."""
+        return self.place.name
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that holds the weight."""
+        return self.place.module
 
     def bind(self, group: dict[str, Any]) -> bool:
         """Whether the weight is in a group; the bias joins `P` if it is there too."""
@@ -40,8 +50,8 @@ class Match:
         return True
 
 
-def _covers(item: str | nn.Module, name: str, module: nn.Module) -> bool:
-    return module is item if isinstance(item, nn.Module) else fnmatchcase(name, item)
+def _covers(item: str | nn.Module, name: str, named: nn.Module | Place) -> bool:
+    return named is item if isinstance(item, nn.Module) else fnmatchcase(name, item)
 
 
 def as_list(wanted: Any) -> list[Any]:
@@ -51,82 +61,69 @@ def as_list(wanted: Any) -> list[Any]:
 
 
 def modules_named(
-    wanted: Iterable[str | nn.Module], option: str, model: nn.Module
-) -> list[tuple[str | nn.Module, set[nn.Module]]]:
-    """Each shell pattern or module of a list, with the modules it names and all inside them."""
-    chosen: list[tuple[str | nn.Module, set[nn.Module]]] = []
+    wanted: Iterable[str | nn.Module], option: str, model: nn.Module, places: Iterable[Place] = ()
+) -> list[tuple[str | nn.Module, set[Any]]]:
+    """Each shell pattern or module of a list, with the modules it names and all inside them.
+
+    Patterns name the `places`, too, which are in the sets as they are.
+    """
+    chosen: list[tuple[str | nn.Module, set[Any]]] = []
+    named = _named(model, places)
     for item in as_list(wanted):
         if not isinstance(item, (str, nn.Module)):
             raise TypeError(f"{option} takes names and modules, got {type(item).__name__}")
-        hits = [m for name, m in model.named_modules() if _covers(item, name, m)]
+        hits = [one for name, one in named if _covers(item, name, one)]
         if not hits:
             raise ValueError(f"{option} names {item!r}, which the model does not have")
-        chosen.append((item, {inner for hit in hits for inner in hit.modules()}))
+        inside = (one.modules() if isinstance(one, nn.Module) else (one,) for one in hits)
+        chosen.append((item, set().union(*inside)))
     return chosen
 
 
-def refusal(module: nn.Module) -> str | None:
-    """Why the RLS rule cannot train `module`, or None where it can."""
-    kind = type(module).__name__
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "MultiheadAttention uses its weight without calling it"
-    base = base_of(module)
-    if base is None:
-        return f"no RLS rule for {kind}"
-    if has_own_forward(module, base):
-        return f"{kind} has a forward of its own"
-    if own_parameters(module).get("q_proj_weight") is not None:
-        return "its query, key and value have weights of their own"
-    weight = _own_weight(module)
-    if weight is None:
-        return "its weight is not a plain parameter (parametrised or masked)"
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        return "its weight has no shape yet: run one batch through a lazy module first"
-    if weight.numel() == 0:
-        return "its weight has no elements"
-    if not weight.is_floating_point() or weight.is_sparse:
-        return f"its weight is {weight.dtype}, {weight.layout}"
-    return None
+def _named(model: nn.Module, places: Iterable[Place]) -> list[tuple[str, nn.Module | Place]]:
+    return [*model.named_modules(), *((place.name, place) for place in places)]
 
 
-def _own_weight(module: nn.Module) -> nn.Parameter | None:
-    return own_parameters(module).get(names_of(module)[0])
+def _is_in(place: Place, chosen: set[Any]) -> bool:
+    return place in chosen or place.module in chosen
 
 
 def _reasons(
-    model: nn.Module, users: _Users, included: set[nn.Module] | None, excluded: set[nn.Module]
-) -> dict[nn.Module, str]:
-    """Why each module with parameters of its own is not to be covered; '' where it is."""
-    reasons: dict[nn.Module, str] = {}
-    crossed: set[nn.Module | None] = set()
-    for module in model.modules():
-        if own_parameters(module):
-            reason = refusal(module) or ""
-            if not reason and included is not None and module not in included:
-                reason = "not in include"
-            if not reason and module in excluded:
-                reason = "excluded"
-            reasons[module] = reason
-        if isinstance(module, nn.TransformerDecoderLayer):
-            crossed.add(getattr(module, "multihead_attn", None))
-    for module, reason in reasons.items():
-        if module in crossed and not reason:
-            reasons[module] = "its query differs from its key and value"
+    model: nn.Module,
+    places: list[Place],
+    users: _Users,
+    included: set[Any] | None,
+    excluded: set[Any],
+) -> dict[Place, str]:
+    """Why each place is not to be covered; '' where it is."""
+    reasons: dict[Place, str] = {}
+    decoders = [m for m in model.modules() if isinstance(m, nn.TransformerDecoderLayer)]
+    crossed = [getattr(module, "multihead_attn", None) for module in decoders]
+    for place in places:
+        reason = refusal(place) or ""
+        if not reason and included is not None and not _is_in(place, included):
+            reason = "not in include"
+        if not reason and _is_in(place, excluded):
+            reason = "excluded"
+        if not reason and place.module in crossed:
+            reason = "its query differs from its key and value"
+        reasons[place] = reason
     alone = dict(reasons)
     sharing = _sharing(model)
-    for module, reason in alone.items():
+    for place, reason in alone.items():
         if reason:
             continue
-        weight = cast(nn.Parameter, _own_weight(module))
-        for name, other in users[id(weight)]:
+        weight, module = cast(nn.Parameter, place.own_weight), place.module
+        for other in users[id(weight)]:
+            also = f"its weight is also that of {other.name!r}"
             if alone[other]:
-                reasons[module] = f"its weight is also that of {name!r}: {alone[other]}"
-            elif getattr(other, "groups", 1) != getattr(module, "groups", 1):
-                reasons[module] = f"its weight is also that of {name!r}, in other groups"
-            elif is_transposed(other) != is_transposed(module):
-                reasons[module] = f"its weight is also that of {name!r}, transposed"
+                reasons[place] = f"{also}: {alone[other]}"
+            elif getattr(other.module, "groups", 1) != getattr(module, "groups", 1):
+                reasons[place] = f"{also}, in other groups"
+            elif is_transposed(other.module) != is_transposed(module):
+                reasons[place] = f"{also}, transposed"
         if there := sharing.get(weight):
-            reasons[module] = f"its weight lies in the memory of {there!r}, another parameter"
+            reasons[place] = f"its weight lies in the memory of {there!r}, another parameter"
     return reasons
 
 
@@ -144,14 +141,14 @@ def _sharing(model: nn.Module) -> dict[nn.Parameter, str]:
     }
 
 
-def _bias_fits(module: nn.Module, users: _Users) -> bool:
+def _bias_fits(place: Place, users: _Users) -> bool:
     """Whether the bias belongs to the weight alone, so that it may be a column of its rows."""
-    weight, bias = _own_weight(module), own_parameters(module).get(names_of(module)[1])
+    weight, bias = place.own_weight, place.own_bias
     if weight is None or bias is None:
         return False
     if (bias.dtype, bias.device) != (weight.dtype, weight.device):
         return False
-    holders = [{id(m) for _, m in users[id(p)]} for p in (weight, bias)]
+    holders = [set(users[id(p)]) for p in (weight, bias)]
     return holders[0] == holders[1] and bias.is_contiguous()
 
 
@@ -160,18 +157,19 @@ def discover(
     include: Iterable[str | nn.Module] | None,
     exclude: Iterable[str | nn.Module] | None,
 ) -> list[Match]:
-    """Every module of `model` with parameters of its own, and its layer or the reason for none.
+    """Every place of `model` that has parameters, and its layer or the reason for none.
 
     A name or module in `include` or `exclude` stands for everything inside it.
 
     Raises:
         ValueError: A name or module is not in the model, or nothing included by it can be covered.
     """
-    wanted = None if include is None else modules_named(include, "include", model)
-    unwanted = [] if exclude is None else modules_named(exclude, "exclude", model)
-    matches = _matches(model, wanted, unwanted)
+    places = places_in(model)
+    wanted = None if include is None else modules_named(include, "include", model, places)
+    unwanted = [] if exclude is None else modules_named(exclude, "exclude", model, places)
+    matches = _matches(model, places, wanted, unwanted)
     for item, inside in wanted or ():
-        found = [match.reason for match in matches if match.module in inside]
+        found = [match.reason for match in matches if _is_in(match.place, inside)]
         if all(found):
             why = found[0] if found else "it has no parameters"
             raise ValueError(f"include names {item!r}, which RLS cannot train: {why}")
@@ -184,17 +182,18 @@ def rediscover(
     include: list[str | nn.Module] | None,
     exclude: list[str | nn.Module] | None,
 ) -> list[Match]:
-    """The modules of a model that may have changed; layers that are still its own stay as known."""
+    """The places of a model that may have changed; layers that are still its own stay as known."""
+    places = places_in(model)
+    named = _named(model, places)
 
     def present(items: list[str | nn.Module]) -> list[str | nn.Module]:
-        named = list(model.named_modules())
-        return [item for item in items if any(_covers(item, name, m) for name, m in named)]
+        return [item for item in items if any(_covers(item, name, one) for name, one in named)]
 
-    wanted = None if include is None else modules_named(present(include), "include", model)
-    unwanted = modules_named(present(exclude or []), "exclude", model)
+    wanted = None if include is None else modules_named(present(include), "include", model, places)
+    unwanted = modules_named(present(exclude or []), "exclude", model, places)
     parameters = set(model.parameters())
     layers = {
-        match.module: match
+        match.place: match
         for match in known
         if match.layer is not None and match.layer.weight in parameters
     }
@@ -202,14 +201,14 @@ def rediscover(
     weights = {match.layer.weight for match in layers.values() if match.layer is not None}
     taken = {match.layer.index for match in layers.values() if match.layer is not None}
     matches = []
-    for match in _matches(model, wanted, unwanted):
-        if match.module in layers:
-            match = layers[match.module]
+    for match in _matches(model, places, wanted, unwanted):
+        if match.place in layers:
+            match = layers[match.place]
         elif match.layer is not None:  # its place is what it has in an optimizer made anew
             if match.layer.index in taken:
                 match.layer.index = 1 + max(taken)
             taken.add(match.layer.index)
-        own = [p for p in own_parameters(match.module).values() if p is not None]
+        own = match.place.parameters
         if match.layer is not None or not own or not weights.issuperset(own):
             matches.append(match)
     return matches
@@ -217,25 +216,23 @@ def rediscover(
 
 def _matches(
     model: nn.Module,
-    wanted: list[tuple[Any, set[nn.Module]]] | None,
-    unwanted: list[tuple[Any, set[nn.Module]]],
+    places: list[Place],
+    wanted: list[tuple[Any, set[Any]]] | None,
+    unwanted: list[tuple[Any, set[Any]]],
 ) -> list[Match]:
-    included = None if wanted is None else {m for _, inside in wanted for m in inside}
-    excluded = {m for _, inside in unwanted for m in inside}
+    included = None if wanted is None else {one for _, inside in wanted for one in inside}
+    excluded = {one for _, inside in unwanted for one in inside}
     users: _Users = {}
-    for name, module in model.named_modules():
-        for parameter in own_parameters(module).values():
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append((name, module))
-    reasons = _reasons(model, users, included, excluded)
+    for place in places:
+        for parameter in place.parameters:
+            users.setdefault(id(parameter), []).append(place)
     matches: list[Match] = []
-    for name, module in model.named_modules():
-        if module not in reasons:
-            continue
-        match = Match(name, module, None, reasons[module])
-        if not match.reason:
-            match.layer = Layer(name, module, index=len(matches), bias=False)
-            match.bias_fits = _bias_fits(module, users)
+    for place, reason in _reasons(model, places, users, included, excluded).items():
+        match = Match(place, None, reason)
+        if not reason:
+            names = (place.weight, place.bias)
+            match.layer = Layer(place.name, place.module, len(matches), bias=False, names=names)
+            match.bias_fits = _bias_fits(place, users)
         matches.append(match)
     return matches
 
@@ -249,7 +246,7 @@ class Registry:
         exclude: See `RLSOptimizer`.
 
     Attributes:
-        matches: Every module of the model with parameters of its own.
+        matches: Every place of the model that has parameters.
         layers: Covered weight -> layer.
         stages: Covered weight -> what is staged for its next step.
         group_of: Covered weight -> its parameter group.
@@ -317,17 +314,23 @@ class Registry:
         """The covered layer of a module or qualified name.
 
         Raises:
-            ValueError: There is none.
+            ValueError: There is none, or there are several.
         """
-        for match in self.matches:
-            if match.module is layer or match.name == layer:
-                if match.layer is None or match.layer.weight not in self.group_of:
-                    reason = match.reason or "its weight is in no parameter group"
-                    raise ValueError(
-                        f"{match.name!r} has no inverse autocorrelation matrix: {reason}"
-                    )
-                return self.layers[match.layer.weight]
-        raise ValueError(f"{layer!r} is no layer of the optimizer's model")
+        hits = [
+            match
+            for match in self.matches
+            if match.module is layer or layer in (match.name, match.place.owner)
+        ]
+        if not hits:
+            raise ValueError(f"{layer!r} is no layer of the optimizer's model")
+        if len(hits) > 1:
+            names = ", ".join(repr(match.name) for match in hits)
+            raise ValueError(f"{layer!r} has several weights: name one of {names}")
+        (match,) = hits
+        if match.layer is None or match.layer.weight not in self.group_of:
+            reason = match.reason or "its weight is in no parameter group"
+            raise ValueError(f"{match.name!r} has no inverse autocorrelation matrix: {reason}")
+        return self.layers[match.layer.weight]
 
     def cut(
         self, replaced: Replaced

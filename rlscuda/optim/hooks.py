@@ -13,7 +13,14 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from rlscuda._torch import FORWARD_HOOKS, compiler_is_loaded, is_compiled, outside_dynamo
+from rlscuda._torch import (
+    FORWARD_HOOKS,
+    compiler_is_loaded,
+    compiler_listens,
+    is_compiled,
+    outside_dynamo,
+)
+from rlscuda.optim.kinds.recurrent import RECURRENT, input_of, tensors_of
 from rlscuda.optim.layers import Layer
 
 # What a hook is in a copy that cannot lack it: it takes any arguments, does nothing, and can be
@@ -39,26 +46,28 @@ class PrivateEntries(OrderedDict):
 
 
 class ForwardHook:
-    """Forward hook of one layer: passes on what may be differentiated.
+    """Forward hook of one module: passes on what may be differentiated of each of its layers.
 
     A compiled forward breaks its graph there, in training mode only, so that a model in eval mode
     compiles and exports as a whole.
 
     Args:
-        layer: The layer whose input to observe.
-        observe: Bound method (layer, input, output) of the owner.
+        layers: The module's layers, whose inputs to observe.
+        observe: Bound method (layer, input, outputs with a gradient to come) of the owner.
     """
 
     __name__ = __qualname__ = "rlscuda_forward_hook"  # tools that list hooks ask for it
 
-    def __init__(self, layer: Layer, observe: Callable):
-        self._layer = weakref.ref(layer)
+    def __init__(self, layers: Iterable[Layer], observe: Callable):
+        self._layers = [weakref.ref(layer) for layer in layers]
         self._observe = weakref.WeakMethod(observe)
 
     def __call__(self, module, args, *kwargs_and_output):
         """Takes the arguments of a hook with or without `with_kwargs`: others re-register it."""
         if not torch.compiler.is_compiling():
-            self._pass_on(module, args, *kwargs_and_output)
+            # the compiler leaves some modules to Python, as recurrent ones, but not what they call
+            pass_on = self._break_graph if compiler_listens() else self._pass_on
+            pass_on(module, args, *kwargs_and_output)
         elif module.training and torch.is_grad_enabled() and not torch.compiler.is_exporting():
             self._break_graph(module, args, *kwargs_and_output)
 
@@ -67,19 +76,26 @@ class ForwardHook:
         self._pass_on(module, args, *kwargs_and_output)
 
     def _pass_on(self, module, args, *kwargs_and_output):
-        layer, observe = self._layer(), self._observe()
-        if layer is None or observe is None or layer.module is not module:
+        observe = self._observe()
+        layers = [own for layer in self._layers if (own := layer()) and own.module is module]
+        if not layers or observe is None:
             return
         *kwargs, output = kwargs_and_output
         named = kwargs[0] if kwargs else {}
+        recurrent = isinstance(module, RECURRENT)
         if isinstance(module, nn.MultiheadAttention):
             x, *others = (*args, *(named[k] for k in ("query", "key", "value")[len(args) :]))[:3]
-            layer.crossed = any(other is not x for other in others)
+            layers[0].crossed = any(other is not x for other in others)
             output = output[0]
-        else:
+        elif not recurrent:
             x = args[0] if args else next(iter(named.values()))
-        if output.requires_grad and not torch.jit.is_tracing() and not layer.crossed:
-            observe(layer, x, output)
+        outputs = [tensor for tensor in tensors_of(output) if tensor.requires_grad]
+        if not outputs or torch.jit.is_tracing() or layers[0].crossed:
+            return
+        for layer in layers:
+            if recurrent:
+                x = input_of(module, layer.names[0], args, named, output)
+            observe(layer, x, outputs)
 
     def __deepcopy__(self, memo):
         return _INERT
@@ -89,24 +105,26 @@ class ForwardHook:
 
 
 def attach(owner: Any, layers: Iterable[Layer], observe: Callable) -> Callable[[], Any]:
-    """Puts a `ForwardHook` before all others on each layer's module, for as long as `owner` lives.
+    """Puts a `ForwardHook` before all others on the layers' modules, for as long as `owner` lives.
 
     Returns:
         What takes them off again.
     """
-    handles = [(weakref.ref(layer.module), _register(layer, observe)) for layer in layers]
+    of_module: dict[nn.Module, list[Layer]] = {}
+    for layer in sorted(layers, key=lambda layer: layer.index):
+        of_module.setdefault(layer.module, []).append(layer)
+    handles = [(weakref.ref(m), _register(m, own, observe)) for m, own in of_module.items()]
     finalizer = weakref.finalize(owner, _remove, handles)
     finalizer.atexit = False
     return finalizer
 
 
-def _register(layer: Layer, observe: Callable) -> RemovableHandle:
-    module = layer.module
+def _register(module: nn.Module, layers: list[Layer], observe: Callable) -> RemovableHandle:
     for name in FORWARD_HOOKS:
         if not getattr(module, name):  # the handles of hooks that are there refer to their dict
             setattr(module, name, PrivateEntries())
     handle = module.register_forward_hook(
-        ForwardHook(layer, observe), prepend=True, with_kwargs=True
+        ForwardHook(layers, observe), prepend=True, with_kwargs=True
     )
     for hooks in (getattr(module, name) for name in FORWARD_HOOKS):
         if isinstance(hooks, PrivateEntries):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -14,32 +13,10 @@ from torch import Tensor, nn
 
 from rlscuda._torch import own_parameters
 from rlscuda.functional.patches import PADDING_MODES
+from rlscuda.optim.kinds.modules import is_transposed
+from rlscuda.optim.kinds.recurrent import RECURRENT
 
 SUMMARIES = ("mean", "sketch", "sample")
-COVERED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-def base_of(module: nn.Module) -> type[nn.Module] | None:
-    """The class whose forward the RLS rule knows and `module` is derived from, if there is one."""
-    kinds = (*COVERED, nn.MultiheadAttention, *_transposed())
-    return next((kind for kind in kinds if isinstance(module, kind)), None)
-
-
-def names_of(module: nn.Module) -> tuple[str, str]:
-    """The names of the weight and the bias that a module's rule moves."""
-    prefix = "in_proj_" if isinstance(module, nn.MultiheadAttention) else ""
-    return f"{prefix}weight", f"{prefix}bias"
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether the weight of a module is [n, c]."""
-    return isinstance(module, _transposed())
-
-
-def _transposed() -> tuple[type[nn.Module], ...]:
-    """The Conv1D of transformers, a Linear whose weight is [n, c], where that is loaded."""
-    kind = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-    return () if kind is None else (kind,)
 
 
 @dataclass(eq=False)
@@ -51,9 +28,10 @@ class Layer:
 
     Attributes:
         name: Qualified name in the model.
-        module: One of the kinds that `base_of` knows.
+        module: One that `Place` knows.
         index: Place among the model's layers; part of the seed of its random signs.
         bias: Whether the bias is a column of ones inside `P`.
+        names: Of the weight and the bias in the module.
         weight: The weight [c, n], [n, c] where `transposed`, or [c, C/groups, *kernel]; a mask put
             on later leaves it here.
         bias_parameter: The bias [c], or None.
@@ -71,6 +49,7 @@ class Layer:
     module: Any
     index: int
     bias: bool
+    names: tuple[str, str] = ("weight", "bias")
     weight: nn.Parameter = field(init=False)
     bias_parameter: nn.Parameter | None = field(init=False)
     columns: int = field(init=False)
@@ -82,7 +61,7 @@ class Layer:
 
     def __post_init__(self):
         m = self.module
-        weight, bias = names_of(m)
+        weight, bias = self.names
         self.weight = getattr(m, weight)
         self.bias_parameter = own_parameters(m).get(bias)
         self.transposed = is_transposed(m)
@@ -114,7 +93,7 @@ class Layer:
             dtype: That the user asks for `P`, or None.
         """
         weight = self.weight
-        if weight.dim() != 2 or isinstance(self.module, nn.MultiheadAttention):
+        if weight.dim() != 2 or isinstance(self.module, (nn.MultiheadAttention, *RECURRENT)):
             return False
         outputs, m = self.outputs, self.block_size
         rows = x.numel() // self.columns

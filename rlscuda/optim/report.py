@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 
 from rlscuda import _C
-from rlscuda._torch import own_parameters
 from rlscuda.optim.discovery import Registry
 from rlscuda.optim.layers import Layer, matrix_bytes
 
 
 @dataclass(frozen=True)
 class CoverageRow:
-    """How one module of the model is trained.
+    """How one module of the model is trained, or one weight of a recurrent module.
 
     Attributes:
-        name: Qualified name of the module; "(parameters)" for parameters outside the model.
+        name: Qualified name of it; "(parameters)" for parameters outside the model.
         kind: Class of the module.
         status: `exact` (RLS), `fallback`, or `refused`: not trained by this optimizer at all.
         why: The reason where it is not `exact`.
@@ -40,7 +39,7 @@ class CoverageRow:
 
 
 class Coverage(list):
-    """The rows of every module; prints as a table."""
+    """The rows of every module and weight; prints as a table."""
 
     def __str__(self):
         header = ("layer", "kind", "rule", "P", "MiB", "why")
@@ -79,14 +78,14 @@ def coverage_of(registry: Registry, states: Mapping, patience: int) -> Coverage:
     holders: dict[int, Layer] = {}
     for match in matches:
         kind, layer = type(match.module).__name__, match.layer
-        own = {p for p in own_parameters(match.module).values() if p is not None}
+        own = set(match.place.parameters)
         if layer is not None:
             own.add(layer.weight)  # a parametrization put on later takes it out of its module
         trained = [p for p in own if p in members and p.requires_grad]
         if not trained:
             frozen = not any(p.requires_grad for p in own)
             why = "frozen" if frozen else "in no parameter group"
-            rows.append(CoverageRow(match.name, kind, "refused", why))
+            rows.append(CoverageRow(match.name, kind, "refused", why if own else match.reason))
         elif layer is None or layer.weight not in group_of or not layer.weight.requires_grad:
             why = match.reason or "its weight is frozen or in no parameter group"
             rows.append(CoverageRow(match.name, kind, "fallback", why))
@@ -98,7 +97,7 @@ def coverage_of(registry: Registry, states: Mapping, patience: int) -> Coverage:
             size *= holder.weight is layer.weight
             shape = (layer.fan_in, layer.groups, layer.blocks)
             rows.append(CoverageRow(match.name, kind, "exact", why, *shape, size))
-    known = {p for match in matches for p in own_parameters(match.module).values() if p is not None}
+    known = {p for match in matches for p in match.place.parameters}
     known |= {match.layer.weight for match in matches if match.layer is not None}  # masked later
     outside = members - known
     if outside:
@@ -153,10 +152,11 @@ class Health(dict):
     """Layer name to `LayerHealth`; prints as a table."""
 
     def __str__(self):
-        lines = [f"{'layer':<24}{'updates':>9}{'refused':>9}{'resets':>8}{'missing':>9}"
+        width = max([24, *(len(name) + 1 for name in self)])
+        lines = [f"{'layer':<{width}}{'updates':>9}{'refused':>9}{'resets':>8}{'missing':>9}"
                  f"{'max gain':>12}{'trace':>12}{'|P-Pᵀ|':>10}"]  # fmt: skip
         lines += [
-            f"{name:<24}{r.updates:>9}{r.refused:>9}{r.resets:>8}{r.missing:>9}"
+            f"{name:<{width}}{r.updates:>9}{r.refused:>9}{r.resets:>8}{r.missing:>9}"
             f"{r.largest_gain:>12.4g}{r.trace:>12.4g}{r.symmetry_error:>10.2g}"
             for name, r in self.items()
         ]

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -285,9 +286,9 @@ class Stage:
         step: int,
         inputs: Inputs,
         x: Tensor,
-        output: Tensor,
+        outputs: Sequence[Tensor],
     ) -> None:
-        """Summarises the input of one forward, to be committed when its gradient comes.
+        """Summarises the input of one forward, to be committed when a gradient of it comes.
 
         Args:
             layer: The layer.
@@ -295,9 +296,9 @@ class Stage:
             step: Steps it has taken.
             inputs: What it has in common with other layers.
             x: The input.
-            output: The output, with a gradient to come.
+            outputs: The outputs with a gradient to come, of several the first that has come counts.
         """
-        if not summarisable(x, output):
+        if not summarisable(x, outputs):
             return
         weight = layer.weight
         if weight.grad is None and self.calls and not in_backward():
@@ -323,7 +324,7 @@ class Stage:
             rows = x.reshape(-1, x.shape[-1]).contiguous()
             seen = version_of(rows)
 
-        def commit(gradients: tuple[Tensor | None, ...]) -> None:
+        def commit(slot: int, gradients: tuple[Tensor | None, ...]) -> None:
             nonlocal counted
             gradient = gradients[slot]
             if gradient is None or counted == self.generation:
@@ -333,16 +334,16 @@ class Stage:
                 factors = Factors(rows, gradient.reshape(len(rows), -1), seen)
             self.commit(shown, offset + size, factors)
 
-        # what `output.register_hook` does, at half its cost
-        slot, node = output.output_nr, output.grad_fn
-        assert node is not None
-        node.register_prehook(commit)
+        for output in outputs:  # what `output.register_hook` does, at half its cost
+            node = output.grad_fn
+            assert node is not None
+            node.register_prehook(partial(commit, output.output_nr))
 
 
-def summarisable(x: Tensor, output: Tensor) -> bool:
+def summarisable(x: Tensor, outputs: Sequence[Tensor]) -> bool:
     """Whether an input is a plain dense tensor with elements, outside of `torch.func` transforms.
 
     What a transform such as `vmap` passes through the layers means nothing after it has returned.
     """
     plain = x.layout == torch.strided and x.numel() > 0
-    return plain and not (is_transformed(x) or is_transformed(output))
+    return plain and not (is_transformed(x) or any(map(is_transformed, outputs)))

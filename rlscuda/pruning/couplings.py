@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from rlscuda.optim.layers import COVERED
+from rlscuda.optim.kinds.modules import COVERED
 
 
 @dataclass(frozen=True, eq=False)

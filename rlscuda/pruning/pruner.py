@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from rlscuda._torch import unwrapped
 from rlscuda.optim.discovery import modules_named
 from rlscuda.optim.kept import Change
+from rlscuda.optim.kinds.recurrent import RECURRENT
 from rlscuda.optimizer import RLSOptimizer
 from rlscuda.optional import optional
 from rlscuda.pruning.choice.ranking import IMPORTANCES, WITHOUT_MATRIX, Candidate, rank, units_gone
@@ -286,10 +287,12 @@ class RLSPruner:
             return calibrate(self.model, self.loader, damping=self.damping)
         if self.source == "own":
             # by their weights, since an optimizer may have been given a part of the model
+            prunable = [m for m in self.model.modules() if not isinstance(m, RECURRENT)]
+            wanted = {p for m in prunable for p in m.parameters(recurse=False)}
             own: dict[Any, Tensor] = {}
             for one in self.optimizers:
                 if isinstance(one, RLSOptimizer):
-                    own |= by_weight(one, self.damping)
+                    own |= by_weight(one, self.damping, wanted)
             if not own:
                 raise ValueError("the optimizer's own matrices are needed: it has made no step yet")
             weights = {n: getattr(m, "weight", None) for n, m in self.model.named_modules()}

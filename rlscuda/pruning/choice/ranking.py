@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rlscuda._torch import BatchNorm, Convolution
 from rlscuda.closed_form import formulas
 from rlscuda.closed_form.greedy import Consumer, greedy_path
-from rlscuda.optim.layers import COVERED
+from rlscuda.optim.kinds.modules import COVERED
 from rlscuda.pruning.couplings import Coupling, Structure
 from rlscuda.pruning.matrices.calibration import Matrices
 

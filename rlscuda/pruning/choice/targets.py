@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rlscuda._torch import own_parameters
 from rlscuda.closed_form.formulas import compensate
-from rlscuda.optim.layers import COVERED
+from rlscuda.optim.kinds.modules import COVERED
 from rlscuda.pruning.choice.ranking import Candidate, layer_weight
 from rlscuda.pruning.couplings import Coupling, Member, Structure
 from rlscuda.pruning.matrices.calibration import Matrices

@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 from torch.optim import Optimizer
 
 from rlscuda._torch import own_buffers, own_parameters, pre_hooks
-from rlscuda.optim.layers import COVERED
+from rlscuda.optim.kinds.modules import COVERED
 
 
 @dataclass(frozen=True)

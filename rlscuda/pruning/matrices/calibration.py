@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from rlscuda._torch import compiler_is_loaded, own_parameters, unwrapped
 from rlscuda.closed_form.formulas import damped_inverse, downdate
 from rlscuda.optim.discovery import Match, discover, modules_named
-from rlscuda.optim.layers import COVERED, Layer
+from rlscuda.optim.kinds.modules import COVERED
+from rlscuda.optim.layers import Layer
 from rlscuda.pruning.masks.layers import is_masked
 from rlscuda.pruning.options import check_number
 from rlscuda.pruning.running.calls import feed, inference
@@ -149,7 +150,7 @@ def pruning_layers(model: nn.Module, layers: Iterable[str | nn.Module] | None) -
             match.layer.bias = match.bias_fits
         layer = match.layer or _masked_layer(match, index, model)
         if layer is None:
-            reasons[match.module] = match.reason
+            reasons.setdefault(match.module, match.reason)
         else:
             found[match.module] = layer
     for item, inside in chosen or ():

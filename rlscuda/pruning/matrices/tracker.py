@@ -104,9 +104,9 @@ class SketchTracker:
         self._finalizer()
 
     @torch.no_grad()
-    def _observe(self, layer: Layer, x: Tensor, output: Tensor) -> None:
+    def _observe(self, layer: Layer, x: Tensor, outputs: list[Tensor]) -> None:
         """Takes in the input of one forward."""
-        if not (layer.module.training and summarisable(x, output)):
+        if not (layer.module.training and summarisable(x, outputs)):
             return
         track = self._tracks.get(layer.name) or self._fresh(layer, x.device)
         device, seed = x.device, self._seed_of(layer, track.seen)

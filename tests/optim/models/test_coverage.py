@@ -128,7 +128,6 @@ def pruned():
 
 REASONS = {  # why a module has no P -> the module, its place
     "no RLS rule for Embedding": (lambda: nn.Embedding(3, 4), ""),
-    "no RLS rule for LSTM": (lambda: nn.LSTM(4, 4), ""),
     "no RLS rule for ConvTranspose1d": (lambda: nn.ConvTranspose1d(2, 2, 3), ""),
     "no RLS rule for ConvTranspose2d": (lambda: nn.ConvTranspose2d(2, 2, 3), ""),
     "no RLS rule for Bilinear": (lambda: nn.Bilinear(2, 2, 3), ""),
