@@ -1,4 +1,4 @@
-"""Losses of 0, dead units, inputs of any size: the first steps of `benchmarks/steps/endurance.py`."""
+"""Losses of 0, dead units, inputs of any size: first steps of `benchmarks/steps/endurance.py`."""
 
 import pytest
 
