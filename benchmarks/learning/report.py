@@ -58,13 +58,22 @@ class Cell:
 
 
 class Results:
-    """The runs of a results file, by phase, task and row."""
+    """The runs of a results file, by phase, task and row.
+
+    Raises:
+        ValueError: Seeds of one row on one task have different settings, as after a tuning anew.
+    """
 
     def __init__(self, runs: Iterable[dict]):
         self._groups: dict[tuple[str, str, str], list[dict]] = {}
         for run in runs:
             key = run["phase"], run["task"], run["optimizer"]
             self._groups.setdefault(key, []).append(run)
+        for (phase, task, row), group in self._groups.items():
+            if phase in ("steps", "time") and any(
+                run["settings"] != group[0]["settings"] for run in group
+            ):
+                raise ValueError(f"runs of {row} on {task} have several settings: --forget {row}")
         self.phases, tasks, rows = (set(names) for names in zip(*self._groups))
         self.tasks = [name for name in TASKS if name in tasks]
         self.rows = [name for name in ROWS if name in rows]

@@ -200,6 +200,13 @@ def test_the_report_says_who_wins(results, tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
+def test_seeds_at_several_settings_are_no_mean(tmp_path):
+    runs = [*fake("vit", "muon", (40,), lr=0.01), *fake("vit", "muon", (40,), lr=0.03)]
+    (path := tmp_path / "quality.json").write_text(json.dumps({"runs": runs}))
+    with pytest.raises(ValueError, match="runs of muon on vit have several settings: --forget"):
+        report.report(path)
+
+
 def test_at_equal_time_a_peer_fills_the_default_s(tmp_path, monkeypatch):
     args = argparse.Namespace(journal=tmp_path / "runs.jsonl", data_dir=None)
     asked, decays = [], set()
