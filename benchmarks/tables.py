@@ -17,13 +17,18 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.common import environment, shapes
+from benchmarks.learning import long_runs
 from benchmarks.learning import report as learning
 from benchmarks.pruning import plots
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MARKED = re.compile(r"(<!-- table:([\w.]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 NOT_MEASURED = "Not measured yet.\n"
-GRIDS = {"quality": learning.report, "pruning": plots.report}  # of many training runs
+GRIDS = {  # of many training runs
+    "quality": learning.report,
+    "long_runs": long_runs.report,
+    "pruning": plots.report,
+}
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -96,6 +101,15 @@ def soak(document: dict) -> str:
     return markdown(rows) + staleness({document["environment"]["source_hash"]})
 
 
+def endurance(document: dict) -> str:
+    """One row a run: what is left of its loss and its weights, and the resets of its `P`."""
+    rows = [["task", "form", "steps", "last loss", "largest weight", "resets"]]
+    for r in document["rows"]:
+        figures = [f"{r['loss']:.3g}", f"{r['largest_weight']:.3g}", str(r["resets"])]
+        rows.append([r["task"], r["form"], f"{r['steps']:,}", *figures])
+    return markdown(rows) + staleness({document["environment"]["source_hash"]})
+
+
 def provenance(document: dict) -> str:
     """Where, when and with what a result was measured, and whether it still holds."""
     machine, versions, ceilings = (document[k] for k in ("machine", "versions", "ceilings"))
@@ -138,6 +152,9 @@ def grid_provenance(document: dict) -> str:
     return text + staleness(hashes)
 
 
+RUNS = {"soak": soak, "endurance": endurance}  # of many steps
+
+
 def render(name: str, results: Path) -> str:
     """The table of one result, or a line that says it is not measured yet.
 
@@ -150,8 +167,8 @@ def render(name: str, results: Path) -> str:
     document = json.loads(path.read_text(encoding="utf-8"))
     if name in GRIDS:
         return f"{GRIDS[name](path)}\n\n{grid_provenance(document)}\n"
-    if name == "soak":
-        return f"{soak(document)}\n"
+    if name in RUNS:
+        return f"{RUNS[name](document)}\n"
     if document.get("schema") != shapes.SCHEMA:
         raise ValueError(f"{path} must have schema {shapes.SCHEMA}, got {document.get('schema')}")
     layout: Callable[[dict], str] = by_ratio
