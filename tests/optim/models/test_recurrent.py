@@ -149,7 +149,7 @@ OTHERS = {"tokens": "no RLS rule for Embedding"}
      "rnn.weight_hh_l0": "not in include", "head": "not in include"}),
     ({"include": lambda m: m.rnn, "exclude": "*_ih_l0"}, {"rnn.weight_ih_l0": "excluded",
      "rnn.weight_hh_l0": "exact", "head": "not in include"}),
-], ids=str)  # fmt: skip
+], ids=["all", "no module", "no weight", "some weights", "a module but one"])  # fmt: skip
 def test_weights_have_names_that_select(options, expected):
     model = Classifier()
     chosen = {k: v(model) if callable(v) else v for k, v in options.items()}
