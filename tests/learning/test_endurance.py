@@ -8,7 +8,7 @@ from benchmarks.steps.endurance import TASKS, failed, run
 @pytest.mark.parametrize("form", ["spectral", "adaptive"])
 @pytest.mark.parametrize("task", TASKS)
 def test_a_task_keeps_its_footing(task, form):
-    row = run(task, form, 200)
+    row = run(task, form, 1000)
     assert not failed(row), row
 
 

@@ -75,8 +75,9 @@ def _write_batch(
     groups, c, n = shape
     N = _momentum(moves, bias_gradients, torch.cat(finite), shape, group["momentum"])
     tiny = torch.finfo(N.dtype).tiny
-    length = torch.linalg.vector_norm(N, dim=(1, 2), keepdim=True) / math.sqrt(c * n)
-    N.div_(length.clamp(min=tiny))  # so that no square leaves its range
+    peak = torch.linalg.vector_norm(N, math.inf, dim=(1, 2), keepdim=True)
+    N.div_(peak.clamp(min=tiny))  # so that no square leaves its range
+    length = torch.linalg.vector_norm(N, dim=(1, 2), keepdim=True).mul_(peak / math.sqrt(c * n))
     D = torch.empty_like(N)
     for move, part, product in zip(moves, N.view(len(moves), -1, n), D.view(len(moves), -1, n)):
         move.layer.multiply(part, move.state["P"], out=product)

@@ -167,3 +167,21 @@ def test_blocks_are_few_and_about_equal():
         blocks = -(-rows // ROWS)
         assert m <= ROWS
         assert 0 < rows - (blocks - 1) * m <= m
+
+
+@pytest.mark.parametrize("size", [(6, 70), (70, 6)])
+def test_a_momentum_of_any_size_keeps_weights_finite(size):
+    """As it fades out where gradients are exactly 0, through all sizes that float32 has."""
+    model = nn.Linear(*size)
+    optimizer = RLSOptimizer(model, form="spectral")
+    scales = torch.logspace(0, -6, size[0])
+    for exponent in range(-45, 36):
+        model(torch.randn(4, size[0]) * scales).sum().mul(0).backward()
+        if moment := optimizer.state.get(model.weight):
+            moment["momentum_buffer"].normal_().mul_(10.0**exponent)
+            before = model.weight.detach().clone()
+            optimizer.step()
+            assert (model.weight - before).isfinite().all(), exponent
+        else:
+            optimizer.step()
+    assert all(row.refused == row.resets == 0 for row in optimizer.health().values())
