@@ -166,7 +166,7 @@ def render(name: str, results: Path) -> str:
         return NOT_MEASURED
     document = json.loads(path.read_text(encoding="utf-8"))
     if name in GRIDS:
-        return f"{GRIDS[name](path)}\n\n{grid_provenance(document)}\n"
+        return f"{GRIDS[name](path).rstrip()}\n\n{grid_provenance(document)}\n"
     if name in RUNS:
         return f"{RUNS[name](document)}\n"
     if document.get("schema") != shapes.SCHEMA:
