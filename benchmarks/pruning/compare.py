@@ -58,7 +58,7 @@ def recover(subject: methods.Subject, kind: str, lr: float, seed: int) -> None:
             group["lr"] = group["initial_lr"] = lr
     elif kind == "rls":
         del old
-        optimizer = rlscuda.RLSOptimizer(subject.model, lr=lr, seed=seed)
+        optimizer = rlscuda.RLSOptimizer(subject.model, lr=lr, form="adaptive", seed=seed)
     else:
         optimizer = torch.optim.Adam(subject.model.parameters(), lr=lr)
     count, plain = len(subject.split.y), torch.contiguous_format

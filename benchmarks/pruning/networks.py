@@ -1,7 +1,7 @@
 """The networks of the pruning benchmark, and their training: once a seed, kept on disk.
 
-A base network is trained by `RLSOptimizer(model)` with cosine decay; a `SketchTracker` watches the
-last epochs, which start from a saved state.
+A base network is trained by `RLSOptimizer(model, form="adaptive")` with cosine decay; a
+`SketchTracker` watches the last epochs, which start from a saved state.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def begin(case: Case, seed: int, count: int, model: nn.Module | None = None) -> 
     torch.manual_seed(seed)
     memory_format = torch.channels_last if model is None else torch.contiguous_format
     model = case.build() if model is None else model
-    optimizer = rlscuda.RLSOptimizer(model, seed=seed)
+    optimizer = rlscuda.RLSOptimizer(model, form="adaptive", seed=seed)
     return Run(model, optimizer, case.epochs, count, seed, memory_format)
 
 

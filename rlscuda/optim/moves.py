@@ -73,14 +73,15 @@ def buffer(workspace: Workspace, name: str, P: Tensor, numel: int) -> Tensor:
 
 
 def prepare(chunk: list[Move], workspace: Workspace) -> None:
-    """Gives every move its gradient in the dtype of `P`, and its product a place."""
+    """Gives every move its gradient in the dtype of `P`, and its product G P a place."""
     P = chunk[0].state["P"]
-    shapes = [(move.layer.outputs, move.layer.fan_in) for move in chunk]
-    products = buffer(workspace, "product", P, sum(rows * n for rows, n in shapes))
-    start = 0
-    for move, (rows, n) in zip(chunk, shapes):
-        move.product = products[start : start + rows * n].view(rows, n)
-        start += rows * n
+    if chunk[0].group["form"] != "spectral":  # whose product is made with the direction
+        shapes = [(move.layer.outputs, move.layer.fan_in) for move in chunk]
+        products = buffer(workspace, "product", P, sum(rows * n for rows, n in shapes))
+        start = 0
+        for move, (rows, n) in zip(chunk, shapes):
+            move.product = products[start : start + rows * n].view(rows, n)
+            start += rows * n
     converted = [m for m in chunk if m.grad.dtype != P.dtype or not m.grad.is_contiguous()]
     if converted:
         copies = [torch.empty_like(m.grad, dtype=P.dtype, memory_format=torch.contiguous_format)

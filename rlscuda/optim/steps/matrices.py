@@ -54,11 +54,11 @@ def _projections(
         S P where the summary is the mean of X; X P; X. No tensors at all without factors, and empty
         ones for a layer without.
     """
-    none = chunk[0].product[:0]
     mean = group["summary"] == "mean" and group["rank"] == 1
     turns = group["form"] != "paper"
     if all(move.factors is None for move in chunk):
         return [], [], []
+    none = chunk[0].product[:0]
     parts = [
         (
             move.projected.mean(0, keepdim=True) if mean else none,
