@@ -132,6 +132,37 @@ def test_a_compiled_model_learns_the_same(when):
     torch.compiler.reset()
 
 
+class Stacked(nn.Module):
+    """Recurrent modules of several weights between linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.below, self.above = nn.Linear(6, 5), nn.Linear(7, 3)
+        self.both_ways = nn.GRU(5, 5, batch_first=True, bidirectional=True)
+        self.last = nn.LSTM(10, 7, batch_first=True)
+
+    def forward(self, x):
+        return self.above(self.last(self.both_ways(self.below(x))[0])[0])
+
+
+def test_a_compiled_model_shows_every_input():
+    """Of any length, which the compiler would take for another call of the hook's own code."""
+    torch.compiler.reset()
+    model = Stacked()
+    twin = copy.deepcopy(model)
+    optimizer, other = RLSOptimizer(model), RLSOptimizer(twin)
+    fast = torch.compile(model, backend="eager")
+    for step in range(6):
+        x = torch.randn(4, 3 + step % 3, 6)
+        for forward, one in ((fast, optimizer), (twin, other)):
+            one.zero_grad()
+            forward(x).square().mean().backward()
+            one.step()
+    assert not differing(snapshot(model, optimizer), snapshot(twin, other))
+    assert all(row.missing == 0 for row in optimizer.health().values())
+    torch.compiler.reset()
+
+
 def statuses(optimizer):
     return {r.name: r.why if r.status == "fallback" else r.status for r in optimizer.coverage()}
 

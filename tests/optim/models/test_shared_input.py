@@ -339,3 +339,25 @@ def train(model, optimizer):
         optimizer.zero_grad()
         model(torch.randn(8, 4).double()).square().mean().backward()
         optimizer.step()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_mask_of_one_layer_leaves_the_other_s_rows(first):
+    """Two layers of one tensor, of which one is called inside of a mask: two matrices."""
+    layers = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 4)]).double()
+    optimizer = RLSOptimizer(layers, summary="mean", rank=1)
+    x, mask = torch.randn(4, 5, 3, dtype=torch.float64), torch.rand(4, 5) < 0.5
+    mask[0, 0] = not mask[0, 1]
+    with optimizer.mask(mask if first == 0 else torch.ones_like(mask)):
+        out = layers[0](x).square().mean()
+    with optimizer.mask(mask if first == 1 else torch.ones_like(mask)):
+        (out + layers[1](x).square().mean()).backward()
+    optimizer.step()
+    for i, layer in enumerate(layers):
+        alone = RLSOptimizer(twin := nn.Linear(3, 2).double(), summary="mean", rank=1)
+        with alone.mask(mask if i == first else torch.ones_like(mask)):
+            twin(x).square().mean().backward()
+        alone.step()
+        torch.testing.assert_close(
+            optimizer.inverse_autocorrelation(layer), alone.inverse_autocorrelation(twin)
+        )
