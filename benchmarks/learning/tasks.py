@@ -59,6 +59,7 @@ class Task:
 
     `ends` names the layers that Muon's users leave to AdamW with the vectors: embeddings, the
     first convolution and the classifier (none where inputs and outputs are dense features).
+    `bfloat16` is for long runs of image networks: products in that format, weights channels-last.
     """
 
     name: str
@@ -70,15 +71,18 @@ class Task:
     source: Callable[[Path], Splits]
     ends: tuple[str, ...] = ()
     augment: bool = False
+    bfloat16: bool = False
 
     def build(self, seed: int) -> nn.Module:
         """The network, with the initial weights of a seed."""
         torch.manual_seed(seed)
-        return self.network()
+        network = self.network()
+        return network.to(memory_format=torch.channels_last) if self.bfloat16 else network
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Of one minibatch."""
-        return self.objective.loss(model(x), y)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
+            return self.objective.loss(model(x), y)
 
     @torch.no_grad()
     def measure(self, model: nn.Module, split: Split, count: int | None = None) -> float:
