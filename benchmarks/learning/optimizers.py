@@ -15,7 +15,7 @@ import rlscuda
 from benchmarks.learning.tasks import Task
 
 BETAS, DECAY = (0.9, 0.99), 0.05
-ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+ADAM_RATES, OUR_RATES = (3e-4, 1e-3, 3e-3, 1e-2), (0.01, 0.03, 0.1, 0.3)
 
 
 class FlatMuon(Muon):
@@ -67,8 +67,25 @@ def _kron(model: nn.Module, task: Task, lr: float, **settings: Any) -> list[Opti
     return [Kron(model.parameters(), lr, **{"weight_decay": DECAY} | settings)]
 
 
-def _rls(model: nn.Module, task: Task, lr: float | None = None, **settings: Any) -> list[Optimizer]:
-    return [rlscuda.RLSOptimizer(model, lr, **settings)]
+class Unconditioned(rlscuda.RLSOptimizer):
+    """The same step with every `P` left at the identity: no input is observed, nor missed."""
+
+    def _observe(self, *seen: Any) -> None:
+        pass
+
+    def _warn(self, *texts: Any) -> None:
+        pass
+
+
+def _rls(
+    model: nn.Module,
+    task: Task,
+    lr: float | None = None,
+    conditioned: bool = True,
+    **settings: Any,
+) -> list[Optimizer]:
+    make = rlscuda.RLSOptimizer if conditioned else Unconditioned
+    return [make(model, lr, **settings)]
 
 
 @dataclass(frozen=True)
@@ -99,7 +116,8 @@ class Row:
 
 ROWS = {
     "rls": Row("RLS default", _rls, (), (), warmup=False),
-    "rls_tuned": Row("RLS tuned", _rls, (0.01, 0.03, 0.1, 0.3), (), warmup=False),
+    "rls_tuned": Row("RLS tuned", _rls, OUR_RATES, (), warmup=False),
+    "identity": Row("RLS, P = I", _rls, OUR_RATES, (), False, {"conditioned": False}),
     "sgd": Row("SGD + Nesterov", _sgd, (0.01, 0.03, 0.1, 0.3), (2e-3,)),
     "adamw": Row("AdamW", _adamw),
     "muon": Row("Muon", _muon),
