@@ -70,6 +70,16 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     return module._buffers
 
 
+def is_masked(module: nn.Module, name: str = "weight") -> bool:
+    """Whether torch.nn.utils.prune has put a mask on a parameter of a module."""
+    return f"{name}_orig" in own_parameters(module) and f"{name}_mask" in own_buffers(module)
+
+
+def plain_or_masked(module: nn.Module, name: str) -> nn.Parameter | None:
+    """A module's parameter of a name, whether torch.nn.utils.prune has masked it or not."""
+    return own_parameters(module).get(f"{name}_orig" if is_masked(module, name) else name)
+
+
 def pre_hooks(module: nn.Module) -> dict[int, Any]:
     """The live registry of a module's forward pre-hooks."""
     return module._forward_pre_hooks

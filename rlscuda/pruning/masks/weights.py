@@ -64,7 +64,7 @@ class MaskReport(list[LayerMask]):
 
 @dataclass(frozen=True)
 class _Result:
-    """What is to become of a layer: mask [c, n], weights with the bias [c, k], and their cost."""
+    """What is to become of a layer: what stays and the weights [c, k], and their cost."""
 
     layer: MaskLayer
     keep: Tensor
@@ -73,13 +73,14 @@ class _Result:
     energy: float
 
     def report(self) -> LayerMask:
-        mask = self.keep.view(self.layer.weight.shape)
+        mask = self.keep[:, : self.layer.columns].view(self.layer.weight.shape)
         share = self.cost / self.energy if self.energy else 0.0
         return LayerMask(self.layer.name, mask, self.cost, share)
 
 
 def _choose(layer: MaskLayer, sparsity: float | None, pattern: tuple[int, int] | None) -> Tensor:
     """The columns that every row keeps [c, k]: the bias, and those that the paths leave."""
+    assert layer.P is not None
     W, n = layer.rows(), layer.columns
     target = None if sparsity is None else round(sparsity * layer.weight.numel())
     removed = 0 if layer.old_mask is None else int((layer.old_mask == 0).sum())
@@ -96,14 +97,12 @@ def _choose(layer: MaskLayer, sparsity: float | None, pattern: tuple[int, int] |
     if target is not None:
         lengths = cheapest_prefixes(costs, target)
         gone = torch.arange(order.shape[1], device=W.device) < lengths[:, None]
-    keep = torch.ones_like(W, dtype=torch.bool).scatter_(1, order, ~gone)
-    if layer.old_mask is not None:
-        keep[:, :n] &= layer.old_mask.flatten(1) != 0
-    return keep
+    return torch.ones_like(W, dtype=torch.bool).scatter_(1, order, ~gone) & layer.kept()
 
 
 def _solve(layer: MaskLayer, sparsity: float | None, pattern: tuple[int, int] | None) -> _Result:
     """The mask and the weights of one layer, of which nothing is changed yet."""
+    assert layer.P is not None
     W, G, n = layer.rows(), len(layer.P), layer.columns
     try:
         keep = _choose(layer, sparsity, pattern)
@@ -113,7 +112,7 @@ def _solve(layer: MaskLayer, sparsity: float | None, pattern: tuple[int, int] | 
     except ValueError as error:
         raise ValueError(f"{layer.name!r}: {error}") from None
     rows, costs = (torch.cat(part) for part in zip(*parts))
-    return _Result(layer, keep[:, :n], rows, float(costs.sum()), energy)
+    return _Result(layer, keep, rows, float(costs.sum()), energy)
 
 
 def _is_pattern(pattern: object) -> bool:
@@ -147,7 +146,8 @@ def prune_weights(
         model: The model.
         matrices: Qualified names of Linear and convolution layers to their inverse autocorrelation
             matrices [groups, k, k] (or [k, k] for one group); k is the fan-in n in `F.unfold`
-            order, or n + 1 with the bias as the last column, which must have no mask.
+            order, or n + 1 with the bias as the last column. A bias that a mask has removed
+            stays removed.
         sparsity: Share of the weights of each layer that is to be zero, above 0 and below 1,
             zeros that it has already included.
         pattern: (n, m) in place of it: of every m consecutive inputs each output keeps n; for a

@@ -15,12 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlscuda._torch import compiler_is_loaded, own_parameters, unwrapped
+from rlscuda._torch import (
+    compiler_is_loaded,
+    is_masked,
+    own_parameters,
+    plain_or_masked,
+    unwrapped,
+)
 from rlscuda.closed_form.formulas import damped_inverse, downdate
 from rlscuda.optim.discovery import Match, discover, modules_named
 from rlscuda.optim.kinds.modules import COVERED
 from rlscuda.optim.layers import Layer
-from rlscuda.pruning.masks.layers import is_masked
 from rlscuda.pruning.options import check_number
 from rlscuda.pruning.running.calls import feed, inference
 from rlscuda.reference import patch_rows
@@ -66,7 +71,7 @@ def calibrate(
     found = pruning_layers(model, layers)
     sums = {layer.name: _Autocorrelation(layer) for layer in found}
     batches = 0
-    with inference(model), _observing(found, lambda layer, x: sums[layer.name].add(x)):
+    with inference(model), observing(found, lambda layer, x: sums[layer.name].add(x)):
         for batch in islice(loader, max_batches):
             feed(model, batch)
             batches += 1
@@ -170,7 +175,7 @@ def _masked_layer(match: Match, index: int, model: nn.Module) -> Layer | None:
     module: Any = match.module
     if type(module) not in COVERED or not is_masked(module):
         return None
-    bias = own_parameters(module).get("bias")
+    bias = plain_or_masked(module, "bias")
     holders = [m for m in model.modules() if any(p is bias for p in own_parameters(m).values())]
     return Layer(match.name, module, index, bias is not None and holders == [module])
 
@@ -210,8 +215,8 @@ class _Autocorrelation:
 
 
 @contextmanager
-def _observing(layers: list[Layer], see: Callable[[Layer, Tensor], None]) -> Iterator[None]:
-    """Shows `see` every input of the layers."""
+def observing(layers: list[Layer], see: Callable[[Layer, Tensor], None]) -> Iterator[None]:
+    """Shows `see` every input of the layers, also where the model is compiled."""
 
     def hook(layer: Layer) -> Callable:
         return lambda module, args, kwargs: see(layer, args[0] if args else kwargs["input"])

@@ -198,7 +198,12 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 
 def feed(model: nn.Module, batch: Any) -> Any:
-    """Calls a model with one batch of a loader.
+    """Calls a model with one batch of a loader, see `inputs_of`."""
+    return call(model, inputs_of(model, batch))
+
+
+def inputs_of(model: nn.Module, batch: Any) -> Tensor | dict[str, Any]:
+    """What a model takes of one batch of a loader, as `call` passes it on.
 
     Args:
         model: The model; the batch is moved to the device of its first parameter.
@@ -213,14 +218,14 @@ def feed(model: nn.Module, batch: Any) -> Any:
         parameters = _forward_parameters(model)
         every = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         named = {k: v for k, v in batch.items() if every or k in parameters}
-        return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in named.items()})
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in named.items()}
     x = _first(batch)
     if not isinstance(x, Tensor):
         raise TypeError(
             "loader must give tensors, tuples that begin with one, or dicts, got "
             f"{type(batch).__name__}" + (f" of {type(x).__name__}" if x is not batch else "")
         )
-    return model(x.to(device))
+    return x.to(device)
 
 
 def _forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
