@@ -4,6 +4,8 @@ from rlscuda.optim.kept import Kept
 from rlscuda.pruning.choice.ranking import IMPORTANCES
 from rlscuda.pruning.files.export import export_onnx, export_program
 from rlscuda.pruning.files.saving import load_optimizer, load_pruned, save_pruned
+from rlscuda.pruning.masks.relief import ReliefMask, ReliefReport, prune_relief
+from rlscuda.pruning.masks.units import remove_unread
 from rlscuda.pruning.masks.weights import LayerMask, MaskReport, prune_weights
 from rlscuda.pruning.matrices.calibration import calibrate, disagreement
 from rlscuda.pruning.matrices.own import own_matrices
@@ -28,6 +30,8 @@ __all__ = [
     "PruneSchedule",
     "PruningRecord",
     "RLSPruner",
+    "ReliefMask",
+    "ReliefReport",
     "Round",
     "SketchTracker",
     "Snapshot",
@@ -40,8 +44,10 @@ __all__ = [
     "load_pruned",
     "measure",
     "own_matrices",
+    "prune_relief",
     "prune_weights",
     "ratio_after",
+    "remove_unread",
     "save_pruned",
     "transfer_state",
 ]

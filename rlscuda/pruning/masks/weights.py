@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,10 @@ class LayerMask:
         return self.zeros / self.mask.numel()
 
 
-class MaskReport(list[LayerMask]):
+_Row = TypeVar("_Row", bound=LayerMask)
+
+
+class MaskReport(list[_Row]):
     """The masks of every layer; prints as a table."""
 
     @property
@@ -131,7 +135,7 @@ def prune_weights(
     layers: Iterable[str] | None = None,
     optimizer: Optimizer | None = None,
     permanent: bool = False,
-) -> MaskReport:
+) -> MaskReport[LayerMask]:
     r"""Removes single weights where that costs least, and refits those that remain.
 
     Each row of a layer loses one weight after the other, always that with the least
