@@ -169,6 +169,16 @@ def refit(P: Tensor, W: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: `P` is not positive definite; a nearly singular block is jittered instead.
     """
     weights, costs = torch.empty_like(W), W.new_empty(len(W))
+    few = 2 * keep.sum(1) <= len(P)  # what is kept is then the smaller system
+    for rows, solve in ((few, _from_kept), (~few, _from_gone)):
+        if rows.any():
+            weights[rows], costs[rows] = solve(P, W[rows], keep[rows])
+    return weights, costs
+
+
+def _from_gone(P: Tensor, W: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """`refit` as its equation has it, of which the size is that of P."""
+    weights, costs = torch.empty_like(W), W.new_empty(len(W))
     identity = torch.eye(len(P), dtype=P.dtype, device=P.device)
     step = _rows_at_once(len(P))
     for start in range(0, len(W), step):
@@ -180,3 +190,26 @@ def refit(P: Tensor, W: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         weights[part] = (W[part] - y @ P).masked_fill_(gone, 0)
         costs[part] = (lost * y).sum(1)
     return weights, costs
+
+
+def _from_kept(P: Tensor, W: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    r"""`refit` by the normal equations of what is kept, :math:`R_{kk} d = R_{kg} w_g`.
+
+    R is the inverse of P, and d what the kept weights gain.
+    """
+    weights, costs = W * keep, W.new_empty(len(W))
+    R, lost = torch.cholesky_inverse(factor(P)), W * ~keep
+    power = lost @ R
+    m = max(1, int(keep.sum(1).max()))
+    columns = keep.byte().argsort(dim=1, descending=True, stable=True)[:, :m]
+    valid = keep.gather(1, columns)
+    identity = torch.eye(m, dtype=P.dtype, device=P.device)
+    for part in torch.arange(len(W), device=W.device).split(_rows_at_once(m)):
+        at, real = columns[part], valid[part]
+        both = real[:, :, None] & real[:, None]
+        blocks = torch.where(both, R[at[:, :, None], at[:, None]], identity)
+        wanted = power[part].gather(1, at) * real
+        d = torch.cholesky_solve(wanted[..., None], factor(blocks))[..., 0]
+        weights[part] = weights[part].scatter_add(1, at, d * real)
+        costs[part] = (lost[part] * power[part]).sum(1) - (wanted * d).sum(1)
+    return weights, costs.clamp_min_(0)
