@@ -42,18 +42,24 @@ class _Made:
 
 @dataclass
 class _Site:
-    """Sums over samples of the absolute values of two addends [C, *positions], float64."""
+    """Two addends that meet.
+
+    Attributes:
+        sums: Over samples, of their absolute values [C, *positions] float64.
+        shared: Places of those that something else reads too.
+        open: Those of the forward under way, by place.
+    """
 
     sums: list[Tensor]
-    broken: bool = False
-    open: list[_Made] = field(default_factory=list)
+    shared: set[int] = field(default_factory=set)
+    open: list[tuple[int, _Made]] = field(default_factory=list)
 
 
 class Additions(TorchFunctionMode):
     """Watches, in the forwards of a model, where outputs of its convolutions are added to others.
 
-    An addition counts where at least one addend comes from a convolution, through a batch norm or
-    not, and nothing else reads it on the way.
+    An addend counts where it comes from a convolution, through a batch norm or not, and nothing
+    else reads it on the way.
 
     Args:
         model: The model; its modules are observed while `watching`.
@@ -93,7 +99,7 @@ class Additions(TorchFunctionMode):
     def end(self) -> None:
         """Says that a forward has ended."""
         for site in self._sites.values():
-            site.broken |= not all(made.is_alone for made in site.open)
+            site.shared |= {place for place, made in site.open if not made.is_alone}
             site.open.clear()
         self._made.clear()
 
@@ -105,10 +111,10 @@ class Additions(TorchFunctionMode):
         """
         for sides, site in self._sites.items():
             norms = [total.flatten(1).norm(dim=1) for total in site.sums]
-            for side, own, other in zip(sides, norms, reversed(norms)):
-                gone = (own < (1 - alpha) / alpha * other).nonzero().flatten().tolist()
-                if side is not None and gone and not site.broken:
-                    yield side, gone
+            for place, side in enumerate(sides):
+                gone = norms[place] < (1 - alpha) / alpha * norms[1 - place]
+                if side is not None and gone.any() and place not in site.shared:
+                    yield side, gone.nonzero().flatten().tolist()
 
     def _hook(self, name: str) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -152,8 +158,8 @@ class Additions(TorchFunctionMode):
         site = self._sites.setdefault(
             (first_side, second_side), _Site([0 * total for total in sums])
         )
-        site.open += [made for made in found if made is not None]
-        same = all(old.shape == new.shape for old, new in zip(site.sums, sums))
-        site.broken |= not same  # images of several sizes have no mean
-        if same:
+        site.open += [(place, made) for place, made in enumerate(found) if made is not None]
+        if site.sums[0].shape == sums[0].shape:
             site.sums = [old + new for old, new in zip(site.sums, sums)]
+        else:  # images of several sizes have no mean
+            site.shared |= {0, 1}

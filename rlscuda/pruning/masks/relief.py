@@ -106,7 +106,7 @@ def prune_relief(
         alpha: Share of the signal that each unit keeps, in (0, 1).
         alpha_conv: The same of convolutions; `alpha` by default.
         layers: Names (shell patterns) or modules to prune; all Linears and convolutions that
-            `calibrate` can cover by default. Nothing is known to be unread by others.
+            `calibrate` can cover by default. Those left out read all that they are given.
         matrices: Inverse autocorrelation matrices of these layers, as `prune_weights` takes them.
             What is left of each unit, a bias inside its matrix included, is then the least-squares
             fit of the unit's output as it was.

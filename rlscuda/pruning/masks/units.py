@@ -79,7 +79,7 @@ def _read(
     readers = [member for member in coupling.members if member.kind == "in"]
     if not readers or any(member.name not in keep for member in readers):
         return everything
-    read = torch.zeros(coupling.units, dtype=torch.bool)
+    read = torch.zeros(coupling.units, dtype=torch.bool, device="cpu")
     for member in readers:
         columns = member.columns(modules[member.name])
         read |= keep[member.name].any(0).cpu()[columns].any(1)
