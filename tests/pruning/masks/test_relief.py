@@ -203,7 +203,7 @@ def test_refit_is_least_squares_on_what_is_kept():
 
 def test_biases_outside_the_matrix_are_masked_and_not_fitted():
     model, x = nn.Sequential(nn.Linear(6, 4)).double(), torch.randn(90, 6).double() + 1
-    model[0].bias.data[:2] = 1e-9
+    model[0].bias.data[:] = torch.tensor([1e-9, 1e-9, 0.7, -0.7])
     P = torch.linalg.inv(x.T @ x / len(x))
     bias = model[0].bias.detach().clone()
     (row,) = prune_relief(model, [x], alpha=0.9, matrices={"0": P}, backward=False)

@@ -213,6 +213,7 @@ class Shortcut(nn.Module):
         if projected:
             self.block.shortcut = nn.Sequential(nn.Conv2d(6, 6, 1, bias=False), nn.BatchNorm2d(6))
         self.add, self.fc = add, nn.Linear(6, 3)
+        nn.init.ones_(self.conv.bias)  # no channel is dead
 
     def forward(self, x):
         b, x = self.block, self.conv(x).relu()
@@ -241,14 +242,16 @@ def test_channels_that_do_not_matter_beside_a_shortcut(add, projected):
             norm.weight.data[channels] *= 1e-4
             norm.bias.data[channels] *= 1e-4
     before = model(x)
-    report = {row.name: row for row in prune_relief(model, x.split(15), backward=False)}
+    report = {
+        row.name: row for row in prune_relief(model, x.split(15), alpha=0.998, backward=False)
+    }
     assert report["block.conv2"].mask.flatten(1).any(1).tolist() == [1, 0, 1, 0, 1, 1]
     assert torch.all(block.bn2.weight[[1, 3]] == 0) and torch.all(block.bn2.bias[[1, 3]] == 0)
     assert block.bn2.weight[[0, 2, 4, 5]].all()
     if projected:
         assert report["block.shortcut.0"].mask.flatten(1).any(1).tolist() == [1, 1, 1, 1, 0, 1]
         assert block.shortcut[1].weight[4] == 0
-    assert (model(x) - before).abs().max() < 0.2 * before.abs().max()
+    assert (model(x) - before).abs().max() < 0.1 * before.abs().max()
 
 
 def test_a_channel_that_is_read_elsewhere_stays():
