@@ -70,7 +70,6 @@ class Additions(TorchFunctionMode):
         self._model = model
         self._made: dict[int, _Made] = {}
         self._sites: dict[tuple[Side | None, Side | None], _Site] = {}
-        self._paused = False
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -86,15 +85,6 @@ class Additions(TorchFunctionMode):
         finally:
             for handle in handles:
                 handle.remove()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What is done inside is not part of the forward."""
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
 
     def end(self) -> None:
         """Says that a forward has ended."""
@@ -134,8 +124,6 @@ class Additions(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if self._paused:
-            return function(*args, **kwargs)
         taken = [found for leaf in tree_leaves((args, kwargs)) if (found := self._find(leaf))]
         is_addition = taken and getattr(function, "__name__", "") in _ADDITIONS and not kwargs
         if is_addition and all(isinstance(arg, Tensor) for arg in args):

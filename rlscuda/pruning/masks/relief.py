@@ -200,7 +200,9 @@ class _Seen:
         example = None
         with ExitStack() as stack:
             stack.enter_context(inference(self.model))
-            stack.enter_context(observing(self.layers, self._see))
+            stack.enter_context(
+                observing(self.layers, lambda layer, x: self.activities[layer.name].add(x))
+            )
             stack.enter_context(self.additions.watching())
             for batch in loader:
                 inputs = inputs_of(self.model, batch)
@@ -214,10 +216,6 @@ class _Seen:
         if not any(activity.seen for activity in self.activities.values()):
             raise ValueError(f"none of the layers {list(self.activities)} saw input in eval mode")
         return example
-
-    def _see(self, layer: Layer, x: Tensor) -> None:
-        with self.additions.paused():
-            self.activities[layer.name].add(x)
 
 
 @dataclass(frozen=True)

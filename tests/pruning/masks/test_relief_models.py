@@ -335,3 +335,24 @@ def test_an_error_in_the_midst_of_writing_undoes_everything(monkeypatch):
             prune_relief(model, [images()], alpha=0.5, optimizers=optimizer)
         assert not differing(before, {**snapshot(model, optimizer), **model.state_dict()})
         assert not prune.is_pruned(model)
+
+
+def test_taps_that_went_one_by_one_stay_away():
+    model, x = lenet(), images()
+    first = prune_weights(model, calibrate(model, [x]), sparsity=0.5, layers=["conv2"])[0]
+    second = {row.name: row for row in prune_relief(model, [x], alpha=0.9)}["conv2"]
+    assert not (second.mask & ~first.mask).any() and second.mask.any()
+    assert torch.all(model.conv2.weight_orig[~second.mask] == 0)
+
+
+def test_convolutions_have_a_share_of_their_own():
+    model, x = lenet(), images()
+    kept = {}
+    for alpha, alpha_conv in ((0.9, None), (0.9, 0.5), (0.5, 0.9)):
+        copied = copy.deepcopy(model)
+        report = prune_relief(copied, [x], alpha=alpha, alpha_conv=alpha_conv, backward=False)
+        kept[alpha, alpha_conv] = [row.connections[0] for row in report]
+        assert torch.all(copied.fc1.weight_orig[~report[2].mask] == 0)
+    both, fewer_kernels, fewer_weights = kept.values()
+    assert fewer_kernels[1] < both[1] and fewer_kernels[2:] == both[2:]
+    assert fewer_weights[2] < both[2] and fewer_weights[:2] == both[:2]
