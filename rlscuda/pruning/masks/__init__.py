@@ -1,4 +1,4 @@
 """Single weights that go: masks as torch has them, chosen and compensated in closed form.
 
-No tensor changes its shape here.
+No tensor changes its shape here, but where units that have lost all connections leave (`units`).
 """
