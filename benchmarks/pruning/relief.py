@@ -213,7 +213,7 @@ def planned() -> Iterator[dict]:
     plan += [("lenet300", "rls", m, usual, SEEDS) for m in fitted]
     plan += [("lenet300", "adam", "saliency", usual, SEEDS[:1])]
     plan += [("lenet5", "adam", m, usual, SEEDS[:1]) for m in fitted]
-    plan += [("lenet5", "adam", m, lower, SEEDS[:1]) for m in ("refit", "magnitude")]
+    plan += [("lenet5", "adam", "refit", lower, SEEDS[:1])]
     for network, optimizer, method, alpha, seeds in plan:
         for seed in seeds:
             yield {

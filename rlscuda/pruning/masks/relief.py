@@ -83,8 +83,9 @@ def prune_relief(
     The signal of a connection is the mean of :math:`|w_j h_j|` over the samples, of a bias its
     size; a convolution's connections are its kernels, one input channel of one filter each. Every
     unit keeps the fewest connections that carry at least `alpha` of its signal, so that in the mean
-    over the samples its pre-activation changes by at most :math:`1 - \alpha` of it. All layers are
-    judged by one pass over the samples, of the network as it was, in eval mode.
+    over samples and positions its pre-activation changes by at most :math:`1 - \alpha` of it, until
+    weights are refitted. All layers are judged by one pass over the samples, of the network as it
+    was, in eval mode.
 
     Then
 
