@@ -205,15 +205,15 @@ def run_job(job: dict, args: argparse.Namespace) -> str:
 
 
 def planned() -> Iterator[dict]:
-    """All jobs. LeNet-5 and `saliency`, whose time is c n^3 a layer and round, have one seed."""
+    """All jobs; LeNet-5, of which one takes minutes, has one seed."""
     usual, lower = ALPHAS
     fitted = ("dense", "rewind", "refit", "magnitude")
     plan = [("lenet300", o, m, usual, SEEDS) for o in ("adam", "sgd") for m in (*fitted, "relief")]
     plan += [("lenet300", "adam", m, lower, SEEDS) for m in fitted[1:]]
     plan += [("lenet300", "rls", m, usual, SEEDS) for m in fitted]
-    plan += [("lenet300", "adam", "saliency", usual, SEEDS[:1])]
+    plan += [("lenet300", "adam", "saliency", usual, SEEDS)]
     plan += [("lenet5", "adam", m, usual, SEEDS[:1]) for m in fitted]
-    plan += [("lenet5", "adam", "refit", lower, SEEDS[:1])]
+    plan += [("lenet5", "adam", m, lower, SEEDS[:1]) for m in ("refit", "magnitude")]
     for network, optimizer, method, alpha, seeds in plan:
         for seed in seeds:
             yield {
