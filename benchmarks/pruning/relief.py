@@ -6,6 +6,10 @@ does for LeNets; all others go on from what pruning left. `magnitude` and `salie
 weights of every layer in every round as `refit` did with the same seed, so that rows compare at
 equal counts. `dense` trains as long as they do and prunes nothing.
 
+The last two columns of the table are the least share of connections at which validation images are
+read as well as by the network that was first pruned, after its two epochs, and as well as by the
+one that has trained as long without pruning, which is the harder: it has not converged before.
+
     python -m benchmarks.pruning.relief --workers 1  # run, or go on after an interruption
     python -m benchmarks.pruning.relief --report     # the table of the results
 """
