@@ -386,14 +386,15 @@ class RLSOptimizer(Optimizer):
     def _cut(self, replaced: Replaced) -> tuple[dict[nn.Parameter, dict[str, Any]], list[Change]]:
         """How it follows when parameters are replaced by smaller ones; nothing is changed yet.
 
-        Returns:
-            The state that each covered weight will have, by the old weight; and the changes of
-            what is private to the optimizer.
-
-        Raises:
-            ValueError: A state has an entry that is not known.
+        Returns the state of each covered weight, by the old weight, and the changes of itself.
         """
         cut, kept, changes = self._registry.cut(replaced)
-        states = cut_states(kept, self.state)
-        changes += [(self._fallback, name, value) for name, value in Fallback.FRESH.items()]
-        return states, [*changes, (self, "_registry", cut)]
+        return cut_states(kept, self.state), [*changes, *self._followed(cut)]
+
+    def _without(self, gone: set[nn.Parameter]) -> list[Change]:
+        """How it follows when parameters leave it; nothing is changed yet."""
+        return self._followed(self._registry.without(gone))
+
+    def _followed(self, registry: Registry) -> list[Change]:
+        fresh = [(self._fallback, name, value) for name, value in Fallback.FRESH.items()]
+        return [*fresh, (self, "_registry", registry)]

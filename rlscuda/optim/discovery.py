@@ -362,6 +362,19 @@ class Registry:
         cut._held = []  # so that the next look reads the new parameters
         return cut, kept, changes
 
+    def without(self, gone: set[nn.Parameter]) -> Registry:
+        """The registry when some parameters have left the model; it looks for others next time."""
+        left = copy.copy(self)
+        left.layers = {weight: one for weight, one in self.layers.items() if weight not in gone}
+        left.stages = {weight: one for weight, one in self.stages.items() if weight not in gone}
+        left._bound = {
+            match
+            for match in self._bound
+            if match.layer is not None and match.layer.weight not in gone
+        }
+        left.forget_groups()
+        return left
+
     def clear(self) -> None:
         """Forgets everything staged."""
         self.inputs.clear()

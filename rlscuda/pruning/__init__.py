@@ -1,6 +1,8 @@
 """Closed-form pruning of channels and weights from inverse autocorrelation matrices."""
 
 from rlscuda.optim.kept import Kept
+from rlscuda.pruning.blocks.finding import Block, Blocks, find_blocks
+from rlscuda.pruning.blocks.removal import BlockChange, BlockReport, remove_blocks
 from rlscuda.pruning.choice.ranking import IMPORTANCES
 from rlscuda.pruning.files.export import export_onnx, export_program
 from rlscuda.pruning.files.saving import load_optimizer, load_pruned, save_pruned
@@ -20,6 +22,10 @@ from rlscuda.pruning.surgery.transaction import transfer_state
 
 __all__ = [
     "IMPORTANCES",
+    "Block",
+    "BlockChange",
+    "BlockReport",
+    "Blocks",
     "CouplingChange",
     "Gains",
     "Kept",
@@ -40,6 +46,7 @@ __all__ = [
     "disagreement",
     "export_onnx",
     "export_program",
+    "find_blocks",
     "load_optimizer",
     "load_pruned",
     "measure",
@@ -47,7 +54,11 @@ __all__ = [
     "prune_relief",
     "prune_weights",
     "ratio_after",
+<<<<<<< HEAD
     "remove_unread",
+=======
+    "remove_blocks",
+>>>>>>> 16561d1 (Residual branches of any model: found in its dataflow, proven, removed or replaced by closed-form maps)
     "save_pruned",
     "transfer_state",
 ]

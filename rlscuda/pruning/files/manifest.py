@@ -12,6 +12,7 @@ from torch.nn.utils.prune import BasePruningMethod
 import rlscuda
 from rlscuda._torch import pre_hooks, unwrapped
 from rlscuda.files.documents import check, short
+from rlscuda.pruning.blocks.stand_ins import StandIn, description_of, made_of
 from rlscuda.pruning.running.calls import all_tensors
 
 
@@ -39,6 +40,9 @@ class Manifest(TypedDict):
     modules: dict[str, ModuleEntry]
     tensors: dict[str, TensorEntry]
     ties: dict[str, str]
+
+
+StandIns = dict[str, dict[str, Any]]  # older files have none
 
 
 class Described(TypedDict):
@@ -112,7 +116,9 @@ def _manifest(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         for name, module in model.named_modules()
     }
     versions = {"torch": str(torch.__version__), "rlscuda": rlscuda.__version__}
-    return {**versions, "modules": modules, "tensors": entries, "ties": ties}, kept
+    stand_ins = {n: description_of(m) for n, m in model.named_modules() if isinstance(m, StandIn)}
+    own = {"modules": modules, "stand_ins": stand_ins, "tensors": entries, "ties": ties}
+    return {**versions, **own}, kept
 
 
 def describe(model: nn.Module) -> Described:
@@ -128,6 +134,19 @@ def describe(model: nn.Module) -> Described:
     _check_savable(model)
     manifest, tensors = _manifest(model)
     return {"manifest": cast(Manifest, manifest), "tensors": tensors}
+
+
+def _put_stand_ins(model: nn.Module, manifest: Mapping[str, Any]) -> None:
+    """Puts what stood in for removed blocks into a model, each where the model has a module."""
+    stand_ins = manifest.get("stand_ins", {})
+    check(stand_ins, StandIns, "the stand-ins of the file")
+    for name, description in stand_ins.items():
+        try:
+            model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"the factory does not fit the file: it has no module {name!r}, which "
+                             "was removed") from None  # fmt: skip
+        model.set_submodule(name, made_of(description))
 
 
 def _check_modules(model: nn.Module, saved: Mapping[str, Any]) -> None:
@@ -222,6 +241,7 @@ def rebuild(factory: Callable[[], nn.Module], described: Mapping[str, Any]) -> n
     if not isinstance(made, nn.Module):
         raise TypeError(f"factory must return a module, got {type(made).__name__}")
     model = unwrapped(made)
+    _put_stand_ins(model, manifest)
     _check_modules(model, manifest["modules"])
     _check_attributes(model, manifest["modules"])
     _check_tensors(model, manifest, tensors)

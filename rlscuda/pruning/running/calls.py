@@ -206,26 +206,27 @@ def inputs_of(model: nn.Module, batch: Any) -> Tensor | dict[str, Any]:
     """What a model takes of one batch of a loader, as `call` passes it on.
 
     Args:
-        model: The model; the batch is moved to the device of its first parameter.
+        model: The model; the batch is moved to the device of its first parameter, if it has any.
         batch: A tensor; a tuple or list whose first item is the input; or a mapping, of which the
             model's forward gets the items it names.
 
     Raises:
         TypeError: The batch is none of these.
     """
-    device = next(model.parameters()).device
+    first = next(model.parameters(), None)
+    device = None if first is None else first.device  # which leaves a tensor where it is
     if isinstance(batch, Mapping):
         parameters = _forward_parameters(model)
         every = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         named = {k: v for k, v in batch.items() if every or k in parameters}
-        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in named.items()}
+        return map_tensors(lambda tensor: tensor.to(device=device), named)
     x = _first(batch)
     if not isinstance(x, Tensor):
         raise TypeError(
             "loader must give tensors, tuples that begin with one, or dicts, got "
             f"{type(batch).__name__}" + (f" of {type(x).__name__}" if x is not batch else "")
         )
-    return x.to(device)
+    return x.to(device=device)
 
 
 def _forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:

@@ -1,0 +1,155 @@
+"""What may become of a block, what that costs and saves, and the best of all."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlscuda.pruning.blocks.finding import Block
+from rlscuda.pruning.blocks.fitting import fit
+from rlscuda.pruning.blocks.proving import with_stand_ins
+from rlscuda.pruning.blocks.stand_ins import StandIn
+from rlscuda.pruning.running.batch_norms import check_finite, settle
+from rlscuda.pruning.running.calls import feed, inference, isolated_copy, output_tensors
+from rlscuda.pruning.running.measure import count_flops, count_parameters, measure
+
+WAYS = ("delete", "1x1", "3x3", "linear")  # what may become of a branch
+PRICES = ("flops", "params", "latency")
+REPEATS = 5  # forwards timed
+_OF_KERNEL = {0: "linear", 1: "1x1", 3: "3x3"}
+
+
+@dataclass(frozen=True, eq=False)
+class Option:
+    """One thing that may become of a block.
+
+    Attributes:
+        block: The block.
+        how: One of `WAYS`.
+        stand_ins: By the names of the modules that they replace.
+        explained: Share of the variance of the branch's output that its map explains.
+    """
+
+    block: Block
+    how: str
+    stand_ins: dict[str, StandIn]
+    explained: float
+
+
+class Search:
+    """What may become of the blocks of a model, and the best of it.
+
+    Args:
+        inputs: What the model can be called with.
+        loader: Batches as `feed` takes them.
+        ways: Some of `WAYS`.
+        price: One of `PRICES`.
+        adapt_norms: Whether the statistics of batch norms follow.
+        damping: See `damped_inverse`.
+    """
+
+    def __init__(
+        self,
+        inputs: Any,
+        loader: Iterable,
+        ways: Sequence[str],
+        price: str,
+        adapt_norms: bool,
+        damping: float,
+    ):
+        self.inputs, self.loader, self.ways, self.price = inputs, loader, ways, price
+        self.adapt_norms, self.damping = adapt_norms, damping
+
+    def best(
+        self,
+        model: nn.Module,
+        blocks: Iterable[Block],
+        loss: Callable[[nn.Module], float],
+        value: float,
+    ) -> tuple[Option | None, nn.Module | None, float, float]:
+        """The option of least cost for what it saves, the model with it, its cost, and its saving.
+
+        Options that save nothing are none.
+        """
+        best: tuple[Option | None, nn.Module | None, float, float] = (None, None, math.inf, 0.0)
+        least, size = math.inf, self.size(model)
+        for block in blocks:
+            for option in self.options(model, block):
+                trial = with_stand_ins(model, option.stand_ins)
+                saved = size - self.size(trial)
+                if saved <= 0:
+                    continue
+                if self.adapt_norms:
+                    settled = settle(model, trial, {}, ((batch, batch) for batch in self.loader))
+                    check_finite(settled.statistics)
+                cost = finite(loss(trial), f"without {block.name!r}") - value
+                if cost / saved < least:
+                    least, best = cost / saved, (option, trial, cost, saved)
+        return best
+
+    def options(self, model: nn.Module, block: Block) -> list[Option]:
+        """All that may become of a block."""
+        found = []
+        if "delete" in self.ways:
+            found.append(Option(block, "delete", block.stand_ins, 0.0))
+        if set(self.ways) != {"delete"}:
+            for kernel, fitted in fit(model, block, self.loader, self.damping).items():
+                if (how := _OF_KERNEL[kernel]) in self.ways:
+                    stand_ins = {**block.stand_ins, block.exit: fitted.stand_in}
+                    found.append(Option(block, how, stand_ins, fitted.explained))
+        return found
+
+    def size(self, model: nn.Module) -> float:
+        """Of a model, in the units of the price."""
+        if self.price == "params":
+            return count_parameters(model)
+        if self.price == "flops":
+            return count_flops(model, self.inputs)
+        times = [measure(model, self.inputs, repeats=REPEATS).latency_seconds for _ in range(3)]
+        return statistics.median(times)
+
+
+class Distortion:
+    """How far a model's outputs over a loader are from those of the whole one.
+
+    Args:
+        model: The whole one.
+        loader: Batches as `feed` takes them.
+    """
+
+    def __init__(self, model: nn.Module, loader: Iterable):
+        self._loader = loader
+        self._whole = self._outputs(isolated_copy(model))
+        self._scale = float(self._whole.var(0, correction=0).sum()) or 1.0
+
+    def _outputs(self, model: nn.Module) -> Tensor:
+        with inference(model):
+            outputs = [output_tensors(feed(model, batch))[0] for batch in self._loader]
+        return torch.cat([output.flatten(1).double() for output in outputs])
+
+    def __call__(self, model: nn.Module) -> float:
+        """Mean squared difference over the variance."""
+        apart = self._outputs(model) - self._whole
+        return float(apart.square().sum(1).mean()) / self._scale
+
+
+def finite(value: Any, of: str) -> float:
+    """A loss as a number.
+
+    Raises:
+        TypeError: It is none.
+        ValueError: It is not finite.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"evaluate must give a number, got {type(value).__name__}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"the loss {of} must be finite, got {number}")
+    return number
