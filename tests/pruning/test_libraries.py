@@ -11,6 +11,7 @@ from support.pruning_surgery import every_other, operate
 
 from rlscuda import RLSOptimizer
 from rlscuda.cli.report.record import size_of
+from rlscuda.pruning import export_program, find_blocks, remove_blocks
 from rlscuda.pruning.running.measure import count_flops
 from rlscuda.pruning.structure.trace import trace
 from rlscuda.pruning.surgery.plan import plan
@@ -65,6 +66,47 @@ def test_every_remaining_weight_moves(name):
     assert still == []
     assert all(health.missing == 0 for health in optimizer.health().values())
     assert twins.param_groups[0]["params"] == list(twin.parameters())
+
+
+BLOCKS = {  # of each model: how many residual branches, and what a map of one is
+    "torchvision mobilenet_v2": (2, "1x1"),
+    "torchvision convnext": (3, "3x3"),
+    "timm convnext": (4, "1x1"),
+    "timm resnet": (4, "3x3"),
+}
+
+
+@pytest.mark.parametrize("way", ["delete", "map"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_residual_branch_goes(name, way, tmp_path):
+    torch.manual_seed(0)
+    model, x = MODELS[name](), torch.randn(4, 3, 32, 32)
+    optimizer = RLSOptimizer(model)
+    model(x).square().mean().backward()
+    optimizer.step()
+    count, how = BLOCKS[name]
+    blocks = find_blocks(model, x)
+    assert len(blocks.found) == count and blocks.refused == {}
+    ways = ("delete",) if way == "delete" else (how,)
+    report = remove_blocks(model, x, [x], optimizers=optimizer, count=1, ways=ways, price="params")
+    assert [change.how for change in report.changes] == list(ways)
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step()
+    export_program(model, x, tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    assert torch.allclose(program(x), model.eval()(x), atol=1e-5)
+
+
+def test_both_branches_of_a_vision_transformer_go():
+    torch.manual_seed(0)
+    model = timm.models.VisionTransformer(16, 8, embed_dim=8, depth=2, num_heads=2, num_classes=5)
+    x = torch.randn(2, 3, 16, 16)
+    report = remove_blocks(model, x, [x], count=4)
+    assert {change.name for change in report.changes} == {
+        f"blocks.{k}.{part}" for k in (0, 1) for part in ("attn", "mlp")
+    }
+    assert model(x).shape == (2, 5)
 
 
 def test_fixed_reshapes_of_attention_are_refused():

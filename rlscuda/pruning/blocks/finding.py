@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from rlscuda._torch import BatchNorm, Convolution, InstanceNorm
 from rlscuda.pruning.blocks.dataflow import Flow, Run, record
 from rlscuda.pruning.blocks.proving import prove
 from rlscuda.pruning.blocks.stand_ins import Absent, Passed, StandIn
 from rlscuda.pruning.running.calls import ExampleInputs, isolated_copy, rng_kept
 
 _SUMS = ("aten.add.Tensor", "aten.add_.Tensor")
-_IMAGES = (Convolution, BatchNorm, InstanceNorm, nn.GroupNorm)
+_OF_IMAGES = ("convolution", "batch_norm", "instance_norm", "group_norm")  # in operators' names
+_TURNS = ("aten.permute.default", "aten.transpose.int")
 
 
 @dataclass(eq=False)
@@ -207,8 +207,7 @@ def _block(
     for run in before + after:
         stand_ins[run.name] = Passed(_outputs(run), copies=writes and run is runs[0])
     shape = _first_output(last).shape
-    images = [isinstance(m, _IMAGES) for r in runs for m in modules[r.name].modules()]
-    channel = 1 if len(shape) > 2 and any(images) else -1
+    channel = _channel(flow, last)
     own = {p for run in runs for p in modules[run.name].parameters()}
     block = Block(
         name=name,
@@ -239,6 +238,22 @@ def _is_own(run: Run, branch: _Branch, flow: Flow) -> bool:
         for other in flow.runs
         if other.name == run.name
     )
+
+
+def _channel(flow: Flow, run: Run) -> int:
+    """Dimension of the channels of what a module puts out: 1 of images, -1 of tokens.
+
+    It is that of its last operator with a weight, turned as often as the output is after that.
+    """
+    turned = False
+    for operation in reversed(flow.operations[run.start : run.stop]):
+        if operation.name in _TURNS:
+            turned = not turned
+        scales = operation.name.startswith("aten.mul")
+        if not scales and any(value in flow.parameters for value in operation.inputs):
+            of_images = any(kind in operation.name for kind in _OF_IMAGES)
+            return 1 if of_images != turned else -1
+    return -1
 
 
 def _first_output(run: Run) -> Tensor:

@@ -64,21 +64,22 @@ def prove(
         seen.append(tuple(output_tensors((args, kwargs))[0].shape))
 
     without = with_stand_ins(model, stand_ins)
-    handle = without.get_submodule(exit_name).register_forward_pre_hook(see, with_kwargs=True)
+    without.get_submodule(exit_name).register_forward_pre_hook(see, with_kwargs=True)
     with rng_kept(model):
-        for inputs in (example_inputs, map_tensors(_noise, example_inputs)):
+        trials = (example_inputs, map_tensors(_noise, example_inputs))
+        for inputs in trials if zero else trials[:1]:
             try:
                 got = output_tensors(call(without, inputs))
             except Exception as error:
                 if seen and not zero:
-                    return seen[-1]
-                raise ValueError(f"the model fails without it: {error}") from error
+                    return seen[0]
+                what = f"{type(error).__name__}: {error}"
+                raise ValueError(f"the model fails without it: {what}") from error
             if zero:
                 flow = record(isolated_copy(model).eval(), inputs, (operation, operand))
                 _compare(got, [flow.tensors[value] for value in flow.results])
         if zero:
             _train(model, without, example_inputs)
-    handle.remove()
     return seen[0]
 
 

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from support.compare import differing
 from support.blocks import CASES, IMAGES, InPlace, copies, resnet
+from support.compare import differing
 
 from rlscuda.pruning import find_blocks
 from rlscuda.pruning.blocks.proving import with_stand_ins

@@ -91,6 +91,12 @@ def test_an_empty_or_broken_loader_is_refused():
         fit(model, block, [torch.full((2, 3, 8, 8), torch.nan)], damping=1e-6)
 
 
+def test_pixels_that_lie_last_have_a_map_of_tokens():
+    make, inputs, _, _ = CASES["channels last"]
+    (block,) = find_blocks(make(), inputs).found
+    assert block.channel == -1 and kernels_of(block) == (0,)
+
+
 def test_post_norm_attention_has_a_map_of_tokens():
     make, inputs, _, _ = CASES["post-norm"]
     blocks = find_blocks(make(), inputs)

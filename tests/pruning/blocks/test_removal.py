@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from support.compare import differing, snapshot
 from support.blocks import CASES, IMAGES, copies, resnet
+from support.compare import differing, snapshot
 from torch import nn
 
 from rlscuda import RLSOptimizer

@@ -50,6 +50,20 @@ class InPlace(nn.Module):
         return self.head(self.relu(out).mean((2, 3)))
 
 
+class ChannelsLast(nn.Module):
+    """A convolution of images, then Linear layers of pixels; their output is turned back."""
+
+    def __init__(self):
+        super().__init__()
+        self.depthwise, self.norm = nn.Conv2d(3, 3, 3, padding=1, groups=3), nn.LayerNorm(3)
+        self.up, self.down, self.head = nn.Linear(3, 8), nn.Linear(8, 3), nn.Linear(3, 5)
+
+    def forward(self, x):
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        x = x + self.down(F.gelu(self.up(y))).permute(0, 3, 1, 2)
+        return self.head(x.mean((2, 3)))
+
+
 class PostNorm(nn.Module):
     """Attention that returns a tuple, and norms after the sums; a mask enters it, too."""
 
@@ -114,6 +128,7 @@ CASES = {  # make, inputs, names of the blocks, names of those refused
     "resnet": (resnet, IMAGES, ["block11", "block12", "block21", "block22"], []),
     "preactivation": (PreActivation, IMAGES, ["conv2"], []),
     "in place": (InPlace, IMAGES, ["conv2"], []),
+    "channels last": (ChannelsLast, IMAGES, ["down"], []),
     "post-norm": (PostNorm, (TOKENS, PADDING), ["attention", "down"], []),
     "used": (Used, ROWS, ["head"], []),
     "shared": (Shared, ROWS, [], ["inner"]),
