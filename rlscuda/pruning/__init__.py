@@ -2,7 +2,8 @@
 
 from rlscuda.optim.kept import Kept
 from rlscuda.pruning.blocks.finding import Block, Blocks, find_blocks
-from rlscuda.pruning.blocks.removal import BlockChange, BlockReport, remove_blocks
+from rlscuda.pruning.blocks.removal import BlockReport, remove_blocks
+from rlscuda.pruning.blocks.shortening import BlockChange
 from rlscuda.pruning.choice.ranking import IMPORTANCES
 from rlscuda.pruning.files.export import export_onnx, export_program
 from rlscuda.pruning.files.saving import load_optimizer, load_pruned, save_pruned

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -46,6 +46,51 @@ def checked_optimizers(optimizer: Any, model: nn.Module) -> tuple[Optimizer, ...
         if parameters.isdisjoint(p for group in one.param_groups for p in group["params"]):
             raise ValueError("optimizer must train the model, got one with none of its parameters")
     return optimizers
+
+
+def checked_source(source: str | None, there: Mapping[str, bool], needed: bool) -> str:
+    """Where the matrices come from: `source`, or by default the first that is there.
+
+    Args:
+        source: `sketch`, `own`, `calibration` or None.
+        there: Whether each of these is there, in the order of preference.
+        needed: Whether matrices are needed at all; else it is `none`.
+
+    Raises:
+        ValueError: It is unknown, or not there.
+    """
+    if source not in (None, *there):
+        raise ValueError(f"source must be {' | '.join(there)}, got {source!r}")
+    if not needed:
+        return "none"
+    if source is None:
+        source = next((name for name, is_there in there.items() if is_there), None)
+    if source is None:
+        raise ValueError("matrices are needed: pass an RLSOptimizer, tracker= or loader=")
+    if not there[source]:
+        needs = {"sketch": "tracker=", "own": "an RLSOptimizer", "calibration": "loader="}
+        raise ValueError(f"source {source!r} needs {needs[source]}, which is missing")
+    return source
+
+
+def checked_what(what: str | Sequence[str], source: str) -> tuple[str, ...]:
+    """What is removed: `channels`, or `channels` and `blocks`.
+
+    Args:
+        what: One name, or several.
+        source: Of the matrices.
+
+    Raises:
+        ValueError: It is something else, or the matrices are not those of the model without blocks.
+    """
+    chosen = (what,) if isinstance(what, str) else tuple(what)
+    if chosen not in (("channels",), ("channels", "blocks"), ("blocks", "channels")):
+        raise ValueError(f"what must be 'channels' or ('channels', 'blocks'), got {what!r}; "
+                         "remove_blocks removes blocks alone")  # fmt: skip
+    if "blocks" in chosen and source != "calibration":
+        raise ValueError("with blocks the matrices are of the model without them: pass loader= and "
+                         f"source='calibration', got {source!r}")  # fmt: skip
+    return chosen
 
 
 def check_repeatable(name: str, batches: object) -> None:

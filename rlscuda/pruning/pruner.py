@@ -6,6 +6,8 @@ import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -17,16 +19,24 @@ from rlscuda.optim.kept import Change
 from rlscuda.optim.kinds.recurrent import RECURRENT
 from rlscuda.optimizer import RLSOptimizer
 from rlscuda.optional import optional
-from rlscuda.pruning.choice.ranking import IMPORTANCES, WITHOUT_MATRIX, Candidate, rank, units_gone
-from rlscuda.pruning.choice.targets import Cut, Ladder, Search, check_ratio
-from rlscuda.pruning.couplings import Structure
+from rlscuda.pruning.blocks.choosing import Distortion
+from rlscuda.pruning.blocks.shortening import shortening_of
+from rlscuda.pruning.choice.ranking import IMPORTANCES, WITHOUT_MATRIX, rank, units_gone
+from rlscuda.pruning.choice.targets import TARGETS, Cut, Ladder, Search, checked_target
+from rlscuda.pruning.jointly import SIZES, best_mix
 from rlscuda.pruning.matrices.calibration import calibrate, disagreement
 from rlscuda.pruning.matrices.own import by_weight
 from rlscuda.pruning.matrices.tracker import SketchTracker
-from rlscuda.pruning.options import check_number, check_repeatable, checked_optimizers
-from rlscuda.pruning.report import CouplingChange, PruneReport
+from rlscuda.pruning.options import (
+    check_number,
+    check_repeatable,
+    checked_optimizers,
+    checked_source,
+    checked_what,
+)
+from rlscuda.pruning.report import PruneReport, changes_of
 from rlscuda.pruning.running.batch_norms import FEWEST_SAMPLES, Settled, check_finite, settle
-from rlscuda.pruning.running.calls import SlicedBatches, isolated_copy
+from rlscuda.pruning.running.calls import SlicedBatches, all_tensors, isolated_copy
 from rlscuda.pruning.running.measure import compare, measure
 from rlscuda.pruning.structure.trace import trace
 from rlscuda.pruning.surgery.plan import Surgery
@@ -34,8 +44,10 @@ from rlscuda.pruning.surgery.snapshot import Snapshot
 from rlscuda.pruning.surgery.transaction import operate, pruned_copy, revert
 
 _REPEATS = 5  # forwards timed for the report
-_TARGETS = ("ratio", "target_params", "target_flops", "max_loss")
-_SOURCES = ("own", "sketch", "calibration")
+_PASSED_ON = (
+    "importance", "selection", "scope", "source", "loader", "compensate", "adapt_norms",
+    "round_to", "include_inputs", "damping", "seed", "ignored",
+)  # fmt: skip
 
 
 class RLSPruner:
@@ -83,6 +95,11 @@ class RLSPruner:
         damping: Added to the diagonal of autocorrelations before they are inverted, relative to
             its mean.
         seed: Of the importance ``random``.
+        what: ``"channels"``, or ``("channels", "blocks")``: residual branches may go as a whole, or
+            become linear maps, see `remove_blocks`. For each number of them, those of the least
+            price, channels meet the rest of the target; what then has the least loss (`evaluate`,
+            or how far the outputs over `loader` are from before) is done. It takes one of the
+            targets of size, a `loader` and ``source="calibration"``.
 
     Raises:
         ValueError: An option is out of its range, or one needs another that is missing.
@@ -121,6 +138,7 @@ class RLSPruner:
         include_inputs: bool = False,
         damping: float = 1e-3,
         seed: int = 0,
+        what: str | Sequence[str] = "channels",
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a module, got {type(model).__name__}")
@@ -137,8 +155,8 @@ class RLSPruner:
             raise ValueError("example_inputs must be what the model can be called with, got None")
         named = isinstance(example_inputs, Mapping)
         self.model, self.example_inputs = model, dict(example_inputs) if named else example_inputs
-        self.target = _checked_target(
-            dict(zip(_TARGETS, (ratio, target_params, target_flops, max_loss)))
+        self.target = checked_target(
+            dict(zip(TARGETS, (ratio, target_params, target_flops, max_loss)))
         )
         if self.target[0] == "max_loss" and evaluate is None:
             raise ValueError("max_loss needs evaluate, which gives the validation loss of a model")
@@ -159,35 +177,19 @@ class RLSPruner:
         check_number("seed", seed, whole=True)
         self.importance, self.selection, self.scope = importance, selection, scope
         self.tracker, self.loader, self.evaluate = tracker, loader, evaluate
-        self.source = self._checked_source(source, compensate)
-        self.compensate, self.round_to, self.damping = compensate, round_to, damping
-        self.adapt_norms = adapt_norms
-        self.ignored = [
-            item for item, _ in modules_named(cast(Iterable, ignored), "ignored", model)
-        ]
+        own = any(isinstance(one, RLSOptimizer) for one in self.optimizers)
+        there = {"sketch": tracker is not None, "own": own, "calibration": loader is not None}
+        self.source = checked_source(source, there, compensate or importance not in WITHOUT_MATRIX)
+        self.compensate, self.adapt_norms = compensate, adapt_norms
+        self.round_to, self.damping = round_to, damping
+        chosen = modules_named(cast(Iterable, ignored), "ignored", model)
+        inside = {module for _, modules in chosen for module in modules}
+        self.ignored = [name for name, module in model.named_modules() if module in inside]
         self.include_inputs, self.seed = include_inputs, seed
+        self.what = checked_what(what, self.source)
         self._original: dict[str, int] = {}
         self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
         self._order = itertools.count()
-
-    def _checked_source(self, source: str | None, compensate: bool) -> str:
-        there = {
-            "sketch": self.tracker is not None,
-            "own": any(isinstance(one, RLSOptimizer) for one in self.optimizers),
-            "calibration": self.loader is not None,
-        }
-        if source not in (None, *_SOURCES):
-            raise ValueError(f"source must be {' | '.join(_SOURCES)}, got {source!r}")
-        if not compensate and self.importance in WITHOUT_MATRIX:
-            return "none"
-        if source is None:
-            source = next((name for name, is_there in there.items() if is_there), None)
-        if source is None:
-            raise ValueError("matrices are needed: pass an RLSOptimizer, tracker= or loader=")
-        if not there[source]:
-            needs = {"sketch": "tracker=", "own": "an RLSOptimizer", "calibration": "loader="}
-            raise ValueError(f"source {source!r} needs {needs[source]}, which is missing")
-        return source
 
     # -- one step ---------------------------------------------------------------------------------
 
@@ -209,7 +211,46 @@ class RLSPruner:
             ValueError: The target is out of reach; the model cannot be traced; the pruned model
                 does not run on the example inputs.
         """
-        target = self.target if ratio is None else _checked_target({"ratio": ratio})
+        target = self.target if ratio is None else checked_target({"ratio": ratio})
+        if "blocks" in self.what:
+            return self._cut_jointly(*target, progress)
+        return self._cut(*target, progress)
+
+    def _cut_jointly(self, kind: str, value: Any, progress: Callable[[str], None]) -> PruneReport:
+        """Removes blocks, then channels, as many of each as cost the least loss."""
+        if kind not in SIZES:
+            raise ValueError(f"{kind} is of channels alone: with blocks give {' or '.join(SIZES)}")
+        assert self.loader is not None
+        inputs, size = self.example_inputs, partial(SIZES[kind], inputs=self.example_inputs)
+        before = measure(isolated_copy(self.model), inputs, repeats=_REPEATS)
+        limit = value if value >= 1 else value * size(self.model)
+        options = {name: getattr(self, name) for name in _PASSED_ON}
+        loss = self._loss if self.evaluate is not None else Distortion(self.model, self.loader)
+        rest = (kind.removeprefix("target_"), self.adapt_norms, self.ignored)
+        shorter, refused = shortening_of(self.model, inputs, self.loader, loss, *rest)
+
+        def cut(trial: nn.Module) -> None:
+            RLSPruner(trial, None, inputs, **{kind: limit}, **options).step()
+
+        mix = best_mix(shorter, lambda trial: size(trial) <= limit, cut, loss)
+        done: list[Change] = []
+        for snapshot in self._snapshots:
+            snapshot.changes.append(done)
+        shorter.install(self.model, self.optimizers, mix.blocks, mix.model, done)
+        try:
+            report = self._cut(kind, limit, progress)
+        except BaseException:
+            revert(done)
+            raise
+        for snapshot in self._snapshots:
+            snapshot.expected = set(all_tensors(self.model))
+        return replace(
+            report, blocks=shorter.changes[: mix.blocks], refused={**refused, **report.refused},
+            gains=compare(before, report.gains.after),
+        )  # fmt: skip
+
+    def _cut(self, kind: str, value: Any, progress: Callable[[str], None]) -> PruneReport:
+        """Removes channels."""
         structure = trace(self.model, self.example_inputs, self.ignored, self.include_inputs)
         matrices = self._matrices()
         modules = dict(self.model.named_modules())
@@ -220,7 +261,8 @@ class RLSPruner:
         search = Search(
             self.model, structure, self.example_inputs, matrices, self.compensate, self._settle
         )
-        cut = search.find(Ladder(candidates, self.scope, self.round_to), *target, self._loss)
+        ladder = Ladder(candidates, self.scope, self.round_to)
+        cut = search.find(ladder, kind, value, self._loss)
         values, uncompensated = search.compensated(cut)
         off = self._disagreement(matrices)
         matrices.clear()  # most of the memory, and the downdates of P are still to come
@@ -242,7 +284,7 @@ class RLSPruner:
                 )
         self._operate(cut, values, settled.statistics)  # the last that can fail
         return PruneReport(
-            couplings=_changes(structure, candidates, cut.removed),
+            couplings=changes_of(structure, candidates, cut.removed),
             importance=self.importance,
             selection=self.selection,
             source=self.source,
@@ -356,42 +398,3 @@ class RLSPruner:
         if surgery.inputs:
             self.loader = self._sliced_loader(surgery)
             self.example_inputs = surgery.slice_inputs(self.example_inputs)
-
-
-def _checked_target(targets: Mapping[str, Any]) -> tuple[str, Any]:
-    """The one target that is given, by name.
-
-    Raises:
-        ValueError: None or several are, or it is out of its range.
-    """
-    given = {name: value for name, value in targets.items() if value is not None}
-    if len(given) != 1:
-        raise ValueError(f"exactly one of {', '.join(_TARGETS)} must be given, got "
-                         f"{', '.join(given) or 'none'}")  # fmt: skip
-    ((name, value),) = given.items()
-    if name == "ratio":
-        check_ratio(value)
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name} must be a number, got {value!r}")
-    elif name == "max_loss" and not 0 <= value < float("inf"):
-        raise ValueError(f"max_loss must be >= 0, got {value}")
-    elif name != "max_loss" and not 0 < value < float("inf"):
-        raise ValueError(f"{name} must be > 0, got {value}")
-    return name, value
-
-
-def _changes(
-    structure: Structure, candidates: Mapping[str, Candidate], removed: Mapping[str, list[int]]
-) -> list[CouplingChange]:
-    return [
-        CouplingChange(
-            name=coupling.name,
-            members=[member.name for member in coupling.members],
-            before=coupling.units,
-            after=coupling.units - len(removed.get(coupling.name, [])),
-            removed=removed.get(coupling.name, []),
-            cost=candidates[coupling.name].cost.tolist(),
-        )
-        for coupling in structure.couplings
-        if coupling.name in candidates
-    ]

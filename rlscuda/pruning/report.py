@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from rlscuda.pruning.blocks.shortening import BlockChange
+from rlscuda.pruning.choice.ranking import Candidate
+from rlscuda.pruning.couplings import Structure
 from rlscuda.pruning.running.measure import Gains, Measurement
 
 
@@ -32,6 +35,24 @@ class CouplingChange:
     cost: list[float]
 
 
+def changes_of(
+    structure: Structure, candidates: Mapping[str, Candidate], removed: Mapping[str, list[int]]
+) -> list[CouplingChange]:
+    """What became of every coupling that was ranked, in the network's order."""
+    return [
+        CouplingChange(
+            name=coupling.name,
+            members=[member.name for member in coupling.members],
+            before=coupling.units,
+            after=coupling.units - len(removed.get(coupling.name, [])),
+            removed=removed.get(coupling.name, []),
+            cost=candidates[coupling.name].cost.tolist(),
+        )
+        for coupling in structure.couplings
+        if coupling.name in candidates
+    ]
+
+
 @dataclass(frozen=True)
 class PruneReport:
     """The result of one `RLSPruner.step()`; prints as tables.
@@ -47,6 +68,7 @@ class PruneReport:
         kept_inputs: Raw inputs that lost features or channels, by their number among the tensors
             of the example inputs, with those that the model still takes.
         gains: Parameters, FLOPs, memory and latency before and after.
+        blocks: Residual branches that went, in the order of their removal.
     """
 
     couplings: list[CouplingChange]
@@ -58,6 +80,7 @@ class PruneReport:
     refused: dict[str, str]
     kept_inputs: dict[str, list[int]]
     gains: Gains
+    blocks: list[BlockChange] = field(default_factory=list)
 
     @property
     def ratio(self) -> float:
@@ -74,8 +97,9 @@ class PruneReport:
         """The report of which `to_dict` gave the values."""
         gains = Gains(*(Measurement(**values["gains"][when]) for when in ("before", "after")))
         couplings = [CouplingChange(**change) for change in values["couplings"]]
-        own = {field.name: values[field.name] for field in fields(cls)}
-        return cls(**{**own, "gains": gains, "couplings": couplings})
+        blocks = [BlockChange(**change) for change in values.get("blocks", [])]  # older have none
+        own = {one.name: values[one.name] for one in fields(cls) if one.name != "blocks"}
+        return cls(**{**own, "gains": gains, "couplings": couplings, "blocks": blocks})
 
     def __str__(self):
         width = max([len("coupling"), *(len(c.name) for c in self.couplings)])
@@ -85,6 +109,9 @@ class PruneReport:
             lines.append(
                 f"{change.name:<{width}}  {change.before:>7}  {change.after:>7}  {spent:>9.3g}"
             )
+        lines += [
+            f"block {block.name}: {block.how}, cost {block.cost:.3g}" for block in self.blocks
+        ]
         lines.append(f"chosen by {self.importance} ({self.selection}), matrices: {self.source}")
         for title, reasons in (
             ("not compensated", self.uncompensated), ("not a candidate", self.refused)

@@ -157,6 +157,9 @@ def test_sgd_is_pruned_by_a_calibration_and_exported(folder, capsys):
          lambda r: r["stages"][1]["val_loss"] <= 1.1 * r["stages"][0]["val_loss"]),
         (["--ratio", "50%", "--round-to", 8],
          lambda r: all(c["after"] % 8 == 0 for c in r["rounds"][0]["report"]["couplings"])),
+        (["--target-flops", "0.5x", "--what", "channels,blocks"],
+         lambda r: r["rounds"][0]["report"]["source"] == "calibration"
+         and r["rounds"][0]["report"]["blocks"] == []),  # for the network has none
         (["--ratio", "0.5", "--scope", "global"], lambda r: abs(r["ratio"] - 0.5) < 0.01),
         (["--ratio", "0.5", "--importance", "l2", "--no-compensate"],
          lambda r: r["rounds"][0]["report"]["source"] == "none" and r["compensate"] is False),
@@ -233,6 +236,11 @@ def test_a_failure_on_the_way_changes_no_file(folder, capsys, monkeypatch, step)
          "--optimizer must be one of this run's, rls, sgd; got 'adam'"),
         (["--ratio", 0.5, "--optimizer", "sgd", "--source", "own"],
          "--source own reads the matrices of rls, the run of sgd has none: --source calibration"),
+        (["--ratio", 0.5, "--what", "channels,blocks"],
+         "--what channels,blocks takes --target-flops or --target-params"),
+        (["--target-params", "0.5x", "--what", "channels,blocks", "--source", "own"],
+         "--what channels,blocks takes --source calibration"),
+        (["--target-params", "0.5x", "--what", "blocks"], "--what must be one of"),
         (["--ratio", "conv9=0.5"], "matches no coupling"),
         (["--target-params", 1], "out of reach"),
         (["--target-params", "1M"], "nothing was removed: the target is reached already"),

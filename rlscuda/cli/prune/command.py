@@ -162,7 +162,8 @@ class Pruning:
                 raise UserError(f"{self.trainer.config.model} was not pruned: {error}") from None
         for warning in said:
             self.console.print(f"warning: {warning.message}", markup=False, highlight=False)
-        if all(change.before == change.after for change in self.report.couplings):
+        whole = all(change.before == change.after for change in self.report.couplings)
+        if whole and not self.report.blocks:
             raise UserError(
                 "nothing was removed: the target is reached already, or nothing may go within it"
             )
@@ -220,7 +221,7 @@ class Pruning:
             trainer.optimizer,
             batches[0][0][:1],
             **options.target,
-            **{name: getattr(options, name) for name in _PASSED_ON},
+            **{name: getattr(options, name) for name in _PASSED_ON} | _with_blocks(options),
             loader=batches,
             evaluate=lambda model: evaluate(model, self.data, self.data.val)[0],
             seed=trainer.config.seed,
@@ -263,6 +264,12 @@ class Pruning:
             f"val accuracy {100 * accuracy:6.2f} %",
             soft_wrap=True,
         )
+
+
+def _with_blocks(options: PruneOptions) -> dict[str, object]:
+    """What a pruner of blocks, too, is told beside the rest."""
+    what = tuple(options.what.split(","))
+    return {"what": what, "source": "calibration"} if "blocks" in what else {"what": what}
 
 
 def _accumulate_gradients(model: nn.Module, batches: list[Batch]) -> None:

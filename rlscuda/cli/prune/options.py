@@ -33,6 +33,11 @@ class PruneOptions:
     max_loss: str | None = option(
         None, "Remove what the validation loss allows: it may rise by 0.1 or 10%."
     )
+    what: str = option(
+        "channels",
+        "channels, or channels,blocks: residual branches may go, or become linear maps.",
+        choices=("channels", "channels,blocks"),
+    )
     importance: str = option(
         "saliency", f"What ranks the channels: {', '.join(IMPORTANCES)}.", choices=IMPORTANCES
     )
@@ -82,6 +87,11 @@ class PruneOptions:
             )
         if self.recover_lr is not None and not self.recover:
             raise UserError("--recover-lr is the step size of --recover EPOCHS, which is missing")
+        if "blocks" in self.what and not (self.target_flops or self.target_params):
+            raise UserError("--what channels,blocks takes --target-flops or --target-params")
+        if "blocks" in self.what and self.source == "own":
+            raise UserError("--what channels,blocks takes --source calibration: the own matrices "
+                            "are of the network with its blocks")  # fmt: skip
         _ = self.exports, self.target
 
     @property

@@ -23,7 +23,9 @@ _SOURCES = {
 
 def headline(record: PruneRecord) -> str:
     """What was done to what."""
-    return f"{record.title}: {100 * record.ratio:.1f} % of its channels removed"
+    count = len(branches_of(record))
+    branches = f" and {count} residual branch{'es' * (count > 1)}" if count else ""
+    return f"{record.title}: {100 * record.ratio:.1f} % of its channels{branches} removed"
 
 
 def subtitle(record: PruneRecord) -> str:
@@ -37,7 +39,15 @@ def subtitle(record: PruneRecord) -> str:
     text += f" ({report['selection']})"
     if source := source_of(record):
         text += f", matrices: {source}"
+    if branches := branches_of(record):
+        text += f"; branches: {', '.join(branches)}"
     return text if record.compensate else text + ", nothing compensated"
+
+
+def branches_of(record: PruneRecord) -> list[str]:
+    """The residual branches that went, each with what it became."""
+    blocks = [block for report in record.standing for block in report.get("blocks", [])]
+    return [f"{b['name']} ({'deleted' if b['how'] == 'delete' else b['how']})" for b in blocks]
 
 
 def source_of(record: PruneRecord) -> str | None:

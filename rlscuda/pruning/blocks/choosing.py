@@ -22,6 +22,7 @@ from rlscuda.pruning.running.measure import count_flops, count_parameters, measu
 WAYS = ("delete", "1x1", "3x3", "linear")  # what may become of a branch
 PRICES = ("flops", "params", "latency")
 REPEATS = 5  # forwards timed
+DAMPING = 1e-6  # of autocorrelations, relative to the mean of their diagonals
 _OF_KERNEL = {0: "linear", 1: "1x1", 3: "3x3"}
 
 
@@ -40,6 +41,23 @@ class Option:
     how: str
     stand_ins: dict[str, StandIn]
     explained: float
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What becomes of a block.
+
+    Attributes:
+        option: What was chosen.
+        model: A copy of the model with it, in eval mode.
+        cost: Rise of the loss.
+        saved: What is saved, in the units of the price.
+    """
+
+    option: Option
+    model: nn.Module
+    cost: float
+    saved: float
 
 
 class Search:
@@ -72,13 +90,16 @@ class Search:
         blocks: Iterable[Block],
         loss: Callable[[nn.Module], float],
         value: float,
-    ) -> tuple[Option | None, nn.Module | None, float, float]:
-        """The option of least cost for what it saves, the model with it, its cost, and its saving.
+    ) -> Choice | None:
+        """The option of least cost for what it saves; None where none saves anything.
 
-        Options that save nothing are none.
+        Args:
+            model: The model, with all of these blocks.
+            blocks: Those that may go.
+            loss: Of a model.
+            value: The loss of this one.
         """
-        best: tuple[Option | None, nn.Module | None, float, float] = (None, None, math.inf, 0.0)
-        least, size = math.inf, self.size(model)
+        best, least, size = None, math.inf, self.size(model)
         for block in blocks:
             for option in self.options(model, block):
                 trial = with_stand_ins(model, option.stand_ins)
@@ -90,7 +111,7 @@ class Search:
                     check_finite(settled.statistics)
                 cost = finite(loss(trial), f"without {block.name!r}") - value
                 if cost / saved < least:
-                    least, best = cost / saved, (option, trial, cost, saved)
+                    least, best = cost / saved, Choice(option, trial, cost, saved)
         return best
 
     def options(self, model: nn.Module, block: Block) -> list[Option]:

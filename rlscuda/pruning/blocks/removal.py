@@ -7,40 +7,16 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from rlscuda._torch import unwrapped
-from rlscuda.optim.kept import Change
-from rlscuda.pruning.blocks.choosing import PRICES, REPEATS, WAYS, Distortion, Search, finite
-from rlscuda.pruning.blocks.finding import Block, Blocks, find_blocks
-from rlscuda.pruning.blocks.stand_ins import StandIn
-from rlscuda.pruning.blocks.transaction import replace_modules
+from rlscuda.pruning.blocks.choosing import DAMPING, PRICES, REPEATS, WAYS, Distortion, Search
+from rlscuda.pruning.blocks.finding import Blocks, find_blocks
+from rlscuda.pruning.blocks.shortening import BlockChange, Shortening
 from rlscuda.pruning.options import check_number, check_repeatable, checked_optimizers
 from rlscuda.pruning.running.calls import isolated_copy
 from rlscuda.pruning.running.measure import Gains, compare, count_flops, count_parameters, measure
-
-
-@dataclass(frozen=True)
-class BlockChange:
-    """What became of one block.
-
-    Attributes:
-        name: The block.
-        how: `delete`, or the map in its place: `1x1`, `3x3` or `linear`.
-        cost: Rise of the loss that its removal caused, given those before it.
-        saved: What it saved, in the units of the price.
-        explained: Share of the variance of its output that the map explains; 0 where it is deleted.
-        parameters: Elements of its parameters before.
-    """
-
-    name: str
-    how: str
-    cost: float
-    saved: float
-    explained: float
-    parameters: int
 
 
 @dataclass(frozen=True)
@@ -84,7 +60,7 @@ def remove_blocks(
     evaluate: Callable[[nn.Module], float] | None = None,
     price: str = "flops",
     adapt_norms: bool = True,
-    damping: float = 1e-6,
+    damping: float = DAMPING,
 ) -> BlockReport:
     r"""Removes residual branches x + F(x), or replaces them by linear maps in closed form.
 
@@ -144,40 +120,21 @@ def remove_blocks(
     reached = _target(model, example_inputs, count, target_params, target_flops)
     blocks = find_blocks(model, example_inputs)
     patterns = [names] if isinstance(names, str) else list(names)
-    open_blocks = [b for b in blocks.found if any(fnmatchcase(b.name, p) for p in patterns)]
-    if not open_blocks:
+    may_go = [b for b in blocks.found if any(fnmatchcase(b.name, p) for p in patterns)]
+    if not may_go:
         raise ValueError(f"no block of the model may go: {_listed(blocks)}")
     search = Search(example_inputs, loader, ways, price, adapt_norms, damping)
-    loss = evaluate or Distortion(model, loader)
-    working = isolated_copy(model).eval()
-    chosen: dict[str, StandIn] = {}
-    changes: list[BlockChange] = []
-    value = finite(loss(working), "of the whole model")
-    while not reached(working, len(changes)):
-        best, working_next, cost, saved = search.best(working, open_blocks, loss, value)
-        if best is None or working_next is None:
+    shorter = Shortening(model, may_go, search, evaluate or Distortion(model, loader))
+    while not reached(shorter.model, len(shorter.changes)):
+        if not shorter.advance():
             raise ValueError("the target is out of reach, even with all blocks gone that may go: "
-                             f"{[c.name for c in changes]}")  # fmt: skip
-        working, value = working_next, value + cost
-        gone = set(best.block.modules)
-        open_blocks = [b for b in open_blocks if not _touches(b, gone)]
-        chosen |= best.stand_ins
-        changes.append(
-            BlockChange(
-                best.block.name, best.how, cost, saved, best.explained, best.block.parameters
-            )
-        )
-    gains = _gains(model, working, example_inputs)
-    statistics_of = {n: b for n, b in working.named_buffers() if adapt_norms and changes}
-    done: list[Change] = []
-    installed = {name: isolated_copy(stand_in) for name, stand_in in chosen.items()}
-    replace_modules(model, held, installed, done)  # type: ignore[arg-type]
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            if name in statistics_of:
-                buffer.copy_(statistics_of[name])
-    kept = [block.name for block in blocks.found if block.name not in {c.name for c in changes}]
-    return BlockReport(changes, kept, blocks.refused, gains)
+                             f"{[c.name for c in shorter.changes]}")  # fmt: skip
+    whole = isolated_copy(model)  # so that nobody's hooks see the forwards
+    gains = compare(*(measure(m, example_inputs, repeats=REPEATS) for m in (whole, shorter.model)))
+    gone = [change.name for change in shorter.changes]
+    shorter.install(model, held, len(gone), shorter.model, [])
+    kept = [block.name for block in blocks.found if block.name not in gone]
+    return BlockReport(shorter.changes, kept, blocks.refused, gains)
 
 
 def _listed(blocks: Blocks) -> str:
@@ -185,19 +142,14 @@ def _listed(blocks: Blocks) -> str:
     return f"it has {', '.join(names[:5])}{', ...' * (len(names) > 5)}" if names else "it has none"
 
 
-def _touches(block: Block, gone: set[str]) -> bool:
-    """Whether a block lies in what is gone, or around it."""
-    return any(
-        one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
-        for one in block.modules
-        for other in gone
-    )
-
-
 def _target(
     model: nn.Module, inputs: Any, count: Any, params: Any, flops: Any
 ) -> Callable[[nn.Module, int], bool]:
-    """Whether a model, and the blocks it lost, have reached what was asked for."""
+    """What tells whether a model, and so many blocks gone, have reached what was asked for.
+
+    Raises:
+        ValueError: None or several are given, or one is out of its range.
+    """
     given = {"count": count, "target_params": params, "target_flops": flops}
     given = {name: value for name, value in given.items() if value is not None}
     if len(given) != 1:
@@ -215,8 +167,3 @@ def _target(
 
     limit = value if value >= 1 else value * size(model)
     return lambda one, _: size(one) <= limit
-
-
-def _gains(model: nn.Module, pruned: nn.Module, inputs: Any) -> Gains:
-    whole = isolated_copy(model)  # so that nobody's hooks see the forwards
-    return compare(*(measure(one, inputs, repeats=REPEATS) for one in (whole, pruned)))

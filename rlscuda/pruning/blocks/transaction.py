@@ -21,6 +21,7 @@ def replace_modules(
     model: nn.Module,
     optimizers: Iterable[Optimizer],
     stand_ins: Mapping[str, StandIn],
+    buffers: Mapping[str, Tensor],
     done: list[Change],
 ) -> None:
     """Puts stand-ins into a model; completes, or leaves model and optimizers as they were.
@@ -32,6 +33,7 @@ def replace_modules(
         model: The model.
         optimizers: All that hold its parameters.
         stand_ins: By the qualified name of the module that each replaces.
+        buffers: New values by the names of buffers, of others than these modules'.
         done: Is given what takes the change back, see `revert`.
 
     Raises:
@@ -46,6 +48,11 @@ def replace_modules(
         changes.append((modules[parent], own, stand_in))
     gone = _gone(model, [module for module, _ in replaced])
     heirs = {p: new for module, stand_in in replaced for p, new in _heirs(module, stand_in, gone)}
+    changes += [
+        (buffer, "data", buffers[name].clone())
+        for name, buffer in model.named_buffers()
+        if name in buffers
+    ]
     for optimizer in optimizers:
         changes += _optimizer_changes(optimizer, gone, heirs)
     commit(changes, done)

@@ -28,6 +28,7 @@ from rlscuda.pruning.surgery.plan import Surgery, plan
 from rlscuda.pruning.surgery.transaction import pruned_copy
 
 Counts = dict[str, int]  # units removed, by coupling
+TARGETS = ("ratio", "target_params", "target_flops", "max_loss")
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,28 @@ def check_ratio(ratio: object) -> None:
             raise ValueError(f"ratio must be by name or shell pattern, got the key {name!r}")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
             raise ValueError(f"ratio must be in [0, 1), got {value!r}")
+
+
+def checked_target(targets: Mapping[str, Any]) -> tuple[str, Any]:
+    """The one target that is given, by name.
+
+    Raises:
+        ValueError: None or several are, or it is out of its range.
+    """
+    given = {name: value for name, value in targets.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(f"exactly one of {', '.join(TARGETS)} must be given, got "
+                         f"{', '.join(given) or 'none'}")  # fmt: skip
+    ((name, value),) = given.items()
+    if name == "ratio":
+        check_ratio(value)
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    elif name == "max_loss" and not 0 <= value < float("inf"):
+        raise ValueError(f"max_loss must be >= 0, got {value}")
+    elif name != "max_loss" and not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be > 0, got {value}")
+    return name, value
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class Snapshot:
     Attributes:
         changes: What each pruning since has to take back.
         void: Whether an earlier snapshot was restored since.
+        expected: Names of the parameters and buffers that the model has now, by what it lost.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Snapshot:
         self.changes: list[list[Change]] = []
         self.void, self.order = False, order
         self._values = {name: t.detach().clone() for name, t in all_tensors(model).items()}
+        self.expected = set(self._values)
         self._tracked = tracker.state_dict() if tracker is not None else None
         self._states = [(one, copy.deepcopy(one.state_dict())) for one in optimizers]
 
@@ -59,7 +61,7 @@ class Snapshot:
         """
         if self.void:
             raise ValueError("this snapshot is void: one taken before it was restored since")
-        changed = sorted(all_tensors(self._model).keys() ^ self._values.keys())
+        changed = sorted(all_tensors(self._model).keys() ^ self.expected)
         if changed:
             raise ValueError(
                 "the model must have the parameters and buffers that it had, with masks on or off "
@@ -69,6 +71,7 @@ class Snapshot:
         while self.changes:
             revert(self.changes[-1])
             self.changes.pop()
+        self.expected = set(self._values)
         self._back()
         for name, tensor in all_tensors(self._model).items():
             tensor.copy_(self._values[name])
@@ -83,13 +86,18 @@ class Snapshot:
     def _check_groups(self) -> None:
         """Raises ValueError where a group that came later holds parameters that are to go."""
         going = {
-            getattr(target, key)
+            parameter
             for done in self.changes
             for target, key, before in done
-            if isinstance(target, nn.Module) and isinstance(before, nn.Parameter)
+            if isinstance(target, nn.Module) and isinstance(before, (nn.Module, nn.Parameter))
+            for parameter in _parameters(getattr(target, key))
         }
         for optimizer, state in self._states:
             for group in optimizer.param_groups[len(state["param_groups"]) :]:
                 if not going.isdisjoint(group["params"]):
                     raise ValueError("a parameter group that came since the snapshot holds pruned "
                                      "parameters, which go: take it out first")  # fmt: skip
+
+
+def _parameters(held: nn.Module | nn.Parameter) -> list[nn.Parameter]:
+    return [held] if isinstance(held, nn.Parameter) else list(held.parameters())

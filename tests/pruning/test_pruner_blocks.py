@@ -1,0 +1,155 @@
+"""Channels and blocks in one step: the mix is no worse than either alone."""
+
+import pytest
+import torch
+from support.blocks import IMAGES, copies, resnet
+from support.compare import differing, snapshot
+from torch import nn
+
+from rlscuda import RLSOptimizer
+from rlscuda.pruning import RLSPruner, load_pruned, remove_blocks, save_pruned
+from rlscuda.pruning.blocks.choosing import Distortion
+from rlscuda.pruning.report import PruneReport
+from rlscuda.pruning.running.measure import count_flops
+
+LOADER = [torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(s)) for s in range(3)]
+BOTH = ("channels", "blocks")
+
+
+def trained(steps=3):
+    torch.manual_seed(0)
+    model = resnet((6, 8))
+    optimizer = RLSOptimizer(model, lr=0.02)
+    go_on(model, optimizer, steps)
+    return model, optimizer
+
+
+def go_on(model, optimizer, steps=2):
+    model.train()
+    for x in LOADER[:1] * steps:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def pruner(model, optimizer=None, **options):
+    options = {"target_flops": 0.6, "scope": "global", "what": BOTH} | options
+    return RLSPruner(model, optimizer, IMAGES[:1], loader=LOADER, source="calibration", **options)
+
+
+def test_a_mix_is_no_worse_than_either_alone():
+    model, optimizer = trained()
+    loss = Distortion(model, LOADER)
+    flops = count_flops(model, IMAGES[:1])
+    alone = []
+    for what in ("channels", "blocks"):
+        other, _ = trained()
+        if what == "channels":
+            pruner(other, what="channels").step()
+        else:
+            remove_blocks(other, IMAGES[:1], LOADER, target_flops=0.6)
+        alone.append(loss(other))
+    report = pruner(model, optimizer).step()
+    assert loss(model) <= min(alone) + 1e-6
+    assert count_flops(model, IMAGES[:1]) <= 0.6 * flops
+    assert report.gains.before.flops == flops
+    assert report.gains.after.flops == count_flops(model, IMAGES[:1])
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    assert held == set(model.parameters())
+    before = copies(model)
+    go_on(model, optimizer)
+    assert {n for n, p in model.named_parameters() if torch.equal(p, before[n])} == set()
+
+
+def test_idle_branches_go_first():
+    model, _ = trained()
+    with torch.no_grad():
+        for name in ("block12", "block22"):
+            model.get_submodule(name).bn2.weight.zero_()
+            model.get_submodule(name).bn2.bias.zero_()
+    report = pruner(model, target_flops=0.9).step()
+    gone = [block.name for block in report.blocks]
+    assert gone and set(gone) <= {"block12", "block22"}
+    assert all(abs(block.cost) < 1e-6 for block in report.blocks)
+    assert all(change.removed == [] for change in report.couplings)
+    again = PruneReport.from_dict(report.to_dict())
+    assert again.blocks == report.blocks and "block12" in str(again) or "block22" in str(again)
+
+
+def test_a_file_holds_channels_and_blocks(tmp_path):
+    model, optimizer = trained()
+    with torch.no_grad():
+        model.block12.bn2.weight.mul_(1e-3)
+    report = pruner(model, optimizer, target_params=0.5, target_flops=None).step()
+    assert report.blocks
+    save_pruned(model, tmp_path / "model.safetensors", optimizer=optimizer)
+    again = load_pruned(lambda: resnet((6, 8)), tmp_path / "model.safetensors")
+    assert torch.equal(again.eval()(IMAGES), model.eval()(IMAGES))
+
+
+def test_a_snapshot_brings_blocks_back():
+    model, optimizer = trained()
+    one = pruner(model, optimizer, target_flops=0.5)
+    kept, before = one.snapshot(), snapshot(model, optimizer)
+    modules, values = dict(model.named_modules()), copies(model)
+    one.step()
+    assert copies(model).keys() != values.keys() or differing(values, copies(model))
+    go_on(model, optimizer)
+    kept.restore()
+    assert not differing(before, snapshot(model, optimizer))
+    assert not differing(values, copies(model))
+    assert dict(model.named_modules()) == modules
+    go_on(model, optimizer)
+    kept.restore()
+    assert not differing(values, copies(model))
+
+
+def test_an_error_in_the_channels_brings_blocks_back(monkeypatch):
+    model, optimizer = trained()
+    with torch.no_grad():
+        model.block12.bn2.weight.zero_()
+        model.block12.bn2.bias.zero_()
+    one = pruner(model, optimizer, target_flops=0.6)
+    before, values, modules = snapshot(model, optimizer), copies(model), dict(model.named_modules())
+
+    def broken(*_):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(one, "_operate", broken)
+    with pytest.raises(RuntimeError, match="no"):
+        one.step()
+    assert not differing(before, snapshot(model, optimizer))
+    assert not differing(values, copies(model))
+    assert dict(model.named_modules()) == modules
+    go_on(model, optimizer)
+
+
+def test_ignored_blocks_stay():
+    model, _ = trained()
+    with torch.no_grad():
+        for block in (model.block11, model.block12):
+            block.bn2.weight.zero_()
+            block.bn2.bias.zero_()
+    report = pruner(model, target_flops=0.9, ignored="block12.conv1").step()
+    assert [block.name for block in report.blocks] == ["block11"]
+    assert report.refused["block12"] == "ignored"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"what": "blocks"}, "what must be"), ({"what": ("channels", "layers")}, "what must be"),
+     ({"source": "own"}, "with blocks the matrices are of the model without them"),
+     ({"target_flops": None, "ratio": 0.5}, "ratio is of channels alone"),
+     ({"target_flops": 10}, "out of reach")],
+)  # fmt: skip
+def test_a_refusal_changes_nothing(options, message):
+    model, optimizer = trained()
+    before = snapshot(model, optimizer)
+    with pytest.raises(ValueError, match=message):
+        RLSPruner(
+            model, optimizer, IMAGES[:1],
+            **{"loader": LOADER, "source": "calibration", "target_flops": 0.6, "what": BOTH}
+            | options,
+        ).step()  # fmt: skip
+    assert not differing(before, snapshot(model, optimizer))
+    assert isinstance(model, nn.Module)
