@@ -1,9 +1,10 @@
-"""Residual branches removed one by one: deleted, or replaced by a linear map in closed form.
+"""Residual branches removed one by one, and together with channels.
 
 A ResNet-20 of widths 8, 16, 32 learns 5,000 images of CIFAR-10 for ten epochs, by the default
-`RLSOptimizer`. Then `remove_blocks` takes five of its nine branches, each by the validation loss,
-and nothing is trained any more; test accuracy, parameters, FLOPs and the least time of a forward on
-one core are read after each. Beside it, channels alone by `RLSPruner` at the same FLOPs.
+`RLSOptimizer`. Then `remove_blocks` takes three of its nine branches, each by the validation loss,
+in one way or in all, and nothing is trained any more; test accuracy, parameters, FLOPs and the least
+time of a forward on one core are read after each. At 30 and 50 % of the FLOPs removed, `RLSPruner`
+takes channels alone, and channels and blocks.
 
     python -m benchmarks.pruning.blocks --workers 2  # run, or go on after an interruption
     python -m benchmarks.pruning.blocks --report     # the tables of the results
@@ -12,11 +13,14 @@ one core are read after each. Beside it, channels alone by `RLSPruner` at the sa
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +34,11 @@ from benchmarks.learning.report import markdown
 from rlscuda import zoo
 from rlscuda.files.archives import load_archive, save_archive
 from rlscuda.files.atomic import write_atomically
-from rlscuda.pruning import RLSPruner, remove_blocks
+from rlscuda.pruning import BlockChange, RLSPruner, remove_blocks
 from rlscuda.pruning.running.measure import count_flops, count_parameters
 
-SEEDS, EPOCHS, MOST = (0, 1, 2), 10, 5
+SEEDS, EPOCHS, MOST = (0, 1, 2), 10, 3
+SHARES = (0.3, 0.5)  # of the FLOPs, removed
 COUNTS = (5_000, 2_000, 5_000)  # training, validation and test images
 CALIBRATED, JUDGED, TIMED = 500, 1_000, 30  # images of the maps, of the loss; forwards timed
 WAYS = {
@@ -42,7 +47,8 @@ WAYS = {
     "3x3 map": ("3x3",),
     "cheapest of the three": ("delete", "1x1", "3x3"),
 }
-CHANNELS = "channels alone"
+MIXES: dict[str, Any] = {"channels": "channels", "channels and blocks": ("channels", "blocks")}
+BLOCKS = "blocks"  # alone, in the cheapest way, until so many FLOPs are gone
 
 
 def trained(seed: int, split: Split, folder: Path) -> nn.Module:
@@ -97,54 +103,74 @@ def _run(job: dict, args: argparse.Namespace) -> dict:
                 sum(float(F.cross_entropy(one(a), b, reduction="sum")) for a, b in pairs) / JUDGED
             )
 
-    points = [read(model, splits["test"]) | {"gone": None}]
-    for count in range(MOST if job["way"] in WAYS else 0):
-        report = remove_blocks(model, inputs, images, count=1, ways=WAYS[job["way"]], evaluate=loss)
-        (change,) = report.changes
-        gone = {"block": change.name, "how": change.how, "explained": change.explained}
-        points.append(read(model, splits["test"]) | {"gone": gone, "count": count + 1})
-    if job["way"] == CHANNELS:
-        whole = points[0]["flops"]
-        others = grid.finish({"seed": job["seed"], "way": "cheapest of the three"}, args, _run)
-        for point in others["points"][1:]:
-            target = max(1.0, point["flops"])
-            RLSPruner(
+    points = [read(model, splits["test"]) | {"gone": []}]
+    if job["way"] in WAYS:
+        for _ in range(MOST):
+            report = remove_blocks(
+                model, inputs, images, count=1, ways=WAYS[job["way"]], evaluate=loss
+            )
+            points.append(read(model, splits["test"]) | {"gone": _gone(report.changes)})
+        return job | {"points": points}
+    whole = copy.deepcopy(model)
+    for share in SHARES:
+        model, target = copy.deepcopy(whole), 1 - share
+        changes = []
+        if job["way"] == BLOCKS:
+            changes = remove_blocks(
+                model, inputs, images, target_flops=target, evaluate=loss
+            ).changes
+        else:
+            pruner = RLSPruner(
                 model, None, inputs, target_flops=target, scope="global", loader=images,
-            ).step()  # fmt: skip
-            points.append(read(model, splits["test"]) | {"gone": None, "share": target / whole})
+                evaluate=loss, what=MIXES[job["way"]],
+            )  # fmt: skip
+            changes = pruner.step().blocks
+        points.append(read(model, splits["test"]) | {"gone": _gone(changes)})
     return job | {"points": points}
 
 
+def _gone(changes: list[BlockChange]) -> list[dict]:
+    return [{"block": c.name, "how": c.how, "explained": c.explained} for c in changes]
+
+
 def report(results: Path) -> str:
-    """Two tables: what is left by the number of blocks, and at equal FLOPs."""
+    """Two tables: what is left by the number of blocks, and by the share of FLOPs removed."""
     runs = json.loads(results.read_text(encoding="utf-8"))["runs"]
-    whole = [run["points"][0] for run in runs if run["way"] == "deleted"]
-    lines = [["branch becomes", *(f"{k} gone" for k in range(MOST + 1))]]
-    for way in WAYS:
+    by_count = _table("branch becomes", [f"{k} gone" for k in range(MOST + 1)], WAYS, runs)
+    heads = ["whole", *(f"{share:.0%} of the FLOPs removed" for share in SHARES)]
+    return by_count + "\n" + _table("what goes", heads, (*MIXES, BLOCKS), runs)
+
+
+def _table(title: str, heads: list[str], ways: Iterable[str], runs: list[dict]) -> str:
+    lines = [[title, *heads]]
+    for way in ways:
         own = [run["points"] for run in runs if run["way"] == way]
-        lines.append([way, *(_cell([p[k] for p in own], whole) for k in range(MOST + 1))])
-    equal = [["FLOPs removed", *(f"{k}" for k in range(1, MOST + 1))]]
-    for way in ("cheapest of the three", CHANNELS):
-        own = [run["points"] for run in runs if run["way"] == way]
-        equal.append([way, *(_cell([p[k] for p in own], whole) for k in range(1, MOST + 1))])
-    return markdown(lines) + "\n" + markdown(equal)
+        whole = [points[0] for points in own]
+        cells = [_cell([points[k] for points in own], whole) for k in range(len(heads))]
+        lines.append([way, *cells] if own else [way, *[""] * len(heads)])
+    return markdown(lines)
 
 
 def _cell(points: list[dict], whole: list[dict]) -> str:
     """Test accuracy, and the shares of parameters, FLOPs and time that are gone."""
+    if not points:
+        return ""
     mean = statistics.fmean(point["test"] for point in points)
     shares = [
         1 - statistics.fmean(p[key] / w[key] for p, w in zip(points, whole, strict=True))
         for key in ("parameters", "flops", "ms")
     ]
-    return f"{mean:.1f} % ({', '.join(f'{share:.0%}' for share in shares)})"
+    rest = f" ({', '.join(f'{share:.0%}' for share in shares)})" if points != whole else ""
+    return f"{mean:.1f} %{rest}"
 
 
 def main() -> None:
     parser = grid.parser(__doc__, "blocks")
+    every = [*WAYS, *MIXES, BLOCKS]
+    parser.add_argument("--ways", nargs="+", choices=every, default=every)
     args = parser.parse_args()
     if not args.report:
-        jobs = [(seed, way) for way in (*WAYS, CHANNELS) for seed in SEEDS]
+        jobs = [(seed, way) for way in args.ways for seed in SEEDS]
         constants = {"epochs": EPOCHS, "images": COUNTS, "calibrated": CALIBRATED, "judged": JUDGED}
         grid.run(work, jobs, args, constants)
     print(report(args.results))
