@@ -2,9 +2,9 @@
 
 A ResNet-20 of widths 8, 16, 32 learns 5,000 images of CIFAR-10 for ten epochs, by the default
 `RLSOptimizer`. Then `remove_blocks` takes three of its nine branches, each by the validation loss,
-in one way or in all, and nothing is trained any more; test accuracy, parameters, FLOPs and the least
-time of a forward on one core are read after each. At 30 and 50 % of the FLOPs removed, `RLSPruner`
-takes channels alone, and channels and blocks.
+in one way or another, and nothing is trained any more; test accuracy, parameters, FLOPs and the
+least time of a forward on one core are read after each. At 30 and 50 % of the FLOPs removed,
+`RLSPruner` takes channels alone, and channels and blocks.
 
     python -m benchmarks.pruning.blocks --workers 2  # run, or go on after an interruption
     python -m benchmarks.pruning.blocks --report     # the tables of the results
