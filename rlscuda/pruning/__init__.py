@@ -55,11 +55,8 @@ __all__ = [
     "prune_relief",
     "prune_weights",
     "ratio_after",
-<<<<<<< HEAD
-    "remove_unread",
-=======
     "remove_blocks",
->>>>>>> 16561d1 (Residual branches of any model: found in its dataflow, proven, removed or replaced by closed-form maps)
+    "remove_unread",
     "save_pruned",
     "transfer_state",
 ]
