@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rlscuda.pruning.blocks.finding import Block
@@ -139,25 +138,76 @@ class Search:
 class Distortion:
     """How far a model's outputs over a loader are from those of the whole one.
 
+    Both see each batch one after the other, for a loader that shuffles or augments never gives the
+    same one again.
+
     Args:
         model: The whole one.
         loader: Batches as `feed` takes them.
     """
 
     def __init__(self, model: nn.Module, loader: Iterable):
-        self._loader = loader
-        self._whole = self._outputs(isolated_copy(model))
-        self._scale = float(self._whole.var(0, correction=0).sum()) or 1.0
-
-    def _outputs(self, model: nn.Module) -> Tensor:
-        with inference(model):
-            outputs = [output_tensors(feed(model, batch))[0] for batch in self._loader]
-        return torch.cat([output.flatten(1).double() for output in outputs])
+        self._whole, self._loader = isolated_copy(model), loader
 
     def __call__(self, model: nn.Module) -> float:
-        """Mean squared difference over the variance."""
-        apart = self._outputs(model) - self._whole
-        return float(apart.square().sum(1).mean()) / self._scale
+        """Mean squared difference over the variance, on average over the output's tensors.
+
+        Raises:
+            ValueError: The loader is empty, or the outputs of its batches have several sizes.
+        """
+        sums: list[_Spread] = []
+        with inference(self._whole), inference(model):
+            for batch in self._loader:
+                wanted = _outputs(self._whole, batch)
+                sums = sums or [_Spread() for _ in wanted]
+                for one, whole, got in zip(sums, wanted, _outputs(model, batch), strict=True):
+                    one.add(whole, got)
+        if not sums:
+            raise ValueError("loader must give at least one batch, got none")
+        return statistics.fmean(one.distance() for one in sums)
+
+
+def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
+    """The tensors that a model puts out, each as [samples, values], those of integers aside."""
+    tensors = output_tensors(feed(model, batch))
+    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+    if not tensors:
+        raise ValueError("the model must put out a tensor, or evaluate be given")
+    return [t.reshape(len(t) if t.dim() else 1, -1).double() for t in floating or tensors]
+
+
+class _Spread:
+    """Sums over the samples of one tensor of the outputs: of the whole model's, and of the error.
+
+    They are of the difference to the first sample, so that equal ones have no variance at all.
+    """
+
+    def __init__(self) -> None:
+        self.samples, self.error = 0, 0.0
+        self.first: Any = None
+        self.sum: Any = 0.0
+        self.square: Any = 0.0
+
+    def add(self, whole: Tensor, got: Tensor) -> None:
+        """Takes in what both models put out for a batch, [samples, values]."""
+        if self.first is None:
+            self.first = whole[0]
+        if whole.shape[1] != len(self.first):
+            raise ValueError(
+                "outputs that are compared must have one size, got "
+                f"{len(self.first)} and {whole.shape[1]} values a sample: give batches of one "
+                "size, or evaluate="
+            )
+        apart = whole - self.first
+        self.samples += len(whole)
+        self.sum, self.square = self.sum + apart.sum(0), self.square + apart.square().sum(0)
+        self.error += float((got - whole).square().sum())
+
+    def distance(self) -> float:
+        """Mean squared error over the variance."""
+        mean = self.sum / self.samples
+        variance = float((self.square / self.samples - mean.square()).clamp_(min=0).sum())
+        return self.error / self.samples / (variance or 1.0)
 
 
 def finite(value: Any, of: str) -> float:
