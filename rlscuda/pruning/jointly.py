@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from rlscuda.pruning.blocks.choosing import finite
+from rlscuda.pruning.blocks.choosing import value_of
 from rlscuda.pruning.blocks.shortening import Shortening
 from rlscuda.pruning.running.calls import isolated_copy
 from rlscuda.pruning.running.measure import count_flops, count_parameters
@@ -26,13 +26,11 @@ class Mix:
 
     Attributes:
         blocks: How many go.
-        model: The copy without these, whose channels are whole.
         losses: With 0, 1, 2, ... blocks gone and channels for the rest; infinite where these cannot
             meet the target.
     """
 
     blocks: int
-    model: nn.Module
     losses: list[float]
 
 
@@ -58,19 +56,19 @@ def best_mix(
         ValueError: The target is out of reach.
     """
     losses: list[float] = []
-    best = Mix(0, shorter.model, losses)
+    best = Mix(0, losses)
     reason: ValueError | None = None
     while True:
         trial = isolated_copy(shorter.model)
         try:
             if not reached(trial):
                 cut(trial)
-            losses.append(finite(loss(trial), f"with {len(losses)} blocks gone"))
+            losses.append(value_of(loss, trial, f"with {len(losses)} blocks gone"))
         except ValueError as error:
             losses.append(math.inf)
             reason = error
         if losses[-1] < math.inf and losses[-1] == min(losses):
-            best = Mix(len(losses) - 1, shorter.model, losses)
+            best = Mix(len(losses) - 1, losses)
         tried = len(losses) - 1 - best.blocks
         over = min(losses) < math.inf and tried >= _PATIENCE
         if over or reached(shorter.model) or not shorter.advance():

@@ -236,7 +236,7 @@ class RLSPruner:
         done: list[Change] = []
         for snapshot in self._snapshots:
             snapshot.changes.append(done)
-        shorter.install(self.model, self.optimizers, mix.blocks, mix.model, done)
+        shorter.install(self.model, self.optimizers, mix.blocks, done)
         try:
             report = self._cut(kind, limit, progress)
         except BaseException:

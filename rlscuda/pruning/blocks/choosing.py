@@ -51,12 +51,14 @@ class Choice:
         model: A copy of the model with it, in eval mode.
         cost: Rise of the loss.
         saved: What is saved, in the units of the price.
+        statistics: Those of the model's batch norms that followed, by buffer name.
     """
 
     option: Option
     model: nn.Module
     cost: float
     saved: float
+    statistics: dict[str, Tensor]
 
 
 class Search:
@@ -105,12 +107,15 @@ class Search:
                 saved = size - self.size(trial)
                 if saved <= 0:
                     continue
+                statistics: dict[str, Tensor] = {}
                 if self.adapt_norms:
-                    settled = settle(model, trial, {}, ((batch, batch) for batch in self.loader))
-                    check_finite(settled.statistics)
-                cost = finite(loss(trial), f"without {block.name!r}") - value
+                    pairs = ((batch, batch) for batch in self.loader)
+                    statistics = settle(model, trial, {}, pairs).statistics
+                    check_finite(statistics)
+                cost = value_of(loss, trial, f"without {block.name!r}") - value
                 if cost / saved < least:
-                    least, best = cost / saved, Choice(option, trial, cost, saved)
+                    least = cost / saved
+                    best = Choice(option, trial, cost, saved, statistics)
         return best
 
     def options(self, model: nn.Module, block: Block) -> list[Option]:
@@ -210,13 +215,14 @@ class _Spread:
         return self.error / self.samples / (variance or 1.0)
 
 
-def finite(value: Any, of: str) -> float:
-    """A loss as a number.
+def value_of(loss: Callable[[nn.Module], float], model: nn.Module, of: str) -> float:
+    """The loss of a model as a number; it is that of a copy, which it may train.
 
     Raises:
         TypeError: It is none.
         ValueError: It is not finite.
     """
+    value: Any = loss(isolated_copy(model))
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError):

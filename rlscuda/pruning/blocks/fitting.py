@@ -106,7 +106,8 @@ def fit(model: nn.Module, block: Block, loader: Iterable, damping: float) -> dic
 def _map(block: Block, kernel: int, like: Tensor) -> Mapped:
     inputs, width = block.enters[block.channel], block.shape[block.channel]
     outputs, stride = block.stand_ins[block.exit].outputs, _stride(block) if kernel else 1
-    stand_in = Mapped(outputs, kernel, inputs, width, stride)
+    with torch.random.fork_rng(devices=[]):  # whose first weights nobody sees
+        stand_in = Mapped(outputs, kernel, inputs, width, stride)
     return stand_in.to(like.device, like.dtype)
 
 

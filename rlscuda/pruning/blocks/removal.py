@@ -132,7 +132,7 @@ def remove_blocks(
     whole = isolated_copy(model)  # so that nobody's hooks see the forwards
     gains = compare(*(measure(m, example_inputs, repeats=REPEATS) for m in (whole, shorter.model)))
     gone = [change.name for change in shorter.changes]
-    shorter.install(model, held, len(gone), shorter.model, [])
+    shorter.install(model, held, len(gone), [])
     kept = [block.name for block in blocks.found if block.name not in gone]
     return BlockReport(shorter.changes, kept, blocks.refused, gains)
 

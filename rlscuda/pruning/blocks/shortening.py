@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rlscuda.optim.kept import Change
-from rlscuda.pruning.blocks.choosing import DAMPING, WAYS, Search, finite
+from rlscuda.pruning.blocks.choosing import DAMPING, WAYS, Search, value_of
 from rlscuda.pruning.blocks.finding import Block, find_blocks
 from rlscuda.pruning.blocks.stand_ins import StandIn
 from rlscuda.pruning.blocks.transaction import replace_modules
@@ -63,7 +63,8 @@ class Shortening:
         self.changes: list[BlockChange] = []
         self._blocks, self._search, self._loss = list(blocks), search, loss
         self._stand_ins: list[dict[str, StandIn]] = []
-        self.value = finite(loss(self.model), "of the whole model")
+        self._statistics: list[dict[str, Tensor]] = []
+        self.value = value_of(loss, self.model, "of the whole model")
 
     def advance(self) -> bool:
         """Takes the block that costs least for what it saves; whether there was one."""
@@ -74,6 +75,7 @@ class Shortening:
         self.model, self.value = best.model, self.value + best.cost
         self._blocks = [one for one in self._blocks if not _touch(one, block)]
         self._stand_ins.append(best.option.stand_ins)
+        self._statistics.append(best.statistics)
         how, explained = best.option.how, best.option.explained
         self.changes.append(
             BlockChange(block.name, how, best.cost, best.saved, explained, block.parameters)
@@ -85,7 +87,6 @@ class Shortening:
         model: nn.Module,
         optimizers: Iterable[Optimizer],
         count: int,
-        like: nn.Module,
         done: list[Change],
     ) -> None:
         """Takes the first blocks out of the model itself; all of it is done, or nothing.
@@ -94,13 +95,12 @@ class Shortening:
             model: The model.
             optimizers: All that hold its parameters.
             count: How many.
-            like: The copy without them, whose buffers, as those of batch norms, it gets.
             done: Is given what takes it back, see `revert`.
         """
         chosen = {name: one for gone in self._stand_ins[:count] for name, one in gone.items()}
         own = {name: isolated_copy(stand_in) for name, stand_in in chosen.items()}
-        buffers = dict(like.named_buffers()) if count else {}
-        replace_modules(model, optimizers, own, buffers, done)  # type: ignore[arg-type]
+        statistics = self._statistics[count - 1] if count else {}
+        replace_modules(model, optimizers, own, statistics, done)  # type: ignore[arg-type]
 
 
 def shortening_of(

@@ -105,6 +105,38 @@ def test_a_refusal_changes_nothing(options, message):
     steps(model, optimizer, 1)
 
 
+def test_only_what_goes_leaves_a_trace():
+    """An evaluation may train what it is given; random state and other buffers stay."""
+    torch.manual_seed(0)
+    model = resnet()
+    model.register_buffer("calls", torch.zeros(()))
+    model.register_forward_pre_hook(Counting())
+    before, state = copies(model), torch.get_rng_state()
+
+    def evaluate(trial):
+        trial.train()
+        trial(10 * LOADER[0] + 5)
+        with torch.no_grad():
+            trial.conv.weight.zero_()
+        return float(trial.block22.bn2.weight.shape[0] if hasattr(trial.block22.bn2, "eps") else 0)
+
+    options = {"evaluate": evaluate, "adapt_norms": False, "ways": ("1x1",)}
+    report = remove_blocks(model, IMAGES, LOADER, count=1, **options)
+    assert [change.name for change in report.changes] == ["block22"]
+    assert torch.equal(torch.get_rng_state(), state)
+    left = {name: t for name, t in copies(model).items() if name in before}
+    assert not differing({name: before[name] for name in left}, left)
+
+
+class Counting:
+    """A hook that stays in copies, as those of masks do; it counts the calls in a buffer."""
+
+    __module__ = "torch.nn.utils.fake"
+
+    def __call__(self, module, args):
+        module.calls += 1
+
+
 def test_an_error_late_in_the_transaction_takes_all_back(monkeypatch):
     from rlscuda.pruning.blocks import transaction
 
