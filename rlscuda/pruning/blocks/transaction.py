@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from rlscuda.optim.kept import Change
 from rlscuda.optimizer import RLSOptimizer
 from rlscuda.pruning.blocks.stand_ins import StandIn
-from rlscuda.pruning.surgery.transaction import commit
+from rlscuda.pruning.surgery.transaction import check_alone, commit
 
 
 @torch.no_grad()
@@ -27,7 +27,8 @@ def replace_modules(
     """Puts stand-ins into a model; completes, or leaves model and optimizers as they were.
 
     Parameters that the model has no more leave the groups and states of its optimizers; those of a
-    map join the group of what it replaces, in its place, and start without a state.
+    map join the group of what it replaces, in the place of the first that was trained there, and
+    start without a state.
 
     Args:
         model: The model.
@@ -38,16 +39,19 @@ def replace_modules(
 
     Raises:
         KeyError: The model has no such module.
+        ValueError: An optimizer keeps something for all of its parameters together, as LBFGS does.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     changes: list[Change] = []
-    replaced: list[tuple[nn.Module, StandIn]] = []
     for name, stand_in in stand_ins.items():
         parent, _, own = name.rpartition(".")
-        replaced.append((modules[name], stand_in.train(modules[name].training)))
-        changes.append((modules[parent], own, stand_in))
-    gone = _gone(model, [module for module, _ in replaced])
-    heirs = {p: new for module, stand_in in replaced for p, new in _heirs(module, stand_in, gone)}
+        changes.append((modules[parent], own, stand_in.train(modules[name].training)))
+    gone = _gone(modules, stand_ins)
+    held = {p for one in optimizers for group in one.param_groups for p in group["params"]}
+    heirs: dict[nn.Parameter, list[nn.Parameter]] = {}
+    for name, stand_in in stand_ins.items():
+        for ancestor in _ancestors(modules[name], stand_in, gone, held):
+            heirs.setdefault(ancestor, []).extend(stand_in.parameters())
     changes += [
         (buffer, "data", buffers[name].clone())
         for name, buffer in model.named_buffers()
@@ -58,22 +62,30 @@ def replace_modules(
     commit(changes, done)
 
 
-def _gone(model: nn.Module, replaced: list[nn.Module]) -> set[nn.Parameter]:
-    """The parameters that nothing else in a model has."""
-    inside = {module for one in replaced for module in one.modules()}
-    left = {p for m in model.modules() if m not in inside for p in m.parameters(recurse=False)}
-    return {p for one in replaced for p in one.parameters()} - left
+def _gone(modules: Mapping[str, nn.Module], replaced: Iterable[str]) -> set[nn.Parameter]:
+    """The parameters that a model has under no other name than those of replaced modules."""
+    inside = tuple(f"{name}." for name in replaced)
+    left: set[nn.Parameter] = set()
+    gone: set[nn.Parameter] = set()
+    for name, module in modules.items():
+        where = gone if f"{name}.".startswith(inside) else left
+        where.update(module.parameters(recurse=False))
+    return gone - left
 
 
-def _heirs(
-    module: nn.Module, stand_in: StandIn, gone: set[nn.Parameter]
-) -> list[tuple[nn.Parameter, list[nn.Parameter]]]:
-    """The first parameter that goes with a module, and those that come in its place."""
-    new, old = list(stand_in.parameters()), [p for p in module.parameters() if p in gone]
-    trained = any(parameter.requires_grad for parameter in old)
-    for parameter in new:
-        parameter.requires_grad_(trained)
-    return [(old[0], new)] if old and new else []
+def _ancestors(
+    module: nn.Module, stand_in: StandIn, gone: set[nn.Parameter], held: set[nn.Parameter]
+) -> list[nn.Parameter]:
+    """The parameter of a module whose place, or the next, a stand-in's have; they train as it does.
+
+    It is the first that an optimizer holds, of those that are trained and go if there are such.
+    """
+    old = list(module.parameters())
+    stand_in.requires_grad_(any(parameter.requires_grad for parameter in old))
+    ranked = sorted(
+        (p for p in old if p in held), key=lambda p: (not p.requires_grad, p not in gone)
+    )
+    return ranked[:1]
 
 
 def _optimizer_changes(
@@ -81,13 +93,16 @@ def _optimizer_changes(
     gone: set[nn.Parameter],
     heirs: Mapping[nn.Parameter, list[nn.Parameter]],
 ) -> list[Change]:
+    check_alone(optimizer, gone | heirs.keys())
     changes: list[Change] = []
     for group in optimizer.param_groups:
         params: list[Tensor] = []
         for parameter in group["params"]:
-            params += [parameter] if parameter not in gone else heirs.get(parameter, [])
-        if len(params) != len(group["params"]) or gone.intersection(group["params"]):
-            changes.append((group, "params", params))
+            params += [] if parameter in gone else [parameter]
+            params += heirs.get(parameter, [])
+        if gone.union(heirs).intersection(group["params"]):
+            # in place, for optimizers as LBFGS hold the list itself
+            changes.append((group["params"], slice(None), params))
     if not changes:
         return []
     state: dict[Any, Any] = copy.copy(optimizer.state)

@@ -8,7 +8,7 @@ Everything is computed, and the pruned model tried, before any reference is repl
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -241,7 +241,7 @@ def optimizer_changes(optimizer: Optimizer, replaced: Replaced) -> list[Change]:
         if (tuple(old.shape), tuple(new.shape)) != (kept.of, kept.shape):
             raise ValueError(f"what was kept is {list(kept.shape)} of {list(kept.of)}, the "
                              f"parameters are {list(new.shape)} and {list(old.shape)}")  # fmt: skip
-    _check_alone(optimizer, replaced)
+    check_alone(optimizer, replaced)
     covered, changes = optimizer._cut(replaced) if isinstance(optimizer, RLSOptimizer) else ({}, [])
     state: dict[Any, Any] = copy.copy(optimizer.state)
     state.clear()
@@ -262,7 +262,7 @@ def optimizer_changes(optimizer: Optimizer, replaced: Replaced) -> list[Change]:
     return [*changes, (optimizer, "state", state)]
 
 
-def _check_alone(optimizer: Optimizer, replaced: Replaced) -> None:
+def check_alone(optimizer: Optimizer, replaced: Container[nn.Parameter]) -> None:
     """Raises ValueError where the state of one parameter is of all those of a group that is cut."""
     for group in optimizer.param_groups:
         params = group["params"]

@@ -105,6 +105,63 @@ def test_a_refusal_changes_nothing(options, message):
     steps(model, optimizer, 1)
 
 
+def test_a_map_is_trained_where_its_branch_was():
+    """Also where what comes first is frozen, held by no optimizer, and where weights are tied."""
+    torch.manual_seed(0)
+    model = Tokens()
+    model.branch[0].requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    groups = optimizer.param_groups[0]["params"]
+    remove_blocks(model, TOKENS[:2], [TOKENS], optimizers=optimizer, count=1, ways=("linear",))
+    assert {*groups} == {*model.parameters()}  # the very list
+    model = Tokens()
+    model.head.weight, model.head.bias = model.branch[3].weight, model.branch[3].bias
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    remove_blocks(model, TOKENS[:2], [TOKENS], optimizers=optimizer, count=1, ways=("linear",))
+    held = optimizer.param_groups[0]["params"]
+    assert [*held] == [*model.parameters()] and all(p.requires_grad for p in held)
+
+
+def test_what_the_model_keeps_under_another_name_is_still_trained():
+    model = Tokens()
+    model.also = model.branch[1]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    remove_blocks(model, TOKENS[:2], [TOKENS], optimizers=optimizer, count=1)
+    assert {*optimizer.param_groups[0]["params"]} == {*model.parameters()}
+    assert model.also.weight in {*model.parameters()}
+
+
+def test_an_optimizer_that_cannot_follow_is_refused():
+    model = Tokens()
+    optimizer = torch.optim.LBFGS(model.parameters(), history_size=2)
+
+    def loss():
+        optimizer.zero_grad()
+        value = model(TOKENS).square().mean()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    before = copies(model)
+    with pytest.raises(ValueError, match="all parameters of a group together"):
+        remove_blocks(model, TOKENS[:2], [TOKENS], optimizers=optimizer, count=1)
+    assert not differing(before, copies(model))
+    optimizer.step(loss)
+
+
+TOKENS = torch.randn(32, 5, 8, generator=torch.Generator().manual_seed(4))
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layers = nn.LayerNorm(8), nn.Linear(8, 24), nn.GELU(), nn.Linear(24, 8)
+        self.branch, self.head = nn.Sequential(*layers), nn.Linear(24, 8)
+
+    def forward(self, x):
+        return self.head((x + self.branch(x)).repeat(1, 1, 3))
+
+
 def test_only_what_goes_leaves_a_trace():
     """An evaluation may train what it is given; random state and other buffers stay."""
     torch.manual_seed(0)
