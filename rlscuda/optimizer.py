@@ -382,7 +382,6 @@ class RLSOptimizer(Optimizer):
         self._follow_groups()
 
     # -- surgery ----------------------------------------------------------------------------------
-
     def _cut(self, replaced: Replaced) -> tuple[dict[nn.Parameter, dict[str, Any]], list[Change]]:
         """How it follows when parameters are replaced by smaller ones; nothing is changed yet.
 
@@ -392,8 +391,9 @@ class RLSOptimizer(Optimizer):
         return cut_states(kept, self.state), [*changes, *self._followed(cut)]
 
     def _without(self, gone: set[nn.Parameter]) -> list[Change]:
-        """How it follows when parameters leave it; nothing is changed yet."""
-        return self._followed(self._registry.without(gone))
+        """How it follows when parameters leave it, which it forgets; nothing is changed yet."""
+        left = {layer for layer in self._attached or () if layer.weight not in gone}
+        return [(self, "_attached", left), *self._followed(self._registry.without(gone))]
 
     def _followed(self, registry: Registry) -> list[Change]:
         fresh = [(self._fallback, name, value) for name, value in Fallback.FRESH.items()]

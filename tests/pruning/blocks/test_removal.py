@@ -1,5 +1,8 @@
 """Blocks leave a model, its optimizers and its files together, or nothing changes."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from support.blocks import CASES, IMAGES, copies, resnet
@@ -120,6 +123,18 @@ def test_a_map_is_trained_where_its_branch_was():
     remove_blocks(model, TOKENS[:2], [TOKENS], optimizers=optimizer, count=1, ways=("linear",))
     held = optimizer.param_groups[0]["params"]
     assert [*held] == [*model.parameters()] and all(p.requires_grad for p in held)
+
+
+def test_what_is_gone_is_freed():
+    model = resnet()
+    optimizer = RLSOptimizer(model, lr=0.02)
+    steps(model, optimizer, 1)
+    weights = [weakref.ref(block.conv1.weight) for block in (model.block11, model.block12)]
+    options = {"optimizers": optimizer, "count": 1, "names": "block12"}
+    remove_blocks(model, IMAGES, LOADER, **options)
+    steps(model, optimizer, 1)
+    gc.collect()
+    assert weights[0]() is not None and weights[1]() is None
 
 
 def test_what_the_model_keeps_under_another_name_is_still_trained():
