@@ -212,9 +212,8 @@ class RLSPruner:
                 does not run on the example inputs.
         """
         target = self.target if ratio is None else checked_target({"ratio": ratio})
-        if "blocks" in self.what:
-            return self._cut_jointly(*target, progress)
-        return self._cut(*target, progress)
+        cut = self._cut_jointly if "blocks" in self.what else self._cut
+        return cut(*target, progress)
 
     def _cut_jointly(self, kind: str, value: Any, progress: Callable[[str], None]) -> PruneReport:
         """Removes blocks, then channels, as many of each as cost the least loss."""
@@ -233,7 +232,7 @@ class RLSPruner:
             RLSPruner(trial, None, inputs, **{kind: limit}, **options).step()
 
         mix = best_mix(shorter, lambda trial: size(trial) <= limit, cut, loss)
-        done: list[Change] = []
+        done, names = cast(list[Change], []), all_tensors(self.model).keys()
         for snapshot in self._snapshots:
             snapshot.changes.append(done)
         shorter.install(self.model, self.optimizers, mix.blocks, done)
@@ -243,7 +242,7 @@ class RLSPruner:
             revert(done)
             raise
         for snapshot in self._snapshots:
-            snapshot.expected = set(all_tensors(self.model))
+            snapshot.expected ^= names ^ all_tensors(self.model).keys()
         return replace(
             report, blocks=shorter.changes[: mix.blocks], refused={**refused, **report.refused},
             gains=compare(before, report.gains.after),
@@ -307,10 +306,11 @@ class RLSPruner:
         """The values and shapes of now, to which `Snapshot.restore` returns across prunings."""
         inputs, loader, order = self.example_inputs, self.loader, next(self._order)
 
-        def back() -> None:
+        def back(changed: set[str]) -> None:
             self.example_inputs, self.loader = inputs, loader
             for other in self._snapshots:
                 other.void |= other.order > order
+                other.expected ^= changed
 
         snapshot = Snapshot(self.model, self.optimizers, self.tracker, back, order)
         self._snapshots.add(snapshot)

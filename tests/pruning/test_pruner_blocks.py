@@ -104,6 +104,47 @@ def test_a_snapshot_brings_blocks_back():
     assert not differing(values, copies(model))
 
 
+def idle(*blocks):
+    with torch.no_grad():
+        for block in blocks:
+            block.bn2.weight.zero_()
+            block.bn2.bias.zero_()
+
+
+def test_snapshots_are_restored_one_after_the_other():
+    model, optimizer = trained()
+    idle(model.block11, model.block12)
+    one = pruner(model, optimizer, target_flops=0.9)
+    first, before = one.snapshot(), copies(model)
+    report = one.step()
+    second, between = one.snapshot(), copies(model)
+    assert report.blocks and one.step().blocks
+    go_on(model, optimizer)
+    second.restore()
+    assert not differing(between, copies(model))
+    go_on(model, optimizer)
+    first.restore()
+    assert not differing(before, copies(model))
+    one.step()
+    first.restore()
+    assert not differing(before, copies(model))
+
+
+def test_a_mask_that_came_since_is_seen_before_anything_is_changed():
+    model, _ = trained()
+    idle(model.block11)
+    one = pruner(model, target_flops=0.9)
+    kept = one.snapshot()
+    nn.utils.prune.l1_unstructured(model.conv, "weight", 0.2)
+    assert one.step().blocks
+    before = copies(model)
+    with pytest.raises(ValueError, match="with masks on or off"):
+        kept.restore()
+    assert not differing(before, copies(model))
+    nn.utils.prune.remove(model.conv, "weight")
+    kept.restore()
+
+
 def test_an_error_in_the_channels_brings_blocks_back(monkeypatch):
     model, optimizer = trained()
     with torch.no_grad():

@@ -24,7 +24,8 @@ class Snapshot:
         model: The model.
         optimizers: Its optimizers.
         tracker: The tracker of its matrices, or None.
-        back: Called by `restore` once the shapes are back.
+        back: Called by `restore` once the shapes are back, with the names of the parameters and
+            buffers that came or went by that; `expected` of all snapshots is to follow.
         order: Its place among the snapshots of one pruner.
 
     Attributes:
@@ -38,7 +39,7 @@ class Snapshot:
         model: nn.Module,
         optimizers: Iterable[Optimizer],
         tracker: SketchTracker | None,
-        back: Callable[[], None],
+        back: Callable[[set[str]], None],
         order: int,
     ):
         self._model, self._tracker, self._back = model, tracker, back
@@ -61,7 +62,8 @@ class Snapshot:
         """
         if self.void:
             raise ValueError("this snapshot is void: one taken before it was restored since")
-        changed = sorted(all_tensors(self._model).keys() ^ self.expected)
+        names = all_tensors(self._model).keys()
+        changed = sorted(names ^ self.expected)
         if changed:
             raise ValueError(
                 "the model must have the parameters and buffers that it had, with masks on or off "
@@ -71,8 +73,7 @@ class Snapshot:
         while self.changes:
             revert(self.changes[-1])
             self.changes.pop()
-        self.expected = set(self._values)
-        self._back()
+        self._back(set(names ^ all_tensors(self._model).keys()))
         for name, tensor in all_tensors(self._model).items():
             tensor.copy_(self._values[name])
         if self._tracker is not None and self._tracked is not None:
