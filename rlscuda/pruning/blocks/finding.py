@@ -174,10 +174,13 @@ def _names(runs: list[list[Run]]) -> list[str]:
             common = [a for a, b in zip(common, other) if a == b]
         prefixes.append(".".join(common))
     lasts = [own[-1].name if own else "" for own in runs]
-    return [
-        last if not prefix or prefixes.count(prefix) > 1 else prefix
-        for prefix, last in zip(prefixes, lasts)
-    ]
+    names = prefixes
+    while True:  # one branch of another's last module may get the name that both have in common
+        unclear = {name for name in names if not name or names.count(name) > 1}
+        better = [last if name in unclear else name for name, last in zip(names, lasts)]
+        if better == names:
+            return names
+        names = better
 
 
 def _block(

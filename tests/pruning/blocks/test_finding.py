@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.blocks import CASES, IMAGES, InPlace, copies, resnet
 from support.compare import differing
+from torch import nn
 
 from rlscuda.pruning import find_blocks
 from rlscuda.pruning.blocks.proving import with_stand_ins
@@ -73,3 +74,68 @@ def test_hooks_and_random_state_are_left_alone():
     state = torch.get_rng_state()
     find_blocks(model, IMAGES)
     assert not calls and torch.equal(state, torch.get_rng_state())
+
+
+def same(x):
+    return x
+
+
+class Residual(nn.Module):
+    """A residual branch; what it is given and what it puts out is changed by functions."""
+
+    def __init__(self, first=same, last=same, end=same):
+        super().__init__()
+        self.enter = nn.Linear(3, 6)
+        self.branch = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 6))
+        self.first, self.last, self.end = first, last, end
+
+    def forward(self, x):
+        x = self.enter(self.first(x))
+        return self.end(x + self.last(self.branch(x)))
+
+
+def of_classes(x):
+    return nn.functional.one_hot(x[:, 0].long(), 3).float()
+
+
+def masked(x):
+    return x.index_fill(1, torch.tensor([0]), float("-inf"))
+
+
+@pytest.mark.parametrize(
+    ("first", "end"),
+    [(torch.log, same), (of_classes, same), (same, masked)],
+    ids=["noise gives NaN", "noise fails", "infinite outputs"],
+)
+def test_noise_and_infinity_prove_nothing(first, end):
+    torch.manual_seed(0)
+    inputs = 2 * torch.rand(40, 3) + 0.01
+    assert [b.name for b in find_blocks(Residual(first, end=end), inputs).found] == ["branch"]
+    refused = find_blocks(Residual(first, torch.sigmoid, end), inputs).refused
+    assert "does not put out zeros" in refused["branch"]
+
+
+def test_a_model_that_fails_with_zeros_is_refused():
+    def choosy(x):
+        return x if x.any() else x.reshape(-1, 7)
+
+    model = Residual(first=lambda x: 0 * x, end=choosy)
+    nn.init.zeros_(model.enter.bias)
+    assert "fails with zeros in its place" in find_blocks(model, torch.rand(4, 3)).refused["branch"]
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 9), nn.Linear(9, 6)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+
+def test_nested_branches_have_names_of_their_own():
+    model = Residual()
+    model.branch = Inner()
+    blocks = find_blocks(model, torch.rand(4, 3))
+    assert [block.name for block in blocks.found] == ["branch.down", "branch"]
+    assert blocks.block("branch").modules == ["branch"]
