@@ -63,10 +63,12 @@ def best_mix(
         try:
             if not reached(trial):
                 cut(trial)
-            losses.append(value_of(loss, trial, f"with {len(losses)} blocks gone"))
         except ValueError as error:
             losses.append(math.inf)
             reason = error
+        else:
+            value = value_of(loss, trial)
+            losses.append(value if math.isfinite(value) else math.inf)
         if losses[-1] < math.inf and losses[-1] == min(losses):
             best = Mix(len(losses) - 1, losses)
         tried = len(losses) - 1 - best.blocks

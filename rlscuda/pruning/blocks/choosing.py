@@ -112,8 +112,8 @@ class Search:
                     pairs = ((batch, batch) for batch in self.loader)
                     statistics = settle(model, trial, {}, pairs).statistics
                     check_finite(statistics)
-                cost = value_of(loss, trial, f"without {block.name!r}") - value
-                if cost / saved < least:
+                cost = value_of(loss, trial) - value
+                if math.isfinite(cost) and cost / saved < least:
                     least = cost / saved
                     best = Choice(option, trial, cost, saved, statistics)
         return best
@@ -215,18 +215,14 @@ class _Spread:
         return self.error / self.samples / (variance or 1.0)
 
 
-def value_of(loss: Callable[[nn.Module], float], model: nn.Module, of: str) -> float:
+def value_of(loss: Callable[[nn.Module], float], model: nn.Module) -> float:
     """The loss of a model as a number; it is that of a copy, which it may train.
 
     Raises:
         TypeError: It is none.
-        ValueError: It is not finite.
     """
     value: Any = loss(isolated_copy(model))
     try:
-        number = float(value)
+        return float(value)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"evaluate must give a number, got {type(value).__name__}") from None
-    if not math.isfinite(number):
-        raise ValueError(f"the loss {of} must be finite, got {number}")
-    return number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -50,6 +51,10 @@ class Shortening:
         model: The copy, in eval mode.
         value: Its loss.
         changes: What became of the blocks that are gone, in the order of their removal.
+
+    Raises:
+        TypeError: The loss is no number.
+        ValueError: It is not finite.
     """
 
     def __init__(
@@ -64,7 +69,9 @@ class Shortening:
         self._blocks, self._search, self._loss = list(blocks), search, loss
         self._stand_ins: list[dict[str, StandIn]] = []
         self._statistics: list[dict[str, Tensor]] = []
-        self.value = value_of(loss, self.model, "of the whole model")
+        self.value = value_of(loss, self.model)
+        if not math.isfinite(self.value):
+            raise ValueError(f"the loss of the whole model must be finite, got {self.value}")
 
     def advance(self) -> bool:
         """Takes the block that costs least for what it saves; whether there was one."""

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from rlscuda.pruning import remove_blocks
 from rlscuda.pruning.blocks.choosing import Distortion
+from rlscuda.pruning.blocks.stand_ins import StandIn
 
 SAMPLES = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(7))
 
@@ -68,3 +69,17 @@ def test_what_cannot_be_compared_is_refused():
         remove_blocks(resnet(), SAMPLES[:2], [], count=1, ways=("delete",))
     with pytest.raises(ValueError, match="must put out a tensor"):
         Distortion(Wrapped(lambda y: None), [SAMPLES])(Wrapped(lambda y: None))
+
+
+@pytest.mark.parametrize("worst", [float("nan"), float("inf"), -float("inf")])
+def test_what_breaks_the_model_does_not_go(worst):
+    torch.manual_seed(0)
+    model = resnet()
+
+    def evaluate(trial):
+        return worst if isinstance(trial.block12.bn2, StandIn) else 1.0
+
+    report = remove_blocks(model, SAMPLES[:2], [SAMPLES], count=3, evaluate=evaluate)
+    assert report.kept == ["block12"]
+    with pytest.raises(ValueError, match="out of reach"):
+        remove_blocks(model, SAMPLES[:2], [SAMPLES], count=1, evaluate=evaluate)
