@@ -73,15 +73,17 @@ def checked_source(source: str | None, there: Mapping[str, bool], needed: bool) 
     return source
 
 
-def checked_what(what: str | Sequence[str], source: str) -> tuple[str, ...]:
+def checked_what(what: str | Sequence[str], source: str, include_inputs: bool) -> tuple[str, ...]:
     """What is removed: `channels`, or `channels` and `blocks`.
 
     Args:
         what: One name, or several.
         source: Of the matrices.
+        include_inputs: Whether inputs are to be removed, too.
 
     Raises:
-        ValueError: It is something else, or the matrices are not those of the model without blocks.
+        ValueError: It is something else, or the matrices are not those of the model without blocks,
+            or inputs are to go with these.
     """
     chosen = (what,) if isinstance(what, str) else tuple(what)
     if chosen not in (("channels",), ("channels", "blocks"), ("blocks", "channels")):
@@ -90,6 +92,9 @@ def checked_what(what: str | Sequence[str], source: str) -> tuple[str, ...]:
     if "blocks" in chosen and source != "calibration":
         raise ValueError("with blocks the matrices are of the model without them: pass loader= and "
                          f"source='calibration', got {source!r}")  # fmt: skip
+    if "blocks" in chosen and include_inputs:
+        raise ValueError("blocks cannot be combined with include_inputs: what is compared would be "
+                         "given other inputs")  # fmt: skip
     return chosen
 
 

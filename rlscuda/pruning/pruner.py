@@ -186,7 +186,7 @@ class RLSPruner:
         inside = {module for _, modules in chosen for module in modules}
         self.ignored = [name for name, module in model.named_modules() if module in inside]
         self.include_inputs, self.seed = include_inputs, seed
-        self.what = checked_what(what, self.source)
+        self.what = checked_what(what, self.source, include_inputs)
         self._original: dict[str, int] = {}
         self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
         self._order = itertools.count()
@@ -221,8 +221,8 @@ class RLSPruner:
             raise ValueError(f"{kind} is of channels alone: with blocks give {' or '.join(SIZES)}")
         assert self.loader is not None
         inputs, size = self.example_inputs, partial(SIZES[kind], inputs=self.example_inputs)
-        before = measure(isolated_copy(self.model), inputs, repeats=_REPEATS)
-        limit = value if value >= 1 else value * size(self.model)
+        before = measure(whole := isolated_copy(self.model), inputs, repeats=_REPEATS)
+        limit = value if value >= 1 else value * size(whole)
         options = {name: getattr(self, name) for name in _PASSED_ON}
         loss = self._loss if self.evaluate is not None else Distortion(self.model, self.loader)
         rest = (kind.removeprefix("target_"), self.adapt_norms, self.ignored)

@@ -150,6 +150,10 @@ class PruneSchedule:
                 raise ValueError(f"{name} must be >= {least}, got {value}")
         if budget is not None and budget < 1:
             raise ValueError(f"budget must be >= 1 epoch or None, got {budget}")
+        if "blocks" in getattr(pruner, "what", ()):
+            raise ValueError(
+                "a schedule's ratios are of channels alone, got a pruner of blocks too"
+            )
         self.pruner, self.ratio, self.curve = pruner, ratio, curve
         self.total, self.warmup, self.tolerance, self.budget = rounds, warmup, tolerance, budget
         self.on_change = on_change

@@ -7,7 +7,7 @@ from support.compare import differing, snapshot
 from torch import nn
 
 from rlscuda import RLSOptimizer
-from rlscuda.pruning import RLSPruner, load_pruned, remove_blocks, save_pruned
+from rlscuda.pruning import PruneSchedule, RLSPruner, load_pruned, remove_blocks, save_pruned
 from rlscuda.pruning.blocks.choosing import Distortion
 from rlscuda.pruning.report import PruneReport
 from rlscuda.pruning.running.measure import count_flops
@@ -181,6 +181,7 @@ def test_ignored_blocks_stay():
     [({"what": "blocks"}, "what must be"), ({"what": ("channels", "layers")}, "what must be"),
      ({"source": "own"}, "with blocks the matrices are of the model without them"),
      ({"target_flops": None, "ratio": 0.5}, "ratio is of channels alone"),
+     ({"include_inputs": True}, "cannot be combined with include_inputs"),
      ({"target_flops": 10}, "out of reach")],
 )  # fmt: skip
 def test_a_refusal_changes_nothing(options, message):
@@ -194,3 +195,31 @@ def test_a_refusal_changes_nothing(options, message):
         ).step()  # fmt: skip
     assert not differing(before, snapshot(model, optimizer))
     assert isinstance(model, nn.Module)
+
+
+def test_an_error_of_the_evaluation_is_not_taken_for_a_target_out_of_reach():
+    model, _ = trained()
+    calls = []
+
+    def evaluate(trial):
+        calls.append(trial)
+        if len(calls) == 2:
+            raise ValueError("no such file")
+        return 1.0
+
+    with pytest.raises(ValueError, match="no such file"):
+        pruner(model, evaluate=evaluate).step()
+
+
+def test_a_schedule_is_of_channels_alone():
+    model, _ = trained()
+    with pytest.raises(ValueError, match="channels alone"):
+        PruneSchedule(pruner(model), 0.5)
+
+
+def test_hooks_of_others_see_no_search():
+    model, _ = trained()
+    seen = []
+    model.register_forward_hook(lambda *_: seen.append(1))
+    remove_blocks(model, IMAGES[:1], LOADER, target_flops=0.8)
+    assert not seen

@@ -165,5 +165,5 @@ def _target(
     def size(one: nn.Module) -> int:
         return count_parameters(one) if name == "target_params" else count_flops(one, inputs)
 
-    limit = value if value >= 1 else value * size(model)
+    limit = value if value >= 1 else value * size(isolated_copy(model))
     return lambda one, _: size(one) <= limit
