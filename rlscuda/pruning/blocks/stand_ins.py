@@ -120,6 +120,11 @@ def description_of(stand_in: StandIn) -> dict[str, Any]:
     return own
 
 
+_MOST = 2**31 - 1
+_BOUNDS = {  # of the numbers in a description; a file may be anybody's
+    "outputs": (0, 1 << 16), "channel": (-1, 8), "strides": (1, _MOST), "stride": (1, _MOST),
+    "inputs": (1, _MOST),
+}  # fmt: skip
 _KINDS: dict[str, type[StandIn]] = {kind.__name__: kind for kind in (Passed, Absent, Mapped)}
 
 
@@ -131,13 +136,14 @@ def made_of(description: dict[str, Any]) -> StandIn:
     """
     options = dict(description)
     kind = options.pop("kind", None)
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"a stand-in must be {' | '.join(_KINDS)}, got {kind!r}")
     try:
-        strides = tuple(options.get("strides", ()))
-        numbers = [*strides, *(value for name, value in options.items() if name != "strides")]
-        if not all(isinstance(number, (bool, int)) for number in numbers):
-            raise TypeError("its options must be integers")
+        for name, value in options.items():
+            least, most = _BOUNDS.get(name, (0, _MOST))
+            for number in value if name == "strides" else (value,):
+                if not isinstance(number, int) or not least <= number <= most:
+                    raise TypeError(f"{name} must be integers from {least} to {most}")
         with torch.device("meta"):
             return _KINDS[kind](**options)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -279,7 +279,12 @@ def test_all_blocks_may_go():
 
 @pytest.mark.parametrize(
     "description", [{"kind": "Linear"}, {"kind": "Passed", "outputs": "2"}, {"kind": "Mapped"},
-                    {"kind": "Absent", "strides": 3}, {"kind": "Absent", "place": 1}],
+                    {"kind": "Absent", "strides": 3}, {"kind": "Absent", "place": 1},
+                    {"kind": ["Absent"]},
+                    {"kind": "Absent", "strides": [2, 0]}, {"kind": "Passed", "outputs": 10**12},
+                    {"kind": "Absent", "channel": 10**9}, {"kind": "Passed", "outputs": -1},
+                    {"kind": "Mapped", "outputs": 0, "kernel": 1, "inputs": 2, "width": 2,
+                     "stride": 0}],
 )  # fmt: skip
 def test_a_damaged_description_is_refused(description):
     with pytest.raises(ValueError, match="a stand-in must be|is described by"):
