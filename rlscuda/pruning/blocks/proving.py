@@ -14,6 +14,7 @@ from rlscuda.pruning.running.calls import (
     ExampleInputs,
     call,
     isolated_copy,
+    leaves,
     map_tensors,
     output_tensors,
     rng_kept,
@@ -68,27 +69,35 @@ def prove(
     with rng_kept(model):
         trials = (example_inputs, map_tensors(_noise, example_inputs))
         for inputs in trials if zero else trials[:1]:
-            wanted: list[Tensor] = []
+            wanted: Any = None
             try:
                 if zero:
                     flow = record(isolated_copy(model).eval(), inputs, (operation, operand))
-                    wanted = [flow.tensors[value] for value in flow.results]
+                    wanted = flow.runs[0].output
             except Exception as error:
                 if inputs is example_inputs:
                     raise ValueError(f"the model fails with zeros in its place: {error}") from error
                 continue  # what is no noise to it: numbers that are rounded to indices
             try:
-                got = output_tensors(call(without, inputs))
+                got = call(without, inputs)
             except Exception as error:
                 if seen and not zero:
                     return seen[0]
                 what = f"{type(error).__name__}: {error}"
                 raise ValueError(f"the model fails without it: {what}") from error
+            if zero and _lengths(got) != _lengths(wanted):
+                raise ValueError("it fills the cache by which the model counts its tokens")
             if zero:
-                _compare(got, wanted)
+                _compare(output_tensors(got), output_tensors(wanted))
         if zero:
             _train(model, without, example_inputs)
     return seen[0]
+
+
+def _lengths(output: Any) -> list[int]:
+    """What caches of transformers among the outputs count; they ask one layer for it."""
+    counts = [getattr(leaf, "get_seq_length", None) for leaf in leaves(output)]
+    return [int(count()) for count in counts if callable(count)]
 
 
 def _noise(tensor: Tensor) -> Tensor:

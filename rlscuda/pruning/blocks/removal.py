@@ -68,7 +68,9 @@ def remove_blocks(
     saves. A map T is the least-squares fit of the branch's output to its input over the loader; it
     is measured like a deletion. Exactly one of `count`, `target_params` and `target_flops` says how
     many go. Model and optimizers are changed together at the end, or not at all; training then goes
-    on with the same optimizers.
+    on with the same optimizers. What a branch does besides its output, as filling a cache of keys,
+    is gone with it: decoders of transformers count by that of one layer, whose attention has to
+    stay. They are known where the example inputs let the model put the cache out.
 
     Args:
         model: The model.

@@ -139,3 +139,41 @@ def test_nested_branches_have_names_of_their_own():
     blocks = find_blocks(model, torch.rand(4, 3))
     assert [block.name for block in blocks.found] == ["branch.down", "branch"]
     assert blocks.block("branch").modules == ["branch"]
+
+
+class Cache:
+    """As that of transformers, it asks its first layer how long it is."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def get_seq_length(self):
+        return self.seen.get(0, 0)
+
+
+class Attention(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.map = layer, nn.Linear(6, 6)
+
+    def forward(self, x, cache):
+        cache.seen[self.layer] = x.shape[1]
+        return self.map(x)
+
+
+class Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Attention(layer) for layer in range(2))
+
+    def forward(self, x):
+        cache = Cache()
+        for layer in self.layers:
+            x = x + layer(x, cache)
+        return {"x": x, "cache": cache}
+
+
+def test_what_a_cache_counts_by_stays():
+    blocks = find_blocks(Decoder(), torch.randn(2, 5, 6))
+    assert [block.name for block in blocks.found] == ["layers.1"]
+    assert "the cache by which the model counts" in blocks.refused["layers.0"]
