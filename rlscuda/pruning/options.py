@@ -43,7 +43,8 @@ def checked_optimizers(optimizer: Any, model: nn.Module) -> tuple[Optimizer, ...
     for one in optimizers:
         if not isinstance(one, Optimizer):
             raise TypeError(f"optimizer must be a torch optimizer, got {type(one).__name__}")
-        if parameters.isdisjoint(p for group in one.param_groups for p in group["params"]):
+        held = [p for group in one.param_groups for p in group["params"]]
+        if held and parameters.isdisjoint(held):  # one whose blocks are all gone holds none
             raise ValueError("optimizer must train the model, got one with none of its parameters")
     return optimizers
 

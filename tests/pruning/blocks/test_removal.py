@@ -125,6 +125,17 @@ def test_a_map_is_trained_where_its_branch_was():
     assert [*held] == [*model.parameters()] and all(p.requires_grad for p in held)
 
 
+def test_an_optimizer_may_lose_all_that_it_trains():
+    model = resnet()
+    first = torch.optim.SGD(model.block12.parameters(), lr=0.1)
+    left = [p for name, p in model.named_parameters() if not name.startswith("block12")]
+    options = {"optimizers": [first, torch.optim.SGD(left, lr=0.1)], "ways": ("delete",)}
+    remove_blocks(model, IMAGES, LOADER, count=1, names="block12", **options)
+    assert first.param_groups[0]["params"] == []
+    first.step()
+    remove_blocks(model, IMAGES, LOADER, count=1, **options)
+
+
 def test_what_is_gone_is_freed():
     model = resnet()
     optimizer = RLSOptimizer(model, lr=0.02)
