@@ -125,6 +125,7 @@ def test_snapshots_are_restored_one_after_the_other():
     go_on(model, optimizer)
     first.restore()
     assert not differing(before, copies(model))
+    assert {p for g in optimizer.param_groups for p in g["params"]} == {*model.parameters()}
     one.step()
     first.restore()
     assert not differing(before, copies(model))

@@ -41,7 +41,7 @@ def replace_modules(
         KeyError: The model has no such module.
         ValueError: An optimizer keeps something for all of its parameters together, as LBFGS does.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules, optimizers = dict(model.named_modules(remove_duplicate=False)), tuple(optimizers)
     changes: list[Change] = []
     for name, stand_in in stand_ins.items():
         parent, _, own = name.rpartition(".")
