@@ -22,7 +22,7 @@ from rlscuda.optional import optional
 from rlscuda.pruning.blocks.choosing import Distortion
 from rlscuda.pruning.blocks.shortening import shortening_of
 from rlscuda.pruning.choice.ranking import IMPORTANCES, WITHOUT_MATRIX, rank, units_gone
-from rlscuda.pruning.choice.targets import TARGETS, Cut, Ladder, Search, checked_target
+from rlscuda.pruning.choice.targets import TARGETS, Cut, Ladder, Search, changes_of, checked_target
 from rlscuda.pruning.jointly import SIZES, best_mix
 from rlscuda.pruning.matrices.calibration import calibrate, disagreement
 from rlscuda.pruning.matrices.own import by_weight
@@ -34,7 +34,7 @@ from rlscuda.pruning.options import (
     checked_source,
     checked_what,
 )
-from rlscuda.pruning.report import PruneReport, changes_of
+from rlscuda.pruning.report import PruneReport
 from rlscuda.pruning.running.batch_norms import FEWEST_SAMPLES, Settled, check_finite, settle
 from rlscuda.pruning.running.calls import SlicedBatches, all_tensors, isolated_copy
 from rlscuda.pruning.running.measure import compare, measure

@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from rlscuda.pruning.blocks.shortening import BlockChange
-from rlscuda.pruning.choice.ranking import Candidate
-from rlscuda.pruning.couplings import Structure
 from rlscuda.pruning.running.measure import Gains, Measurement
 
 
@@ -33,24 +31,6 @@ class CouplingChange:
     after: int
     removed: list[int]
     cost: list[float]
-
-
-def changes_of(
-    structure: Structure, candidates: Mapping[str, Candidate], removed: Mapping[str, list[int]]
-) -> list[CouplingChange]:
-    """What became of every coupling that was ranked, in the network's order."""
-    return [
-        CouplingChange(
-            name=coupling.name,
-            members=[member.name for member in coupling.members],
-            before=coupling.units,
-            after=coupling.units - len(removed.get(coupling.name, [])),
-            removed=removed.get(coupling.name, []),
-            cost=candidates[coupling.name].cost.tolist(),
-        )
-        for coupling in structure.couplings
-        if coupling.name in candidates
-    ]
 
 
 @dataclass(frozen=True)

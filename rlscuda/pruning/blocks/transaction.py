@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from rlscuda.optim.kept import Change
 from rlscuda.optimizer import RLSOptimizer
 from rlscuda.pruning.blocks.stand_ins import StandIn
-from rlscuda.pruning.surgery.transaction import check_alone, commit
+from rlscuda.pruning.surgery.transaction import check_alone, commit, revert
 
 
 @torch.no_grad()
@@ -57,9 +57,29 @@ def replace_modules(
         for name, buffer in model.named_buffers()
         if name in buffers
     ]
+    following = []
     for optimizer in optimizers:
-        changes += _optimizer_changes(optimizer, gone, heirs)
-    commit(changes, done)
+        if follows := _optimizer_changes(optimizer, gone, heirs):
+            changes += follows
+            following.append(optimizer)
+    numbered: list[Change] = []
+    try:
+        commit(changes, done)
+        commit([change for one in following for change in _numbers(one)], numbered)
+    except BaseException:
+        revert(done)
+        raise
+    done += numbered
+
+
+def _numbers(optimizer: Optimizer) -> list[Change]:
+    """The numbers of its layers that a new optimizer would give them, which seed their draws."""
+    if not isinstance(optimizer, RLSOptimizer):
+        return []
+    registry = optimizer._registry
+    registry.search()
+    layers = [(match.layer, place) for place, match in enumerate(registry.matches)]
+    return [(layer, "index", place) for layer, place in layers if layer is not None]
 
 
 def _gone(modules: Mapping[str, nn.Module], replaced: Iterable[str]) -> set[nn.Parameter]:

@@ -23,6 +23,7 @@ from rlscuda.optim.kinds.modules import COVERED
 from rlscuda.pruning.choice.ranking import Candidate, layer_weight
 from rlscuda.pruning.couplings import Coupling, Member, Structure
 from rlscuda.pruning.matrices.calibration import Matrices
+from rlscuda.pruning.report import CouplingChange
 from rlscuda.pruning.running.measure import count_flops, count_parameters
 from rlscuda.pruning.surgery.plan import Surgery, plan
 from rlscuda.pruning.surgery.transaction import pruned_copy
@@ -340,3 +341,21 @@ def compensate_layers(
         if W.shape[1] > inputs:
             values[f"{name}.bias"] = W[:, inputs].to(module.bias)
     return values, reasons
+
+
+def changes_of(
+    structure: Structure, candidates: Mapping[str, Candidate], removed: Mapping[str, list[int]]
+) -> list[CouplingChange]:
+    """What became of every coupling that was ranked, in the network's order."""
+    return [
+        CouplingChange(
+            name=coupling.name,
+            members=[member.name for member in coupling.members],
+            before=coupling.units,
+            after=coupling.units - len(removed.get(coupling.name, [])),
+            removed=removed.get(coupling.name, []),
+            cost=candidates[coupling.name].cost.tolist(),
+        )
+        for coupling in structure.couplings
+        if coupling.name in candidates
+    ]

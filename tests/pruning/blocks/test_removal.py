@@ -10,7 +10,13 @@ from support.compare import differing, snapshot
 from torch import nn
 
 from rlscuda import RLSOptimizer
-from rlscuda.pruning import export_program, load_pruned, remove_blocks, save_pruned
+from rlscuda.pruning import (
+    export_program,
+    load_optimizer,
+    load_pruned,
+    remove_blocks,
+    save_pruned,
+)
 from rlscuda.pruning.blocks.stand_ins import Absent, Mapped, Passed, made_of
 from rlscuda.pruning.running.measure import count_flops
 
@@ -254,6 +260,11 @@ def test_a_file_holds_it(ways, tmp_path):
     save_pruned(model, tmp_path / "model.safetensors", optimizer=optimizer)
     again = load_pruned(resnet, tmp_path / "model.safetensors")
     assert torch.equal(again.eval()(IMAGES), model.eval()(IMAGES))
+    resumed = RLSOptimizer(again)
+    load_optimizer(resumed, tmp_path / "model.safetensors")
+    for one, own in ((model, optimizer), (again, resumed)):
+        steps(one.train(), own, 3, seed=5)
+    assert not differing(copies(model), copies(again))
     with pytest.raises(ValueError, match="it has no module 'block.*, which was removed"):
         load_pruned(lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), tmp_path / "model.safetensors")
 
