@@ -279,7 +279,7 @@ class RLSPruner:
                 warnings.warn(
                     f"batch norms adapt to the cut by {settled.samples} samples of loader: give "
                     f"{FEWEST_SAMPLES} or more, or adapt_norms=False",
-                    stacklevel=2,
+                    stacklevel=3 + ("blocks" in self.what),
                 )
         self._operate(cut, values, settled.statistics)  # the last that can fail
         return PruneReport(
