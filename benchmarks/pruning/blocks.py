@@ -136,25 +136,29 @@ def _gone(changes: list[BlockChange]) -> list[dict]:
 def report(results: Path) -> str:
     """Two tables: what is left by the number of blocks, and by the share of FLOPs removed."""
     runs = json.loads(results.read_text(encoding="utf-8"))["runs"]
-    by_count = _table("branch becomes", [f"{k} gone" for k in range(MOST + 1)], WAYS, runs)
-    heads = ["whole", *(f"{share:.0%} of the FLOPs removed" for share in SHARES)]
-    return by_count + "\n" + _table("what goes", heads, (*MIXES, BLOCKS), runs)
+    heads = [f"{k} gone" for k in range(MOST + 1)]
+    shares = ["whole", *(f"{share:.0%} of the FLOPs removed" for share in SHARES)]
+    tables = [
+        _table("branch becomes", heads, WAYS, runs),
+        _table("what goes", shares, (*MIXES, BLOCKS), runs),
+    ]
+    return "\n".join(table for table in tables if table)
 
 
 def _table(title: str, heads: list[str], ways: Iterable[str], runs: list[dict]) -> str:
+    """One line for each way that has runs; '' where none has."""
     lines = [[title, *heads]]
     for way in ways:
         own = [run["points"] for run in runs if run["way"] == way]
         whole = [points[0] for points in own]
-        cells = [_cell([points[k] for points in own], whole) for k in range(len(heads))]
-        lines.append([way, *cells] if own else [way, *[""] * len(heads)])
-    return markdown(lines)
+        if own:
+            cells = [_cell([points[k] for points in own], whole) for k in range(len(heads))]
+            lines.append([way, *cells])
+    return markdown(lines) if len(lines) > 1 else ""
 
 
 def _cell(points: list[dict], whole: list[dict]) -> str:
     """Test accuracy, and the shares of parameters, FLOPs and time that are gone."""
-    if not points:
-        return ""
     mean = statistics.fmean(point["test"] for point in points)
     shares = [
         1 - statistics.fmean(p[key] / w[key] for p, w in zip(points, whole, strict=True))
