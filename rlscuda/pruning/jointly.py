@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from torch import nn
 
@@ -20,31 +19,18 @@ SIZES: dict[str, Callable[..., int]] = {  # of a model and its inputs, by the ta
 _PATIENCE = 2  # blocks more that are tried after the best number
 
 
-@dataclass(frozen=True, eq=False)
-class Mix:
-    """How a target is met best.
-
-    Attributes:
-        blocks: How many go.
-        losses: With 0, 1, 2, ... blocks gone and channels for the rest; infinite where these cannot
-            meet the target.
-    """
-
-    blocks: int
-    losses: list[float]
-
-
 def best_mix(
     shorter: Shortening,
     reached: Callable[[nn.Module], bool],
     cut: Callable[[nn.Module], None],
     loss: Callable[[nn.Module], float],
-) -> Mix:
+) -> int:
     """The number of blocks with which the target costs the least loss.
 
     Blocks go in the order of their price, and for each number of them as many channels as the
-    target still asks for are tried, all closed forms included. So no mix on the way is worse than
-    channels alone, or blocks alone, by this loss. The search ends where more blocks only lose.
+    target still asks for are tried, all closed forms included. The search ends where two blocks
+    more have only lost, so that what it gives is no worse by this loss than channels alone, nor
+    than blocks alone where it has come so far.
 
     Args:
         shorter: The model, whole; it is advanced.
@@ -55,8 +41,8 @@ def best_mix(
     Raises:
         ValueError: The target is out of reach.
     """
-    losses: list[float] = []
-    best = Mix(0, losses)
+    losses: list[float] = []  # with 0, 1, 2, ... blocks gone; infinite out of reach
+    best = 0
     reason: ValueError | None = None
     while True:
         trial = isolated_copy(shorter.model)
@@ -70,8 +56,8 @@ def best_mix(
             value = value_of(loss, trial)
             losses.append(value if math.isfinite(value) else math.inf)
         if losses[-1] < math.inf and losses[-1] == min(losses):
-            best = Mix(len(losses) - 1, losses)
-        tried = len(losses) - 1 - best.blocks
+            best = len(losses) - 1
+        tried = len(losses) - 1 - best
         over = min(losses) < math.inf and tried >= _PATIENCE
         if over or reached(shorter.model) or not shorter.advance():
             break

@@ -231,11 +231,11 @@ class RLSPruner:
         def cut(trial: nn.Module) -> None:
             RLSPruner(trial, None, inputs, **{kind: limit}, **options).step()
 
-        mix = best_mix(shorter, lambda trial: size(trial) <= limit, cut, loss)
+        count = best_mix(shorter, lambda trial: size(trial) <= limit, cut, loss)
         done, names = cast(list[Change], []), all_tensors(self.model).keys()
         for snapshot in self._snapshots:
             snapshot.changes.append(done)
-        shorter.install(self.model, self.optimizers, mix.blocks, done)
+        shorter.install(self.model, self.optimizers, count, done)
         try:
             report = self._cut(kind, limit, progress)
         except BaseException:
@@ -244,7 +244,7 @@ class RLSPruner:
         for snapshot in self._snapshots:
             snapshot.expected ^= names ^ all_tensors(self.model).keys()
         return replace(
-            report, blocks=shorter.changes[: mix.blocks], refused={**refused, **report.refused},
+            report, blocks=shorter.changes[: count], refused={**refused, **report.refused},
             gains=compare(before, report.gains.after),
         )  # fmt: skip
 

@@ -107,15 +107,15 @@ class Search:
                 saved = size - self.size(trial)
                 if saved <= 0:
                     continue
-                statistics: dict[str, Tensor] = {}
+                followed: dict[str, Tensor] = {}
                 if self.adapt_norms:
                     pairs = ((batch, batch) for batch in self.loader)
-                    statistics = settle(model, trial, {}, pairs).statistics
-                    check_finite(statistics)
+                    followed = settle(model, trial, {}, pairs).statistics
+                    check_finite(followed)
                 cost = value_of(loss, trial) - value
                 if math.isfinite(cost) and cost / saved < least:
                     least = cost / saved
-                    best = Choice(option, trial, cost, saved, statistics)
+                    best = Choice(option, trial, cost, saved, followed)
         return best
 
     def options(self, model: nn.Module, block: Block) -> list[Option]:

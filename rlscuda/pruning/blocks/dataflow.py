@@ -43,13 +43,11 @@ class Run:
         name: Qualified name of the module.
         start: Number of the first operation inside.
         stop: That after the last one.
-        inputs: Numbers of the tensors among its arguments.
         output: What it returned.
     """
 
     name: str
     start: int
-    inputs: tuple[int, ...]
     stop: int = -1
     output: Any = None
 
@@ -62,7 +60,7 @@ class Flow:
         operations: In the order in which they ran.
         runs: Of modules, in the order of their starts, the model's own first.
         tensors: By value, as they were when it was given; later writes show.
-        parameters: Values that are parameters -> their names.
+        parameters: Values that are parameters.
         given: Values that the model was given.
         results: Values of the model's output.
     """
@@ -70,7 +68,7 @@ class Flow:
     operations: list[Operation] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
-    parameters: dict[int, str] = field(default_factory=dict)
+    parameters: set[int] = field(default_factory=set)
     given: set[int] = field(default_factory=set)
     results: tuple[int, ...] = ()
 
@@ -147,8 +145,7 @@ class _Recorder(TorchDispatchMode):
         self._numbers: dict[int, int] = {}
         self._sharing: dict[int, list[Tensor]] = {}
         self._open: list[Run] = []
-        for name, parameter in model.named_parameters():
-            self.flow.parameters[self.number(parameter)] = name
+        self.flow.parameters = {self.number(parameter) for parameter in model.parameters()}
         self.flow.given = {self.number(tensor) for tensor in output_tensors(example_inputs)}
 
     def number(self, tensor: Tensor, anew: bool = False) -> int:
@@ -164,8 +161,7 @@ class _Recorder(TorchDispatchMode):
         """A pre-hook of the module of that name."""
 
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            inputs = tuple(map(self.number, output_tensors((args, kwargs))))
-            run = Run(name, len(self.flow.operations), inputs)
+            run = Run(name, len(self.flow.operations))
             self.flow.runs.append(run)
             self._open.append(run)
 

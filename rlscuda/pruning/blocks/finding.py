@@ -208,13 +208,13 @@ def _block(
     before, after = runs[: runs.index(last)], runs[runs.index(last) + 1 :]
     stand_ins: dict[str, StandIn] = {}
     for run in before + after:
-        stand_ins[run.name] = Passed(_outputs(run), copies=writes and run is runs[0])
+        stand_ins[run.name] = Passed(_outputs(run), copies=writes and run.name == runs[0].name)
     shape = _first_output(last).shape
     channel = _channel(flow, last)
     own = {p for run in runs for p in modules[run.name].parameters()}
     block = Block(
         name=name,
-        modules=[run.name for run in dict.fromkeys(runs)],
+        modules=list(dict.fromkeys(run.name for run in runs)),
         exit=last.name,
         stand_ins=stand_ins,
         parameters=sum(p.numel() for p in own),

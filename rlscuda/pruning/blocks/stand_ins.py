@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from rlscuda._torch import tree_leaves
 
 
-class StandIn(nn.Module):
+class StandIn(nn.Module, ABC):
     """A module in the place of another, called in the same way.
 
     Args:
@@ -28,9 +29,9 @@ class StandIn(nn.Module):
         y = self.make(x)
         return (y, *[None] * (self.outputs - 1)) if self.outputs else y
 
+    @abstractmethod
     def make(self, x: Tensor) -> Tensor:
         """The first output."""
-        raise NotImplementedError
 
 
 class Passed(StandIn):

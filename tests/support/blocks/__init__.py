@@ -107,6 +107,18 @@ class Shared(nn.Module):
         return self.head(x + self.inner(x))
 
 
+class Twice(nn.Module):
+    """A branch that begins with one module twice, whose output is then written to."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.inner, self.head = nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        y = F.relu(self.norm(self.norm(x)), inplace=True)
+        return self.head(x + self.inner(y))
+
+
 class Plain(nn.Module):
     """Sums that are no residuals: of two inputs' features, and of two branches alike."""
 
@@ -132,5 +144,6 @@ CASES = {  # make, inputs, names of the blocks, names of those refused
     "post-norm": (PostNorm, (TOKENS, PADDING), ["attention", "down"], []),
     "used": (Used, ROWS, ["head"], []),
     "shared": (Shared, ROWS, [], ["inner"]),
+    "twice": (Twice, ROWS, ["inner"], []),
     "plain": (Plain, torch.tensor([[1, 2, 3, 4]]), [], []),
 }
