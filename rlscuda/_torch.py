@@ -60,6 +60,19 @@ def is_compiled(model: nn.Module) -> bool:
     )
 
 
+def call_instead(module: nn.Module, call: Any) -> None:
+    """Makes calls of a module calls of something else, hooks apart; None undoes it.
+
+    It is where torch keeps what it compiled of a module, which no copy and no pickle takes along.
+    """
+    module._compiled_call_impl = call
+
+
+def called_as_itself(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The output of a module whose calls go elsewhere."""
+    return module._call_impl(*args, **kwargs)
+
+
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """The live registry of a module's parameters, those of its children apart."""
     return module._parameters

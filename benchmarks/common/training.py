@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from benchmarks.common.data import Split
@@ -43,20 +45,34 @@ class Run:
         self.order = torch.Generator().manual_seed(seed)
         self.epoch = 0
 
-    def train_epoch(self, split: Split) -> float:
-        """Train for one epoch in whole batches and return the mean loss."""
+    def train_epoch(
+        self, split: Split, before_step: Callable[[Callable[[], Tensor], Tensor], Any] | None = None
+    ) -> float:
+        """Train for one epoch in whole batches and return the mean loss.
+
+        Args:
+            split: The training set.
+            before_step: Called after each backward with what gives the loss of its batch again, and
+                the loss.
+        """
         self.model.train()
         steps, total = len(split.y) // BATCH, 0.0
         for index in torch.randperm(len(split.y), generator=self.order).split(BATCH)[:steps]:
             x = split.x[index].contiguous(memory_format=self.memory_format)
-            loss = F.cross_entropy(self.model(x), split.y[index])
+            criterion = partial(self._loss, x, split.y[index])
+            loss = criterion()
             self.optimizer.zero_grad()
             loss.backward()
+            if before_step:
+                before_step(criterion, loss)
             self.optimizer.step()
             self.schedule.step()
             total += loss.item()
         self.epoch += 1
         return total / steps
+
+    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.model(x), y)
 
     def state(self) -> dict[str, Any]:
         """All that `load` needs to go on bit by bit."""

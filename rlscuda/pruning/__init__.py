@@ -7,6 +7,8 @@ from rlscuda.pruning.blocks.shortening import BlockChange
 from rlscuda.pruning.choice.ranking import IMPORTANCES
 from rlscuda.pruning.files.export import export_onnx, export_program
 from rlscuda.pruning.files.saving import load_optimizer, load_pruned, save_pruned
+from rlscuda.pruning.gates.layer_gates import LayerGates
+from rlscuda.pruning.gates.report import GateReport, GateState
 from rlscuda.pruning.masks.relief import ReliefMask, ReliefReport, prune_relief
 from rlscuda.pruning.masks.units import remove_unread
 from rlscuda.pruning.masks.weights import LayerMask, MaskReport, prune_weights
@@ -29,7 +31,10 @@ __all__ = [
     "Blocks",
     "CouplingChange",
     "Gains",
+    "GateReport",
+    "GateState",
     "Kept",
+    "LayerGates",
     "LayerMask",
     "MaskReport",
     "Measurement",

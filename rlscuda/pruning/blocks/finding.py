@@ -45,6 +45,14 @@ class Block:
     shape: tuple[int, ...]
     enters: tuple[int, ...]
 
+    def touches(self, other: Block) -> bool:
+        """Whether it lies in another, or around it."""
+        return any(
+            one == two or one.startswith(f"{two}.") or two.startswith(f"{one}.")
+            for one in self.modules
+            for two in other.modules
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Blocks:

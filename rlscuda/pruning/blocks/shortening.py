@@ -80,7 +80,7 @@ class Shortening:
             return False
         block = best.option.block
         self.model, self.value = best.model, self.value + best.cost
-        self._blocks = [one for one in self._blocks if not _touch(one, block)]
+        self._blocks = [one for one in self._blocks if not one.touches(block)]
         self._stand_ins.append(best.option.stand_ins)
         self._statistics.append(best.statistics)
         how, explained = best.option.how, best.option.explained
@@ -139,12 +139,3 @@ def shortening_of(
             may_go.append(block)
     search = Search(inputs, loader, WAYS, price, adapt_norms, DAMPING)
     return Shortening(model, may_go, search, loss), refused
-
-
-def _touch(block: Block, gone: Block) -> bool:
-    """Whether a block lies in another, or around it."""
-    return any(
-        one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
-        for one in block.modules
-        for other in gone.modules
-    )

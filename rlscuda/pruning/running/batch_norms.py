@@ -88,6 +88,39 @@ def settle(
     return Settled(buffers, min(reached, default=0))
 
 
+@torch.no_grad()
+def measure_again(model: nn.Module, loader: Iterable) -> None:
+    """Gives batch norms the statistics of a loader, the mean over its batches.
+
+    What `settle` would not move stays as it is. The statistics change at the end, or not at all.
+
+    Args:
+        model: The model.
+        loader: Batches as `feed` takes them.
+
+    Raises:
+        ValueError: There is no batch, or a statistic is NaN or infinite.
+    """
+    copy = isolated_copy(model)
+    norms = _norms(copy)
+    for norm in norms.values():
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean
+        norm.train()
+    empty = True
+    with rng_kept(copy):
+        for batch in loader:
+            feed(copy, batch)
+            empty = False
+    if empty:
+        raise ValueError("loader must give at least one batch, got none")
+    reached = {name: norm for name, norm in norms.items() if norm.num_batches_tracked}
+    found = {f"{n}.{k}": b for n, m in reached.items() for k, b in m.named_buffers(recurse=False)}
+    check_finite(found)
+    for name, values in found.items():
+        model.get_buffer(name).copy_(values)
+
+
 def check_finite(statistics: Mapping[str, Tensor]) -> None:
     """Raises ValueError where a statistic of `settle` is NaN or infinite."""
     for name, values in statistics.items():

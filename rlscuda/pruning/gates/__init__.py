@@ -1,0 +1,1 @@
+"""Bernoulli gates on residual branches: training decides which of them are worth their price."""
