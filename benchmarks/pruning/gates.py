@@ -35,7 +35,6 @@ from rlscuda.pruning.running.measure import count_flops
 
 SEEDS, EPOCHS, GATED = (0, 1, 2), 10, 8
 COUNTS = (5_000, 2_000, 5_000)  # training, validation and test images
-PRICES = (0.003, 0.01, 0.02, 0.04)
 MOST = 7  # branches of nine that are removed
 CALIBRATED, JUDGED, TIMED = 500, 1_000, 10  # images of maps and norms, of the loss; steps timed
 GREEDY = {  # name -> what becomes of branches, and whether the network is trained on
@@ -43,7 +42,8 @@ GREEDY = {  # name -> what becomes of branches, and whether the network is train
     "3x3 maps at the end": ("3x3", False),
     "deleted, then trained": ("delete", True),
 }
-GATES = {"gates": False, "gates, 1x1 maps": True}
+MAPPED = "gates, then maps"
+GATES = {"gates": (0.01, 0.03, 0.06), MAPPED: (0.03,)}  # at these prices
 
 
 def begun(seed: int, split: Split) -> tuple[nn.Module, rlscuda.RLSOptimizer, Run]:
@@ -89,7 +89,7 @@ def _gated(job: dict, splits: dict[str, Split], folder: Path) -> list[dict]:
     gates = LayerGates(
         model, train.x[:1], optimizer, total_steps=GATED * (len(train.y) // BATCH),
         price=job["price"], by="flops", seed=job["seed"],
-        **({"maps": images, "tolerance": 0.5} if GATES[job["way"]] else {}),
+        **({"maps": images, "tolerance": 0.5} if job["way"] == MAPPED else {}),
     )  # fmt: skip
     whole, flops, seconds = step_seconds(job["seed"], train), count_flops(model, train.x[:1]), []
     for _ in range(GATED):
@@ -157,7 +157,7 @@ def report(results: Path) -> str:
         if own:
             lines.append([way, *(_mean(p[k]["test"] for p in own) for k in range(MOST + 1))])
     gated = [["price", "branches left", "FLOPs", "accuracy", "undecided", "step, first | last"]]
-    for way, price in ((way, price) for way in GATES for price in PRICES):
+    for way, price in ((way, price) for way, prices in GATES.items() for price in prices):
         own = [run["points"][0] for run in runs if run["way"] == way and run.get("price") == price]
         if own:
             open_ones = [t for p in own for t in p["thetas"] if 0.02 < t < 0.98]
@@ -185,8 +185,8 @@ def main() -> None:
             jobs += [{"seed": seed, "way": way} for way in GREEDY if way in args.ways]
             jobs += [
                 {"seed": seed, "way": way, "price": price}
-                for way in GATES
-                for price in PRICES
+                for way, prices in GATES.items()
+                for price in prices
                 if way in args.ways
             ]
         constants = {"epochs": EPOCHS, "gated": GATED, "images": COUNTS, "judged": JUDGED}
