@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.common import environment, shapes
 from benchmarks.learning import long_runs
 from benchmarks.learning import report as learning
-from benchmarks.pruning import blocks, plots, relief
+from benchmarks.pruning import blocks, gates, plots, relief
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MARKED = re.compile(r"(<!-- table:([\w.]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -29,6 +29,7 @@ GRIDS = {  # of many training runs
     "long_runs": long_runs.report,
     "pruning": plots.report,
     "blocks": blocks.report,
+    "gates": gates.report,
     "relief": relief.report,
 }
 
