@@ -119,6 +119,11 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def gradient_shape(function: Any) -> tuple[int, ...]:
+    """Shape of the gradient that a backward function takes: that of what its operation gave."""
+    return tuple(function._input_metadata[0].shape)
+
+
 def share_hooks(new: Tensor, old: Tensor) -> None:
     """Gives a parameter the hooks of another: the very dicts, so that their handles still work."""
     new._backward_hooks = old._backward_hooks

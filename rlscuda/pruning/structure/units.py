@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlscuda._torch import Convolution, channel_index, own_parameters
+from rlscuda._torch import Convolution, channel_index, gradient_shape, own_parameters
 from rlscuda.pruning.running.calls import (
     ExampleInputs,
     call,
@@ -30,6 +30,8 @@ Side = tuple[str, str]  # name of a module, parameter or input, and `in`, `out`,
 Point = tuple[int, int]  # place of a port, channel
 
 _TRANSPARENT = (Tensor, Number, str, bytes, type(None), torch.dtype, torch.device)  # hide no tensor
+_TRANSPOSES = ("PermuteBackward", "TransposeBackward")
+_MOVES = ("CloneBackward", *_TRANSPOSES)
 
 
 @dataclass(eq=False)
@@ -187,8 +189,7 @@ class _Graph:
                 edges.append((places[id(node), self._side(node, edge.trigger)], edge))
         for place, edge in edges:
             target = places[id(edge.target), self._side(edge.target, edge.handler)]
-            mappings = [self._mapping(m) for m in edge.index_mapping if m is not None]
-            ports[place].edges.append((target, mappings))
+            ports[place].edges.append((target, self._mappings(edge)))
         return ports
 
     def _functions(self, node: Any) -> tuple[Any, Any]:
@@ -213,11 +214,42 @@ class _Graph:
             return _Port(node, None, 0)
         return _Port(node, (name, kind), size)
 
+    def _mappings(self, edge: Any) -> list[Callable[[int], list[int]]]:
+        """The changes of a channel's number on the way along an edge."""
+        mappings = [self._mapping(m) for m in edge.index_mapping if m is not None]
+        backwards = edge.target in edge.source.inputs
+        node = edge.source if backwards else edge.target
+        if not mappings or node.type != self._kinds.RESHAPE:
+            return mappings
+        features = _transposed_features(node.grad_fn)
+        if features is None:
+            return mappings
+        channels = {feature: [channel] for channel, row in features.items() for feature in row}
+        return [lambda number: (channels if backwards else features).get(number, [])]
+
     def _mapping(self, mapping: Any) -> Callable[[int], list[int]]:
         def mapped(channel: int) -> list[int]:
             return [index.idx for index in mapping([self._index(idx=channel, root_idx=channel)])]
 
         return mapped
+
+
+def _transposed_features(flatten: Any) -> dict[int, list[int]] | None:
+    """The features of each channel of what is transposed and then flattened; else None.
+
+    torch-pruning takes the channels for the slowest index, which then they are not. The backward
+    functions move a gradient back to where it came from, and so the numbers of the features, too.
+    """
+    shape, moves, function = gradient_shape(flatten), [flatten], flatten.next_functions[0][0]
+    while function is not None and function.name().startswith(_MOVES):
+        moves.append(function)
+        function = function.next_functions[0][0]
+    if len(shape) != 2 or not any(move.name().startswith(_TRANSPOSES) for move in moves):
+        return None
+    features = torch.arange(shape[1], device="cpu").expand(shape)
+    for move in moves:
+        features = move(features)
+    return dict(enumerate(features[0].flatten(1).tolist()))
 
 
 def _checked_outputs(output: Any) -> list[Tensor]:

@@ -1,0 +1,65 @@
+"""The examples run as a reader would run them, and do what their README says."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlscuda.pruning import load_pruned
+
+FOLDER = Path(__file__).resolve().parents[2] / "examples"
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="needs the source tree")
+
+
+@pytest.fixture
+def faces(tmp_path, monkeypatch):
+    """The example of MTCNN, to be run in an empty folder."""
+    pytest.importorskip("skimage", reason="the patches are in the extra [examples]")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module("mtcnn_faces")
+
+
+def run(example, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [example.__file__, *arguments])
+    example.main()
+
+
+def test_mtcnn_is_pruned(faces, tmp_path, monkeypatch, capsys):
+    stages = faces.mtcnn_stages
+    try:
+        stages.wheel()
+    except SystemExit as error:
+        pytest.skip(str(error))
+    run(faces, monkeypatch, "--out", "picture.png")
+    printed = capsys.readouterr().out
+    rows = {tuple(w[:2]): w for w in map(str.split, printed.splitlines()) if "-Net" in w[0]}
+    for name, least, parameters in (("R-Net", 95, 100_178), ("O-Net", 97, 389_040)):
+        whole, ours, l2 = (rows[name, method] for method in ("whole", "ours", "L2"))
+        sizes = [int(row[-4].replace(",", "")) for row in (whole, ours, l2)]
+        assert sizes[0] == parameters > 15 * sizes[1] and sizes[1] == sizes[2]
+        assert int(whole[-2]) == 100 and int(ours[-2]) >= least and int(l2[-2]) <= 75
+        assert 0 == float(whole[-1]) < float(ours[-1]) < float(l2[-1])
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    pruned = load_pruned(stages.rnet, tmp_path / "picture.rnet.safetensors")
+    assert [head.out_features for head in pruned.heads] == [2, 4]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("out", ["faces.txt", "faces", "nowhere/faces.png"])
+def test_mtcnn_refuses(faces, tmp_path, monkeypatch, capsys, out):
+    with pytest.raises(SystemExit):
+        run(faces, monkeypatch, "--out", out)
+    assert f"in a folder there is, got {out}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_the_weights(faces, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    with pytest.raises(SystemExit, match="could not download facenet-pytorch==2.6.0"):
+        faces.mtcnn_stages.wheel()
+    assert not list((tmp_path / "hub").iterdir())
