@@ -132,10 +132,10 @@ def _greedy(job: dict, splits: dict[str, Split], folder: Path) -> list[dict]:
         if goes_on:
             model, optimizer, run = trained(job["seed"], train, GATED, folder)
         if count := gone if goes_on else min(gone, 1):
-            report = remove_blocks(
+            remove_blocks(
                 model, inputs, images, optimizers=optimizer, count=count, ways=(way,), evaluate=loss
             )
-            left = len(report.kept)
+            left = 9 - gone
         while goes_on and run.epoch < EPOCHS:
             run.train_epoch(train)
         points.append(_read(model, splits["test"], flops, left))
