@@ -6,6 +6,7 @@ from rlscuda.pruning.blocks.removal import BlockReport, remove_blocks
 from rlscuda.pruning.blocks.shortening import BlockChange
 from rlscuda.pruning.choice.ranking import IMPORTANCES
 from rlscuda.pruning.files.export import export_onnx, export_program
+from rlscuda.pruning.files.matrices import load_matrices, save_matrices
 from rlscuda.pruning.files.saving import load_optimizer, load_pruned, save_pruned
 from rlscuda.pruning.gates.layer_gates import LayerGates
 from rlscuda.pruning.gates.report import GateReport, GateState
@@ -13,6 +14,8 @@ from rlscuda.pruning.masks.relief import ReliefMask, ReliefReport, prune_relief
 from rlscuda.pruning.masks.units import remove_unread
 from rlscuda.pruning.masks.weights import LayerMask, MaskReport, prune_weights
 from rlscuda.pruning.matrices.calibration import calibrate, disagreement
+from rlscuda.pruning.matrices.carried import CarriedMatrices
+from rlscuda.pruning.matrices.explained import redundancies
 from rlscuda.pruning.matrices.own import own_matrices
 from rlscuda.pruning.matrices.tracker import SketchTracker
 from rlscuda.pruning.pruner import RLSPruner
@@ -29,6 +32,7 @@ __all__ = [
     "BlockChange",
     "BlockReport",
     "Blocks",
+    "CarriedMatrices",
     "CouplingChange",
     "Gains",
     "GateReport",
@@ -53,6 +57,7 @@ __all__ = [
     "export_onnx",
     "export_program",
     "find_blocks",
+    "load_matrices",
     "load_optimizer",
     "load_pruned",
     "measure",
@@ -60,8 +65,10 @@ __all__ = [
     "prune_relief",
     "prune_weights",
     "ratio_after",
+    "redundancies",
     "remove_blocks",
     "remove_unread",
+    "save_matrices",
     "save_pruned",
     "transfer_state",
 ]

@@ -99,6 +99,18 @@ def checked_what(what: str | Sequence[str], source: str, include_inputs: bool) -
     return chosen
 
 
+def checked_loss(loss: Any) -> float:
+    """The number that an evaluation gave.
+
+    Raises:
+        TypeError: It is none.
+    """
+    try:
+        return float(loss)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"evaluate must give a number, got {type(loss).__name__}") from None
+
+
 def check_repeatable(name: str, batches: object) -> None:
     """Raises TypeError where batches cannot be gone through, or only once."""
     iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from rlscuda._torch import unwrapped
 from rlscuda.optim.discovery import modules_named
 from rlscuda.optim.kept import Change
-from rlscuda.optim.kinds.recurrent import RECURRENT
 from rlscuda.optimizer import RLSOptimizer
 from rlscuda.optional import optional
 from rlscuda.pruning.blocks.choosing import Distortion
@@ -25,11 +24,12 @@ from rlscuda.pruning.choice.ranking import IMPORTANCES, WITHOUT_MATRIX, rank, un
 from rlscuda.pruning.choice.targets import TARGETS, Cut, Ladder, Search, changes_of, checked_target
 from rlscuda.pruning.jointly import SIZES, best_mix
 from rlscuda.pruning.matrices.calibration import calibrate, disagreement
-from rlscuda.pruning.matrices.own import by_weight
+from rlscuda.pruning.matrices.own import of_model
 from rlscuda.pruning.matrices.tracker import SketchTracker
 from rlscuda.pruning.options import (
     check_number,
     check_repeatable,
+    checked_loss,
     checked_optimizers,
     checked_source,
     checked_what,
@@ -79,7 +79,7 @@ class RLSPruner:
         source: Where the matrices come from: ``own`` (those of the `RLSOptimizer`), ``sketch``
             (of `tracker`) or ``calibration`` (exact, from `loader`). By default the first of
             tracker, optimizer and loader that is there.
-        tracker: A `SketchTracker` that saw the training.
+        tracker: A `SketchTracker` that saw the training, or what `load_matrices` gives.
         loader: Batches of inputs, of tuples or lists whose first item they are, or of mappings, of
             which the model's forward gets the items it names; gone through several times. They
             calibrate, where that is asked for, and show batch norms what the cut changed.
@@ -250,17 +250,8 @@ class RLSPruner:
 
     def _cut(self, kind: str, value: Any, progress: Callable[[str], None]) -> PruneReport:
         """Removes channels."""
-        structure = trace(self.model, self.example_inputs, self.ignored, self.include_inputs)
-        matrices = self._matrices()
-        modules = dict(self.model.named_modules())
-        gone = units_gone(self._original, structure.couplings)
-        candidates, unscored = rank(
-            structure, modules, matrices, self.importance, self.selection, gone, self.seed, progress
-        )
-        search = Search(
-            self.model, structure, self.example_inputs, matrices, self.compensate, self._settle
-        )
-        ladder = Ladder(candidates, self.scope, self.round_to)
+        search, ladder, unscored = self._ranked(progress)
+        structure, matrices = search.structure, search.matrices
         cut = search.find(ladder, kind, value, self._loss)
         values, uncompensated = search.compensated(cut)
         off = self._disagreement(matrices)
@@ -283,7 +274,7 @@ class RLSPruner:
                 )
         self._operate(cut, values, settled.statistics)  # the last that can fail
         return PruneReport(
-            couplings=changes_of(structure, candidates, cut.removed),
+            couplings=changes_of(structure, ladder.candidates, cut.removed),
             importance=self.importance,
             selection=self.selection,
             source=self.source,
@@ -293,6 +284,33 @@ class RLSPruner:
             kept_inputs={name: kept.tolist() for name, kept in cut.surgery.inputs.items()},
             gains=compare(before, after),
         )
+
+    def copies(self, ratios: Iterable[float]) -> Iterator[nn.Module]:
+        """The model as a step to each ratio would leave it, in eval mode; itself it stays whole.
+
+        Matrices and ranking are made once, so a curve costs little more than one step.
+        """
+        search, ladder, _ = self._ranked()
+        for ratio in ratios:
+            cut = search.find(ladder, *checked_target({"ratio": ratio}), self._loss)
+            pruned = pruned_copy(self.model, cut.surgery, search.compensated(cut)[0])
+            if cut.removed:
+                check_finite(self._settle(pruned, cut.surgery).statistics)
+            yield pruned
+
+    def _ranked(
+        self, progress: Callable[[str], None] = lambda name: None
+    ) -> tuple[Search, Ladder, dict[str, str]]:
+        """What finds a cut, the order of removals, and the couplings that have none, and why."""
+        structure = trace(self.model, self.example_inputs, self.ignored, self.include_inputs)
+        matrices, modules = self._matrices(), dict(self.model.named_modules())
+        gone = units_gone(self._original, structure.couplings)
+        candidates, unscored = rank(
+            structure, modules, matrices, self.importance, self.selection, gone, self.seed, progress
+        )
+        settings = structure, self.example_inputs, matrices, self.compensate, self._settle
+        search = Search(self.model, *settings)
+        return search, Ladder(candidates, self.scope, self.round_to), unscored
 
     def state_dict(self) -> dict[str, Any]:
         """What a pruner of the pruned model must know of the whole one: units by coupling."""
@@ -328,17 +346,7 @@ class RLSPruner:
             assert self.loader is not None
             return calibrate(self.model, self.loader, damping=self.damping)
         if self.source == "own":
-            # by their weights, since an optimizer may have been given a part of the model
-            prunable = [m for m in self.model.modules() if not isinstance(m, RECURRENT)]
-            wanted = {p for m in prunable for p in m.parameters(recurse=False)}
-            own: dict[Any, Tensor] = {}
-            for one in self.optimizers:
-                if isinstance(one, RLSOptimizer):
-                    own |= by_weight(one, self.damping, wanted)
-            if not own:
-                raise ValueError("the optimizer's own matrices are needed: it has made no step yet")
-            weights = {n: getattr(m, "weight", None) for n, m in self.model.named_modules()}
-            return {n: own[w] for n, w in weights.items() if isinstance(w, Tensor) and w in own}
+            return of_model(self.model, self.optimizers, self.damping)
         return {}
 
     def _disagreement(self, matrices: Mapping[str, Tensor]) -> dict[str, float] | None:
@@ -350,17 +358,9 @@ class RLSPruner:
         return disagreement({n: matrices[n] for n in common}, {n: exact[n] for n in common})
 
     def _loss(self, pruned: nn.Module) -> float:
-        """What `evaluate` gives.
-
-        Raises:
-            TypeError: It is no number.
-        """
+        """What `evaluate` gives."""
         assert self.evaluate is not None
-        loss = self.evaluate(pruned)
-        try:
-            return float(loss)
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"evaluate must give a number, got {type(loss).__name__}") from None
+        return checked_loss(self.evaluate(pruned))
 
     def _settle(self, pruned: nn.Module, surgery: Surgery) -> Settled:
         """Lets the batch norms of a pruned copy follow the cut where there is a loader."""

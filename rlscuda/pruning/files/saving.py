@@ -10,13 +10,9 @@ one step, so model and optimizer are always of the same moment.
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
-import os
 import pickle
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,17 +20,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rlscuda.files.archives import load_archive, save_archive
-from rlscuda.files.atomic import write_atomically
-from rlscuda.files.documents import check
-from rlscuda.optional import optional
 from rlscuda.pruning.files.manifest import Manifest, describe, rebuild
+from rlscuda.pruning.files.sealed import StrPath, read_sealed, write_sealed
 
 FORMAT = "rlscuda-pruned"
 VERSION = 1
 _OPTIMIZER = ".optimizer"  # no parameter's name starts with a dot
-
-
-StrPath = str | os.PathLike[str]
 
 
 def _optimizer_bytes(optimizer: Optimizer) -> Tensor:
@@ -66,65 +57,17 @@ def save_pruned(model: nn.Module, path: StrPath, *, optimizer: Optimizer | None 
         ValueError: The model or the state holds what such a file cannot, or a mask.
         ImportError: safetensors is missing.
     """
-    safetensors = optional("safetensors.torch", "pruning")
     described = describe(model)
     manifest, kept = described["manifest"], described["tensors"]
     tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in kept.items()}
     if optimizer is not None:
         tensors[_OPTIMIZER] = _optimizer_bytes(optimizer)
-    text = json.dumps({**manifest, "sha256": {name: _sha256_of(t) for name, t in tensors.items()}})
-    metadata = {"format": FORMAT, "version": str(VERSION), "manifest": text}
-    metadata["sha256"] = _sha256(text.encode())
-    data = safetensors.save(tensors, metadata)
-    write_atomically(Path(path), lambda stream: stream.write(data))
+    write_sealed(path, (FORMAT, VERSION), manifest, tensors)
 
 
 def _read(path: StrPath) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The manifest and all tensors, if every bit is as it was written."""
-    safetensors = optional("safetensors", "pruning")
-    load = optional("safetensors.torch", "pruning").load
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is no file")
-    data = Path(path).read_bytes()  # by one opening: another file can take the name meanwhile
-    try:
-        tensors = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        metadata = header.get("__metadata__", {})
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} was not written by save_pruned")
-        if metadata.get("version") != str(VERSION):
-            raise ValueError(f"{path} must be of format version {VERSION}, got "
-                             f"{metadata.get('version')}")  # fmt: skip
-        text = metadata["manifest"]
-        if metadata.get("sha256", _sha256(text.encode())) != _sha256(text.encode()):
-            raise _damaged(path, "the manifest")
-        manifest = json.loads(text)
-    except (safetensors.SafetensorError, json.JSONDecodeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from None
-    check(manifest, Manifest, f"the manifest of {path}")
-    if "sha256" in manifest:  # older files have none
-        check(manifest["sha256"], dict[str, str], f"the checksums of {path}")
-        if tensors.keys() != manifest["sha256"].keys():
-            raise _damaged(path, "a tensor's name")
-        for name, tensor in tensors.items():
-            if _sha256_of(tensor) != manifest["sha256"][name]:
-                raise _damaged(path, repr(name))
-    return manifest, tensors
-
-
-def _sha256(data: Any) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _sha256_of(tensor: Tensor) -> str:
-    return _sha256(tensor.reshape(-1).view(torch.uint8).numpy())
-
-
-def _damaged(path: StrPath, what: str) -> ValueError:
-    return ValueError(
-        f"{path} is damaged: {what} is not what its SHA-256 was taken of; put back a copy "
-        "of the file, or save the model again"
-    )
+    return read_sealed(path, (FORMAT, VERSION), Manifest, "save_pruned")
 
 
 def load_pruned(factory: Callable[[], nn.Module], path: StrPath) -> nn.Module:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from rlscuda.closed_form.formulas import check_matrix, damped_inverse, invert_, symmetrise_
+from rlscuda.optim.kinds.recurrent import RECURRENT
 from rlscuda.optim.layers import Layer
 from rlscuda.optimizer import RLSOptimizer
 from rlscuda.pruning.options import check_number
@@ -55,6 +57,28 @@ def own_matrices(
         if layers[name].weight not in found:
             raise ValueError(f"{name!r} has no matrix yet: the optimizer has made no step with it")
     return {name: found[one.weight] for name, one in layers.items() if one.weight in found}
+
+
+def of_model(
+    model: nn.Module, optimizers: Sequence[Optimizer], damping: float
+) -> dict[str, Tensor]:
+    """The matrices that a model's optimizers have of its layers but recurrent ones, by layer name.
+
+    They are found by their weights, since an optimizer may have been given a part of the model.
+
+    Raises:
+        ValueError: There is none yet.
+    """
+    prunable = [m for m in model.modules() if not isinstance(m, RECURRENT)]
+    wanted = {p for m in prunable for p in m.parameters(recurse=False)}
+    own: dict[nn.Parameter, Tensor] = {}
+    for one in optimizers:
+        if isinstance(one, RLSOptimizer):
+            own |= by_weight(one, damping, wanted)
+    if not own:
+        raise ValueError("the optimizer's own matrices are needed: it has made no step yet")
+    weights = {name: getattr(m, "weight", None) for name, m in model.named_modules()}
+    return {n: own[w] for n, w in weights.items() if isinstance(w, nn.Parameter) and w in own}
 
 
 def by_weight(

@@ -20,7 +20,7 @@ _DEAD = 1e-12  # mean squared input taken for the noise of a layer that never fi
 
 
 @dataclass
-class _Track:
+class Track:
     """What is known of one layer: P [groups, n, n] of the input over the root of its mean power.
 
     Attributes:
@@ -90,7 +90,7 @@ class SketchTracker:
         self.rank, self.forgetting, self.damping = rank, forgetting, damping
         self.seed, self.dtype = seed, dtype
         self._layers = {layer.name: layer for layer in pruning_layers(model, layers)}
-        self._tracks: dict[str, _Track] = {}
+        self._tracks: dict[str, Track] = {}
         self._finalizer = hooks.attach(self, self._layers.values(), self._observe)
         hooks.forget_compiled(model)
 
@@ -130,9 +130,9 @@ class SketchTracker:
         track.seen += 1
         self._tracks[layer.name] = track
 
-    def _fresh(self, layer: Layer, device: torch.device) -> _Track:
+    def _fresh(self, layer: Layer, device: torch.device) -> Track:
         start = torch.eye(layer.fan_in, dtype=self.dtype, device=device) / self.damping
-        return _Track(
+        return Track(
             start.repeat(layer.groups, 1, 1),
             torch.zeros(layer.groups, dtype=self.dtype, device=device),
         )
@@ -189,7 +189,7 @@ class SketchTracker:
         unknown = sorted(set(kept) - set(self._layers))
         if unknown:
             raise ValueError(f"kept names {unknown}, which are not tracked")
-        fresh: dict[str, _Track] = {}
+        fresh: dict[str, Track] = {}
         for name, layer in self._layers.items():
             now = Layer(name, layer.module, layer.index, layer.bias)
             track = self._tracks.get(name)
@@ -199,7 +199,7 @@ class SketchTracker:
                 own = KeptLayer.of_columns(layer, kept[name].cpu())
                 P = own.matrix(track.P).reshape(-1, *own.matrix_shape[-2:])
                 power = track.power[own.groups.to(P.device)]
-                track = _Track(P, power, track.seen)
+                track = Track(P, power, track.seen)
             wanted = (now.groups, now.fan_in, now.fan_in)
             if track.P.shape != wanted:
                 raise ValueError(
@@ -242,5 +242,5 @@ class SketchTracker:
                 )
             device = layer.weight.device
             P, power = (state[k].to(device, self.dtype, copy=True) for k in ("P", "power"))
-            fresh[name] = _Track(P, power, state["seen"])
+            fresh[name] = Track(P, power, state["seen"])
         self._tracks = fresh
