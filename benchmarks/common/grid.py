@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +18,7 @@ import torch
 
 from benchmarks.common import environment
 from rlscuda.files.atomic import write_atomically
+from rlscuda.files.journal import append_record, read_records, repair
 
 RESULTS = environment.ROOT / "benchmarks" / "results"
 
@@ -53,9 +53,9 @@ def run(
         versions: Of libraries that only this grid uses.
     """
     args.journal.parent.mkdir(parents=True, exist_ok=True)
-    _repair(args.journal)
+    repair(args.journal)
     conditions = _conditions() | (versions or {}) | {"workers": args.workers}
-    _append(args.journal, {"environment": conditions})
+    append_record(args.journal, {"environment": conditions})
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.workers, spawn, torch.set_num_threads, (1,)) as pool:
         try:
@@ -80,7 +80,7 @@ def finish(
         if all(record.get(key) == value for key, value in job.items()):
             return record
     record = work(job, args)
-    _append(args.journal, record)
+    append_record(args.journal, record)
     return record
 
 
@@ -94,27 +94,11 @@ def forget(journal: Path, unwanted: Callable[[dict], bool]) -> None:
         write_atomically(journal, lambda stream: stream.write(text.encode()))
 
 
-def _append(journal: Path, record: dict) -> None:
-    """Append one line in one write, so that two workers never mix theirs."""
-    with open(journal, "ab", buffering=0) as file:
-        file.write((json.dumps(record) + "\n").encode())
-
-
 def _read(journal: Path) -> tuple[list[dict], list[dict]]:
     """The environments and the runs of a journal."""
-    lines = journal.read_text().splitlines() if journal.is_file() else []
-    records = [json.loads(line) for line in lines if line]
+    records = read_records(journal)
     environments = [r["environment"] for r in records if "environment" in r]
     return environments, [r for r in records if "environment" not in r]
-
-
-def _repair(journal: Path) -> None:
-    """Drop a last line that an interruption cut short."""
-    if journal.is_file():
-        content = journal.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:
-            os.truncate(journal, len(whole))
 
 
 def _conditions() -> dict:

@@ -111,7 +111,11 @@ def test_what_does_not_fit_is_refused(trained, tmp_path):
         load_matrices(net(bias=False), tmp_path / "m")
     with pytest.raises(ValueError, match="names '1', which can have no matrix"):
         CarriedMatrices(model, {"1": torch.eye(3)[None]})
-    for bad in (-torch.eye(18), torch.eye(18) * torch.nan, torch.eye(18).triu() + 1):
+    for bad in (
+        -torch.eye(18),
+        torch.eye(18) * torch.nan,
+        torch.eye(18) + torch.ones(18, 18).triu(1) / 99,
+    ):
         with pytest.raises(ValueError, match="finite, symmetric and positive definite"):
             save_matrices({"0": bad[None]}, tmp_path / "n")
     with pytest.raises(ValueError, match=r"must be \[groups, n, n\]"):

@@ -1,0 +1,192 @@
+"""The result of a study of pre-training: its figures, as a table and as plain data."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlscuda.studies.metrics import auc, paired, prunability
+from rlscuda.studies.protocol import FAIRNESS, Protocol
+
+ARMS = ("pretrained", "scratch")
+UNTRAINED = 0.05  # above chance: an arm below it has not learned the task
+HEADS = (
+    "ended by", "rule", "recovery", "pairs", "a(0) pre-trained", "a(0) scratch", "ρ pre-trained",
+    "ρ scratch", "G", "AUC pre-trained", "AUC scratch", "ΔAUC",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """The two arms under one rule; accuracies in [0, 1], means over the pairs.
+
+    Attributes:
+        fairness: What ended the trainings.
+        rule: What decided who went.
+        recovery: Epochs trained on.
+        pairs: Seeds of which both arms have learned the task.
+        whole: Accuracies before pruning, of both arms.
+        prunability: Largest ratios within the tolerance.
+        gain: Their paired difference G, and its standard error.
+        area: Areas under the curves.
+        area_gain: Their paired difference, and its standard error.
+    """
+
+    fairness: str
+    rule: str
+    recovery: int
+    pairs: int
+    whole: tuple[float, float]
+    prunability: tuple[float, float]
+    gain: tuple[float, float | None]
+    area: tuple[float, float]
+    area_gain: tuple[float, float | None]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study found.
+
+    Attributes:
+        protocol: What was varied.
+        classes: Of the target.
+        arms: A record an arm, seed and fairness, as the journal has them.
+    """
+
+    protocol: Protocol
+    classes: int
+    arms: list[dict[str, Any]]
+
+    @property
+    def failed(self) -> list[dict[str, Any]]:
+        """Arms that have not learned the task: five points above chance or less; in no average."""
+        return [arm for arm in self.arms if arm["test"] <= 1 / self.classes + UNTRAINED]
+
+    def pairs(self, fairness: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Both arms of each seed, where both have learned the task."""
+        failed = {(a["seed"], a["fairness"]) for a in self.failed}
+        found = {(a["seed"], a["fairness"], a["arm"]): a for a in self.arms}
+        return [
+            (found[seed, fairness, ARMS[0]], found[seed, fairness, ARMS[1]])
+            for seed in self.protocol.seeds
+            if (seed, fairness) not in failed
+        ]
+
+    @property
+    def rows(self) -> list[Row]:
+        """The table's rows, without those of which no pair has learned the task."""
+        return [
+            self._row(fairness, rule, recovery)
+            for fairness in FAIRNESS
+            if fairness in self.protocol.fairness and self.pairs(fairness)
+            for rule in self.protocol.rules
+            for recovery in self.protocol.recovery
+        ]
+
+    def _row(self, fairness: str, rule: str, recovery: int) -> Row:
+        pairs, ratios = self.pairs(fairness), self.protocol.ratios
+        curves = [[curve_of(arm, rule, recovery) for arm in pair] for pair in pairs]
+        reached = [[prunability(ratios, c, self.protocol.tolerance) for c in p] for p in curves]
+        areas = [[auc(ratios, c) for c in p] for p in curves]
+        whole = [[arm["test"] for arm in pair] for pair in pairs]
+        return Row(
+            fairness, rule, recovery, len(pairs), _means(whole), _means(reached),
+            paired(*zip(*reached)), _means(areas), paired(*zip(*areas)),
+        )  # fmt: skip
+
+    def source_rows(self) -> list[tuple[str, str, str, float]]:
+        """Mean area of compensated pruning without data: fairness, arm, source of P, area."""
+        found: list[tuple[str, str, str, float]] = []
+        for fairness in FAIRNESS:
+            pairs = self.pairs(fairness) if fairness in self.protocol.fairness else []
+            for place, arm in enumerate(ARMS):
+                own = [pair[place]["sources"] for pair in pairs]
+                for name in own[0] if own else ():
+                    areas = [auc(self.protocol.ratios, sources[name]) for sources in own]
+                    found.append((fairness, arm, name, statistics.fmean(areas)))
+        return found
+
+    def redundancy(self, fairness: str) -> dict[str, tuple[float, float]]:
+        """Mean redundancy of the inputs of each layer, of both arms."""
+        pairs = self.pairs(fairness)
+        names = pairs[0][0]["redundancy"] if pairs else ()
+        return {n: _means([[arm["redundancy"][n] for arm in p] for p in pairs]) for n in names}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain data."""
+        return {
+            "protocol": self.protocol.to_dict(),
+            "classes": self.classes,
+            "rows": [vars(row) for row in self.rows],
+            "sources": [list(row) for row in self.source_rows()],
+            "redundancy": {f: self.redundancy(f) for f in self.protocol.fairness},
+            "failed": [{k: arm[k] for k in ("seed", "fairness", "arm")} for arm in self.failed],
+            "arms": self.arms,
+        }
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> Study:
+        """The study that `to_dict` gave."""
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in document["protocol"].items()
+        }
+        return cls(Protocol(**fields), document["classes"], document["arms"])
+
+    def cells(self) -> list[list[str]]:
+        """The cells of the table, a row each, below `HEADS`; accuracies in percent."""
+        return [
+            [
+                row.fairness, row.rule, str(row.recovery), str(row.pairs),
+                *(f"{100 * a:.1f}" for a in row.whole),
+                *(f"{r:.2f}" for r in row.prunability), signed(row.gain, 2),
+                *(f"{a:.3f}" for a in row.area), signed(row.area_gain, 3),
+            ]
+            for row in self.rows
+        ]  # fmt: skip
+
+    def markdown(self) -> str:
+        """The tables: the arms by rule, the sources of P, the redundancy of each layer."""
+        parts = [_table(HEADS, self.cells())]
+        if sources := self.source_rows():
+            rows = [[f, arm, name, f"{area:.3f}"] for f, arm, name, area in sources]
+            parts.append(_table(("ended by", "arm", "P of", "AUC without data"), rows))
+        for fairness in self.protocol.fairness:
+            found = self.redundancy(fairness)
+            rows = [[name, *(f"{r:.3f}" for r in pair)] for name, pair in found.items()]
+            if rows:
+                parts.append(_table((f"R² of inputs ({fairness})", *ARMS), rows))
+        for arm in self.failed:
+            parts.append(
+                f"Not learned, and in no average: {arm['arm']} of seed {arm['seed']} by "
+                f"{arm['fairness']}, {100 * arm['test']:.1f} %.\n"
+            )
+        return "\n".join(parts)
+
+
+def curve_of(arm: dict[str, Any], rule: str, recovery: int) -> list[float]:
+    """The accuracies of an arm along the ladder."""
+    return next(
+        curve["accuracy"]
+        for curve in arm["curves"]
+        if (curve["rule"], curve["recovery"]) == (rule, recovery)
+    )
+
+
+def signed(difference: tuple[float, float | None], digits: int) -> str:
+    """A difference, and its standard error where there is one."""
+    mean, error = difference
+    spread = "" if error is None else f" ± {error:.{digits}f}"
+    return f"{mean:+.{digits}f}{spread}"
+
+
+def _means(pairs: Sequence[Sequence[float]]) -> tuple[float, float]:
+    first, second = zip(*pairs)
+    return statistics.fmean(first), statistics.fmean(second)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
