@@ -1,8 +1,8 @@
-"""The command line: `rlscuda train`, `rlscuda prune`, `rlscuda bench`, `rlscuda info`.
+"""The command line: `rlscuda train`, `prune`, `study`, `bench` and `info`.
 
 It uses the library and nothing in the library uses it. Its dependencies are the extra `[cli]`;
 `import rlscuda` alone needs none of them. Arrows run one way: app -> prune -> train -> report and
-data -> common.
+data -> common, and app -> study -> data -> common.
 """
 
 from __future__ import annotations

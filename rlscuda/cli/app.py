@@ -16,6 +16,7 @@ from rlscuda.cli.common.execution import Execution
 from rlscuda.cli.common.options import declared
 from rlscuda.cli.common.texts import terminal
 from rlscuda.cli.prune.options import PruneOptions
+from rlscuda.cli.study.options import StudyOptions
 from rlscuda.cli.train.options import RunConfig
 
 app = typer.Typer(
@@ -26,6 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+studies = typer.Typer(help="Controlled studies, each one command.", no_args_is_help=True)
+app.add_typer(studies, name="study")
 
 
 def unfolded(command: Callable[..., None]) -> Callable[..., None]:
@@ -137,6 +141,47 @@ def prune(
         command.prune(run, optimizer, chosen, how, folder, overwrite, terminal())
     except KeyboardInterrupt:
         raise UserError("interrupted; no file is half-written", exit_code=130) from None
+
+
+@studies.command()
+@unfolded
+def pretraining(
+    *,
+    context: typer.Context,
+    options: Annotated[dict, StudyOptions],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the study; runs/pretraining-CELL by default.")
+    ] = None,
+    execution: Annotated[dict, Execution],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the study in --out where it was killed.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the study in --out.")
+    ] = False,
+) -> None:
+    """Ask whether pre-training makes a network easier to prune, as Hubens et al. 2020 did.
+
+    Networks that have learned other classes before and networks from scratch, paired by seed,
+    learn the same images; copies are pruned along a ladder. The folder holds study.md, study.json,
+    curves.png, the journal, and the networks of the source with their matrices.
+    """
+    from rlscuda.cli.study import command
+
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+    folder = out or Path("runs") / f"pretraining-{options['cell']}"
+    how, console = Execution(**execution), terminal()
+    try:
+        if resume:
+            command.resume(_named(context, options), how, folder, console)
+        else:
+            command.start(StudyOptions(**options), how, folder, overwrite, console)
+    except KeyboardInterrupt:
+        raise UserError(
+            f"interrupted; rlscuda study pretraining --resume --out {folder} continues",
+            exit_code=130,
+        ) from None
 
 
 @app.command()

@@ -12,10 +12,7 @@ from rlscuda.studies.protocol import FAIRNESS, Protocol
 
 ARMS = ("pretrained", "scratch")
 UNTRAINED = 0.05  # above chance: an arm below it has not learned the task
-HEADS = (
-    "ended by", "rule", "recovery", "pairs", "a(0) pre-trained", "a(0) scratch", "ρ pre-trained",
-    "ρ scratch", "G", "AUC pre-trained", "AUC scratch", "ΔAUC",
-)  # fmt: skip
+HEADS = ("rule", "a(0) %", "ρ", "G", "AUC", "ΔAUC")  # of both arms, pre-trained first
 
 
 @dataclass(frozen=True)
@@ -135,35 +132,41 @@ class Study:
         }
         return cls(Protocol(**fields), document["classes"], document["arms"])
 
-    def cells(self) -> list[list[str]]:
-        """The cells of the table, a row each, below `HEADS`; accuracies in percent."""
+    def tables(self) -> list[tuple[str, list[list[str]]]]:
+        """A title and the cells below `HEADS` for each end of the trainings; accuracies in %."""
+        found: dict[str, list[list[str]]] = {}
+        for row in self.rows:
+            pairs = f"{row.pairs} pair{'s' if row.pairs > 1 else ''}"
+            found.setdefault(f"ended by {row.fairness}, {pairs}: pre-trained / scratch", []).append(
+                [
+                    row.rule + (f", {row.recovery} epochs on" if row.recovery else ""),
+                    " / ".join(f"{100 * a:.1f}" for a in row.whole),
+                    " / ".join(f"{r:.2f}" for r in row.prunability), signed(row.gain, 2),
+                    " / ".join(f"{a:.3f}" for a in row.area), signed(row.area_gain, 3),
+                ]
+            )  # fmt: skip
+        return list(found.items())
+
+    def failures(self) -> list[str]:
+        """A line for each arm that has not learned the task."""
         return [
-            [
-                row.fairness, row.rule, str(row.recovery), str(row.pairs),
-                *(f"{100 * a:.1f}" for a in row.whole),
-                *(f"{r:.2f}" for r in row.prunability), signed(row.gain, 2),
-                *(f"{a:.3f}" for a in row.area), signed(row.area_gain, 3),
-            ]
-            for row in self.rows
-        ]  # fmt: skip
+            f"not learned, and in no average: {arm['arm']} of seed {arm['seed']} by "
+            f"{arm['fairness']}, {100 * arm['test']:.1f} %"
+            for arm in self.failed
+        ]
 
     def markdown(self) -> str:
         """The tables: the arms by rule, the sources of P, the redundancy of each layer."""
-        parts = [_table(HEADS, self.cells())]
+        parts = [f"{title}\n\n{_table(HEADS, rows)}" for title, rows in self.tables()]
         if sources := self.source_rows():
-            rows = [[f, arm, name, f"{area:.3f}"] for f, arm, name, area in sources]
-            parts.append(_table(("ended by", "arm", "P of", "AUC without data"), rows))
+            cells = [[f, arm, name, f"{area:.3f}"] for f, arm, name, area in sources]
+            parts.append(_table(("ended by", "arm", "P of", "AUC without data"), cells))
         for fairness in self.protocol.fairness:
             found = self.redundancy(fairness)
-            rows = [[name, *(f"{r:.3f}" for r in pair)] for name, pair in found.items()]
-            if rows:
-                parts.append(_table((f"R² of inputs ({fairness})", *ARMS), rows))
-        for arm in self.failed:
-            parts.append(
-                f"Not learned, and in no average: {arm['arm']} of seed {arm['seed']} by "
-                f"{arm['fairness']}, {100 * arm['test']:.1f} %.\n"
-            )
-        return "\n".join(parts)
+            cells = [[name, *(f"{r:.3f}" for r in pair)] for name, pair in found.items()]
+            if cells:
+                parts.append(_table((f"R² of inputs ({fairness})", *ARMS), cells))
+        return "\n".join([*parts, *(f"- {line}\n" for line in self.failures())])
 
 
 def curve_of(arm: dict[str, Any], rule: str, recovery: int) -> list[float]:

@@ -73,6 +73,6 @@ def load_matrices(model: nn.Module, path: StrPath) -> CarriedMatrices:
     """
     _, tensors = read_sealed(path, (FORMAT, VERSION), MatricesManifest, "save_matrices")
     try:
-        return CarriedMatrices(model, tensors)
+        return CarriedMatrices(model, dict(sorted(tensors.items())))
     except ValueError as error:
         raise ValueError(f"{path} does not fit the model: {error}") from None

@@ -1,0 +1,114 @@
+"""Is a pre-trained network easier to prune? The study of `rlscuda study pretraining`, in numbers.
+
+Three cells, as in `rlscuda.cli.study.cells`, of the images at hand: digits 0-4 before digits 5-9 of
+MNIST, six classes of CIFAR-10 before the other four, ImageNet before CIFAR-10 at 64 pixels. Each
+study keeps a journal of its own, so an interruption loses one arm at most.
+
+    python -m benchmarks.pruning.pretraining --workers 1  # run, or go on after an interruption
+    python -m benchmarks.pruning.pretraining --report     # the table of the results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import data, grid
+from rlscuda.cli.study.cells import CELLS, Cell, for_imagenet, of_classes
+from rlscuda.studies import Protocol, Split, Study, Task, pretraining
+from rlscuda.zoo import ImageShape
+
+LOADED = {"mnist": (50_000, 10_000, 10_000), "cifar10": (30_000, 5_000, 10_000)}
+ENDS = ("epochs", "plateau", "accuracy")
+JOBS = [
+    {"cell": "mnist", "network": "lenet5", "seeds": [0, 1, 2], "ends": list(ENDS)},
+    {"cell": "mnist", "network": "mlp", "seeds": [0, 1, 2], "ends": list(ENDS)},
+    {"cell": "cifar10", "network": "vgg", "seeds": [0, 1], "ends": list(ENDS)},
+    {"cell": "efficientnet", "network": "efficientnet_lite0", "seeds": [0], "ends": ["epochs"]},
+]
+SMALLER = {  # than the cells of the command line, to fit into minutes
+    "cifar10": {"source_images": 10_000, "epochs": 12, "source_epochs": 5},
+    "efficientnet": {"train_images": 1500, "val_images": 500, "test_images": 1000, "epochs": 5},
+}
+RULES = ("saliency+", "l1+", "saliency", "l1", "l2", "random")
+
+
+def cell_of(job: dict) -> Cell:
+    """The cell of a job, of the benchmark's size."""
+    return replace(CELLS[job["cell"]], **SMALLER.get(job["cell"], {}))
+
+
+def tasks(job: dict, folder: Path) -> tuple[Task, Task | None, ImageShape]:
+    """Target, source where it is trained here, and the shape of an image."""
+    name, cell = "mnist" if job["cell"] == "mnist" else "cifar10", cell_of(job)
+    splits = data.load(name, folder, *LOADED[name])
+    shape = data.SHAPES[name]
+    if cell.pixels is not None:
+        shape = ImageShape(3, cell.pixels, cell.pixels)
+
+    def task(classes: tuple[int, ...], train: int) -> Task:
+        parts = []
+        for part, count in zip(splits, (train, cell.val_images, cell.test_images)):
+            x, y = of_classes(splits[part].x, splits[part].y, classes, count)
+            if cell.pixels is not None:  # back into [0, 1], near enough for networks of ImageNet
+                low, high = x.amin((0, 2, 3), keepdim=True), x.amax((0, 2, 3), keepdim=True)
+                x = for_imagenet((x - low) / (high - low), cell.pixels)
+            parts.append(Split(x, y))
+        return Task(*parts, len(classes))
+
+    source = task(cell.source, cell.source_images) if cell.source else None
+    return task(cell.target, cell.train_images), source, shape
+
+
+def measure(job: dict, args: argparse.Namespace) -> dict:
+    """Run one study."""
+    target, source, shape = tasks(job, args.data_dir)
+    cell, network = cell_of(job), CELLS[job["cell"]].networks[job["network"]]
+    optimizer = "adam" if job["cell"] == "efficientnet" else "rls"
+    protocol = Protocol(
+        seeds=tuple(job["seeds"]), rules=RULES, fairness=tuple(job["ends"]), optimizer=optimizer,
+        rates=cell.step_sizes[optimizer], epochs=cell.epochs, source_epochs=cell.source_epochs,
+    )  # fmt: skip
+    start = time.perf_counter()
+    study = pretraining(
+        lambda classes: network(shape, classes), target, source or cell.pretrained,
+        args.journal.with_suffix("") / f"{job['cell']}-{job['network']}", protocol,
+        lambda text: print(f"{job['network']}: {text}", flush=True),
+    )  # fmt: skip
+    return job | {"study": study.to_dict(), "seconds": round(time.perf_counter() - start, 1)}
+
+
+def run_job(job: dict, args: argparse.Namespace) -> str:
+    """Run one study and say what came out."""
+    record = grid.finish(job, args, measure)
+    return f"{job['cell']} {job['network']}: {record['seconds']} s"
+
+
+def report(path: Path) -> str:
+    """The tables of a results file, in Markdown."""
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    return "\n".join(
+        f"**{run['network']}, {run['cell']}**\n\n{Study.from_dict(run['study']).markdown()}"
+        for run in runs
+    )
+
+
+def main() -> None:
+    """Run the benchmark, then print its tables."""
+    parser = grid.parser(__doc__, "pretraining")
+    parser.add_argument("--cell", choices=CELLS, action="append", help="all by default")
+    args = parser.parse_args()
+    if not args.report:
+        torch.set_num_threads(1)
+        jobs = [job for job in JOBS if args.cell is None or job["cell"] in args.cell]
+        grid.run(run_job, jobs, args, {"smaller": SMALLER})
+    print(report(args.results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""`rlscuda study`: controlled studies on data sets at hand, into a folder."""
