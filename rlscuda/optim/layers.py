@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rlscuda._torch import own_parameters
 from rlscuda.functional.patches import PADDING_MODES
 from rlscuda.optim.kinds.modules import is_transposed
+from rlscuda.optim.kinds.padded import padding_of, pads_itself
 from rlscuda.optim.kinds.recurrent import RECURRENT
 
 SUMMARIES = ("mean", "sketch", "sample")
@@ -43,6 +44,8 @@ class Layer:
             padding mode, as the operators take them; a Linear is a 1 x 1 convolution, a Conv1d one
             of images of one line, a Conv3d one of its slabs.
         depth: Kernel size, stride, dilation and padding (before, after) along a volume's depth.
+        pads: Whether the module pads its input in a forward of its own; `images` then are padded,
+            and the geometry has no padding.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Layer:
     max_fan_in: int | None = None
     geometry: tuple = field(init=False)
     depth: tuple = field(init=False)
+    pads: bool = field(init=False)
 
     def __post_init__(self):
         m = self.module
@@ -67,10 +71,13 @@ class Layer:
         self.transposed = is_transposed(m)
         self.columns = self.weight.numel() // max(1, self.outputs)
         self.depth = (1, 1, 1, (0, 0))
+        self.pads = pads_itself(m)
         if self.weight.dim() == 2:
             self.geometry = ([1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1, 0)
             return
-        if isinstance(m.padding, str):
+        if self.pads:
+            padding = [(0, 0), (0, 0)]
+        elif isinstance(m.padding, str):
             total = [d * (k - 1) * (m.padding == "same") for d, k in zip(m.dilation, m.kernel_size)]
             padding = [(t // 2, t - t // 2) for t in total]
         else:
@@ -78,7 +85,7 @@ class Layer:
         axes = list(zip(m.kernel_size, m.stride, m.dilation, padding))
         self.depth, *plane = [self.depth] * (3 - len(axes)) + axes
         kernel, stride, dilation, (rows, columns) = map(list, zip(*plane))
-        mode = PADDING_MODES.index(m.padding_mode)
+        mode = 0 if self.pads else PADDING_MODES.index(m.padding_mode)
         self.geometry = (kernel, stride, [*columns, *rows], dilation, m.groups, mode)
 
     def factors_pay(self, x: Tensor, dtype: torch.dtype | None) -> bool:
@@ -114,6 +121,7 @@ class Layer:
         """Whether both make the same rows of one input, for one matrix that describes it."""
         kinds = [
             (x.columns, x.bias, x.max_fan_in, x.geometry, x.depth, x.weight.dtype, x.weight.device)
+            + ((x.module,) if x.pads else ())
             for x in (self, other)
         ]
         return self.groups == 1 and kinds[0] == kinds[1]
@@ -155,9 +163,26 @@ class Layer:
         if self.weight.dim() == 2:
             return x.reshape(-1, x.shape[-1], 1, 1)
         x = x if x.dim() == self.weight.dim() else x.unsqueeze(0)
+        if self.pads:
+            return self._padded(x)
         if x.dim() == 5:
             return self._slabs(x)
         return x if x.dim() == 4 else x.unsqueeze(2)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """Images as the module's own forward pads them.
+
+        Raises:
+            RuntimeError: What it does with images of this size is no convolution.
+        """
+        padding = padding_of(self.module, *x.shape[2:])
+        if padding is None:
+            raise RuntimeError(
+                f"{self.name!r} is no convolution of a padded input for images of "
+                f"{list(x.shape[2:])}, as its {type(self.module).__name__} was for others: exclude "
+                "it"
+            )
+        return F.pad(x, padding)
 
     def _slabs(self, x: Tensor) -> Tensor:
         """Volumes [N, C, D, H, W] as images [N D', C kd, H, W]: kd planes an output plane."""

@@ -8,6 +8,7 @@ from torch import nn
 
 from rlscuda._torch import has_own_forward, own_parameters
 from rlscuda.optim.kinds.modules import base_of
+from rlscuda.optim.kinds.padded import is_padded_convolution
 from rlscuda.optim.kinds.recurrent import RECURRENT, hides, weights_of
 
 
@@ -76,7 +77,7 @@ def refusal(place: Place) -> str | None:
     base = base_of(module)
     if base is None:
         return f"no RLS rule for {kind}"
-    if has_own_forward(module, base):
+    if has_own_forward(module, base) and not is_padded_convolution(module):
         return f"{kind} has a forward of its own"
     if own_parameters(module).get("q_proj_weight") is not None:
         return "its query, key and value have weights of their own"
