@@ -5,9 +5,9 @@ They use the library and nothing of it uses them.
 
 from rlscuda.studies.heads import replace_head
 from rlscuda.studies.metrics import auc, paired, prunability
-from rlscuda.studies.pretraining import pretraining
 from rlscuda.studies.protocol import LADDER, Protocol, Split, Task
 from rlscuda.studies.report import Study
+from rlscuda.studies.runner import pretraining
 
 __all__ = [
     "LADDER",

@@ -22,10 +22,11 @@ from rlscuda.cli.study.options import StudyOptions
 from rlscuda.cli.study.plot import plot_study
 from rlscuda.files.atomic import write_text
 from rlscuda.optional import optional
-from rlscuda.studies.pretraining import pretraining
 from rlscuda.studies.report import HEADS, Study
+from rlscuda.studies.runner import pretraining
 
 _VALIDATION = 0.2  # of the training images
+_NEEDED = {"torch_pruning": "pruning", "safetensors": "pruning", "matplotlib": "cli"}
 
 
 def start(
@@ -39,8 +40,10 @@ def start(
     """
     folder = StudyFolder(out)
     with writing(out):
-        folder.begin(dataclasses.asdict(options), overwrite)
-        _run(options, execution, folder, console)
+        folder.check_new(overwrite)
+        prepared = _Prepared(options, execution, console)
+        folder.begin(dataclasses.asdict(options))
+        prepared.run(folder)
 
 
 def resume(given: Mapping[str, Any], execution: Execution, out: Path, console: Console) -> None:
@@ -63,34 +66,48 @@ def resume(given: Mapping[str, Any], execution: Execution, out: Path, console: C
         _show(done, folder, console)
         return
     with writing(out):
-        _run(options, execution, folder, console)
+        _Prepared(options, execution, console).run(folder)
 
 
-def _run(
-    options: StudyOptions, execution: Execution, folder: StudyFolder, console: Console
-) -> None:
-    for package, extra in (("torch_pruning", "pruning"), ("safetensors", "pruning"),
-                           ("matplotlib", "cli")):  # fmt: skip
-        optional(package, extra)  # what is used at the end is looked for at the start
-    device, cell = execution.prepare(), options.settings
-    name = options.network or next(iter(cell.networks))
-    with console.status(Text(f"reading {one_line(cell.data)}")):
-        data = load_dataset(cell.data, _VALIDATION, None, execution.cache).to(device)
-    target, source = cell.tasks(data)
-    shape = cell.shape(data)
-    title = f"{name}, {options.cell}"
-    console.print(Text(title, "bold"))
-    console.print(f"{len(target.train)} training, {len(target.val)} validation and "
-                  f"{len(target.test)} test images of the target", soft_wrap=True)  # fmt: skip
-    with reading("the study cannot go on"):
-        study = pretraining(
-            lambda classes: cell.networks[name](shape, classes), target, source, folder.path,
-            options.protocol, lambda text: console.print(one_line(text), soft_wrap=True),
-        )  # fmt: skip
-    write_text(folder.table, study.markdown())
-    plot_study(folder.plot, title, study)
-    write_json(folder.result, study.to_dict())  # last: it says that the study is finished
-    _show(study, folder, console)
+class _Prepared:
+    """A study whose packages are there and whose data have been read.
+
+    Args:
+        options: What is studied.
+        execution: How to run it.
+        console: Where to print.
+    """
+
+    def __init__(self, options: StudyOptions, execution: Execution, console: Console):
+        for package, extra in _NEEDED.items():
+            optional(package, extra)  # what is used at the end is looked for at the start
+        device, self.cell = execution.prepare(), options.settings
+        self.options, self.console = options, console
+        with console.status(Text(f"reading {one_line(self.cell.data)}")):
+            data = load_dataset(self.cell.data, _VALIDATION, None, execution.cache).to(device)
+        self.target, self.source = self.cell.tasks(data)
+        self.shape = self.cell.shape(data)
+
+    def run(self, folder: StudyFolder) -> None:
+        """Runs what is left of it, writes the files of the result and shows it."""
+        console, options, target = self.console, self.options, self.target
+        name = options.network or next(iter(self.cell.networks))
+        network, shape, title = self.cell.networks[name], self.shape, f"{name}, {options.cell}"
+        console.print(Text(title, "bold"))
+        console.print(
+            f"{len(target.train)} training, {len(target.val)} validation and {len(target.test)} "
+            "test images of the target",
+            soft_wrap=True,
+        )
+        with reading("the study cannot go on"):
+            study = pretraining(
+                lambda classes: network(shape, classes), target, self.source, folder.path,
+                options.protocol, lambda text: console.print(one_line(text), soft_wrap=True),
+            )  # fmt: skip
+        write_text(folder.table, study.markdown())
+        plot_study(folder.plot, title, study)
+        write_json(folder.result, study.to_dict())  # last: it says that the study is finished
+        _show(study, folder, console)
 
 
 def _show(study: Study, folder: StudyFolder, console: Console) -> None:

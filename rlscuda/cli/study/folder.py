@@ -36,26 +36,30 @@ class StudyFolder:
         named = (self.config, self.journal, self.result, self.table, self.plot)
         return [path for path in named if is_there(path)]
 
-    def begin(self, options: dict[str, Any], overwrite: bool) -> None:
-        """Begins a study, in place of one that is here.
+    def check_new(self, overwrite: bool) -> None:
+        """Checks that a new study may be put here; touches nothing.
 
         Raises:
             UserError: The folder holds a study and `overwrite` is False, or something else.
         """
-        if not is_empty(self.path):
-            if not is_there(self.config):
-                raise UserError(
-                    f"--out {self.path} is not empty and holds no study of rlscuda (no "
-                    "config.json); choose another folder"
-                )
-            self.read_options()
-            if not overwrite:
-                raise UserError(
-                    f"--out {self.path} already holds a study: --resume continues it, --overwrite "
-                    "replaces it"
-                )
-            for path in [*self.files(), *(self.path / "networks").glob("source-*")]:
-                path.unlink()
+        if is_empty(self.path):
+            return
+        if not is_there(self.config):
+            raise UserError(
+                f"--out {self.path} is not empty and holds no study of rlscuda (no config.json); "
+                "choose another folder"
+            )
+        self.read_options()
+        if not overwrite:
+            raise UserError(
+                f"--out {self.path} already holds a study: --resume continues it, --overwrite "
+                "replaces it"
+            )
+
+    def begin(self, options: dict[str, Any]) -> None:
+        """Begins a study, in place of one that is here."""
+        for path in [*self.files(), *(self.path / "networks").glob("source-*")]:
+            path.unlink()
         write_json(self.config, {"format": FORMAT, "version": VERSION, "options": options})
 
     def read_options(self) -> Any:
