@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,26 +22,40 @@ import torch
 from benchmarks.common import data, grid
 from rlscuda.cli.study.cells import CELLS, Cell, for_imagenet, of_classes
 from rlscuda.studies import Protocol, Split, Study, Task, pretraining
+from rlscuda.studies.report import ARMS, HEADS
 from rlscuda.zoo import ImageShape
 
 LOADED = {"mnist": (50_000, 10_000, 10_000), "cifar10": (30_000, 5_000, 10_000)}
+SOURCES = ("source", "target", "calibration")
 ENDS = ("epochs", "plateau", "accuracy")
 JOBS = [
     {"cell": "mnist", "network": "lenet5", "seeds": [0, 1, 2], "ends": list(ENDS)},
     {"cell": "mnist", "network": "mlp", "seeds": [0, 1, 2], "ends": list(ENDS)},
-    {"cell": "cifar10", "network": "vgg", "seeds": [0, 1], "ends": list(ENDS)},
+    {"cell": "cifar10", "network": "vgg", "seeds": [0, 1], "ends": ["epochs", "accuracy"]},
     {"cell": "efficientnet", "network": "efficientnet_lite0", "seeds": [0], "ends": ["epochs"]},
 ]
-SMALLER = {  # than the cells of the command line, to fit into minutes
-    "cifar10": {"source_images": 10_000, "epochs": 12, "source_epochs": 5},
-    "efficientnet": {"train_images": 1500, "val_images": 500, "test_images": 1000, "epochs": 5},
-}
 RULES = ("saliency+", "l1+", "saliency", "l1", "l2", "random")
+SMALLER: dict[str, dict[str, dict]] = {  # than on the command line, to fit into minutes
+    "mnist": {"cell": {}, "protocol": {"rules": RULES}},
+    "cifar10": {
+        "cell": {
+            "source_images": 6000, "train_images": 1000, "test_images": 1000, "epochs": 12,
+            "source_epochs": 5,
+        },
+        "protocol": {"rules": ("saliency+", "l1+", "l1", "random"), "rates": (0.05, 0.1),
+                     "calibration": 200},
+    },
+    "efficientnet": {
+        "cell": {"train_images": 1000, "val_images": 200, "test_images": 500, "epochs": 6},
+        "protocol": {"rules": ("saliency+", "l1"), "rates": (1e-3,), "calibration": 200,
+                     "ratios": (0.0, 0.1, 0.2, 0.3, 0.5, 0.7)},
+    },
+}  # fmt: skip
 
 
 def cell_of(job: dict) -> Cell:
     """The cell of a job, of the benchmark's size."""
-    return replace(CELLS[job["cell"]], **SMALLER.get(job["cell"], {}))
+    return replace(CELLS[job["cell"]], **SMALLER[job["cell"]]["cell"])
 
 
 def tasks(job: dict, folder: Path) -> tuple[Task, Task | None, ImageShape]:
@@ -55,7 +70,7 @@ def tasks(job: dict, folder: Path) -> tuple[Task, Task | None, ImageShape]:
         parts = []
         for part, count in zip(splits, (train, cell.val_images, cell.test_images)):
             x, y = of_classes(splits[part].x, splits[part].y, classes, count)
-            if cell.pixels is not None:  # back into [0, 1], near enough for networks of ImageNet
+            if cell.pixels is not None:  # back into [0, 1], which each channel of them spans
                 low, high = x.amin((0, 2, 3), keepdim=True), x.amax((0, 2, 3), keepdim=True)
                 x = for_imagenet((x - low) / (high - low), cell.pixels)
             parts.append(Split(x, y))
@@ -71,8 +86,9 @@ def measure(job: dict, args: argparse.Namespace) -> dict:
     cell, network = cell_of(job), CELLS[job["cell"]].networks[job["network"]]
     optimizer = "adam" if job["cell"] == "efficientnet" else "rls"
     protocol = Protocol(
-        seeds=tuple(job["seeds"]), rules=RULES, fairness=tuple(job["ends"]), optimizer=optimizer,
-        rates=cell.step_sizes[optimizer], epochs=cell.epochs, source_epochs=cell.source_epochs,
+        seeds=tuple(job["seeds"]), fairness=tuple(job["ends"]), optimizer=optimizer,
+        epochs=cell.epochs, source_epochs=cell.source_epochs,
+        **{"rates": cell.step_sizes[optimizer]} | SMALLER[job["cell"]]["protocol"],
     )  # fmt: skip
     start = time.perf_counter()
     study = pretraining(
@@ -90,12 +106,30 @@ def run_job(job: dict, args: argparse.Namespace) -> str:
 
 
 def report(path: Path) -> str:
-    """The tables of a results file, in Markdown."""
+    """The tables of a results file, in Markdown: the arms by rule, and the sources of P."""
     runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
-    return "\n".join(
-        f"**{run['network']}, {run['cell']}**\n\n{Study.from_dict(run['study']).markdown()}"
-        for run in runs
-    )
+    order = [(job["cell"], job["network"]) for job in JOBS]
+    runs.sort(key=lambda run: order.index((run["cell"], run["network"])))
+    arms = ["| cell, network | ended by | pairs | " + " | ".join(HEADS) + " |", "|" + "---|" * 9]
+    sources = [
+        "| cell, network | ended by | arm | " + " | ".join(f"P of {s}" for s in SOURCES)
+        + " | mean R² of inputs |",
+        "|" + "---|" * 7,
+    ]  # fmt: skip
+    failed = []
+    for run in runs:
+        study, name = Study.from_dict(run["study"]), f"{run['cell']}, {run['network']}"
+        for row, cells in zip(study.rows, (c for _, rows in study.tables() for c in rows)):
+            arms.append("| " + " | ".join([name, row.fairness, str(row.pairs), *cells]) + " |")
+        found = {(end, arm, source): area for end, arm, source, area in study.source_rows()}
+        for end, arm in dict.fromkeys((end, arm) for end, arm, _ in found):
+            areas = [found.get((end, arm, source)) for source in SOURCES]
+            values = [pair[ARMS.index(arm)] for pair in study.redundancy(end).values()]
+            cells = ["" if area is None else f"{area:.3f}" for area in areas]
+            mean = f"{statistics.fmean(values):.3f}"
+            sources.append("| " + " | ".join([name, end, arm, *cells, mean]) + " |")
+        failed += [f"- {name}: {line}" for line in study.failures()]
+    return "\n".join([*arms, "", *sources, "", *failed])
 
 
 def main() -> None:
