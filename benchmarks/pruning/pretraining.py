@@ -88,7 +88,7 @@ def measure(job: dict, args: argparse.Namespace) -> dict:
     protocol = Protocol(
         seeds=tuple(job["seeds"]), fairness=tuple(job["ends"]), optimizer=optimizer,
         epochs=cell.epochs, source_epochs=cell.source_epochs,
-        **{"rates": cell.step_sizes[optimizer]} | SMALLER[job["cell"]]["protocol"],
+        **{"rates": cell.step_sizes.get(optimizer, ())} | SMALLER[job["cell"]]["protocol"],
     )  # fmt: skip
     start = time.perf_counter()
     study = pretraining(

@@ -14,7 +14,7 @@ from rlscuda.pruning.options import check_number
 
 LADDER = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 FAIRNESS = ("epochs", "plateau", "accuracy")
-OPTIMIZERS = ("rls", "adam")
+RATES = {"rls": (0.02, 0.05, 0.1), "adam": (1e-3, 3e-3)}
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class Protocol:
             the pre-trained arm as soon as it reaches the validation accuracy of the other one,
             which is that of ``epochs``.
         optimizer: ``rls`` or ``adam``, of all trainings; beside Adam a `SketchTracker` runs.
-        rates: Step sizes to choose from, by validation accuracy of the first seed, for each arm.
+        rates: Step sizes to choose from, by validation accuracy of the first seed, for each arm;
+            the last one trains the source. By default those of `RATES` for the optimizer.
         epochs: On the target.
         source_epochs: On the source.
         frozen_epochs: Of those on the target, how many the pre-trained arm first trains its new
@@ -98,7 +99,7 @@ class Protocol:
     recovery: tuple[int, ...] = (0,)
     fairness: tuple[str, ...] = ("epochs", "plateau")
     optimizer: str = "rls"
-    rates: tuple[float, ...] = (0.02, 0.05)
+    rates: tuple[float, ...] = ()
     epochs: int = 10
     source_epochs: int = 5
     frozen_epochs: int = 1
@@ -109,6 +110,9 @@ class Protocol:
     tolerance: float = 0.01
 
     def __post_init__(self):
+        if self.optimizer not in RATES:
+            raise ValueError(f"optimizer must be {' | '.join(RATES)}, got {self.optimizer!r}")
+        object.__setattr__(self, "rates", self.rates or RATES[self.optimizer])
         for name in ("rules", "fairness", "seeds", "recovery", "rates"):
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
@@ -120,8 +124,6 @@ class Protocol:
         ascending = all(a < b for a, b in zip(self.ratios, self.ratios[1:]))
         if not self.ratios or self.ratios[0] != 0 or not ascending or not self.ratios[-1] < 1:
             raise ValueError(f"ratios must ascend from 0 and stay below 1, got {self.ratios}")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer must be {' | '.join(OPTIMIZERS)}, got {self.optimizer!r}")
         for name, least in (
             ("epochs", 1), ("source_epochs", 1), ("frozen_epochs", 0), ("most_epochs", 1),
             ("patience", 1), ("batch_size", 1), ("calibration", 1),

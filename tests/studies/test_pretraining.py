@@ -235,3 +235,14 @@ def test_a_rule_that_removes_nothing_is_an_error(tmp_path):
             lambda c: nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.ReLU(), nn.Linear(5, c)),
             TARGET, SOURCE, tmp_path, Protocol(seeds=(0,), rules=("bn_scale",), rates=(0.05,)),
         )  # fmt: skip
+
+
+def test_the_benchmarks_table_has_every_row(done, tmp_path):
+    benchmark = pytest.importorskip("benchmarks.pruning.pretraining", reason="needs the sources")
+    run = {"cell": "mnist", "network": "lenet5", "study": done[0].to_dict()}
+    (tmp_path / "results.json").write_text(json.dumps({"runs": [run]}))
+    text = benchmark.report(tmp_path / "results.json")
+    rows = [line for line in text.splitlines() if line.startswith("| mnist, lenet5 |")]
+    pairs = sum(bool(done[0].pairs(fairness)) for fairness in SMALL.fairness)
+    assert pairs and len(rows) == pairs * len(SMALL.rules) + pairs * 2
+    assert {line.count("|") for line in rows} == {10, 8}

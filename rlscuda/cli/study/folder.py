@@ -86,4 +86,6 @@ class StudyFolder:
         if not is_there(self.result):
             return None
         with reading(f"{self.result} is no study"):
-            return Study.from_dict(read_json(self.result))
+            found = Study.from_dict(read_json(self.result))
+            found.markdown()  # which reads all of it
+            return found

@@ -11,7 +11,7 @@ from rlscuda.cli.common.errors import UserError, reading
 from rlscuda.cli.common.options import check_options, flag_of, option, read_list
 from rlscuda.cli.study.cells import CELLS, Cell
 from rlscuda.files.documents import check
-from rlscuda.studies.protocol import FAIRNESS, LADDER, OPTIMIZERS, Protocol, rules_of
+from rlscuda.studies.protocol import FAIRNESS, LADDER, RATES, Protocol, rules_of
 
 _Number = TypeVar("_Number", int, float)
 
@@ -40,7 +40,7 @@ class StudyOptions:
         "What ends a training, comma list: epochs, plateau (of the validation loss), accuracy (of "
         "the arm from scratch).",
     )
-    optimizer: str = option("rls", "rls or adam, of all trainings.", choices=OPTIMIZERS)
+    optimizer: str = option("rls", "rls or adam, of all trainings.", choices=tuple(RATES))
     rates: str | None = option(None, "Comma list of step sizes, of which validation chooses.")
     epochs: int | None = option(None, "On the target.", least=1)
     source_epochs: int | None = option(None, "On the source.", least=1)
@@ -80,7 +80,7 @@ class StudyOptions:
             UserError: A text is no such list, or a number out of its range.
         """
         cell = self.settings
-        rates = cell.step_sizes[self.optimizer]
+        rates = cell.step_sizes.get(self.optimizer, ())
         if self.rates is not None:
             rates = _numbers("--rates", self.rates, float)
         rules = read_list("--rules", self.rules, rules_of(self.granularity), "rule")
