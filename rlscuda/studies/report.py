@@ -58,8 +58,9 @@ class Study:
 
     @property
     def failed(self) -> list[dict[str, Any]]:
-        """Arms that have not learned the task: five points above chance or less; in no average."""
-        return [arm for arm in self.arms if arm["test"] <= 1 / self.classes + UNTRAINED]
+        """Arms that diverged, or are five points above chance or less; in no average."""
+        least = 1 / self.classes + UNTRAINED
+        return [arm for arm in self.arms if arm["test"] <= least or not arm["curves"]]
 
     def pairs(self, fairness: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Both arms of each seed, where both have learned the task."""

@@ -227,6 +227,8 @@ class _Runner:
             "rate": trained.rate, "steps": trained.steps, "order": trained.order,
             "reached": trained.reached, "validation": trained.accuracy, "test": test,
         }  # fmt: skip
+        if not trained.matrices:
+            return found | {"curves": [], "sources": {}, "redundancy": {}}
         ladders = Ladders(trained.model, self.target, self.protocol, seed, rate)
         with seeded(trained.model, seed):
             matrices = calibrate(trained.model, ladders.batches)

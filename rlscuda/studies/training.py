@@ -30,7 +30,8 @@ class Trained:
 
     Attributes:
         model: In eval mode.
-        matrices: The inverse autocorrelation matrices that the training has tracked.
+        matrices: The inverse autocorrelation matrices that the training has tracked; none where it
+            diverged.
         rate: Its step size.
         steps: Steps taken.
         accuracy: On the validation images, in [0, 1].
@@ -115,7 +116,9 @@ class Training:
 
     def trained(self, accuracy: float, reached: bool | None = None) -> Trained:
         """The network now, as a copy."""
-        if isinstance(self.optimizer, RLSOptimizer):
+        if not all(torch.isfinite(p).all() for p in self.model.parameters()):
+            matrices = {}
+        elif isinstance(self.optimizer, RLSOptimizer):
             matrices = own_matrices(self.optimizer)
         else:
             assert self._tracker is not None

@@ -184,6 +184,15 @@ def test_a_given_network_plateaus_recovery_weights_and_adam(tmp_path):
         assert 0.4 * whole < half < 0.7 * whole
 
 
+def test_arms_that_diverge_are_reported(tmp_path):
+    protocol = Protocol(
+        seeds=(0,), rules=("l1",), fairness=("epochs",), rates=(1e30,), optimizer="adam", epochs=2
+    )
+    study = pretraining(network, TARGET, lambda: network(2), tmp_path, protocol)
+    assert len(study.failed) == 2 and study.rows == [] and study.source_rows() == []
+    assert study.markdown().count("not learned") == 2
+
+
 def test_frozen_epochs_move_the_head_alone(tmp_path):
     runner = _Runner(network, TARGET, lambda: network(2), tmp_path, SMALL, print)
     model, head = runner._start("pretrained", 0)

@@ -92,13 +92,13 @@ class Cell:
 
     def shape(self, data: Dataset) -> ImageShape:
         """Of the images as the network is given them."""
-        pixels = self.pixels
-        return data.shape if pixels is None else ImageShape(data.shape.channels, pixels, pixels)
+        return data.shape if self.pixels is None else ImageShape(3, self.pixels, self.pixels)
 
     def _given(self, data: Dataset, images: Tensor) -> Tensor:
         if self.pixels is None:
             return data.normalise(images)
-        return for_imagenet(images.float() / 255, self.pixels)
+        whole = 255 if images.dtype == torch.uint8 else 1
+        return for_imagenet(images.float() / whole, self.pixels)
 
 
 def of_classes(
