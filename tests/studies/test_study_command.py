@@ -27,8 +27,8 @@ WORDS = [word for name, value in OPTIONS.items() for word in (f"--{name}", value
 def data(tmp_path_factory):
     """Ten classes, a bright column each."""
     path = tmp_path_factory.mktemp("data") / "data.npz"
-    x, y = make_images(400, side=20, classes=10)
-    x_test, y_test = make_images(100, side=20, classes=10, seed=1)
+    x, y = make_images(400, side=12, classes=10)
+    x_test, y_test = make_images(100, side=12, classes=10, seed=1)
     np.savez(path, x_train=x, y_train=y, x_test=x_test, y_test=y_test)
     return path
 
