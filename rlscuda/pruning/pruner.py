@@ -277,7 +277,7 @@ class RLSPruner:
             couplings=changes_of(structure, ladder.candidates, cut.removed),
             importance=self.importance,
             selection=self.selection,
-            source=self.source,
+            source=self.tracker.kind if self.source == "sketch" and self.tracker else self.source,
             disagreement=off,
             uncompensated=uncompensated,
             refused={**structure.refused, **unscored},

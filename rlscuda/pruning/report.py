@@ -41,7 +41,8 @@ class PruneReport:
         couplings: What changed, in the network's order.
         importance: The importance that chose.
         selection: `greedy` or `one-shot`.
-        source: Where the matrices came from: `own`, `sketch`, `calibration` or `none`.
+        source: Where the matrices came from: `own`, `sketch`, `carried`, `calibration` or
+            `none`.
         disagreement: By layer, how far the source is from a calibration, where one was given.
         uncompensated: Layers that lost inputs and could not be compensated, and why.
         refused: Couplings or modules that were not candidates, and why.

@@ -33,6 +33,8 @@ class CarriedMatrices(SketchTracker):
         ('2',)
     """
 
+    kind = "carried"
+
     def __init__(self, model: nn.Module, matrices: Mapping[str, Tensor]):
         if not matrices:
             raise ValueError("matrices must be those of at least one layer, got none")

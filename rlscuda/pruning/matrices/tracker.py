@@ -69,6 +69,8 @@ class SketchTracker:
         {'0': [1, 5, 5], '2': [1, 4, 4]}
     """
 
+    kind = "sketch"  # of the matrices, in reports
+
     def __init__(
         self,
         model: nn.Module,
