@@ -37,10 +37,14 @@ def pads_itself(module: nn.Module) -> bool:
 def is_padded_convolution(module: nn.Module) -> bool:
     """Whether a module with a forward of its own is a convolution of its padded input.
 
-    It is tried on small images of several sizes; `padding_of` tries others when they come.
+    It is tried on small images of several sizes; `padding_of` tries others when they come. One that
+    holds more tensors than weight and bias is none: what they are now, they need not be later.
     """
     weight = own_parameters(module).get("weight")
     if not isinstance(module, nn.Conv2d) or weight is None or weight.dtype not in _CLOSE:
+        return False
+    tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+    if not {name for name, _ in tensors} <= {"weight", "bias"}:
         return False
     extents = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size)]
     height, width = (max(e, s) + s for e, s in zip(extents, module.stride))

@@ -159,6 +159,17 @@ class Wide(Conv2dSame):
         return super().forward(x) * (1 + (x.shape[1] > 2))
 
 
+class Gated(Conv2dSame):
+    """A convolution as long as nothing trains its gate."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.gate = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.gate * super().forward(x)
+
+
 class Small(nn.Conv2d):
     """A convolution of small images only."""
 
@@ -167,7 +178,7 @@ class Small(nn.Conv2d):
         return y if x.shape[-1] < 20 else y.flip(-1)
 
 
-@pytest.mark.parametrize("kind", [Scaled, Noisy, Reflecting, InTraining, Failing, Wide])
+@pytest.mark.parametrize("kind", [Scaled, Noisy, Reflecting, InTraining, Failing, Wide, Gated])
 def test_what_is_no_such_convolution_stays_refused(kind):
     model = nn.Sequential(kind(4, 6, 3), nn.Flatten(), nn.LazyLinear(2))
     model[2] = nn.Linear(6 * 81, 2)
