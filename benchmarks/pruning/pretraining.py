@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.common import data, grid
 from rlscuda.cli.study.cells import CELLS, Cell, for_imagenet, of_classes
+from rlscuda.cli.study.plot import plot_study
 from rlscuda.studies import Protocol, Split, Study, Task, pretraining
 from rlscuda.studies.report import ARMS, HEADS
 from rlscuda.zoo import ImageShape
@@ -132,8 +133,17 @@ def report(path: Path) -> str:
     return "\n".join([*arms, "", *sources, "", *failed])
 
 
+def draw(results: Path, path: Path) -> None:
+    """Draw the curves of the first job."""
+    first = JOBS[0]
+    for run in json.loads(results.read_text(encoding="utf-8"))["runs"]:
+        if first.items() <= run.items():
+            title = f"{run['network']}, {run['cell']}"
+            plot_study(path, title, Study.from_dict(run["study"]))
+
+
 def main() -> None:
-    """Run the benchmark, then print its tables."""
+    """Run the benchmark, then draw its curves and print its tables."""
     parser = grid.parser(__doc__, "pretraining")
     parser.add_argument("--cell", choices=CELLS, action="append", help="all by default")
     args = parser.parse_args()
@@ -141,6 +151,7 @@ def main() -> None:
         torch.set_num_threads(1)
         jobs = [job for job in JOBS if args.cell is None or job["cell"] in args.cell]
         grid.run(run_job, jobs, args, {"smaller": SMALLER})
+    draw(args.results, args.plot)
     print(report(args.results))
 
 

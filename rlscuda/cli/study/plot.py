@@ -50,7 +50,7 @@ def plot_study(path: Path, title: str, study: Study) -> None:
         figure.suptitle(shortened(title, 100), x=0.015, ha="left", fontsize=13, fontweight="bold")
         figure.tight_layout(rect=(0, 0, 1, 0.97))
         image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=130)
+        figure.savefig(image, format="png", dpi=100)
         pyplot.close(figure)
     write_atomically(path, lambda stream: stream.write(image.getvalue()))
 
