@@ -14,6 +14,7 @@ from rlscuda.pruning.blocks.finding import Block
 from rlscuda.pruning.blocks.fitting import fit
 from rlscuda.pruning.blocks.proving import with_stand_ins
 from rlscuda.pruning.blocks.stand_ins import StandIn
+from rlscuda.pruning.options import checked_loss
 from rlscuda.pruning.running.batch_norms import check_finite, settle
 from rlscuda.pruning.running.calls import feed, inference, isolated_copy, output_tensors
 from rlscuda.pruning.running.measure import count_flops, count_parameters, measure
@@ -221,8 +222,4 @@ def value_of(loss: Callable[[nn.Module], float], model: nn.Module) -> float:
     Raises:
         TypeError: It is none.
     """
-    value: Any = loss(isolated_copy(model))
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"evaluate must give a number, got {type(value).__name__}") from None
+    return checked_loss(loss(isolated_copy(model)))
