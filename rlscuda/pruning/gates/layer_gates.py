@@ -73,8 +73,8 @@ class LayerGates:
         probes: Branches, at random, whose worth is estimated in a step; each costs a forward.
         patience: Steps at 0 after which a branch is removed; at most one is in so many steps.
         maps: Batches of inputs as `remove_blocks` takes them. Then a branch does not go alone: the
-            linear map that fits it best takes its place and is trained on, times its probability
-            then, which is its share in the network's output.
+            linear map of each pixel or token that fits it best takes its place and is trained on,
+            times its probability then, which is its share in the network's output.
         tolerance: Probability that counts as 0. With maps, .5 lets a branch become one as soon as
             it is not worth its price.
         seed: Of the draws.
@@ -247,11 +247,11 @@ class LayerGates:
         fits = {} if self._maps is None else fit(self.model, gate.block, self._maps, DAMPING)
         if not fits:
             return gate.block.stand_ins
-        best = max(fits.values(), key=lambda one: one.explained).stand_in
+        smallest = fits[min(fits)].stand_in
         with torch.no_grad():
-            for parameter in best.parameters():
+            for parameter in smallest.parameters():
                 parameter.mul_(gate.theta)
-        return gate.block.stand_ins | {gate.block.exit: best}
+        return gate.block.stand_ins | {gate.block.exit: smallest}
 
     def _draw(self) -> None:
         thetas = torch.tensor([gate.theta for gate in self._alive], dtype=torch.float64)
