@@ -120,7 +120,7 @@ class Study:
             "rows": [vars(row) for row in self.rows],
             "sources": [list(row) for row in self.source_rows()],
             "redundancy": {f: self.redundancy(f) for f in self.protocol.fairness},
-            "failed": [{k: arm[k] for k in ("seed", "fairness", "arm")} for arm in self.failed],
+            "failed": [list(_job(arm)) for arm in self.failed],
             "arms": self.arms,
         }
 
@@ -149,12 +149,23 @@ class Study:
         return list(found.items())
 
     def failures(self) -> list[str]:
-        """A line for each arm that has not learned the task."""
-        return [
-            f"not learned, and in no average: {arm['arm']} of seed {arm['seed']} by "
-            f"{arm['fairness']}, {100 * arm['test']:.1f} %"
-            for arm in self.failed
-        ]
+        """A line for each arm that has not learned the task, and for each that is alone thereby."""
+        lines, failed = [], self.failed
+        for arm in failed:
+            lines.append(f"not learned, and in no average: {_named(arm)}")
+            (other,) = (a for a in self.arms if _job(a)[:2] == _job(arm)[:2] and a is not arm)
+            if other not in failed:
+                lines.append(f"alone, and in no average: {_named(other)}; {self._own(other)}")
+        return lines
+
+    def _own(self, arm: dict[str, Any]) -> str:
+        """What the curves of one arm say."""
+        ratios, tolerance = self.protocol.ratios, self.protocol.tolerance
+        return ", ".join(
+            f"{c['rule']} ρ {prunability(ratios, c['accuracy'], tolerance):.2f}, AUC "
+            f"{auc(ratios, c['accuracy']):.3f}"
+            for c in arm["curves"]
+        )
 
     def markdown(self) -> str:
         """The tables: the arms by rule, the sources of P, the redundancy of each layer."""
@@ -177,6 +188,15 @@ def curve_of(arm: dict[str, Any], rule: str, recovery: int) -> list[float]:
         for curve in arm["curves"]
         if (curve["rule"], curve["recovery"]) == (rule, recovery)
     )
+
+
+def _job(arm: dict[str, Any]) -> tuple[int, str, str]:
+    return arm["seed"], arm["fairness"], arm["arm"]
+
+
+def _named(arm: dict[str, Any]) -> str:
+    seed, fairness, name = _job(arm)
+    return f"{name} of seed {seed} by {fairness}, {100 * arm['test']:.1f} %"
 
 
 def signed(difference: tuple[float, float | None], digits: int) -> str:

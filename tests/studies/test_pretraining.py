@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -164,6 +165,10 @@ def test_a_study_comes_back_from_json_and_leaves_failures_out(done):
     left = Study.from_dict(failed)
     assert len(left.failed) == 1 and [row.pairs for row in left.rows] == [1, 1, 2, 2]
     assert "not learned, and in no average: scratch of seed 0 by epochs, 29.0 %" in left.markdown()
+    alone = (
+        r"- alone, and in no average: pretrained of seed 0 by epochs, .* %; saliency\+ ρ 0\..*l1 ρ"
+    )
+    assert re.search(alone, left.markdown())
 
 
 def test_a_given_network_plateaus_recovery_weights_and_adam(tmp_path):
