@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.common import environment, shapes
 from benchmarks.learning import long_runs
 from benchmarks.learning import report as learning
-from benchmarks.pruning import blocks, gates, plots, pretraining, relief
+from benchmarks.pruning import adaptive, blocks, gates, plots, pretraining, relief
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MARKED = re.compile(r"(<!-- table:([\w.]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -32,6 +32,7 @@ GRIDS = {  # of many training runs
     "gates": gates.report,
     "pretraining": pretraining.report,
     "relief": relief.report,
+    "adaptive": adaptive.report,
 }
 
 

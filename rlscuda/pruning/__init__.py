@@ -1,6 +1,8 @@
 """Closed-form pruning of channels and weights from inverse autocorrelation matrices."""
 
 from rlscuda.optim.kept import Kept
+from rlscuda.pruning.adaptive.pruner import AdaptivePruner
+from rlscuda.pruning.adaptive.report import AdaptiveReport
 from rlscuda.pruning.blocks.finding import Block, Blocks, find_blocks
 from rlscuda.pruning.blocks.removal import BlockReport, remove_blocks
 from rlscuda.pruning.blocks.shortening import BlockChange
@@ -28,6 +30,8 @@ from rlscuda.pruning.surgery.transaction import transfer_state
 
 __all__ = [
     "IMPORTANCES",
+    "AdaptivePruner",
+    "AdaptiveReport",
     "Block",
     "BlockChange",
     "BlockReport",

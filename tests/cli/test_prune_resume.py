@@ -13,10 +13,10 @@ from safetensors.torch import load
 from support.cli import assert_same, call, snapshot, write_npz
 
 from rlscuda import RLSOptimizer
+from rlscuda.cli.common.rng import seed_everything
 from rlscuda.cli.data.dataset import load_dataset
 from rlscuda.cli.train.checkpoint import load_checkpoint
 from rlscuda.cli.train.options import RunConfig
-from rlscuda.cli.train.rng import seed_everything
 from rlscuda.cli.train.trainer import Trainer
 from rlscuda.pruning.files.saving import load_pruned
 

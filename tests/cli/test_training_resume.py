@@ -14,11 +14,11 @@ from support.cli import assert_same, call, snapshot, subprocess_environment, wri
 
 from rlscuda.cli import main
 from rlscuda.cli.common.errors import UserError
+from rlscuda.cli.common.rng import capture_rng, restore_rng, seed_everything
 from rlscuda.cli.data.dataset import load_dataset
 from rlscuda.cli.train import command as train_module
 from rlscuda.cli.train.checkpoint import load_checkpoint, save_checkpoint
 from rlscuda.cli.train.options import OPTIMIZERS, RunConfig
-from rlscuda.cli.train.rng import capture_rng, restore_rng, seed_everything
 from rlscuda.cli.train.trainer import Trainer
 from rlscuda.files import atomic as _atomic
 

@@ -26,6 +26,7 @@ from rlscuda.cli.train.checkpoint import load_checkpoint
 from rlscuda.cli.train.display import result_table, train_shown
 from rlscuda.cli.train.options import RunConfig
 from rlscuda.cli.train.plots import plot_run
+from rlscuda.cli.train.rounds import Rounds
 from rlscuda.cli.train.run_folder import RunFolder
 from rlscuda.cli.train.trainer import Trainer, evaluate
 from rlscuda.optim.report import Coverage
@@ -174,21 +175,24 @@ class Run:
         """
         pruning, model = trainer.pruning, trainer.model
         assert pruning is not None
-        rounds = pruning.schedule.rounds
+        rounds = pruning.rounds()
         seen = {key: result[key] for key in ("val_loss", "val_accuracy", "test_accuracy")}
         record = PruneRecord(
             title=self.subject,
             optimizer=trainer.name,
             stages=[*pruning.stages, Stage("final", len(rounds), **pruning.size(), **seen)],
-            rounds=[done.to_dict() for done in rounds],
+            rounds=rounds,
             gains=gains_of(trainer.whole_model(), model, pruning.example, self.config.batch_size),
             epochs=trainer.history,
             files={"pruned.safetensors": MODELS["pruned.safetensors"]},
-            planned=pruning.schedule.total,
+            planned=pruning.total if isinstance(pruning, Rounds) else 1,
         )
+        names = ("prune_schedule", "prune_adaptive")
+        given = {name: getattr(self.config, name) for name in names}
+        options = {name: text for name, text in given.items() if text is not None}
         with self.folder.pruning.replaced() as new:
             save_pruned(model, new / "pruned.safetensors", optimizer=trainer.optimizer)
-            write_report(new, record, {"prune_schedule": self.config.prune_schedule})
+            write_report(new, record, options)
         print_report(record, self.console)
 
     def _print_head(self) -> None:

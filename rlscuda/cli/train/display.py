@@ -69,7 +69,7 @@ def _print_epoch(console: Console, trainer: Trainer, row: dict[str, Any]) -> Non
     )
     if trainer.pruning is not None and "changed_val_loss" in row:
         stage = trainer.pruning.stages[-1]
-        what = f"{stage.label} of {trainer.pruning.schedule.total}"
+        what = f"{stage.label} of {trainer.pruning.total}"
         console.print(
             f"{'':<15} {what}: {stage.parameters:,} parameters  val loss {stage.val_loss:.4f}"
             f"  val accuracy {100 * stage.val_accuracy:6.2f} %",

@@ -16,6 +16,7 @@ from rlscuda.cli.common.options import (
     flag_of,
     one_of,
     option,
+    read_amount,
     read_count,
     read_list,
     read_pairs,
@@ -24,6 +25,7 @@ from rlscuda.cli.common.options import (
 )
 from rlscuda.files.documents import check
 from rlscuda.optim.forms import FORMS
+from rlscuda.pruning.adaptive.options import PENALTIES, WHAT
 from rlscuda.pruning.schedule import CURVES
 from rlscuda.zoo import NETWORKS
 
@@ -80,6 +82,48 @@ class ScheduleSpec:
 
 
 @dataclass(frozen=True)
+class AdaptiveSpec:
+    """`LEFT[,penalty=NAME][,what=NAMES][,warmup=EPOCHS][,epochs=EPOCHS]`, read.
+
+    Attributes:
+        left: Parameters that are left; a share, or from 1 on a number.
+        penalty: What a channel or branch pays for.
+        what: What may go.
+        warmup: Epochs before that.
+        epochs: Epochs in which it does.
+    """
+
+    left: float
+    penalty: str = "output"
+    what: tuple[str, ...] = WHAT
+    warmup: int = 1
+    epochs: int = 4
+
+    @classmethod
+    def read(cls, text: str) -> AdaptiveSpec:
+        """Reads the text of `--prune-adaptive`.
+
+        Raises:
+            UserError: It is not of that form, or a number is out of its range.
+        """
+        flag = "--prune-adaptive"
+        left, *extra = (part.strip() for part in text.split(","))
+        values: dict[str, Any] = {}
+        for name, value in read_pairs(flag, extra, text).items():
+            one_of(flag, name, ("penalty", "what", "warmup", "epochs"))
+            if name == "penalty":
+                one_of(flag, value, PENALTIES)
+                values[name] = value
+            elif name == "what":
+                values[name] = tuple(dict.fromkeys(value.split("+")))
+                for part in values[name]:
+                    one_of(flag, part, WHAT)
+            else:
+                values[name] = read_count(flag, name, value)
+        return cls(read_amount(flag, left), **values)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """The options of `rlscuda train` that decide the result of a run."""
 
@@ -115,15 +159,27 @@ class RunConfig:
         f"linear:0.5:3,warmup=2,tolerance=5%,budget=4. Curves: {', '.join(CURVES)}.",
     )
 
+    prune_adaptive: str | None = option(
+        None,
+        "Prune while rls trains until so many parameters are left, in channels and branches as "
+        "the training finds: 50%, 0.5 or 250k, or with options, "
+        "0.5,penalty=scale,what=channels+blocks,warmup=2,epochs=4.",
+    )
+
     def __post_init__(self) -> None:
         """Checks every value that can be checked without reading the data."""
         check_options(self)
         names = read_list("--optimizer", self.optimizer, OPTIMIZERS, "optimizer")
         if self.prune_schedule is not None:
             ScheduleSpec.read(self.prune_schedule)
-            if "rls" not in names:
+        if self.prune_adaptive is not None:
+            AdaptiveSpec.read(self.prune_adaptive)
+            if self.prune_schedule is not None:
+                raise UserError("--prune-adaptive and --prune-schedule exclude each other")
+        for flag in ("prune_schedule", "prune_adaptive"):
+            if getattr(self, flag) is not None and "rls" not in names:
                 raise UserError(
-                    f"--prune-schedule prunes while rls trains; --optimizer is {self.optimizer}"
+                    f"{flag_of(flag)} prunes while rls trains; --optimizer is {self.optimizer}"
                 )
         for name, value in self.overrides("lr").items():
             _POSITIVE.check(f"--lr of {name}", value)
@@ -137,6 +193,14 @@ class RunConfig:
         Raises:
             UserError: The schedule of pruning would never prune.
         """
+        if self.prune_adaptive is not None:
+            spec = AdaptiveSpec.read(self.prune_adaptive)
+            if spec.warmup + spec.epochs >= self.epochs:
+                raise UserError(
+                    f"--prune-adaptive {self.prune_adaptive} prunes until after epoch "
+                    f"{spec.warmup + spec.epochs} and trains on: --epochs must be at least "
+                    f"{spec.warmup + spec.epochs + 1}, got {self.epochs}"
+                )
         if self.prune_schedule is None:
             return
         warmup = ScheduleSpec.read(self.prune_schedule).warmup

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rlscuda.cli.common.errors import UserError
+from rlscuda.cli.common.rng import capture_rng, restore_rng
 from rlscuda.cli.data.dataset import Dataset
 from rlscuda.cli.report.record import KINDS, Stage, size_of
 from rlscuda.cli.train.optimizers import build_optimizer
 from rlscuda.cli.train.options import RunConfig, ScheduleSpec
-from rlscuda.cli.train.rng import capture_rng, restore_rng
 from rlscuda.files.documents import check
 from rlscuda.optional import optional
 from rlscuda.pruning.files.manifest import Described, describe, rebuild
@@ -212,6 +212,15 @@ class Rounds:
                     val_accuracy=accuracy,
                 )
             )
+
+    @property
+    def total(self) -> int:
+        """Rounds that were asked for."""
+        return self.schedule.total
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """All rounds that were made, as plain data."""
+        return [done.to_dict() for done in self.schedule.rounds]
 
     def size(self) -> dict[str, int]:
         """Parameters of the network now, and FLOPs of the forward of one image."""

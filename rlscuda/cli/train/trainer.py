@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlscuda.cli.common.errors import UserError, reading
+from rlscuda.cli.common.rng import capture_rng, restore_rng, seed_everything
 from rlscuda.cli.data.dataset import Dataset, Split
+from rlscuda.cli.train.adaptation import Adaptation
 from rlscuda.cli.train.checkpoint import check_network, check_training, save_checkpoint
 from rlscuda.cli.train.models import build_model
 from rlscuda.cli.train.optimizers import build_optimizer, build_scheduler
-from rlscuda.cli.train.options import RunConfig, ScheduleSpec
-from rlscuda.cli.train.rng import capture_rng, restore_rng, seed_everything
+from rlscuda.cli.train.options import AdaptiveSpec, RunConfig, ScheduleSpec
 from rlscuda.cli.train.rounds import Rounds
 from rlscuda.optimizer import RLSOptimizer
 from rlscuda.pruning.files.manifest import Described, rebuild
@@ -73,9 +74,11 @@ class Trainer:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.epoch_seconds = 0.0
         self.history: list[dict[str, Any]] = []
-        self.pruning: Rounds | None = None
+        self.pruning: Rounds | Adaptation | None = None
         if name == "rls" and config.prune_schedule is not None:
             self.pruning = Rounds(self, ScheduleSpec.read(config.prune_schedule))
+        if name == "rls" and config.prune_adaptive is not None:
+            self.pruning = Adaptation(self, AdaptiveSpec.read(config.prune_adaptive))
 
     def whole_model(self) -> nn.Module:
         """The network as it is before any training or pruning, on the device."""
@@ -202,7 +205,12 @@ class Trainer:
         self.optimizer.zero_grad()
         loss = F.cross_entropy(self.model(images), self.data.train.labels[rows])
         loss.backward()
+        adaptation = self.pruning if isinstance(self.pruning, Adaptation) else None
+        if adaptation is not None:
+            adaptation.after_backward()
         self.optimizer.step()
+        if adaptation is not None:
+            adaptation.after_step()
         self.scheduler.step()
         loss = loss.detach()
         self.loss_sum += loss

@@ -175,7 +175,7 @@ def unsound(structure: Structure, example_inputs: ExampleInputs) -> dict[str, st
     return found
 
 
-class _WithoutStatistics(TorchFunctionMode):
+class WithoutStatistics(TorchFunctionMode):
     """Norms over channels become their affine part, and attention forgets its width's scale."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -256,10 +256,15 @@ class _Probe:
         return alone or dict.fromkeys(second, f"it fails together with others: {reason}")
 
     def _reason(self, names: list[str]) -> str | None:
-        """Why these couplings cannot lose one unit each, or half of them; None where they can."""
-        units = {name: self._structure.coupling(name).units for name in names}
-        for amounts in (dict.fromkeys(names, 1), {n: count // 2 for n, count in units.items()}):
-            removed = {name: self._some(units[name], amount) for name, amount in amounts.items()}
+        """Why these couplings cannot lose one unit each, or up to half; None where they can."""
+        halves = {name: self._structure.coupling(name).units // 2 for name in names}
+        # of several numbers, so that two that must lose as many as each other are found out
+        several = {name: half - i % half for i, (name, half) in enumerate(halves.items())}
+        for amounts in (dict.fromkeys(names, 1), several):
+            removed = {
+                name: self._some(self._structure.coupling(name).units, amount)
+                for name, amount in amounts.items()
+            }
             try:
                 surgery = plan(self._structure, removed)
             except Exception as error:
@@ -310,7 +315,7 @@ class _Probe:
     def _run(self, copy: nn.Module, surgery: Surgery | None) -> list[Tensor]:
         """The outputs of a copy."""
         inputs = self._inputs if surgery is None else surgery.slice_inputs(self._inputs)
-        with _WithoutStatistics():
+        with WithoutStatistics():
             return output_tensors(call(copy, map_tensors(self._convert, inputs)))
 
     def _agree(self, whole: list[Tensor], pruned: list[Tensor]) -> bool:

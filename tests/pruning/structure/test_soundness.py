@@ -151,3 +151,23 @@ def test_the_surgery_fails_where_training_would():
     with pytest.raises(ValueError, match="fails in training mode on the example inputs: .*input"):
         operate(model, [], surgery, {}, IMAGES)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+class AlikeInWidth(nn.Module):
+    """Two layers of which one is written over zeros in the shape of the other's output."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(3, 6, 1)
+        self.heads = nn.ModuleList(nn.Linear(6, 5) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, y = self.first(x), self.second(x)
+        both = torch.zeros_like(x)
+        both += y
+        return self.heads[0](F.relu(x).mean((2, 3))) + self.heads[1](F.relu(both).mean((2, 3)))
+
+
+def test_layers_that_must_lose_as_many_channels_as_each_other_are_refused():
+    structure = trace(AlikeInWidth(), IMAGES)
+    assert structure.couplings == [] and set(structure.refused) == {"first", "second"}
