@@ -100,6 +100,9 @@ def measure(job: dict, args: argparse.Namespace) -> dict:
     return job | {"study": study.to_dict(), "seconds": round(time.perf_counter() - start, 1)}
 
 
+SHOWN = ("saliency+", "l1+", "l1")  # rules in the tables; the results file has all
+
+
 def run_job(job: dict, args: argparse.Namespace) -> str:
     """Run one study and say what came out."""
     record = grid.finish(job, args, measure)
@@ -107,7 +110,7 @@ def run_job(job: dict, args: argparse.Namespace) -> str:
 
 
 def report(path: Path) -> str:
-    """The tables of a results file, in Markdown: the arms by rule, and the sources of P."""
+    """The tables of a results file, in Markdown: the arms by some rules, and the sources of P."""
     runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
     order = [(job["cell"], job["network"]) for job in JOBS]
     runs.sort(key=lambda run: order.index((run["cell"], run["network"])))
@@ -121,9 +124,10 @@ def report(path: Path) -> str:
     for run in runs:
         study, name = Study.from_dict(run["study"]), f"{run['cell']}, {run['network']}"
         for row, cells in zip(study.rows, (c for _, rows in study.tables() for c in rows)):
-            arms.append("| " + " | ".join([name, row.fairness, str(row.pairs), *cells]) + " |")
+            if row.rule in SHOWN and row.fairness != "plateau":
+                arms.append("| " + " | ".join([name, row.fairness, str(row.pairs), *cells]) + " |")
         found = {(end, arm, source): area for end, arm, source, area in study.source_rows()}
-        for end, arm in dict.fromkeys((end, arm) for end, arm, _ in found):
+        for end, arm in dict.fromkeys((end, arm) for end, arm, _ in found if end == "epochs"):
             areas = [found.get((end, arm, source)) for source in SOURCES]
             values = [pair[ARMS.index(arm)] for pair in study.redundancy(end).values()]
             cells = ["" if area is None else f"{area:.3f}" for area in areas]
