@@ -7,7 +7,8 @@ import pytest
 from rlscuda.cli.common.errors import UserError
 from rlscuda.cli.common.options import read_amount, read_ratio, read_rise
 from rlscuda.cli.prune.options import PruneOptions
-from rlscuda.cli.train.options import RunConfig, ScheduleSpec
+from rlscuda.cli.train.options import RunConfig
+from rlscuda.cli.train.pruning.specs import ScheduleSpec
 
 
 @pytest.mark.parametrize(

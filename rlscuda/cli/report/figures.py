@@ -30,11 +30,12 @@ Part = tuple[str, float, Callable[[Any, PruneRecord], None]]  # name, inches hig
 
 def parts(record: PruneRecord) -> list[Part]:
     """The figures that a pruning has, in their order."""
-    widths, spectra = max(1, len(record.widths)), len(spectra_shown(record))
+    widths, spectra = len(record.widths), len(spectra_shown(record))
     found: list[Part] = [("accuracy", 3.3, draw_accuracy)]
     if record.epochs:
         found.append(("course", 4.2, draw_course))
-    found.append(("widths", 0.75 + 0.36 * widths, draw_widths))
+    if widths:
+        found.append(("widths", 0.75 + 0.36 * widths, draw_widths))
     if spectra:
         found.append(("spectra", 0.45 + 1.75 * math.ceil(spectra / _COLUMNS), draw_spectra))
     return found
@@ -45,7 +46,7 @@ def draw_widths(figure: Any, record: PruneRecord) -> None:
     axis = figure.subplots()
     widths = record.widths
     places = range(len(widths))
-    most = max((width.before for width in widths), default=1)
+    most = max(width.before for width in widths)
     axis.barh(places, [w.before for w in widths], height=0.62, color=GONE)
     axis.barh(places, [w.after for w in widths], height=0.62, color=KEPT)
     for place, width in zip(places, widths):

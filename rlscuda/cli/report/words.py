@@ -24,7 +24,10 @@ _SOURCES = {
 def headline(record: PruneRecord) -> str:
     """What was done to what."""
     count = len(branches_of(record))
-    branches = f" and {count} residual branch{'es' * (count > 1)}" if count else ""
+    branches = f"{count} residual branch{'es' * (count != 1)}"
+    if not record.widths:
+        return f"{record.title}: {branches} removed"
+    branches = f" and {branches}" if count else ""
     return f"{record.title}: {100 * record.ratio:.1f} % of its channels{branches} removed"
 
 
@@ -143,6 +146,15 @@ def width_rows(record: PruneRecord) -> Rows:
         (width.name, f"{width.before:,}", f"{width.after:,}",
          percent(1 - width.after / width.before), f"{record.spent(width.name):.3g}")
         for width in record.widths
+    ]  # fmt: skip
+
+
+def gate_rows(record: PruneRecord) -> Rows:
+    """Name, probability, worth, price and end of each gate, where there were any."""
+    return [
+        (gate["name"], *(f"{gate[key]:.3g}" for key in ("theta", "worth", "price")),
+         "stays" if gate["state"] == "on" else "removed")
+        for gate in record.last_report.get("gates", [])
     ]  # fmt: skip
 
 

@@ -186,6 +186,8 @@ def check_training(
         _require(0 <= row["seconds"] < math.inf, "seconds must be a duration", row["seconds"])
         _require(0 <= row["val_accuracy"] <= 1, "an accuracy must lie in [0, 1]",
                  row["val_accuracy"])  # fmt: skip
+        _require(not prunes or {"parameters", "flops", "pruning"} <= row.keys(),
+                 "a row must have parameters, flops and pruning", ", ".join(row))  # fmt: skip
     _require((order is None) == (step == 0), "only an epoch in progress has an order", short(order))
     if order is not None:
         whole = torch.arange(images)

@@ -26,7 +26,7 @@ from rlscuda.cli.train.checkpoint import load_checkpoint
 from rlscuda.cli.train.display import result_table, train_shown
 from rlscuda.cli.train.options import RunConfig
 from rlscuda.cli.train.plots import plot_run
-from rlscuda.cli.train.rounds import Rounds
+from rlscuda.cli.train.pruning.rounds import Rounds
 from rlscuda.cli.train.run_folder import RunFolder
 from rlscuda.cli.train.trainer import Trainer, evaluate
 from rlscuda.optim.report import Coverage
@@ -187,12 +187,9 @@ class Run:
             files={"pruned.safetensors": MODELS["pruned.safetensors"]},
             planned=pruning.total if isinstance(pruning, Rounds) else 1,
         )
-        names = ("prune_schedule", "prune_adaptive")
-        given = {name: getattr(self.config, name) for name in names}
-        options = {name: text for name, text in given.items() if text is not None}
         with self.folder.pruning.replaced() as new:
             save_pruned(model, new / "pruned.safetensors", optimizer=trainer.optimizer)
-            write_report(new, record, options)
+            write_report(new, record, self.config.prunings)
         print_report(record, self.console)
 
     def _print_head(self) -> None:

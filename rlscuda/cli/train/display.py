@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlscuda.cli.common.texts import one_line
 from rlscuda.cli.train.optimizers import LABELS
+from rlscuda.cli.train.pruning.gating import Gating
 from rlscuda.cli.train.trainer import Trainer
 
 REFRESH_SECONDS = 0.25
@@ -67,6 +68,10 @@ def _print_epoch(console: Console, trainer: Trainer, row: dict[str, Any]) -> Non
         f"val accuracy {100 * row['val_accuracy']:6.2f} %  {row['seconds']:6.1f} s",
         soft_wrap=True,
     )
+    if isinstance(trainer.pruning, Gating) and row["pruning"]:
+        gates, size = trainer.pruning.report.gates, f"{row['parameters']:,} parameters"
+        on = sum(gate.state == "on" for gate in gates)
+        console.print(f"{'':<15} {on} of {len(gates)} branches on: {size}", soft_wrap=True)
     if trainer.pruning is not None and "changed_val_loss" in row:
         stage = trainer.pruning.stages[-1]
         what = f"{stage.label} of {trainer.pruning.total}"

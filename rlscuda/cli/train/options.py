@@ -16,111 +16,20 @@ from rlscuda.cli.common.options import (
     flag_of,
     one_of,
     option,
-    read_amount,
-    read_count,
     read_list,
     read_pairs,
-    read_ratio,
-    read_rise,
 )
+from rlscuda.cli.train.pruning.specs import AdaptiveSpec, GateSpec, ScheduleSpec
 from rlscuda.files.documents import check
 from rlscuda.optim.forms import FORMS
-from rlscuda.pruning.adaptive.options import PENALTIES, WHAT
+from rlscuda.pruning.gates.branches import SIZES
 from rlscuda.pruning.schedule import CURVES
 from rlscuda.zoo import NETWORKS
 
 OPTIMIZERS = ("rls", "sgd", "adam")
 SCHEDULES = ("cosine", "constant")
+PRUNINGS = {"prune_schedule": ScheduleSpec, "prune_adaptive": AdaptiveSpec, "gates": GateSpec}
 _POSITIVE = Option("Of a step size.", above=0)
-
-
-@dataclass(frozen=True)
-class ScheduleSpec:
-    """`CURVE:RATIO:ROUNDS[,warmup=EPOCHS][,tolerance=SHARE][,budget=EPOCHS]`, read.
-
-    Attributes:
-        curve: How the ratio grows.
-        ratio: Share of the channels gone after the last round.
-        rounds: Rounds of pruning.
-        warmup: Epochs before the first.
-        tolerance: How far above the remembered validation loss counts as recovered.
-        budget: Epochs that a round may take to recover.
-    """
-
-    curve: str
-    ratio: float
-    rounds: int
-    warmup: int = 1
-    tolerance: float = 0.0
-    budget: int = 5
-
-    @classmethod
-    def read(cls, text: str) -> ScheduleSpec:
-        """Reads the text of `--prune-schedule`.
-
-        Raises:
-            UserError: It is not of that form, or a number is out of its range.
-        """
-        flag = "--prune-schedule"
-        main, *extra = (part.strip() for part in text.split(","))
-        pieces = main.split(":")
-        if len(pieces) != 3:
-            raise UserError(f"{flag} must be CURVE:RATIO:ROUNDS, such as cubic:0.7:4, got {text!r}")
-        curve, ratio_text, rounds = pieces
-        one_of(flag, curve, CURVES)
-        ratio = read_ratio(ratio_text, flag)
-        if isinstance(ratio, dict) or ratio == 0:
-            raise UserError(f"{flag}: the ratio must lie between 0 and 1, got {ratio_text!r}")
-        values: dict[str, Any] = {"rounds": read_count(flag, "rounds", rounds)}
-        for name, value in read_pairs(flag, extra, text).items():
-            one_of(flag, name, ("warmup", "tolerance", "budget"))
-            if name == "tolerance":
-                values[name] = read_rise(f"{flag}: tolerance", value)
-            else:
-                values[name] = read_count(flag, name, value)
-        return cls(curve, ratio, **values)
-
-
-@dataclass(frozen=True)
-class AdaptiveSpec:
-    """`LEFT[,penalty=NAME][,what=NAMES][,warmup=EPOCHS][,epochs=EPOCHS]`, read.
-
-    Attributes:
-        left: Parameters that are left; a share, or from 1 on a number.
-        penalty: What a channel or branch pays for.
-        what: What may go.
-        warmup: Epochs before that.
-        epochs: Epochs in which it does.
-    """
-
-    left: float
-    penalty: str = "output"
-    what: tuple[str, ...] = WHAT
-    warmup: int = 1
-    epochs: int = 4
-
-    @classmethod
-    def read(cls, text: str) -> AdaptiveSpec:
-        """Reads the text of `--prune-adaptive`.
-
-        Raises:
-            UserError: It is not of that form, or a number is out of its range.
-        """
-        flag = "--prune-adaptive"
-        left, *extra = (part.strip() for part in text.split(","))
-        values: dict[str, Any] = {}
-        for name, value in read_pairs(flag, extra, text).items():
-            one_of(flag, name, ("penalty", "what", "warmup", "epochs"))
-            if name == "penalty":
-                one_of(flag, value, PENALTIES)
-                values[name] = value
-            elif name == "what":
-                values[name] = tuple(dict.fromkeys(value.split("+")))
-                for part in values[name]:
-                    one_of(flag, part, WHAT)
-            else:
-                values[name] = read_count(flag, name, value)
-        return cls(read_amount(flag, left), **values)
 
 
 @dataclass(frozen=True)
@@ -158,29 +67,29 @@ class RunConfig:
         "Prune while rls trains, CURVE:RATIO:ROUNDS: cubic:0.7:4, or with options, "
         f"linear:0.5:3,warmup=2,tolerance=5%,budget=4. Curves: {', '.join(CURVES)}.",
     )
-
     prune_adaptive: str | None = option(
         None,
         "Prune while rls trains until so many parameters are left, in channels and branches as "
         "the training finds: 50%, 0.5 or 250k, or with options, "
         "0.5,penalty=scale,what=channels+blocks,warmup=2,epochs=4.",
     )
+    gates: str | None = option(
+        None,
+        "Let rls decide while it trains which residual branches lower the loss by a price: 0.03, "
+        f"or with options, 0.03,by=flops,epochs=8. By: {', '.join(SIZES)}.",
+    )
 
     def __post_init__(self) -> None:
         """Checks every value that can be checked without reading the data."""
         check_options(self)
         names = read_list("--optimizer", self.optimizer, OPTIMIZERS, "optimizer")
-        if self.prune_schedule is not None:
-            ScheduleSpec.read(self.prune_schedule)
-        if self.prune_adaptive is not None:
-            AdaptiveSpec.read(self.prune_adaptive)
-            if self.prune_schedule is not None:
-                raise UserError("--prune-adaptive and --prune-schedule exclude each other")
-        for flag in ("prune_schedule", "prune_adaptive"):
-            if getattr(self, flag) is not None and "rls" not in names:
-                raise UserError(
-                    f"{flag_of(flag)} prunes while rls trains; --optimizer is {self.optimizer}"
-                )
+        for option_name in self.prunings:
+            PRUNINGS[option_name].read(getattr(self, option_name))  # type: ignore[attr-defined]
+        flags = [flag_of(option_name) for option_name in self.prunings]
+        if len(flags) > 1:
+            raise UserError(f"{' and '.join(flags)} exclude each other")
+        if flags and "rls" not in names:
+            raise UserError(f"{flags[0]} prunes while rls trains; --optimizer is {self.optimizer}")
         for name, value in self.overrides("lr").items():
             _POSITIVE.check(f"--lr of {name}", value)
         for name, value in self.overrides("weight_decay").items():
@@ -191,7 +100,7 @@ class RunConfig:
         """Checks what only a run that starts must fulfil; an older one can be resumed without.
 
         Raises:
-            UserError: The schedule of pruning would never prune.
+            UserError: The pruning would not end, or never begin.
         """
         if self.prune_adaptive is not None:
             spec = AdaptiveSpec.read(self.prune_adaptive)
@@ -201,6 +110,13 @@ class RunConfig:
                     f"{spec.warmup + spec.epochs} and trains on: --epochs must be at least "
                     f"{spec.warmup + spec.epochs + 1}, got {self.epochs}"
                 )
+        if self.gates is not None:
+            learning = GateSpec.read(self.gates).learning(self.epochs)
+            if learning >= self.epochs:
+                raise UserError(
+                    f"--gates {self.gates} learn until after epoch {learning} and what is left "
+                    f"trains on: --epochs must be at least {learning + 1}, got {self.epochs}"
+                )
         if self.prune_schedule is None:
             return
         warmup = ScheduleSpec.read(self.prune_schedule).warmup
@@ -209,6 +125,12 @@ class RunConfig:
                 f"--prune-schedule {self.prune_schedule} first prunes after epoch {warmup} and "
                 f"trains on: --epochs must be at least {warmup + 1}, got {self.epochs}"
             )
+
+    @property
+    def prunings(self) -> dict[str, str]:
+        """The options of pruning that are given, by name."""
+        given = {name: getattr(self, name) for name in PRUNINGS}
+        return {name: text for name, text in given.items() if text is not None}
 
     @property
     def optimizers(self) -> tuple[str, ...]:

@@ -12,16 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from rlscuda.cli.common.errors import UserError, reading
 from rlscuda.cli.common.rng import capture_rng, restore_rng, seed_everything
 from rlscuda.cli.data.dataset import Dataset, Split
-from rlscuda.cli.train.adaptation import Adaptation
 from rlscuda.cli.train.checkpoint import check_network, check_training, save_checkpoint
 from rlscuda.cli.train.models import build_model
 from rlscuda.cli.train.optimizers import build_optimizer, build_scheduler
-from rlscuda.cli.train.options import AdaptiveSpec, RunConfig, ScheduleSpec
-from rlscuda.cli.train.rounds import Rounds
+from rlscuda.cli.train.options import RunConfig
+from rlscuda.cli.train.pruning.adaptation import Adaptation
+from rlscuda.cli.train.pruning.base import Pruning
+from rlscuda.cli.train.pruning.gating import Gating
+from rlscuda.cli.train.pruning.rounds import Rounds
+from rlscuda.cli.train.pruning.specs import AdaptiveSpec, GateSpec, ScheduleSpec
 from rlscuda.optimizer import RLSOptimizer
 from rlscuda.pruning.files.manifest import Described, rebuild
 
@@ -66,7 +70,7 @@ class Trainer:
         self.model = self.whole_model()
         seed_everything(config.seed)
         self.shuffler = torch.Generator().manual_seed(config.seed)
-        self.optimizer = build_optimizer(config, name, self.model)
+        self.optimizer = self.new_optimizer(self.model)
         self.scheduler = build_scheduler(config, self.optimizer, self.total_steps)
         self.epoch = 0  # finished epochs
         self.step = 0  # finished steps of the epoch in progress
@@ -74,16 +78,22 @@ class Trainer:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.epoch_seconds = 0.0
         self.history: list[dict[str, Any]] = []
-        self.pruning: Rounds | Adaptation | None = None
+        self.pruning: Pruning | None = None
         if name == "rls" and config.prune_schedule is not None:
             self.pruning = Rounds(self, ScheduleSpec.read(config.prune_schedule))
         if name == "rls" and config.prune_adaptive is not None:
             self.pruning = Adaptation(self, AdaptiveSpec.read(config.prune_adaptive))
+        if name == "rls" and config.gates is not None:
+            self.pruning = Gating(self, GateSpec.read(config.gates))
 
     def whole_model(self) -> nn.Module:
         """The network as it is before any training or pruning, on the device."""
         config, data = self.config, self.data
         return build_model(config.model, data.shape, data.classes).to(self.device)
+
+    def new_optimizer(self, model: nn.Module) -> Optimizer:
+        """An optimizer as that of the start, for a network."""
+        return build_optimizer(self.config, self.name, model)
 
     def rebuild(self, network: Described) -> None:
         """Replaces the network by a described one, and the optimizer by a new one for it.
@@ -92,7 +102,7 @@ class Trainer:
         """
         streams = capture_rng(self.device)
         self.model = rebuild(self.whole_model, network)
-        self.optimizer = build_optimizer(self.config, self.name, self.model)
+        self.optimizer = self.new_optimizer(self.model)
         position = self.scheduler.state_dict()
         self.scheduler = build_scheduler(self.config, self.optimizer, self.total_steps)
         self.scheduler.load_state_dict(position)
@@ -202,15 +212,19 @@ class Trainer:
 
     def _train_step(self, rows: Tensor) -> Tensor:
         images = self.data.normalise(self.data.train.images[rows])
+        labels = self.data.train.labels[rows]
+
+        def criterion() -> Tensor:
+            return F.cross_entropy(self.model(images), labels)
+
         self.optimizer.zero_grad()
-        loss = F.cross_entropy(self.model(images), self.data.train.labels[rows])
+        loss = criterion()
         loss.backward()
-        adaptation = self.pruning if isinstance(self.pruning, Adaptation) else None
-        if adaptation is not None:
-            adaptation.after_backward()
+        if self.pruning is not None:
+            self.pruning.after_backward(criterion, loss.detach())
         self.optimizer.step()
-        if adaptation is not None:
-            adaptation.after_step()
+        if self.pruning is not None:
+            self.pruning.after_step()
         self.scheduler.step()
         loss = loss.detach()
         self.loss_sum += loss

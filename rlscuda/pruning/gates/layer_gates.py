@@ -31,12 +31,14 @@ from rlscuda.pruning.gates.branches import SIZES, branches_of, prices_of
 from rlscuda.pruning.gates.differences import Closure, differences
 from rlscuda.pruning.gates.gate import Gate, Switch
 from rlscuda.pruning.gates.report import GateReport, GateState
+from rlscuda.pruning.gates.state import SavedRemoval, check_state
 from rlscuda.pruning.options import check_number, check_repeatable, checked_optimizers
 from rlscuda.pruning.running.batch_norms import measure_again
 from rlscuda.pruning.running.calls import isolated_copy
 from rlscuda.pruning.running.measure import count_flops, count_parameters
 
 _WORTH_DECAY = 0.9  # of the moving average that reports show
+_FIELDS = ("theta", "below", "worth", "open")  # of a gate, that a state has
 _LARGEST = 0.1  # step of a probability, lest one odd batch decides
 
 
@@ -136,7 +138,9 @@ class LayerGates:
         prices = prices_of(self.model, example_inputs, blocks, price, by)
         self._alive = [Gate(block, own, initial) for block, own in zip(blocks, prices)]
         self._order = [gate.name for gate in self._alive]
-        self._gone: dict[str, dict[str, Any]] = {}  # name -> what was put in the exit's place
+        self._prices = dict(zip(self._order, prices))
+        self._gone: dict[str, SavedRemoval] = {}
+        self._kept: dict[str, GateState] = {}  # once all gates are off
         self._steps, self._last_removal = 0, -patience
         self._generator = torch.Generator().manual_seed(seed)
         self._switches = {
@@ -238,7 +242,8 @@ class LayerGates:
         at = {name: isolated_copy(one) for own in stand_ins.values() for name, one in own.items()}
         replace_modules(self.model, self._optimizers, at, {}, [])  # type: ignore[arg-type]
         for gate in [gate for gate in self._alive if gate.name in stand_ins]:
-            self._gone[gate.name] = description_of(stand_ins[gate.name][gate.block.exit])
+            stand_in = description_of(stand_ins[gate.name][gate.block.exit])
+            self._gone[gate.name] = SavedRemoval(stand_in=stand_in, worth=gate.worth)
             _take_off({gate.name: self._switches.pop(gate.name)})
             self._alive.remove(gate)
 
@@ -261,19 +266,21 @@ class LayerGates:
 
     def report(self) -> GateReport:
         """How the gates stand."""
-        alive = {gate.name: gate for gate in self._alive}
-        states = [
-            GateState(name, own.theta, own.worth, own.price, "on" if own.decided else "off")
-            if (own := alive.get(name))
-            else GateState(name, 0.0, 0.0, 0.0, "gone")
-            for name in self._order
-        ]
+        states = {
+            own.name: GateState(
+                own.name, own.theta, own.worth, own.price, "on" if own.decided else "off"
+            )
+            for own in self._alive
+        }
+        for name, removal in self._gone.items():
+            states[name] = GateState(name, 0.0, removal["worth"], self._prices[name], "gone")
+        states |= self._kept
         decided = isolated_copy(self.model).eval()
         for gate in self._alive:
             if not gate.decided:
                 decided = with_stand_ins(decided, gate.block.stand_ins)
         size = count_parameters(decided), count_flops(decided, self._inputs)
-        return GateReport(states, dict(self._refused), *size)
+        return GateReport([states[name] for name in self._order], dict(self._refused), *size)
 
     def finish(self, loader: Iterable | None = None) -> GateReport:
         """Removes branches whose probability is at most one half, and all gates.
@@ -292,6 +299,7 @@ class LayerGates:
         if off:
             self._remove(off)
         _take_off(self._switches)
+        self._kept |= {gate.name: gate for gate in report.gates if gate.state == "on"}
         self._alive.clear()
         if loader is not None:
             measure_again(self.model, loader)
@@ -299,9 +307,8 @@ class LayerGates:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs besides the states of model and optimizers."""
-        fields = ("theta", "below", "worth", "open")
         return {
-            "gates": {g.name: {name: getattr(g, name) for name in fields} for g in self._alive},
+            "gates": {g.name: {name: getattr(g, name) for name in _FIELDS} for g in self._alive},
             "gone": dict(self._gone),
             "steps": self._steps,
             "last_removal": self._last_removal,
@@ -314,27 +321,22 @@ class LayerGates:
         Load the states of model and optimizers after it, for theirs are of the model without them.
 
         Raises:
-            ValueError: It is of gates on other branches, or a branch that it has is gone here.
+            ValueError: It is no state of gates on these branches, or a branch that it has is gone
+                here; nothing was changed.
         """
-        mine, other = {g.name: g for g in self._alive}, state["gates"].keys() | state["gone"].keys()
-        if other != set(self._order):
-            raise ValueError(
-                f"state must be of gates on {sorted(self._order)}, got {sorted(other)}"
-            )
-        missing = state["gates"].keys() - mine.keys()
-        if missing:
-            raise ValueError(f"{sorted(missing)} are gone: make gates for a whole model first")
+        mine = {gate.name: gate for gate in self._alive}
+        check_state(state, self._order, mine)
         going: dict[str, dict[str, StandIn]] = {}
         for gate in (mine[name] for name in state["gone"] if name in mine):
-            exit_name = gate.block.exit
-            device = next(self.model.get_submodule(exit_name).parameters()).device
-            at = made_of(state["gone"][gate.name]).to_empty(device=device)
-            going[gate.name] = gate.block.stand_ins | {exit_name: at}
+            device = next(self.model.parameters()).device
+            at = made_of(state["gone"][gate.name]["stand_in"]).to_empty(device=device)
+            going[gate.name] = gate.block.stand_ins | {gate.block.exit: at}
         if going:
             self._remove(going)
+        self._gone = dict(state["gone"])
         for gate, own in ((mine[name], own) for name, own in state["gates"].items()):
-            for name, value in own.items():
-                setattr(gate, name, value)
+            for name in _FIELDS:
+                setattr(gate, name, own[name])
             gate.calls = 0
         self._steps, self._last_removal = state["steps"], state["last_removal"]
         self._generator.set_state(state["generator"])

@@ -12,7 +12,7 @@ class GateState:
     Attributes:
         name: Of its branch.
         theta: Probability that it is open; 0 where the branch is gone.
-        worth: What the branch lowered the loss by, a moving average.
+        worth: What the branch lowered the loss by, a moving average; of one that is gone, the last.
         price: What it has to lower the loss by.
         state: `on` or `off`, as it will be where nothing is drawn any more, or `gone`.
     """

@@ -13,7 +13,8 @@ from rlscuda.cli.common.errors import UserError
 from rlscuda.cli.common.rng import seed_everything
 from rlscuda.cli.data.dataset import load_dataset
 from rlscuda.cli.train.checkpoint import load_checkpoint
-from rlscuda.cli.train.options import AdaptiveSpec, RunConfig
+from rlscuda.cli.train.options import RunConfig
+from rlscuda.cli.train.pruning.specs import AdaptiveSpec
 from rlscuda.cli.train.trainer import Trainer
 from rlscuda.pruning import load_pruned
 

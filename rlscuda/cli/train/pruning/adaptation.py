@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, TypedDict
 
 from torch import Tensor
 
-from rlscuda.cli.common.errors import UserError
-from rlscuda.cli.report.record import KINDS, Stage, size_of
-from rlscuda.cli.train.options import AdaptiveSpec
-from rlscuda.cli.train.rounds import Training
+from rlscuda.cli.report.record import Stage
+from rlscuda.cli.train.pruning.base import Pruning, Training, Validate, stage_of
+from rlscuda.cli.train.pruning.specs import AdaptiveSpec
 from rlscuda.files.documents import check
-from rlscuda.optional import optional
 from rlscuda.pruning.adaptive.pruner import AdaptivePruner
 from rlscuda.pruning.files.manifest import Described, describe
 
-MEASURED = 256  # training images that measure branches and settle norms
 _TITLES = {"output": "the output penalty", "scale": "the scale penalty"}
 
 
@@ -54,7 +50,7 @@ class SavedAdaptation(TypedDict):
     stages: list[Stage]
 
 
-class Adaptation:
+class Adaptation(Pruning):
     """The adaptive pruning of one training.
 
     Args:
@@ -65,38 +61,30 @@ class Adaptation:
         UserError: The network cannot be pruned so far.
     """
 
+    flag = "--prune-adaptive"
+
     def __init__(self, training: Training, spec: AdaptiveSpec):
-        optional("torch_pruning", "pruning")
-        self.training, self.spec = training, spec
-        self.stages: list[Stage] = []
+        super().__init__(training)
+        self.spec = spec
         self.pruner = self._pruner()
 
     def _pruner(self) -> AdaptivePruner:
-        data, spec = self.training.data, self.spec
-        images = data.normalise(data.train.images[:MEASURED])
+        spec = self.spec
         try:
             return AdaptivePruner(
                 self.training.model, self.training.optimizer, self.example,
                 target_params=spec.left, penalty=spec.penalty, what=spec.what,
-                warmup=spec.warmup, epochs=spec.epochs, loader=list(images.split(MEASURED // 2)),
+                warmup=spec.warmup, epochs=spec.epochs, loader=self.batches(),
             )  # fmt: skip
         except ValueError as error:
-            raise self._refused(error) from None
-
-    def _refused(self, error: ValueError) -> UserError:
-        return UserError(f"--prune-adaptive: {self.training.config.model}: {error}")
-
-    @property
-    def example(self) -> Tensor:
-        """One training image, as the network is given it."""
-        return self.training.data.normalise(self.training.data.train.images[:1])
+            raise self.refused(error) from None
 
     @property
     def total(self) -> int:
         """Rounds at most, for what is printed: each epoch of pruning."""
         return self.spec.epochs
 
-    def after_backward(self) -> None:
+    def after_backward(self, closure: Callable[[], Tensor], loss: Tensor) -> None:
         """Takes the steps of the scales.
 
         Raises:
@@ -105,43 +93,30 @@ class Adaptation:
         try:
             self.pruner.after_backward()
         except ValueError as error:
-            raise self._refused(error) from None
+            raise self.refused(error) from None
 
     def after_step(self) -> None:
         """Takes those that follow the optimizer's."""
         self.pruner.after_step()
 
-    def after_epoch(self, row: dict[str, Any], validate: Callable[[], tuple[float, float]]) -> None:
-        """Takes out what is to go; says so in the row of the epoch, as `Rounds.after_epoch` does.
+    def after_epoch(self, row: dict[str, Any], validate: Validate) -> None:
+        """Takes out what is to go; says so in the row of the epoch.
 
         Nothing goes after the last epoch, when nothing could recover, nor once the training loss is
         not finite any more.
-
-        Args:
-            row: Of the epoch that has just ended.
-            validate: Gives the validation loss and accuracy of the network now.
         """
-        size = self.size()
-        row |= {**size, "pruning": ""}
+        row |= {**self.size(), "pruning": ""}
         last = self.training.epoch >= self.training.config.epochs
         if self.pruner.finished or last or self.training.diverged:
             return
         try:
             row["pruning"] = outcome = self.pruner.after_epoch(row["val_loss"])
         except ValueError as error:
-            raise self._refused(error) from None
+            raise self.refused(error) from None
         if outcome == "pruned":
-            seen = {"val_loss": row["val_loss"], "val_accuracy": row["val_accuracy"]}
             number = sum(stage.kind == "pruned" for stage in self.stages)
-            kind = "recovering" if number else "whole"
-            loss, accuracy = validate()
-            row |= {"changed_val_loss": loss, "changed_val_accuracy": accuracy}
-            after = Stage("pruned", number + 1, **self.size(), val_loss=loss, val_accuracy=accuracy)
-            self.stages += [Stage(kind, number, **size, **seen), after]
-
-    def size(self) -> dict[str, int]:
-        """Parameters of the network now, and FLOPs of the forward of one image."""
-        return size_of(self.training.model, self.example)
+            self.stages.append(stage_of("recovering" if number else "whole", number, row))
+            self.stages.append(self.changed(row, "pruned", number + 1, validate))
 
     def rounds(self) -> list[dict[str, Any]]:
         """All that was done, as the one round of a record."""
@@ -173,7 +148,7 @@ class Adaptation:
         return {
             "network": describe(self.training.model),
             "pruner": self.pruner.state_dict(),
-            "stages": [dataclasses.asdict(stage) for stage in self.stages],
+            "stages": self.stages_saved(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -183,11 +158,8 @@ class Adaptation:
             ValueError: The state is not one of this network.
         """
         check(state, SavedAdaptation, "the pruning")
-        kinds = {stage["kind"] for stage in state["stages"]}
-        if not kinds <= set(KINDS):
-            raise ValueError(f"a stage must be one of {', '.join(KINDS)}, got {sorted(kinds)}")
+        stages = self.stages_of(state["stages"])
         self.training.rebuild(state["network"])
         self.pruner = self._pruner()
         self.pruner.load_state_dict(state["pruner"])
-        own = [field.name for field in dataclasses.fields(Stage)]
-        self.stages = [Stage(**{name: stage[name] for name in own}) for stage in state["stages"]]
+        self.stages = stages

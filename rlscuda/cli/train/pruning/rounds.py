@@ -5,19 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, Protocol, TypedDict
-
-import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from typing import Any, TypedDict
 
 from rlscuda.cli.common.errors import UserError
 from rlscuda.cli.common.rng import capture_rng, restore_rng
-from rlscuda.cli.data.dataset import Dataset
-from rlscuda.cli.report.record import KINDS, Stage, size_of
-from rlscuda.cli.train.optimizers import build_optimizer
-from rlscuda.cli.train.options import RunConfig, ScheduleSpec
+from rlscuda.cli.report.record import Stage
+from rlscuda.cli.train.pruning.base import Pruning, Training, Validate, stage_of
+from rlscuda.cli.train.pruning.specs import ScheduleSpec
 from rlscuda.files.documents import check
 from rlscuda.optional import optional
 from rlscuda.pruning.files.manifest import Described, describe, rebuild
@@ -25,28 +19,6 @@ from rlscuda.pruning.pruner import RLSPruner
 from rlscuda.pruning.report import PruneReport
 from rlscuda.pruning.schedule import PruneSchedule, Round
 from rlscuda.pruning.structure.trace import trace
-
-
-class Training(Protocol):
-    """What the rounds ask of the training that they are part of, as `Trainer` does it."""
-
-    config: RunConfig
-    name: str
-    data: Dataset
-    device: torch.device
-    model: nn.Module
-    optimizer: Optimizer
-    epoch: int
-
-    @property
-    def diverged(self) -> bool:
-        """Whether its loss is not finite any more."""
-
-    def whole_model(self) -> nn.Module:
-        """The network as it was at the start."""
-
-    def rebuild(self, network: Described) -> None:
-        """Replaces the network by a described one, and the optimizer by a new one for it."""
 
 
 class SavedPoint(TypedDict):
@@ -103,7 +75,7 @@ class Point:
         """
         streams = capture_rng(self.training.device)
         model = rebuild(self.training.whole_model, self.state["network"])
-        optimizer = build_optimizer(self.training.config, self.training.name, model)
+        optimizer = self.training.new_optimizer(model)
         optimizer.load_state_dict(self.state["optimizer"])
         restore_rng(streams, self.training.device)
 
@@ -115,7 +87,7 @@ class Point:
         self.training.optimizer.load_state_dict(optimizer)
 
 
-class Rounds:
+class Rounds(Pruning):
     """The rounds of pruning of one training.
 
     Args:
@@ -126,27 +98,24 @@ class Rounds:
         UserError: The network cannot be pruned.
     """
 
+    flag = "--prune-schedule"
+
     def __init__(self, training: Training, spec: ScheduleSpec):
         optional("torch_pruning", "pruning")
-        self.training = training
+        super().__init__(training)
         options = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
         self.schedule = PruneSchedule(self, **options)
-        self.stages: list[Stage] = []
         self.before: Point | None = None
         self.pruner = self._pruner()
-        model = training.config.model
         try:
             couplings = trace(training.model, self.example).couplings
         except ValueError as error:
-            raise UserError(f"--prune-schedule: {model}: {error}") from None
+            raise self.refused(error) from None
         if not couplings:
-            raise UserError(f"--prune-schedule: {model} has no channels that can be removed")
+            raise UserError(
+                f"{self.flag}: {training.config.model} has no channels that can be removed"
+            )
         self.units = {coupling.name: coupling.units for coupling in couplings}
-
-    @property
-    def example(self) -> Tensor:
-        """One training image, as the network is given it."""
-        return self.training.data.normalise(self.training.data.train.images[:1])
 
     def _pruner(self) -> RLSPruner:
         return RLSPruner(self.training.model, self.training.optimizer, self.example, ratio=0.0)
@@ -170,20 +139,13 @@ class Rounds:
         except ValueError as error:
             raise UserError(f"{self.training.config.model} was not pruned: {error}") from None
 
-    def after_epoch(self, row: dict[str, Any], validate: Callable[[], tuple[float, float]]) -> None:
+    def after_epoch(self, row: dict[str, Any], validate: Validate) -> None:
         """Prunes, waits or rolls back, by the validation loss of an epoch; says so in its row.
 
         Nothing is pruned after the last epoch, when nothing could recover, and nothing changes
         once the training loss is not finite any more.
-
-        Args:
-            row: Of the epoch that has just ended; it is given `parameters`, `flops` (of one image)
-                and `pruning`, and after a change `changed_val_loss` and `changed_val_accuracy`, of
-                the changed network.
-            validate: Gives the validation loss and accuracy of the network now.
         """
-        size = self.size()
-        row |= {**size, "pruning": ""}
+        row |= {**self.size(), "pruning": ""}
         schedule, number = self.schedule, len(self.schedule.rounds)
         last = self.training.epoch >= self.training.config.epochs and number < schedule.total
         if schedule.finished or last or self.training.diverged:
@@ -192,26 +154,11 @@ class Rounds:
             return
         row["pruning"] = outcome = schedule.after_epoch(row["val_loss"])
         if outcome in ("pruned", "finished"):
-            kind = "recovered" if number else "whole"
-            self.stages.append(
-                Stage(
-                    kind, number, **size, val_loss=row["val_loss"], val_accuracy=row["val_accuracy"]
-                )
-            )
+            self.stages.append(stage_of("recovered" if number else "whole", number, row))
         if schedule.finished:
             self.before = None
         if outcome in ("pruned", "rolled back"):
-            loss, accuracy = validate()
-            row |= {"changed_val_loss": loss, "changed_val_accuracy": accuracy}
-            self.stages.append(
-                Stage(
-                    outcome,
-                    len(schedule.rounds),
-                    **self.size(),
-                    val_loss=loss,
-                    val_accuracy=accuracy,
-                )
-            )
+            self.stages.append(self.changed(row, outcome, len(schedule.rounds), validate))
 
     @property
     def total(self) -> int:
@@ -222,10 +169,6 @@ class Rounds:
         """All rounds that were made, as plain data."""
         return [done.to_dict() for done in self.schedule.rounds]
 
-    def size(self) -> dict[str, int]:
-        """Parameters of the network now, and FLOPs of the forward of one image."""
-        return size_of(self.training.model, self.example)
-
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rounds to come depend on, and the record of those done."""
         return {
@@ -233,7 +176,7 @@ class Rounds:
             "before": None if self.before is None else self.before.state,
             "schedule": self.schedule.state_dict(),
             "pruner": self.pruner.state_dict(),
-            "stages": [dataclasses.asdict(stage) for stage in self.stages],
+            "stages": self.stages_saved(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -243,17 +186,17 @@ class Rounds:
             ValueError: The state is not one of this network and schedule.
         """
         self._check(state)
+        stages = self.stages_of(state["stages"])
         self.training.rebuild(state["network"])
         self.pruner = self._pruner()
         self.pruner.load_state_dict(state["pruner"])
         self.before = None if state["before"] is None else Point(self.training, state["before"])
         self.schedule.load_state_dict(state["schedule"], self.before)
-        own = [field.name for field in dataclasses.fields(Stage)]
-        self.stages = [Stage(**{name: stage[name] for name in own}) for stage in state["stages"]]
+        self.stages = stages
 
     def _check(self, state: Any) -> None:
         check(state, SavedPruning, "the pruning")
-        rounds, stages = state["schedule"]["rounds"], state["stages"]
+        rounds = state["schedule"]["rounds"]
         units = self.units if rounds else {}
         if state["pruner"]["original"] != units:
             raise ValueError(f"the units before pruning must be {units}, got "
@@ -267,8 +210,5 @@ class Rounds:
                 if not (change["before"] >= max(1, change["after"]) and change["after"] >= 0):
                     raise ValueError(f"the widths of {change['name']!r} must shrink, got "
                                      f"{change['before']} to {change['after']}")  # fmt: skip
-        kinds = {stage["kind"] for stage in stages}
-        if not kinds <= set(KINDS):
-            raise ValueError(f"a stage must be one of {', '.join(KINDS)}, got {sorted(kinds)}")
         if state["before"] is not None:
             Point(self.training, state["before"]).check()
