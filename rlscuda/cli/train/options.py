@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,11 @@ from rlscuda.zoo import NETWORKS
 
 OPTIMIZERS = ("rls", "sgd", "adam")
 SCHEDULES = ("cosine", "constant")
-PRUNINGS = {"prune_schedule": ScheduleSpec, "prune_adaptive": AdaptiveSpec, "gates": GateSpec}
+PRUNINGS: dict[str, Callable[[str], Any]] = {  # what reads the options of pruning
+    "prune_schedule": ScheduleSpec.read,
+    "prune_adaptive": AdaptiveSpec.read,
+    "gates": GateSpec.read,
+}
 _POSITIVE = Option("Of a step size.", above=0)
 
 
@@ -83,9 +87,9 @@ class RunConfig:
         """Checks every value that can be checked without reading the data."""
         check_options(self)
         names = read_list("--optimizer", self.optimizer, OPTIMIZERS, "optimizer")
-        for option_name in self.prunings:
-            PRUNINGS[option_name].read(getattr(self, option_name))  # type: ignore[attr-defined]
-        flags = [flag_of(option_name) for option_name in self.prunings]
+        for given, text in self.prunings.items():
+            PRUNINGS[given](text)
+        flags = [flag_of(given) for given in self.prunings]
         if len(flags) > 1:
             raise UserError(f"{' and '.join(flags)} exclude each other")
         if flags and "rls" not in names:

@@ -325,7 +325,7 @@ class LayerGates:
                 here; nothing was changed.
         """
         mine = {gate.name: gate for gate in self._alive}
-        check_state(state, self._order, mine)
+        check_state(state, self._order, mine, self._maps is not None)
         going: dict[str, dict[str, StandIn]] = {}
         for gate in (mine[name] for name in state["gone"] if name in mine):
             device = next(self.model.parameters()).device

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlscuda.files.documents import check, short
-from rlscuda.pruning.blocks.stand_ins import description_of, made_of
+from rlscuda.pruning.blocks.stand_ins import Mapped, description_of, made_of
 from rlscuda.pruning.gates.gate import Gate
 
 
@@ -39,13 +39,14 @@ class SavedGates(TypedDict):
     generator: Tensor
 
 
-def check_state(state: Any, names: list[str], alive: Mapping[str, Gate]) -> None:
+def check_state(state: Any, names: list[str], alive: Mapping[str, Gate], with_maps: bool) -> None:
     """Checks a state of gates against those it is for.
 
     Args:
         state: What should be one.
         names: Of all branches.
         alive: Those not gone, by name.
+        with_maps: Whether a linear map may stand in for a branch.
 
     Raises:
         ValueError: It is of gates on other branches, a branch that it has is gone here, or a value
@@ -74,11 +75,12 @@ def check_state(state: Any, names: list[str], alive: Mapping[str, Gate]) -> None
     for name in gone.keys() & alive.keys():
         made, block = made_of(gone[name]["stand_in"]), alive[name].block
         own = block.stand_ins[block.exit]
-        is_map = type(made).__name__ == "Mapped" and made.outputs == own.outputs
-        if not is_map and description_of(made) != description_of(own):
+        if isinstance(made, Mapped) and made.outputs == own.outputs and with_maps:
+            continue
+        if description_of(made) != description_of(own):
             raise ValueError(
-                f"what stands in for {name!r} must be {description_of(own)} or a map, got "
-                f"{gone[name]['stand_in']}"
+                f"what stands in for {name!r} must be {description_of(own)}"
+                f"{' or a map' if with_maps else ''}, got {gone[name]['stand_in']}"
             )
     try:
         torch.Generator().set_state(state["generator"])

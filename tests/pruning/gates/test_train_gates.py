@@ -113,6 +113,8 @@ def damages(gates):
     yield ("gates", name, "below"), 1000, "must lie in"
     yield ("gates", name), {}, "is missing"
     yield ("gone", gone, "stand_in"), {"kind": "Passed"}, "what stands in for"
+    a_map = {"kind": "Mapped", "outputs": 0, "kernel": 0, "inputs": 2**30, "width": 2**30}
+    yield ("gone", gone, "stand_in"), a_map, "what stands in for"
     yield ("gone", gone, "stand_in"), {"kind": "Linear"}, "a stand-in must be"
     yield ("gone",), {}, "must be of gates on"
     yield ("steps",), -1, "steps must be"
