@@ -156,7 +156,7 @@ def report(results: Path) -> str:
         own = [run["points"] for run in runs if run["way"] == way]
         if own:
             lines.append([way, *(_mean(p[k]["test"] for p in own) for k in range(MOST + 1))])
-    gated = [["price", "branches left", "FLOPs", "accuracy", "undecided", "step, first | last"]]
+    gated = [["price", "branches left", "FLOPs", "accuracy", "undecided", "step, first and last"]]
     for way, price in ((way, price) for way, prices in GATES.items() for price in prices):
         own = [run["points"][0] for run in runs if run["way"] == way and run.get("price") == price]
         if own:
@@ -165,7 +165,7 @@ def report(results: Path) -> str:
             gated.append([
                 f"{way}, {price}", ", ".join(str(p["branches"]) for p in own),
                 _mean((100 * p["flops"] for p in own), 0) + " %", _mean(p["test"] for p in own),
-                str(len(open_ones)), " | ".join(steps),
+                str(len(open_ones)), ", ".join(steps),
             ])  # fmt: skip
     return "\n".join(markdown(table) for table in (lines, gated) if len(table) > 1)
 
