@@ -153,7 +153,8 @@ def _table(title: str, heads: list[str], ways: Iterable[str], runs: list[dict]) 
         whole = [points[0] for points in own]
         if own:
             cells = [_cell([points[k] for points in own], whole) for k in range(len(heads))]
-            lines.append([way, *cells])
+            few = f", {len(own)} of {len(SEEDS)} seeds" if len(own) < len(SEEDS) else ""
+            lines.append([way + few, *cells])
     return markdown(lines) if len(lines) > 1 else ""
 
 
