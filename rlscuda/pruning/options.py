@@ -99,8 +99,8 @@ def checked_what(what: str | Sequence[str], source: str, include_inputs: bool) -
     return chosen
 
 
-def checked_loss(loss: Any) -> float:
-    """The number that an evaluation gave.
+def checked_loss(loss: Any, name: str = "evaluate") -> float:
+    """The number that a function of the user's gave.
 
     Raises:
         TypeError: It is none.
@@ -108,7 +108,7 @@ def checked_loss(loss: Any) -> float:
     try:
         return float(loss)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"evaluate must give a number, got {type(loss).__name__}") from None
+        raise TypeError(f"{name} must give a number, got {type(loss).__name__}") from None
 
 
 def check_repeatable(name: str, batches: object) -> None:

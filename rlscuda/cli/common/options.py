@@ -12,11 +12,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
-from rlscuda.cli.common.errors import UserError
+from rlscuda.cli.common.errors import UserError, reading
+from rlscuda.files.documents import check
 
 MOST = 10**9  # of any count, so that products of counts stay within 64 bits
 _POWERS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
@@ -58,6 +59,9 @@ class Option:
             raise UserError(f"{flag} must {expected}, got {value}")
 
 
+_Options = TypeVar("_Options")
+
+
 def option(default: Any, help: str, **limits: Any) -> Any:
     """A field of a dataclass that is an option, see `Option`."""
     return dataclasses.field(default=default, metadata={"option": Option(help, **limits)})
@@ -85,6 +89,33 @@ def check_options(config: Any) -> None:
     for field, _, declaration in declared(type(config)):
         if (value := getattr(config, field.name)) is not None:
             declaration.check(flag_of(field.name), value)
+
+
+def resumed(kind: type[_Options], what: str, stored: Any, given: Mapping[str, Any]) -> _Options:
+    """The options of what was begun, checked against those given again.
+
+    Args:
+        kind: A dataclass of options, one of which is `data`.
+        what: Was begun, as `run`.
+        stored: The options in its `config.json`.
+        given: The options written on the command line now.
+
+    Raises:
+        UserError: The stored options are not of this kind, or an option given now differs from the
+            stored one. Only `data` may: the files can have moved, and their fingerprint is checked.
+    """
+    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if not isinstance(stored, dict) or stored.keys() != names:
+        raise UserError("config.json does not hold the options of this version of rlscuda")
+    with reading("config.json"):
+        check(stored, kind, "the options")
+    for name, value in given.items():
+        if name != "data" and stored[name] != value:
+            raise UserError(
+                f"--resume continues the {what} as it was started: {flag_of(name)} was "
+                f"{stored[name]}, got {value}; start another {what} with --out"
+            )
+    return kind(**{**stored, "data": given.get("data", stored["data"])})
 
 
 def in_range(what: str, value: int, least: int, most: int = MOST) -> None:

@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from rlscuda.cli.common.errors import UserError, reading
-from rlscuda.cli.common.options import check_options, flag_of, option, read_list
+from rlscuda.cli.common.errors import UserError
+from rlscuda.cli.common.options import check_options, option, read_list, resumed
 from rlscuda.cli.study.cells import CELLS, Cell
-from rlscuda.files.documents import check
 from rlscuda.studies.protocol import FAIRNESS, LADDER, RATES, Protocol, rules_of
 
 _Number = TypeVar("_Number", int, float)
@@ -106,18 +105,7 @@ class StudyOptions:
             UserError: They do not, or those stored are of another version; `data` may differ, as
                 files move.
         """
-        names = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(stored, dict) or stored.keys() != names:
-            raise UserError("config.json does not hold the options of this version of rlscuda")
-        with reading("config.json"):
-            check(stored, cls, "the options")
-        for name, value in given.items():
-            if name != "data" and stored[name] != value:
-                raise UserError(
-                    f"--resume continues the study as it was started: {flag_of(name)} was "
-                    f"{stored[name]}, got {value}; start another study with --out"
-                )
-        return cls(**{**stored, "data": given.get("data", stored["data"])})
+        return resumed(cls, "study", stored, given)
 
 
 def _numbers(flag: str, text: str, kind: Callable[[str], _Number]) -> tuple[_Number, ...]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rlscuda.cli.common.errors import UserError, reading
+from rlscuda.cli.common.errors import UserError
 from rlscuda.cli.common.options import (
     Option,
     check_options,
@@ -18,9 +18,9 @@ from rlscuda.cli.common.options import (
     option,
     read_list,
     read_pairs,
+    resumed,
 )
 from rlscuda.cli.train.pruning.specs import AdaptiveSpec, GateSpec, ScheduleSpec
-from rlscuda.files.documents import check
 from rlscuda.optim.forms import FORMS
 from rlscuda.pruning.gates.branches import SIZES
 from rlscuda.pruning.schedule import CURVES
@@ -185,18 +185,7 @@ class RunConfig:
                 from the stored one. Only `data` may: the files can have moved, and their
                 fingerprint is checked.
         """
-        names = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(stored, dict) or stored.keys() != names:
-            raise UserError("config.json does not hold the options of this version of rlscuda")
-        with reading("config.json"):
-            check(stored, cls, "the options")
-        for name, value in given.items():
-            if name != "data" and stored[name] != value:
-                raise UserError(
-                    f"--resume continues the run as it was started: {flag_of(name)} "
-                    f"was {stored[name]}, got {value}; start another run with --out"
-                )
-        return cls(**{**stored, "data": given.get("data", stored["data"])})
+        return resumed(cls, "run", stored, given)
 
 
 def _number(flag: str, text: str) -> float:

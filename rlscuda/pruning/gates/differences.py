@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rlscuda.pruning.gates.gate import Gate
+from rlscuda.pruning.options import checked_loss
 from rlscuda.pruning.running.calls import rng_kept
 
 Closure = Callable[[], Tensor | float]
@@ -58,12 +59,7 @@ def _other(model: nn.Module, gate: Gate, closure: Closure, now: float) -> float:
 
 def _value(model: nn.Module, closure: Closure) -> float:
     with rng_kept(model):
-        loss = closure()
-    try:
-        return float(loss)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"closure must give the loss as a number or a tensor of one, got "
-                        f"{type(loss).__name__}") from None  # fmt: skip
+        return checked_loss(closure(), "closure")
 
 
 @contextmanager

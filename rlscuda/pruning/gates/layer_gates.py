@@ -176,20 +176,22 @@ class LayerGates:
         Raises:
             RuntimeError: The model is in eval mode, or was not called since the last draw, or in a
                 compiled form, which knows of no gates; nothing was changed.
-            TypeError: The closure gives no number.
+            TypeError: The closure gives no number; nothing was changed.
+            ValueError: A branch is to go, and an optimizer keeps something for all of its
+                parameters together, as LBFGS does; nothing was changed.
         """
         if not self._alive:
             return
         self._check_called()
-        if self._steps >= self._warmup:
-            before = self._generator.get_state()
-            try:
+        before = self.state_dict()
+        try:
+            if self._steps >= self._warmup:
                 self._learn(self._differences(closure, loss))
-            except BaseException:
-                self._generator.set_state(before)
-                raise
-        self._steps += 1
-        self._remove_dead()
+            self._steps += 1
+            self._remove_dead()
+        except BaseException:
+            self._set(before)
+            raise
         self._draw()
 
     def _check_called(self) -> None:
@@ -333,11 +335,16 @@ class LayerGates:
             going[gate.name] = gate.block.stand_ins | {gate.block.exit: at}
         if going:
             self._remove(going)
-        self._gone = dict(state["gone"])
-        for gate, own in ((mine[name], own) for name, own in state["gates"].items()):
-            for name in _FIELDS:
-                setattr(gate, name, own[name])
+        self._set(state)
+        for gate in self._alive:
             gate.calls = 0
+
+    def _set(self, state: Mapping[str, Any]) -> None:
+        """Gives gates, of which just those of a state are there, its values."""
+        self._gone = dict(state["gone"])
+        for gate in self._alive:
+            for name in _FIELDS:
+                setattr(gate, name, state["gates"][gate.name][name])
         self._steps, self._last_removal = state["steps"], state["last_removal"]
         self._generator.set_state(state["generator"])
 

@@ -225,6 +225,27 @@ def test_the_dead_leave_and_training_goes_on(make, maps):
     assert str(report).splitlines()[-1].startswith("0 of 4 branches on:")
 
 
+def test_a_removal_that_is_refused_changes_nothing():
+    model, optimizer, gates = made(
+        lambda m: torch.optim.LBFGS(m.parameters(), 1e-3), price=10.0, warmup=0, ramp=0, patience=1,
+        initial=0.05,
+    )  # fmt: skip
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    before = gates.state_dict(), copies(model)
+    with pytest.raises(ValueError, match="LBFGS keeps"):
+        gates.step(lambda: loss_of(model))
+    now = gates.state_dict(), copies(model)
+    generators = [state.pop("generator") for state, _ in (before, now)]
+    assert before[0] == now[0] and torch.equal(*generators) and not differing(before[1], now[1])
+
+
 def test_removals_wait_for_each_other():
     model, optimizer, gates = made(price=10.0, warmup=0, ramp=0, probes=4, patience=4)
     gone = []
@@ -342,7 +363,7 @@ def test_a_step_that_cannot_know_is_refused():
     model.train()
     loss_of(model)
     for closure, kind in ((lambda: "low", "str"), (lambda: model(X), "Tensor")):
-        with pytest.raises(TypeError, match=f"closure must give the loss .*, got {kind}"):
+        with pytest.raises(TypeError, match=f"closure must give a number, got {kind}"):
             gates.step(closure)
     now = gates.state_dict()
     generator = [state.pop("generator") for state in (before, now)]

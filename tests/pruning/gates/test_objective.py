@@ -4,6 +4,10 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
+
+from rlscuda.pruning import LayerGates
 
 
 def density(pi, gamma):
@@ -35,3 +39,31 @@ def test_the_penalty_is_linear(gamma):
         rest = value - (1 - theta) * math.log(gamma)
         offset = rest if offset is None else offset
         assert rest == pytest.approx(offset, abs=1e-9)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + self.outer(self.inner(x).relu())
+
+
+def test_gates_descend_it():
+    """A step without a difference is the rate times the slope of the divergence, at a price."""
+    price, theta, wide = 0.05, 0.6, 1e-4
+    gamma = math.exp(-price)
+    ends = [
+        divergence(t, gamma * t / (1 + (gamma - 1) * t), gamma)
+        for t in (theta - wide, theta + wide)
+    ]
+    gates = LayerGates(
+        nn.Sequential(nn.Linear(3, 4), Residual(), nn.Linear(4, 2)), torch.randn(2, 3),
+        total_steps=1000, price=price, initial=0.9, warmup=0, ramp=0, horizon=0.5,
+    )  # fmt: skip
+    (gate,) = gates._alive
+    gate.theta = theta
+    gates._learn({gate: 0.0})
+    rate = 0.9 / (price * 500)  # from initial to 0 in the horizon where a branch is worth nothing
+    assert theta - gate.theta == pytest.approx(rate * (ends[1] - ends[0]) / (2 * wide), rel=1e-6)
