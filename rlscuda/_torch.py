@@ -124,6 +124,16 @@ def gradient_shape(function: Any) -> tuple[int, ...]:
     return tuple(function._input_metadata[0].shape)
 
 
+def active_ddp() -> Any:
+    """The DistributedDataParallel module in whose forward this is, or None."""
+    return nn.parallel.DistributedDataParallel._get_active_ddp_module()
+
+
+def joins(ddp: Any) -> bool:
+    """Whether a DistributedDataParallel module is in a `Join` context."""
+    return ddp._join_config.enable
+
+
 def share_hooks(new: Tensor, old: Tensor) -> None:
     """Gives a parameter the hooks of another: the very dicts, so that their handles still work."""
     new._backward_hooks = old._backward_hooks

@@ -17,13 +17,15 @@ from rlscuda.optim.discovery import Registry, as_list
 from rlscuda.optim.fallback import Fallback, set_rates
 from rlscuda.optim.kept import Change, Replaced, cut_states
 from rlscuda.optim.layers import Layer
-from rlscuda.optim.moves import Move, Workspace
+from rlscuda.optim.moves import Workspace
+from rlscuda.optim.ranks.joining import Joining
+from rlscuda.optim.ranks.processes import Processes
 from rlscuda.optim.report import Coverage, Health, coverage_of, health_of
-from rlscuda.optim.state import check_fits, ensure_state, forget, guarded_load, ready, restart
-from rlscuda.optim.steps.stepping import step_layers
+from rlscuda.optim.state import ensure_state, guarded_load, restart
+from rlscuda.optim.steps.whole import take_step
 
 
-class RLSOptimizer(Optimizer):
+class RLSOptimizer(Joining, Optimizer):
     r"""Trains linear, convolution and recurrent layers by RLS, all other parameters by a fallback.
 
     Each covered layer keeps the inverse autocorrelation matrix ``P`` [n, n] of its im2col input
@@ -66,6 +68,9 @@ class RLSOptimizer(Optimizer):
         max_fan_in: Above this fan-in ``P`` is block-diagonal, of blocks of consecutive inputs that
             are no larger (8192).
         seed: Of the random signs and draws of ``sketch`` and ``sample``.
+        process_group: The processes that train the model together, whose ``P`` is then that of
+            one process with all their inputs: ``"auto"`` (default), those of the
+            DistributedDataParallel module that calls the layers; a process group; or None.
 
     Raises:
         ValueError: An option is out of its range, or an included module cannot be covered.
@@ -106,7 +111,9 @@ class RLSOptimizer(Optimizer):
         dtype: torch.dtype | None = None,
         max_fan_in: int | None = None,
         seed: int | None = None,
+        process_group: Any = "auto",
     ):
+        self._processes = Processes(process_group)
         self._given = {
             "lr": lr, "form": form, "forgetting": forgetting, "gain": gain, "momentum": momentum,
             "weight_decay": weight_decay, "rank": rank, "summary": summary, "shrinkage": shrinkage,
@@ -135,7 +142,7 @@ class RLSOptimizer(Optimizer):
         if model is not None and not layers:
             advice.warn(advice.NOTHING_COVERED)
         self._warn(advice.of_groups(self.param_groups, layers, self.state))
-        self._fallback.prepare(self.param_groups, self._covered(), self.state)
+        self._fallback.prepare(self.param_groups, self._registry.covered(), self.state)
         self._attached = set()
         self._attach()
         if layers and model is not None:
@@ -190,6 +197,7 @@ class RLSOptimizer(Optimizer):
 
     def _observe(self, layer: Layer, x: Tensor, outputs: list[Tensor]) -> None:
         """Stages what one forward shows."""
+        self._processes.notice()
         if self._registry.has_other_groups(self.param_groups):
             self._follow_groups()
         weight = layer.weight
@@ -197,7 +205,9 @@ class RLSOptimizer(Optimizer):
         if group is not None and weight.requires_grad:
             step = self.state[weight].get("step", 0) if weight in self.state else 0
             registry = self._registry
-            registry.stages[weight].observe(layer, group, step, registry.inputs, x, outputs)
+            place = (self._processes.rank, self._processes.size)
+            inputs, stage = registry.inputs, registry.stages[weight]
+            stage.observe(layer, group, step, inputs, place, x, outputs)
 
     def mask(self, mask: Tensor) -> AbstractContextManager[None]:
         """Keeps padded positions out of every `P`, for the forwards inside a ``with``.
@@ -233,51 +243,15 @@ class RLSOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._follow_groups()
+        self.notify_join()
         with uninterrupted():
             self._step()
         return loss
 
     def _step(self) -> None:
         forms.check_edited(self.param_groups, self._checked)
-        moving = [self._registry.layers[w] for w in self._registry.group_of if w.grad is not None]
-        fresh = [layer for layer in moving if "P" not in self.state.get(layer.weight, ())]
-        try:  # all that may refuse comes before the first layer moves
-            ready(self.state, self._registry, moving, self._fallback)
-            moves = [self._move(layer) for layer in moving]
-            self._fallback.prepare(self.param_groups, self._covered(), self.state)
-            self._fallback.step(self.param_groups, self.state)
-        except BaseException:
-            for layer in fresh:
-                forget(self.state, layer, self._registry.group_of[layer.weight])
-            raise
-        try:
-            if moves:
-                step_layers(moves, self._workspace)
-        except BaseException as error:
-            advice.warn_cut_short(error)
-            raise
-        for move in moves:
-            move.state["step"] += 1
-        # a graph that needs the old values notices
-        torch.autograd.graph.increment_version([p for m in moves for p in m.layer.parameters()])
-        self._warn(advice.of_steps(moves, self._registry.stages))
-        self._registry.clear()
-
-    def _move(self, layer: Layer) -> Move:
-        group, stage = self._registry.group_of[layer.weight], self._registry.stages[layer.weight]
-        state = self.state[layer.weight]
-        check_fits(layer, state, group)
-        moves_bias = self._registry.members.issuperset(layer.parameters())
-        return Move(layer, group, state, stage.summary, stage.factors, moves_bias)
-
-    def _covered(self) -> set[nn.Parameter]:
-        """What the RLS rule moves: weights, and biases in `P` unless their weight is frozen."""
-        return {
-            p
-            for weight in self._registry.group_of
-            for p in self._registry.layers[weight].parameters()
-            if p is weight or weight.grad is not None or p.grad is None
-        }
+        own = (self._registry, self._fallback, self._processes, self._workspace)
+        self._warn(take_step(self.param_groups, self.state, *own))
 
     def restart(self, memory: int = 30) -> None:
         r"""Readies the optimizer for another schedule, once one has ended.
@@ -369,7 +343,7 @@ class RLSOptimizer(Optimizer):
             super().load_state_dict(state_dict)
 
     def __getstate__(self):
-        own = ("_given", "_fallback", "_registry", "_said")
+        own = ("_given", "_fallback", "_registry", "_said", "_processes")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def __setstate__(self, state):

@@ -231,6 +231,8 @@ class Stage:
         factors: Of the only one, where they were kept.
         generation: Counts the calls of `clear`, so that a forward counts once between two.
         missed: Steps in a row that found nothing staged.
+        taken: Images, or rows of a sketch, that were summarised.
+        order: Number of the sizes of the forwards, in turn: the same where they were the same.
         shown: Numbers of the inputs it was shown.
         tokens: Those of them that are in the summary.
     """
@@ -242,7 +244,7 @@ class Stage:
     def clear(self) -> None:
         """Forgets everything staged."""
         self.summary: Summary | None = None
-        self.calls = 0
+        self.calls = self.taken = self.order = 0
         self.factors: Factors | None = None
         self.generation += 1
         self.shown: set[int] = set()
@@ -270,12 +272,14 @@ class Stage:
         single = self.summary is not None and self.summary.total == 1
         return single and group["form"] == "paper" and float(group["lr"]) > 2 * group["gain"]
 
-    def commit(self, shown: Shown, end: int, factors: Factors | None) -> None:
-        """Takes in the summary of one differentiated forward, which ends at offset `end`."""
+    def commit(self, shown: Shown, start: int, size: int, factors: Factors | None) -> None:
+        """Takes in the summary of one differentiated forward, of `size` from offset `start` on."""
         self.tokens.add(shown.token)
         summary = shown.summary
         self.summary = summary if self.summary is None else self.summary.merge(summary)
-        self._seen = max(self._seen, end)
+        self._seen = max(self._seen, start + size)
+        self.taken += size
+        self.order = hash((self.order, start, size)) & (2**62 - 1)
         self.calls += 1
         self.factors = factors if self.calls == 1 else None
 
@@ -285,6 +289,7 @@ class Stage:
         group: dict[str, Any],
         step: int,
         inputs: Inputs,
+        place: tuple[int, int],
         x: Tensor,
         outputs: Sequence[Tensor],
     ) -> None:
@@ -295,6 +300,7 @@ class Stage:
             group: Its parameter group.
             step: Steps it has taken.
             inputs: What it has in common with other layers.
+            place: Rank of this process among those that train together, and how many they are.
             x: The input.
             outputs: The outputs with a gradient to come, of several the first that has come counts.
         """
@@ -314,13 +320,15 @@ class Stage:
         last = inputs.last
         if last is None or last.token in self.shown or not last.serves(given, layer, group, index):
             seed = (group["seed"] + _SEED_STRIDE * (1 + layer.index + (step << 16))) & (2**63 - 1)
-            summary = summarise(layer, images, group["summary"], group["rank"], seed, offset)
+            drawn = offset * place[1] + size * place[0]  # as if all ranks were shown in turn
+            summary = summarise(layer, images, group["summary"], group["rank"], seed, drawn)
             last = inputs.note(given, layer, group, index, summary)
         shown = last
         self.shown.add(shown.token)
         rows, seen, counted = None, 0, 0
-        averaged = group["form"] == "spectral"  # whose product is of the momentum
-        if some is x and not averaged and layer.factors_pay(x, group["dtype"]):
+        # the spectral product is of the momentum, that of many processes of their mean gradient
+        of_one = group["form"] != "spectral" and place[1] == 1
+        if some is x and of_one and layer.factors_pay(x, group["dtype"]):
             rows = x.reshape(-1, x.shape[-1]).contiguous()
             seen = version_of(rows)
 
@@ -332,7 +340,7 @@ class Stage:
             counted, factors = self.generation, None
             if rows is not None and weight.grad is None and gradient.dtype == rows.dtype:
                 factors = Factors(rows, gradient.reshape(len(rows), -1), seen)
-            self.commit(shown, offset + size, factors)
+            self.commit(shown, offset, size, factors)
 
         for output in outputs:  # what `output.register_hook` does, at half its cost
             node = output.grad_fn

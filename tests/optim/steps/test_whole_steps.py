@@ -10,10 +10,10 @@ from support.compare import differing, snapshot
 from support.training import batch, cnn, make, mlp, train
 from torch import nn
 
-import rlscuda.optimizer
 from rlscuda import RLSOptimizer
 from rlscuda.interrupts import uninterrupted
 from rlscuda.optim import advice
+from rlscuda.optim.steps import whole
 
 FORMS = ["paper", "natural", "adaptive", "spectral"]
 
@@ -124,7 +124,7 @@ def test_a_step_cut_short_says_so(monkeypatch):
     model = cnn()
     optimizer = RLSOptimizer(model)
     model(batch(model)).sum().backward()
-    monkeypatch.setattr(rlscuda.optimizer, "step_layers", fail)
+    monkeypatch.setattr(whole, "step_layers", fail)
     with pytest.warns(UserWarning, match="step\\(\\) was cut short by MemoryError") as caught:  # noqa: SIM117
         with pytest.raises(MemoryError):
             optimizer.step()
@@ -164,13 +164,13 @@ def test_an_interrupt_waits_for_the_end_of_the_step(form, monkeypatch):
         o.zero_grad()
         m(batch(m)).square().sum().backward()
     other.step()
-    move = rlscuda.optimizer.step_layers
+    move = whole.step_layers
 
     def interrupted(moves, workspace):
         signal.raise_signal(signal.SIGINT)
         move(moves, workspace)
 
-    monkeypatch.setattr(rlscuda.optimizer, "step_layers", interrupted)
+    monkeypatch.setattr(whole, "step_layers", interrupted)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
     assert not differing(snapshot(model, optimizer), snapshot(twin, other))

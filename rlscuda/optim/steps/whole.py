@@ -1,0 +1,111 @@
+"""One step of an optimizer: all that may refuse comes before the first parameter moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+import torch
+
+from rlscuda.optim import advice
+from rlscuda.optim.discovery import Registry
+from rlscuda.optim.fallback import Fallback
+from rlscuda.optim.moves import Move, Workspace
+from rlscuda.optim.ranks.processes import Processes
+from rlscuda.optim.ranks.reduction import Part, reduce_summaries
+from rlscuda.optim.state import check_fits, forget, ready
+from rlscuda.optim.staging import Summary
+from rlscuda.optim.steps.stepping import step_layers
+
+
+def take_step(
+    groups: list[dict[str, Any]],
+    states: MutableMapping[Any, dict[str, Any]],
+    registry: Registry,
+    fallback: Fallback,
+    processes: Processes,
+    workspace: Workspace,
+) -> list[str]:
+    """Moves every parameter that has a gradient.
+
+    Args:
+        groups: The parameter groups, whose options have been checked.
+        states: The optimizer's state.
+        registry: Its layers.
+        fallback: Its rule for all other parameters.
+        processes: Those that train the model together.
+        workspace: Memory kept from step to step.
+
+    Returns:
+        What to warn of.
+    """
+    moving = [registry.layers[w] for w in registry.group_of if w.grad is not None]
+    summaries = staged(registry, states, processes)
+    fresh = [layer for layer in moving if "P" not in states.get(layer.weight, ())]
+    try:
+        ready(states, registry, moving, fallback)
+        moves = [_move(layer, registry, states, summaries) for layer in moving]
+        fallback.prepare(groups, registry.covered(), states)
+        fallback.step(groups, states)
+    except BaseException:
+        for layer in fresh:
+            forget(states, layer, registry.group_of[layer.weight])
+        raise
+    try:
+        if moves:
+            step_layers(moves, workspace)
+    except BaseException as error:
+        advice.warn_cut_short(error)
+        raise
+    for move in moves:
+        move.state["step"] += 1
+    # a graph that needs the old values notices
+    torch.autograd.graph.increment_version([p for m in moves for p in m.layer.parameters()])
+    texts = [*advice.of_steps(moves, registry.stages), *_alone(processes, moves)]
+    registry.clear()
+    return texts
+
+
+def staged(
+    registry: Registry,
+    states: MutableMapping[Any, dict[str, Any]],
+    processes: Processes,
+    joined: bool = False,
+) -> dict[Any, Summary | None]:
+    """The summary of each covered weight's input, over all processes that train it together.
+
+    Args:
+        registry: The layers.
+        states: The optimizer's state.
+        processes: The processes.
+        joined: Whether this one makes no step of its own, see `reduce_summaries`.
+
+    Raises:
+        RuntimeError: The processes do not have the same layers, or are not at the same step.
+    """
+    weights = [w for w in registry.group_of if w.requires_grad]
+    stages = [registry.stages[w] for w in weights]
+    if processes.size == 1:
+        return dict(zip(weights, (stage.summary for stage in stages)))
+    parts = [
+        Part(registry.layers[w], registry.group_of[w], stage, states.get(w, {}).get("step", 0))
+        for w, stage in zip(weights, stages)
+    ]
+    return dict(zip(weights, reduce_summaries(parts, processes, joined)))
+
+
+def _move(
+    layer: Any, registry: Registry, states: MutableMapping[Any, dict[str, Any]], summaries: dict
+) -> Move:
+    weight = layer.weight
+    group, state = registry.group_of[weight], states[weight]
+    check_fits(layer, state, group)
+    moves_bias = registry.members.issuperset(layer.parameters())
+    factors = registry.stages[weight].factors
+    return Move(layer, group, state, summaries.get(weight), factors, moves_bias)
+
+
+def _alone(processes: Processes, moves: list[Move]) -> Iterator[str]:
+    text = processes.apart() if moves else None
+    if text is not None:
+        yield text

@@ -1,0 +1,49 @@
+"""Many cases in few launches of processes that talk by gloo: a launch costs seconds."""
+
+import datetime
+import os
+import tempfile
+import traceback
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT = datetime.timedelta(seconds=60)
+
+
+def _rank(rank, size, cases, folder):
+    os.environ.update(OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=TIMEOUT
+    )
+    for number, case in enumerate(cases):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                result = case(rank, size)
+            except Exception:
+                result = traceback.format_exc()
+        texts = [str(w.message) for w in caught]
+        torch.save((result, texts), f"{folder}/{number}-{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def launch(size, cases):
+    """Runs each case, a function of rank and size at the top of a module, on so many processes.
+
+    Returns:
+        For each case, what each rank returned or the traceback of what it raised; and likewise the
+        texts of its warnings.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, (size, cases, folder), nprocs=size)
+        rows = [
+            [torch.load(Path(folder, f"{i}-{r}"), weights_only=False) for r in range(size)]
+            for i in range(len(cases))
+        ]
+    return [tuple(zip(*ranks)) for ranks in rows]
