@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from rlscuda._torch import tree_map
-from rlscuda.optim.steps.whole import staged
+from rlscuda.optim.ranks.reduction import staged
 
 
 class Joining:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlscuda.optim.discovery import Registry
 from rlscuda.optim.layers import Layer, state_dtype
 from rlscuda.optim.ranks.processes import Processes
 from rlscuda.optim.staging import Stage, Summary
@@ -72,6 +73,34 @@ class Part:
         layer, group = self.layer, self.group
         shape = [layer.groups, self.rank, layer.fan_in]
         return f"{layer.name} {self.kind} {shape} of seed {group['seed']}"
+
+
+def staged(
+    registry: Registry,
+    states: dict[Any, dict[str, Any]],
+    processes: Processes,
+    joined: bool = False,
+) -> dict[Any, Summary | None]:
+    """The summary of each covered weight's input, over all processes that train it together.
+
+    Args:
+        registry: The layers.
+        states: The optimizer's state.
+        processes: The processes.
+        joined: Whether this one makes no step of its own, see `reduce_summaries`.
+
+    Raises:
+        RuntimeError: The processes do not have the same layers, or are not at the same step.
+    """
+    weights = [w for w in registry.group_of if w.requires_grad]
+    stages = [registry.stages[w] for w in weights]
+    if processes.size == 1:
+        return dict(zip(weights, (stage.summary for stage in stages)))
+    parts = [
+        Part(registry.layers[w], registry.group_of[w], stage, states.get(w, {}).get("step", 0))
+        for w, stage in zip(weights, stages)
+    ]
+    return dict(zip(weights, reduce_summaries(parts, processes, joined)))
 
 
 def reduce_summaries(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,15 +12,14 @@ from rlscuda.optim.discovery import Registry
 from rlscuda.optim.fallback import Fallback
 from rlscuda.optim.moves import Move, Workspace
 from rlscuda.optim.ranks.processes import Processes
-from rlscuda.optim.ranks.reduction import Part, reduce_summaries
+from rlscuda.optim.ranks.reduction import staged
 from rlscuda.optim.state import check_fits, forget, ready
-from rlscuda.optim.staging import Summary
 from rlscuda.optim.steps.stepping import step_layers
 
 
 def take_step(
     groups: list[dict[str, Any]],
-    states: MutableMapping[Any, dict[str, Any]],
+    states: dict[Any, dict[str, Any]],
     registry: Registry,
     fallback: Fallback,
     processes: Processes,
@@ -66,36 +65,8 @@ def take_step(
     return texts
 
 
-def staged(
-    registry: Registry,
-    states: MutableMapping[Any, dict[str, Any]],
-    processes: Processes,
-    joined: bool = False,
-) -> dict[Any, Summary | None]:
-    """The summary of each covered weight's input, over all processes that train it together.
-
-    Args:
-        registry: The layers.
-        states: The optimizer's state.
-        processes: The processes.
-        joined: Whether this one makes no step of its own, see `reduce_summaries`.
-
-    Raises:
-        RuntimeError: The processes do not have the same layers, or are not at the same step.
-    """
-    weights = [w for w in registry.group_of if w.requires_grad]
-    stages = [registry.stages[w] for w in weights]
-    if processes.size == 1:
-        return dict(zip(weights, (stage.summary for stage in stages)))
-    parts = [
-        Part(registry.layers[w], registry.group_of[w], stage, states.get(w, {}).get("step", 0))
-        for w, stage in zip(weights, stages)
-    ]
-    return dict(zip(weights, reduce_summaries(parts, processes, joined)))
-
-
 def _move(
-    layer: Any, registry: Registry, states: MutableMapping[Any, dict[str, Any]], summaries: dict
+    layer: Any, registry: Registry, states: dict[Any, dict[str, Any]], summaries: dict
 ) -> Move:
     weight = layer.weight
     group, state = registry.group_of[weight], states[weight]
