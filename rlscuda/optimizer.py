@@ -22,7 +22,7 @@ from rlscuda.optim.ranks.joining import Joining
 from rlscuda.optim.ranks.processes import Processes
 from rlscuda.optim.report import Coverage, Health, coverage_of, health_of
 from rlscuda.optim.state import ensure_state, guarded_load, restart
-from rlscuda.optim.steps.whole import take_step
+from rlscuda.optim.steps.whole import covered, take_step
 
 
 class RLSOptimizer(Joining, Optimizer):
@@ -142,7 +142,7 @@ class RLSOptimizer(Joining, Optimizer):
         if model is not None and not layers:
             advice.warn(advice.NOTHING_COVERED)
         self._warn(advice.of_groups(self.param_groups, layers, self.state))
-        self._fallback.prepare(self.param_groups, self._registry.covered(), self.state)
+        self._fallback.prepare(self.param_groups, covered(self._registry), self.state)
         self._attached = set()
         self._attach()
         if layers and model is not None:

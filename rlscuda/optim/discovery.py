@@ -375,15 +375,6 @@ class Registry:
         left.forget_groups()
         return left
 
-    def covered(self) -> set[nn.Parameter]:
-        """What the RLS rule moves: weights, and biases in `P` unless their weight is frozen."""
-        return {
-            p
-            for weight in self.group_of
-            for p in self.layers[weight].parameters()
-            if p is weight or weight.grad is not None or p.grad is None
-        }
-
     def clear(self) -> None:
         """Forgets everything staged."""
         self.inputs.clear()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from rlscuda.optim import advice
 from rlscuda.optim.discovery import Registry
@@ -44,7 +45,7 @@ def take_step(
     try:
         ready(states, registry, moving, fallback)
         moves = [_move(layer, registry, states, summaries) for layer in moving]
-        fallback.prepare(groups, registry.covered(), states)
+        fallback.prepare(groups, covered(registry), states)
         fallback.step(groups, states)
     except BaseException:
         for layer in fresh:
@@ -63,6 +64,16 @@ def take_step(
     texts = [*advice.of_steps(moves, registry.stages), *_alone(processes, moves)]
     registry.clear()
     return texts
+
+
+def covered(registry: Registry) -> set[nn.Parameter]:
+    """What the RLS rule moves: weights, and biases in `P` unless their weight is frozen."""
+    return {
+        p
+        for weight in registry.group_of
+        for p in registry.layers[weight].parameters()
+        if p is weight or weight.grad is not None or p.grad is None
+    }
 
 
 def _move(
