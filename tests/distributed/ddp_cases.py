@@ -1,0 +1,239 @@
+"""What each rank of a launch does under DistributedDataParallel; see `launch`."""
+
+import copy
+import math
+
+import torch
+import torch.distributed as dist
+from distributed.training import ddp_process, minibatch, mlp, number_of, state_of
+from torch import nn
+from torch.distributed.algorithms.join import Join
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from rlscuda import RLSOptimizer
+from rlscuda.optim.ranks.processes import Processes
+from rlscuda.optim.ranks.reduction import Part, reduce_summaries
+from rlscuda.optim.staging import Stage
+
+
+def exact(rank, size, make, steps, options):
+    return ddp_process(make, rank, steps, **options)
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.odd, self.even = nn.Linear(8, 6), nn.Linear(6, 4), nn.Linear(6, 4)
+
+    def forward(self, x, odd):
+        return (self.odd if odd else self.even)(self.first(x).tanh())
+
+
+def unused(rank, size):
+    """Of two layers each rank uses one."""
+    torch.manual_seed(3)
+    model = Branches().double()
+    optimizer, ddp = RLSOptimizer(model), DDP(model, find_unused_parameters=True)
+    for step in range(10):
+        x, y = minibatch(mlp, number_of(step, 0, rank), 5)
+        (ddp(x, rank % 2) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    counts = {k: (h.updates, h.missing) for k, h in optimizer.health().items()}
+    return state_of(model, optimizer), counts
+
+
+def uneven(rank, size, options):
+    """Minibatches of eight on the first rank, of five on the others."""
+    return ddp_process(mlp, rank, 6, rows=5 if rank else 8, **options)
+
+
+def unbiased(rank, size, kind, draws):
+    """The mean of S^T S / r over many seeds, of ranks whose draws overlap, and X^T X / R."""
+    model = nn.Linear(3, 2, bias=False)
+    optimizer = RLSOptimizer(model, summary=kind, rank=2, process_group=dist.group.WORLD)
+    (layer,) = optimizer._registry.layers.values()
+    processes, group = Processes(dist.group.WORLD), optimizer.param_groups[0]
+    rows = [torch.arange(1.0, 1 + 3 * n).view(n, 3).cos() for n in (4, 7)]
+    x = torch.cat(rows)
+    mean = torch.zeros(3, 3, dtype=torch.float64)
+    own = [dict(group, seed=seed) for seed in range(draws)]
+    for options in own:
+        stage = Stage()
+        output = model(rows[rank].requires_grad_())
+        place = (rank, size)
+        stage.observe(layer, options, 0, optimizer._registry.inputs, place, rows[rank], [output])
+        output.sum().backward()
+        optimizer.zero_grad()
+        processes._agreed = None
+        (summary,) = reduce_summaries([Part(layer, options, stage, 0)], processes)
+        s = summary.rows[0].double()
+        mean += s.T @ s / len(s) / draws
+    return mean, x.double().T @ x.double() / len(x)
+
+
+def joined(rank, size, alone):
+    """Twelve minibatches on the first rank, seven on the others, in one context or DDP's own."""
+    model = mlp()
+    optimizer, ddp = RLSOptimizer(model), DDP(model)
+    with ddp.join() if alone else Join([ddp, optimizer]):
+        for step in range(7 if rank else 12):
+            x, y = minibatch(mlp, number_of(step, 0, rank), 5)
+            (ddp(x) - y).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return state_of(model, optimizer)
+
+
+def refused_together(rank, size, bad):
+    """A minibatch that is not finite, on one rank only."""
+    model = mlp()
+    optimizer, ddp = RLSOptimizer(model), DDP(model)
+    for step in range(3):
+        before = copy.deepcopy(model.state_dict())
+        x, y = minibatch(mlp, number_of(step, 0, rank), 5)
+        if step == 2 and rank == 0:
+            x[0, 0] = bad
+        (ddp(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = max((before[k] - v).abs().max() for k, v in model.state_dict().items())
+    refused = [h.refused for h in optimizer.health().values()]
+    return float(moved), refused, state_of(model, optimizer)
+
+
+def elastic(rank, size, folder, options):
+    """Seven steps on two ranks, seven on four, six on one, by a plain file."""
+    model, start = mlp(), 0
+    optimizer = RLSOptimizer(model, **options)
+    for steps, members in ((7, [0, 1]), (7, [0, 1, 2, 3]), (6, [0])):
+        group = dist.new_group(members)
+        if start:
+            saved = torch.load(f"{folder}/saved", weights_only=True)
+            model.load_state_dict(saved["model"])
+            optimizer = RLSOptimizer(model, **options)
+            optimizer.load_state_dict(saved["optimizer"])
+        if rank in members:
+            ddp = DDP(model, process_group=group)
+            for step in range(start, start + steps):
+                shares = [minibatch(mlp, number_of(step, 0, part), 8) for part in range(4)]
+                x, y = (torch.cat(part).chunk(len(members))[rank] for part in zip(*shares))
+                (ddp(x) - y).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        start += steps
+        if rank == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(state, f"{folder}/saved")
+        dist.barrier()
+    return state_of(model, optimizer) if rank == 0 else None
+
+
+def counted(rank, size, kind):
+    """The calls of all_reduce of the third step, and their bytes."""
+    model = mlp()
+    optimizer, ddp = RLSOptimizer(model, summary=kind, rank=4), DDP(model)
+    calls, original = [], dist.all_reduce
+
+    def count(tensor, *args, **kwargs):
+        calls.append((tensor.dtype, tensor.numel() * tensor.element_size()))
+        return original(tensor, *args, **kwargs)
+
+    for step in range(3):
+        x, y = minibatch(mlp, number_of(step, 0, rank), 5)
+        (ddp(x) - y).square().mean().backward()
+        calls.clear()
+        dist.all_reduce = count
+        try:
+            optimizer.step()
+        finally:
+            dist.all_reduce = original
+        optimizer.zero_grad()
+    return calls
+
+
+def apart(rank, size, options):
+    """No DDP: each process on its own, with or without saying so."""
+    model = mlp()
+    optimizer = RLSOptimizer(model, **options)
+    for _ in range(2):
+        model(minibatch(mlp, 1 + rank, 5)[0]).square().mean().backward()
+        optimizer.step()
+    return True
+
+
+def another_seed(rank, size):
+    """The optimizers of the ranks are not made alike."""
+    model = mlp()
+    return after_refusal(model, RLSOptimizer(model, seed=rank))
+
+
+def another_step(rank, size):
+    """A checkpoint that only one rank has loaded."""
+    model = mlp()
+    optimizer, ddp = RLSOptimizer(model), DDP(model)
+    ddp(minibatch(mlp, 1, 5)[0]).square().mean().backward()
+    optimizer.step()
+    if rank == 0:
+        state = optimizer.state_dict()
+        for entries in state["state"].values():
+            if "P" in entries:
+                entries["step"] = 5
+        optimizer.load_state_dict(state)
+    return after_refusal(model, optimizer)
+
+
+def zero(rank, size):
+    """An optimizer that holds a share of the parameters."""
+    model = mlp()
+    optimizer = ZeroRedundancyOptimizer(
+        model.parameters(), optimizer_class=RLSOptimizer, model=model
+    )
+    return after_refusal(model, optimizer)
+
+
+def after_refusal(model, optimizer):
+    """Whether anything moved, and the message."""
+    ddp = DDP(model)
+    own = getattr(optimizer, "optim", optimizer)
+    before = copy.deepcopy((model.state_dict(), own.state_dict()["state"]))
+    ddp(minibatch(mlp, 1, 5)[0]).square().mean().backward()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        after = (model.state_dict(), own.state_dict()["state"])
+        return str(error), all(map(_equal, before, after))
+    return "no error", False
+
+
+def _equal(one, other):
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_equal(one[k], other[k]) for k in one)
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def long(rank, size, options):
+    """400 steps at a cosine rate; the test error."""
+    torch.manual_seed(4)
+    model = nn.Sequential(
+        nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 4)
+    )
+    model.double()
+    optimizer = RLSOptimizer(model, **options)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
+    wrapped = DDP(model) if size > 1 else model
+    ranks = [rank] if size > 1 else [0, 1]
+    for step in range(400):
+        x = torch.cat([minibatch(mlp, number_of(step, 0, r), 16)[0] for r in ranks])
+        (wrapped(x) - target(x)).square().mean().backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    x = minibatch(mlp, 10**7, 1000)[0]
+    with torch.no_grad():
+        return float((model(x) - target(x)).square().mean())
+
+
+def target(x):
+    return torch.stack([x[:, i] * x[:, i + 1] + math.sin(i) * x[:, i + 2] for i in range(4)], 1)

@@ -1,0 +1,179 @@
+"""Training by several processes under DDP is that of one process that sees all their inputs."""
+
+import math
+import re
+
+import pytest
+import torch
+from distributed import ddp_cases as cases
+from distributed.launch import launch
+from distributed.training import cnn, distance, mlp, one_process, spread
+
+KINDS = [("mean", 1), ("mean", 4), ("sketch", 1), ("sketch", 4), ("sketch", 16), ("sample", 16)]
+FORMS = ["spectral", "adaptive", "paper", "natural"]
+LONG = ["spectral", "paper"]
+MLPS = [
+    (mlp, 20, {"form": form, "summary": kind, "rank": rank})
+    for form in FORMS
+    for kind, rank in KINDS
+]
+CNNS = [
+    (cnn, 10, {"form": form, "summary": kind, "rank": rank, "micro": 3})
+    for form in ("spectral", "paper")
+    for kind, rank in (("mean", 1), ("sketch", 4), ("sample", 16))
+]
+EXACT = {2: MLPS + CNNS, 4: MLPS[::5] + CNNS[::2]}
+FIRST_STEP = [(mlp, 1, {"form": form, "summary": "sample", "rank": 16}) for form in FORMS]
+
+
+class case:  # noqa: N801
+    """A case with its arguments, which a launched process can be sent."""
+
+    def __init__(self, function, *args):
+        self.function, self.args = function, args
+
+    def __call__(self, rank, size):
+        return self.function(rank, size, *self.args)
+
+
+TWO = {
+    **{f"exact {i}": case(cases.exact, *one) for i, one in enumerate(EXACT[2])},
+    **{f"first {i}": case(cases.exact, *one) for i, one in enumerate(FIRST_STEP)},
+    "unused": cases.unused,
+    **{
+        f"uneven {kind} {rank}": case(cases.uneven, {"summary": kind, "rank": rank})
+        for kind, rank in KINDS
+    },
+    "unbiased sketch": case(cases.unbiased, "sketch", 1000),
+    "unbiased sample": case(cases.unbiased, "sample", 1000),
+    "joined": case(cases.joined, False),
+    "nan": case(cases.refused_together, math.nan),
+    "huge": case(cases.refused_together, 1e200),
+    **{f"counted {kind}": case(cases.counted, kind) for kind in ("mean", "sketch", "sample")},
+    "alone": case(cases.apart, {}),
+    "alone, said": case(cases.apart, {"process_group": None}),
+    "another seed": cases.another_seed,
+    "another step": cases.another_step,
+    "zero": cases.zero,
+    **{f"long {form}": case(cases.long, {"form": form}) for form in LONG},
+    "ddp's own join": case(cases.joined, True),  # the last one: DDP is left amid its context
+}
+
+
+@pytest.fixture(scope="module")
+def two():
+    return dict(zip(TWO, launch(2, list(TWO.values()))))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    some = {f"exact {i}": case(cases.exact, *one) for i, one in enumerate(EXACT[4])}
+    for form in FORMS:
+        folder = str(tmp_path_factory.mktemp("elastic"))
+        some[f"elastic {form}"] = case(cases.elastic, folder, {"form": form})
+    return dict(zip(some, launch(4, list(some.values()))))
+
+
+def results(launched, name):
+    """What each rank returned, which none may have failed to."""
+    ranks, _ = launched[name]
+    failed = [text for text in ranks if isinstance(text, str) and "Traceback" in text]
+    assert not failed, failed[0]
+    return ranks
+
+
+@pytest.mark.parametrize("number, size", [(i, n) for n in EXACT for i in range(len(EXACT[n]))])
+def test_ranks_are_one_process(number, size, request):
+    ranks = results(request.getfixturevalue({2: "two", 4: "four"}[size]), f"exact {number}")
+    make, steps, options = EXACT[size][number]
+    one = one_process(make, size, steps, **options)
+    assert not spread(ranks)
+    assert distance(ranks[0], one, "P ") <= 1e-15 and distance(ranks[0], one, "W ") <= 1e-15
+
+
+@pytest.mark.parametrize("number", range(len(FIRST_STEP)))
+def test_a_sampled_first_step_is_one_process_to_the_bit(two, number):
+    ranks = results(two, f"first {number}")
+    make, steps, options = FIRST_STEP[number]
+    one = one_process(make, 2, steps, **options)
+    assert torch.equal(ranks[0]["P 0.weight"], one["P 0.weight"])  # whose input is the very same
+    assert not torch.equal(one["P 0.weight"], torch.eye(9, dtype=torch.float64))
+
+
+def test_a_layer_that_one_rank_uses(two):
+    ranks = results(two, "unused")
+    assert not spread([state for state, _ in ranks])
+    assert all(counts == dict.fromkeys(counts, (10, 0)) for _, counts in ranks)
+    assert len(ranks[0][1]) == 3
+
+
+@pytest.mark.parametrize("kind, rank", KINDS)
+def test_uneven_minibatches_leave_no_spread(two, kind, rank):
+    assert not spread(results(two, f"uneven {kind} {rank}"))
+
+
+@pytest.mark.parametrize("kind", ["sketch", "sample"])
+def test_uneven_draws_are_unbiased(two, kind):
+    for mean, expected in results(two, f"unbiased {kind}"):
+        assert (mean - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_join_ends_with_the_state_of_the_last(two):
+    ranks = results(two, "joined")
+    assert not spread(ranks) and ranks[0]["step 0.weight"] == 12
+
+
+def test_ddps_own_join_is_refused(two):
+    for text in two["ddp's own join"][0]:
+        assert "Join([model, optimizer])" in text
+
+
+@pytest.mark.parametrize("name", ["nan", "huge"])
+def test_all_ranks_refuse_what_is_not_finite_on_one(two, name):
+    ranks = results(two, name)
+    for moved, refused, _ in ranks if name == "nan" else ():
+        assert moved == 0 and refused == [1, 1]
+    assert not spread([state for *_, state in ranks])
+
+
+@pytest.mark.parametrize("kind", ["mean", "sketch", "sample"])
+def test_a_step_is_one_exchange_of_the_size_of_the_summaries(two, kind):
+    r, inputs, layers = 4, 9 + 17, 2
+    sums = (torch.float64, 8 * (r * inputs + r * layers))
+    draws = (torch.int64, 8 * (2 * r * layers + 2 * layers + 2))
+    for calls in results(two, f"counted {kind}"):
+        assert calls == ([sums] if kind == "mean" else [draws, sums])
+
+
+def test_processes_apart_are_warned_of_once(two):
+    texts = [[t for t in own if "process_group" in t] for own in two["alone"][1]]
+    assert [len(own) for own in texts] == [1, 1] and "one of 2 processes" in texts[0][0]
+    results(two, "alone, said")
+    assert not any(two["alone, said"][1])
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("another seed", "do not train the same layers alike; rank . of 2 has: 0 sample"),
+        ("another step", "load a checkpoint on every rank"),
+        ("zero", "a ZeroRedundancyOptimizer cannot hold this one"),
+    ],
+)
+def test_ranks_that_differ_are_refused_before_anything_moves(two, name, message):
+    for text, same in results(two, name):
+        assert same and re.search(message, text)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_elastic(four, form):
+    state, *_ = results(four, f"elastic {form}")
+    one = one_process(mlp, 4, 20, rows=8, form=form)
+    assert distance(state, one, "P ") <= 1e-15 and distance(state, one, "W ") <= 1e-15
+
+
+@pytest.mark.parametrize("form", LONG)
+def test_a_long_run_is_that_of_one_process(two, form):
+    ranks = results(two, f"long {form}")
+    assert len(set(ranks)) == 1
+    assert ranks[0] == pytest.approx(cases.long(0, 1, {"form": form}), rel=1e-5)
