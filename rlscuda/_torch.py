@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -132,6 +133,28 @@ def active_ddp() -> Any:
 def joins(ddp: Any) -> bool:
     """Whether a DistributedDataParallel module is in a `Join` context."""
     return ddp._join_config.enable
+
+
+def dtensor() -> Any:
+    """The class of distributed tensors, or None before anything can be one."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether a tensor is distributed."""
+    kind = dtensor()
+    return kind is not None and isinstance(tensor, kind)
+
+
+def flattened(mesh: Any) -> Any:
+    """The process group of all dimensions of a device mesh."""
+    return mesh._flatten().get_group()
+
+
+def gather_rows(out: Tensor, own: Tensor, group: Any) -> None:
+    """Fills `out` by the tensors of all processes, one after another."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # < 2.13
+    gather(out, own, group)
 
 
 def share_hooks(new: Tensor, old: Tensor) -> None:

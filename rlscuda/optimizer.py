@@ -18,10 +18,10 @@ from rlscuda.optim.fallback import Fallback, set_rates
 from rlscuda.optim.kept import Change, Replaced, cut_states
 from rlscuda.optim.layers import Layer
 from rlscuda.optim.moves import Workspace
-from rlscuda.optim.ranks.joining import Joining
 from rlscuda.optim.ranks.processes import Processes
 from rlscuda.optim.report import Coverage, Health, coverage_of, health_of
 from rlscuda.optim.state import ensure_state, guarded_load, restart
+from rlscuda.optim.steps.joining import Joining
 from rlscuda.optim.steps.whole import covered, take_step
 
 
@@ -197,7 +197,7 @@ class RLSOptimizer(Joining, Optimizer):
 
     def _observe(self, layer: Layer, x: Tensor, outputs: list[Tensor]) -> None:
         """Stages what one forward shows."""
-        self._processes.notice()
+        self._processes.notice(layer.weight, x)
         if self._registry.has_other_groups(self.param_groups):
             self._follow_groups()
         weight = layer.weight

@@ -196,14 +196,13 @@ class Layer:
         windows = places.unfold(0, dilation * (size - 1) + 1, stride)[:, ::dilation]
         return x[:, :, windows].movedim(2, 1).flatten(2, 3).flatten(0, 1)
 
-    @property
-    def plane_weight(self) -> Tensor:
-        """The weight as the operators take it, [c, n] or [c, C/groups, kh, kw]: a view."""
+    def plane(self, weight: Tensor) -> Tensor:
+        """A weight, or rows of it, as the operators take it, [c, n] or [c, C/groups, kh, kw]."""
         if self.transposed:
-            return self.weight.t()
-        if self.weight.dim() == 5:  # whatever its memory format, the operators read it in order
-            return self.weight.view(*self.weight.shape[:3], -1)
-        return self.weight.unsqueeze(2) if self.weight.dim() == 3 else self.weight
+            return weight.t()
+        if weight.dim() == 5:  # whatever its memory format, the operators read it in order
+            return weight.view(*weight.shape[:3], -1)
+        return weight.unsqueeze(2) if weight.dim() == 3 else weight
 
     def spans(self) -> Iterator[tuple[int, int, int]]:
         """Of each block its place and the first and last + 1 of its columns."""

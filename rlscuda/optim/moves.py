@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlscuda._torch import foreach_copy_
 from rlscuda.optim.layers import Layer
+from rlscuda.optim.ranks.shards import Rows, local
 from rlscuda.optim.staging import Factors, Summary
 
 Workspace = dict[tuple[str, torch.dtype, torch.device], Tensor]
@@ -22,10 +23,11 @@ class Move:
     Attributes:
         layer: The layer.
         group: Its parameter group.
-        state: Its state.
+        state: The tensors of its state, of its own rows where they lie on several processes.
         summary: What is staged of its input, or None.
         factors: The factors of its gradient, where they were kept and still hold all of it.
         moves_bias: Whether its bias, if in `P`, is still in a group.
+        shard: Which rows it has here; None for all.
         weight: Its weight as the operators take it.
         grad: Its gradient as [c, n], contiguous, of the dtype of `P`.
         product: Where the product goes [c, fan_in].
@@ -38,6 +40,7 @@ class Move:
     summary: Summary | None
     factors: Factors | None
     moves_bias: bool
+    shard: Rows | None = None
     weight: Tensor = field(init=False)
     grad: Tensor = field(init=False)
     product: Tensor = field(init=False)
@@ -46,14 +49,19 @@ class Move:
     def __post_init__(self):
         weight = self.layer.weight
         assert weight.grad is not None
-        self.weight = self.layer.plane_weight
-        self.grad = self.layer.as_rows(weight.grad)
+        self.weight = self.layer.plane(local(weight))
+        self.grad = self.layer.as_rows(local(weight.grad))
         if self.factors is not None and (
             self.summary is None
             or not self.moves_bias
             or not self.factors.agree(self.layer, self.grad)
         ):
             self.factors = None
+
+    @property
+    def outputs(self) -> int:
+        """The rows of its weight that are here."""
+        return len(self.grad)
 
     @property
     def rows(self) -> Tensor:
@@ -76,7 +84,7 @@ def prepare(chunk: list[Move], workspace: Workspace) -> None:
     """Gives every move its gradient in the dtype of `P`, and its product G P a place."""
     P = chunk[0].state["P"]
     if chunk[0].group["form"] != "spectral":  # whose product is made with the direction
-        shapes = [(move.layer.outputs, move.layer.fan_in) for move in chunk]
+        shapes = [(move.outputs, move.layer.fan_in) for move in chunk]
         products = buffer(workspace, "product", P, sum(rows * n for rows, n in shapes))
         start = 0
         for move, (rows, n) in zip(chunk, shapes):

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlscuda._torch import in_backward, is_transformed, version_of
+from rlscuda._torch import in_backward, is_dtensor, is_transformed, version_of
 from rlscuda.optim.layers import Layer
+from rlscuda.optim.ranks.shards import local
 
 _patch_mean = torch.ops.rlscuda.patch_mean.default
 _patch_sketch = torch.ops.rlscuda.patch_sketch.default
@@ -307,9 +308,9 @@ class Stage:
         if not summarisable(x, outputs):
             return
         weight = layer.weight
-        if weight.grad is None and self.calls and not in_backward():
+        if weight.grad is None and self.calls and not (in_backward() or is_dtensor(weight)):
             self.clear()  # the gradient was dropped, and so was the step
-        given, x = x, x.detach()
+        given, x = x, local(x.detach())
         some = inputs.take(layer, x)
         if not some.numel():
             return
@@ -327,7 +328,7 @@ class Stage:
         self.shown.add(shown.token)
         rows, seen, counted = None, 0, 0
         # the spectral product is of the momentum, that of many processes of their mean gradient
-        of_one = group["form"] != "spectral" and place[1] == 1
+        of_one = group["form"] != "spectral" and place[1] == 1 and not is_dtensor(weight)
         if some is x and of_one and layer.factors_pay(x, group["dtype"]):
             rows = x.reshape(-1, x.shape[-1]).contiguous()
             seen = version_of(rows)

@@ -16,11 +16,13 @@ from rlscuda import _C
 from rlscuda.optim.fallback import ENTRIES, IN_P, Fallback
 from rlscuda.optim.forms import NORMALISED, OPTIONS, check_complete
 from rlscuda.optim.layers import Layer, state_dtype
+from rlscuda.optim.ranks.shards import like_rows, rows_of
 
 if TYPE_CHECKING:
     from rlscuda.optim.discovery import Registry
 
 _DTYPES = (torch.float32, torch.float64)
+_BY_ROW = ("momentum_buffer", "first_moment", "second_moment")
 _OF_FALLBACK = set().union(*ENTRIES.values())
 
 
@@ -52,15 +54,21 @@ def initial_state(
     device, dtype = layer.weight.device, state_dtype(layer.weight, group["dtype"])
     state: dict[str, Any] = {"step": 0, **shared}
     for name, shape in _shapes(layer, group["form"]).items():
-        if name not in shared:
+        if name in _BY_ROW:
+            state[name] = _zero_rows(layer, shape, dtype)
+        elif name not in shared:
             kind = torch.float64 if name == "health" else dtype
             state[name] = torch.zeros(shape, dtype=kind, device=device)
     if not shared:
         torch.diagonal(state["P"], dim1=-2, dim2=-1).fill_(group["initial_scale"])
-    if group["form"] not in NORMALISED and group["momentum"]:
-        shape = (layer.outputs, layer.fan_in)
-        state["momentum_buffer"] = torch.zeros(shape, dtype=dtype, device=device)
     return state
+
+
+def _zero_rows(layer: Layer, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An entry that has a row for each of the weight, where that is."""
+    rows = rows_of(layer.weight)
+    here = (rows.stop - rows.start if rows else shape[0], *shape[1:])
+    return like_rows(layer.weight, torch.zeros(here, dtype=dtype, device=layer.weight.device))
 
 
 def ensure_state(
@@ -89,6 +97,13 @@ def ensure_state(
         copies = {k: v.to(torch.float64, copy=True) for k, v in _tensors(state).items()}
         state.update(copies)
     return state
+
+
+def ensure_momentum(state: dict[str, Any], layer: Layer, group: dict[str, Any]) -> None:
+    """Makes the buffer of a form that may do without, once its group has momentum."""
+    if group["form"] not in NORMALISED and group["momentum"] and "momentum_buffer" not in state:
+        shape = (layer.outputs, layer.fan_in)
+        state["momentum_buffer"] = _zero_rows(layer, shape, state["P"].dtype)
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -180,7 +195,7 @@ def restart(state: dict[str, Any], memory: int) -> None:
 
     Nothing is read from the device.
     """
-    for name in ("first_moment", "second_moment", "momentum_buffer"):
+    for name in _BY_ROW:
         if name in state:
             state[name].zero_()
     steps, earlier = (state["health"][_C.health_slots.index(name)] for name in ("steps", "earlier"))

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from rlscuda import RLSOptimizer
 from rlscuda.optim.ranks.processes import Processes
-from rlscuda.optim.ranks.reduction import Part, reduce_summaries
+from rlscuda.optim.steps.reduction import Part, reduce_summaries
 from rlscuda.optim.staging import Stage
 
 

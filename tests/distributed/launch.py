@@ -27,6 +27,7 @@ def _rank(rank, size, cases, folder):
                 result = case(rank, size)
             except Exception:
                 result = traceback.format_exc()
+                print(f"rank {rank} of {size}, case {number}: {result}", flush=True)
         texts = [str(w.message) for w in caught]
         torch.save((result, texts), f"{folder}/{number}-{rank}")
     dist.barrier()

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from rlscuda._torch import has_own_forward, own_parameters
-from rlscuda.optim.kinds.modules import base_of
+from rlscuda.optim.kinds.modules import base_of, is_transposed
 from rlscuda.optim.kinds.padded import is_padded_convolution
 from rlscuda.optim.kinds.recurrent import RECURRENT, hides, weights_of
+from rlscuda.optim.ranks.shards import refusal_of_shards
 
 
 @dataclass(frozen=True)
@@ -92,4 +93,12 @@ def refusal(place: Place) -> str | None:
         return "its weight has no elements"
     if not weight.is_floating_point() or weight.is_sparse:
         return f"its weight is {weight.dtype}, {weight.layout}"
-    return None
+    if weight.dim() != _dimensions(base):
+        return "its weight is a part of a flat one, of FullyShardedDataParallel: use fully_shard"
+    return refusal_of_shards(weight, getattr(module, "groups", 1), is_transposed(module))
+
+
+def _dimensions(base: type[nn.Module]) -> int:
+    """Of the weight of a module."""
+    dimensions: dict[type[nn.Module], int] = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}
+    return dimensions.get(base, 2)

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlscuda._torch import active_ddp, joins
+from rlscuda._torch import active_ddp, is_dtensor, joins
+from rlscuda.optim.ranks.shards import group_of_mesh
 
 LEFT_ALONE = (
     "this is one of {size} processes, and nothing says which of them train this model together: "
@@ -50,12 +51,22 @@ class Processes:
     def _enter(self, group: Any) -> None:
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
 
-    def notice(self) -> None:
-        """Looks, in a forward, which DistributedDataParallel module has called."""
-        ddp = active_ddp() if self._given == "auto" else None
+    def notice(self, weight: Tensor, x: Any) -> None:
+        """Looks, in a forward, who has called a layer.
+
+        Args:
+            weight: The layer's. Where it is distributed but its input is not, all of its mesh have
+                minibatches of their own.
+            x: The input.
+        """
+        if self._given != "auto":
+            return
+        ddp = active_ddp()
         if ddp is not None and ddp is not self._ddp:
             self._ddp = ddp
             self._enter(ddp.process_group)
+        elif self.group is None and is_dtensor(weight) and not is_dtensor(x):
+            self._enter(group_of_mesh(weight))
 
     def of_join(self) -> Any:
         """The group for `torch.distributed.algorithms.Join`: all processes, unless one is known."""

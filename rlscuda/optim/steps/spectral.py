@@ -60,7 +60,10 @@ def block_rows(rows: int) -> int:
 
 
 def _shape(row: tuple[Move, Tensor, Tensor]) -> tuple[int, int, int]:
-    """Matrices, and the rows and columns of each, that the direction of a move is made of."""
+    """Matrices, and the rows and columns of each, that the direction of a move is made of.
+
+    Of a weight whose rows lie on several processes, it is the same on all of them.
+    """
     layer = row[0].layer
     return layer.groups, layer.outputs // layer.groups, layer.fan_in
 
@@ -73,15 +76,22 @@ def _write_batch(
     finite: list[Tensor],
 ) -> None:
     groups, c, n = shape
-    N = _momentum(moves, bias_gradients, torch.cat(finite), shape, group["momentum"])
-    tiny = torch.finfo(N.dtype).tiny
+    m, shard, here = block_rows(c), moves[0].shard, moves[0].outputs // groups
+    rows = m * -(-c // ROWS) if shard is None else max(1, here)  # a norm of no rows is none
+    N = _momentum(moves, bias_gradients, torch.cat(finite), (groups, rows, n), group["momentum"])
+    tiny, first = torch.finfo(N.dtype).tiny, 0
     peak = torch.linalg.vector_norm(N, math.inf, dim=(1, 2), keepdim=True)
+    if shard is not None:
+        peak = shard.largest(peak)
     N.div_(peak.clamp(min=tiny))  # so that no square leaves its range
-    length = torch.linalg.vector_norm(N, dim=(1, 2), keepdim=True).mul_(peak / math.sqrt(c * n))
+    length = torch.linalg.vector_norm(N, dim=(1, 2), keepdim=True)
+    if shard is not None:
+        length = shard.sum(length.square()).sqrt()
+        N, first = shard.blocks(N, m)
+    length.mul_(peak / math.sqrt(c * n))
     D = torch.empty_like(N)
     for move, part, product in zip(moves, N.view(len(moves), -1, n), D.view(len(moves), -1, n)):
         move.layer.multiply(part, move.state["P"], out=product)
-    m = block_rows(c)
     N, scaled = N.view(-1, m, n), D.view(-1, m, n)
     gram = torch.bmm(scaled, N.mT) if m <= n else torch.bmm(N.mT, scaled)
     size = (gram * gram.mT).sum((1, 2), keepdim=True).clamp(min=tiny).sqrt()  # >= any eigenvalue
@@ -91,7 +101,7 @@ def _write_batch(
     D.mul_(math.sqrt(m / min(m, n)) * length / (length + floor))
     torch.bmm(*((root, scaled) if m <= n else (scaled, root)), out=N)
     for move, direction in zip(moves, N.view(len(moves), groups, -1, n)):
-        move.product = direction[:, :c].reshape(-1, n)
+        move.product = direction[:, first : first + here].reshape(-1, n)
 
 
 def _momentum(
@@ -104,14 +114,14 @@ def _momentum(
     """Averages the gradients in, and returns what the average will be if the next is the same.
 
     Returns:
-        [b, rows of all blocks, n], with the biases as the last column and rows of zeros at the end.
+        [b, rows, n], with the biases as the last column and rows of zeros at the end.
     """
-    groups, c, n = shape
-    rows = block_rows(c) * -(-c // ROWS)
+    groups, rows, n = shape
+    c = moves[0].outputs // groups
     N = moves[0].grad.new_zeros(len(finite), rows, n)
     parts = N.view(len(moves), groups, rows, n)[:, :, :c]
     for move, gradient, part in zip(moves, bias_gradients, parts):
-        part[..., : move.layer.columns] = move.grad.view(groups, c, -1)
+        part[..., : move.layer.columns] = move.grad.view(groups, c, move.layer.columns)
         if move.layer.bias:
             part[..., -1] = gradient.view(groups, c)
     N.masked_fill_(~finite.view(-1, 1, 1), 0)  # which the average does not take in

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlscuda.optim.moves import Move, Workspace, prepare
+from rlscuda.optim.ranks.shards import local
 from rlscuda.optim.steps.matrices import products, update_matrices
 from rlscuda.optim.steps.spectral import write_directions
 from rlscuda.optim.steps.weights import biases_of, move_weights
@@ -35,7 +36,9 @@ def step_layers(moves: list[Move], workspace: Workspace) -> None:
     batches: dict[tuple, list[Move]] = {}
     for move in moves:
         P, weight = move.state["P"], move.layer.weight
-        key = (id(move.group), P.dtype, weight.dtype, P.device, move.layer.blocks > 1)
+        shard = move.shard
+        where = None if shard is None else (shard.mesh, shard.size)
+        key = (id(move.group), P.dtype, weight.dtype, P.device, move.layer.blocks > 1, where)
         batches.setdefault(key, []).append(move)
     for batch in batches.values():
         for chunk in _chunks(batch):
@@ -48,9 +51,14 @@ def _found_inf(moves: list[Move]) -> dict[torch.device, Tensor]:
     gradients: dict[torch.device, list[Tensor]] = {}
     for move in moves:
         if move.factors is None:
-            given = [p.grad for p in move.layer.parameters() if p.grad is not None]
+            given = [local(p.grad) for p in move.layer.parameters() if p.grad is not None]
             gradients.setdefault(move.layer.weight.device, []).extend(given)
     flags = {device: _nonfinite(tensors) for device, tensors in gradients.items()}
+    for shard in {move.shard.mesh: move.shard for move in moves if move.shard}.values():
+        for device, flag in flags.items():
+            anywhere = flag.to(torch.float32)
+            shard.sum(anywhere)
+            flags[device] = anywhere > 0
     if len(flags) > 1:
         first = next(iter(flags))
         anywhere = torch.stack([flag.to(first, non_blocking=True) for flag in flags.values()]).any()
@@ -67,7 +75,7 @@ def _chunks(batch: list[Move]) -> Iterator[list[Move]]:
     chunk: list[Move] = []
     used = 0
     for moves in together.values():
-        elements = sum(move.layer.outputs * move.layer.fan_in for move in moves)
+        elements = sum(_most_rows(move) * move.layer.fan_in for move in moves)
         size = elements * moves[0].state["P"].element_size()
         if chunk and used + size > limit:
             yield chunk
@@ -75,6 +83,11 @@ def _chunks(batch: list[Move]) -> Iterator[list[Move]]:
         chunk += moves
         used += size
     yield chunk
+
+
+def _most_rows(move: Move) -> int:
+    """Rows of its weight on any process, so that all of them form the same chunks."""
+    return move.layer.outputs if move.shard is None else move.shard.most
 
 
 def _step_chunk(chunk: list[Move], found_inf: Tensor | None, workspace: Workspace) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rlscuda._torch import foreach_norm
 from rlscuda.optim.forms import NORMALISED
 from rlscuda.optim.moves import Move
+from rlscuda.optim.ranks.shards import local
 
 _weight_step = torch.ops.rlscuda.foreach_weight_step_.default
 
@@ -24,17 +25,14 @@ def move_weights(
     bias_rows: list[Tensor],
 ) -> None:
     """Everything of the weight updates that follows the products, in one fused pass."""
-    layers, states = [move.layer for move in chunk], [move.state for move in chunk]
+    states = [move.state for move in chunk]
     adaptive, spectral = (group["form"] == form for form in ("adaptive", "spectral"))
     first: list[Tensor] = []
     if adaptive:
         first = [state["first_moment"] for state in states]
     elif spectral:
         pass  # its direction is of the momentum already
-    elif group["momentum"] or any("momentum_buffer" in state for state in states):
-        for move, state in zip(chunk, states):
-            if "momentum_buffer" not in state:  # a scheduler turned momentum on
-                state["momentum_buffer"] = torch.zeros_like(move.product)
+    elif any("momentum_buffer" in state for state in states):
         first = [state["momentum_buffer"] for state in states]
     lr, rate = 1.0, None
     if isinstance(group["lr"], Tensor) and group["lr"].is_cuda and h.is_cuda:
@@ -49,10 +47,20 @@ def move_weights(
         longest = group["trust_ratio"] * (1 - group["momentum"])  # which momentum sums up
         h = _shortened(chunk, h, biases, (lr if rate is None else rate) / longest)
         divide_by_h = True
+    here = [i for i, move in enumerate(chunk) if move.outputs]  # not all rows on other processes
+    if len(here) < len(chunk):
+        if not here:
+            return
+        chunk = [chunk[i] for i in here]
+        biases, bias_rows, bias_gradients = (
+            [some[i] for i in here] for some in (biases, bias_rows, bias_gradients)
+        )
+        first, h = [first[i] for i in here] if first else [], h[here]
+    states = [move.state for move in chunk]
     _weight_step(
         [move.weight for move in chunk], biases, [move.product for move in chunk],
         [move.grad for move in chunk] if adaptive else [], bias_rows, bias_gradients, h,
-        [layer.groups for layer in layers], first,
+        [move.layer.groups for move in chunk], first,
         [state["second_moment"] for state in states] if adaptive else [],
         [state["health"] for state in states], rate, lr, 0.0 if spectral else group["momentum"],
         group["beta2"], group["weight_decay"], group["eps"],
@@ -76,7 +84,7 @@ def _shortened(chunk: list[Move], h: Tensor, biases: list[Tensor], rate: float |
     Norms are those of each matrix in turn: of the weight's rows with their biases.
     """
     products = [move.product for move in chunk]
-    weights = [move.layer.weight.detach() for move in chunk]
+    weights = [move.weight.detach() for move in chunk]
     groups = [move.layer.groups for move in chunk]
     tensors = products + weights + [bias.detach() for bias in biases]
     if max(groups) == 1:
@@ -84,9 +92,18 @@ def _shortened(chunk: list[Move], h: Tensor, biases: list[Tensor], rate: float |
     else:
         parts = [t.reshape(n, t.numel() // n) for t, n in zip(tensors, 3 * groups)]
         norms = torch.cat([torch.linalg.vector_norm(p, dim=1, dtype=h.dtype) for p in parts])
-    step, weight, bias = norms.view(3, -1)
+    step, weight, bias = _of_all_rows(chunk, norms.view(3, -1))
     size = torch.hypot(weight, bias)
     return torch.where(size > 0, torch.maximum(h, rate * step / size), h)
+
+
+def _of_all_rows(chunk: list[Move], norms: Tensor) -> Tensor:
+    """Norms [3, matrices] of whole matrices, of those of the rows that are here."""
+    if chunk[0].shard is None:
+        return norms
+    squares = norms.square()
+    chunk[0].shard.sum(squares)
+    return squares.sqrt()
 
 
 def biases_of(chunk: list[Move], h: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -100,9 +117,9 @@ def biases_of(chunk: list[Move], h: Tensor) -> tuple[list[Tensor], list[Tensor]]
             biases.append(none)
             gradients.append(none)
         elif bias.grad is None or not move.moves_bias:  # since it was frozen or taken out
-            biases.append(bias.detach().clone())
+            biases.append(local(bias).detach().clone())
             gradients.append(torch.zeros_like(biases[-1]))
         else:
-            biases.append(bias)
-            gradients.append(bias.grad)
+            biases.append(local(bias))
+            gradients.append(local(bias.grad))
     return biases, gradients

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlscuda._torch import tree_map
 from rlscuda.optim import advice
 from rlscuda.optim.discovery import Registry
 from rlscuda.optim.fallback import Fallback
 from rlscuda.optim.moves import Move, Workspace
 from rlscuda.optim.ranks.processes import Processes
-from rlscuda.optim.ranks.reduction import staged
-from rlscuda.optim.state import check_fits, forget, ready
+from rlscuda.optim.ranks.shards import local, rows_of
+from rlscuda.optim.state import check_fits, ensure_momentum, forget, ready
+from rlscuda.optim.steps.reduction import staged
 from rlscuda.optim.steps.stepping import step_layers
 
 
@@ -51,6 +53,10 @@ def take_step(
         for layer in fresh:
             forget(states, layer, registry.group_of[layer.weight])
         raise
+    for move in moves:
+        state = states[move.layer.weight]
+        ensure_momentum(state, move.layer, move.group)
+        move.state = state if move.shard is None else tree_map(local, state)
     try:
         if moves:
             step_layers(moves, workspace)
@@ -58,7 +64,7 @@ def take_step(
         advice.warn_cut_short(error)
         raise
     for move in moves:
-        move.state["step"] += 1
+        states[move.layer.weight]["step"] += 1
     # a graph that needs the old values notices
     torch.autograd.graph.increment_version([p for m in moves for p in m.layer.parameters()])
     texts = [*advice.of_steps(moves, registry.stages), *_alone(processes, moves)]
@@ -84,7 +90,7 @@ def _move(
     check_fits(layer, state, group)
     moves_bias = registry.members.issuperset(layer.parameters())
     factors = registry.stages[weight].factors
-    return Move(layer, group, state, summaries.get(weight), factors, moves_bias)
+    return Move(layer, group, state, summaries.get(weight), factors, moves_bias, rows_of(weight))
 
 
 def _alone(processes: Processes, moves: list[Move]) -> Iterator[str]:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from rlscuda._torch import tree_map
-from rlscuda.optim.ranks.reduction import staged
+from rlscuda.optim.steps.reduction import staged
 
 
 class Joining:
