@@ -79,6 +79,21 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     return module._parameters
 
 
+def is_module(something: Any) -> bool:
+    """Whether an object is a module by its own class: `isinstance` would wake a proxy."""
+    return issubclass(type(something), nn.Module)
+
+
+def held_parameters(module: nn.Module) -> list[Any]:
+    """The parameters of a module itself, also of one whose constructor has not run to its end."""
+    return list((vars(module).get("_parameters") or {}).values())
+
+
+def submodules(module: nn.Module) -> list[nn.Module]:
+    """The modules directly in one, likewise."""
+    return list(filter(is_module, (vars(module).get("_modules") or {}).values()))
+
+
 def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     """The live registry of a module's buffers."""
     return module._buffers

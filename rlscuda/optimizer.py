@@ -14,8 +14,9 @@ from rlscuda._torch import outside_dynamo, unwrapped
 from rlscuda.interrupts import uninterrupted
 from rlscuda.optim import advice, forms, hooks
 from rlscuda.optim.discovery import Registry, as_list
-from rlscuda.optim.fallback import Fallback, set_rates
+from rlscuda.optim.fallback import Fallback, restart_rates, set_rates
 from rlscuda.optim.kept import Change, Replaced, cut_states
+from rlscuda.optim.kinds import owners
 from rlscuda.optim.layers import Layer
 from rlscuda.optim.moves import Workspace
 from rlscuda.optim.ranks.processes import Processes
@@ -35,9 +36,10 @@ class RLSOptimizer(Joining, Optimizer):
 
     Args:
         params: A model, or parameters or parameter groups as for any torch optimizer.
-        lr: Learning rate :math:`\eta` (spectral .05, adaptive .1, else .3). Without a model, or set
-            by a group without a covered layer, it is the fallback rule's own.
-        model: The model that holds the parameters, where `params` is not the model itself.
+        lr: Learning rate :math:`\eta` (spectral .05, adaptive .1, else .3). Where no module holds
+            the parameters, or set by a group without a covered layer, it is the fallback rule's.
+        model: The model that holds the parameters. By default the smallest living module that does,
+            wrappers apart, after which layers are named; or several in the order of `params`.
         form: ``"spectral"`` (default), ``"adaptive"``, ``"paper"`` or ``"natural"``; it sets the
             defaults below.
         forgetting: Forgetting factor :math:`\lambda` in (0, 1] (1).
@@ -129,24 +131,26 @@ class RLSOptimizer(Joining, Optimizer):
             model, params = params, params.parameters()
         if not isinstance(model, (nn.Module, type(None))):
             raise TypeError(f"model must be a module, got {type(model).__name__}")
-        if model is None and not (include is None and exclude is None):
+        given: Any = owners.listed(params)
+        found, around = owners.find(given) if model is None else (model, [])
+        if found is None and not (include is None and exclude is None):
             raise ValueError("include and exclude choose among the layers of a model: pass model=")
         include, exclude = (x if x is None else as_list(x) for x in (include, exclude))
-        self._registry = Registry(unwrapped(model), include, exclude)
+        self._registry = Registry(unwrapped(found), include, exclude, found=model is None)
         self._said: set[str] = set()
         self._workspace: Workspace = {}
         self._checked: list[tuple] = []  # options as they were when last looked at
         self._attached: set[Layer] | None = None  # layers with hooks; None until all is checked
-        super().__init__(params, defaults)
+        super().__init__(given, defaults)
         layers = self._registry.layers
-        if model is not None and not layers:
-            advice.warn(advice.NOTHING_COVERED)
+        if not layers:
+            advice.warn(advice.NO_MODULE if found is None else advice.NOTHING_COVERED)
         self._warn(advice.of_groups(self.param_groups, layers, self.state))
         self._fallback.prepare(self.param_groups, covered(self._registry), self.state)
         self._attached = set()
         self._attach()
-        if layers and model is not None:
-            hooks.forget_compiled(model)
+        if layers and found is not None:
+            hooks.forget_compiled(found, *around)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; options it does not set are those of the constructor.
@@ -185,7 +189,8 @@ class RLSOptimizer(Joining, Optimizer):
     def _follow_groups(self) -> None:
         """Reads the groups and their parameters anew where somebody has changed them."""
         made = self._attached is not None
-        self._registry.follow(self.param_groups, made, self._attach)
+        replaced = self._registry.follow(self.param_groups, made, self._attach)
+        self._warn(advice.of_replaced(replaced))
 
     def _attach(self) -> None:
         """Puts hooks, which end with this object, on every layer that has none yet."""
@@ -243,6 +248,7 @@ class RLSOptimizer(Joining, Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._follow_groups()
+        self._warn(advice.of_idle(self._registry.count_idle()))
         self.notify_join()
         with uninterrupted():
             self._step()
@@ -280,14 +286,7 @@ class RLSOptimizer(Joining, Optimizer):
             if "P" in state:
                 restart(state, memory)
         self._fallback.restart(self.state)
-        for group in self.param_groups:
-            lr, first = group["lr"], group.get("initial_lr", group["lr"])
-            if not isinstance(lr, Tensor):
-                group["lr"] = first
-            elif isinstance(first, Tensor):  # in place, as a captured step reads it
-                lr.copy_(first)
-            else:
-                lr.fill_(first)  # which unlike copy_ waits for no GPU
+        restart_rates(self.param_groups)
 
     # -- what users look at -----------------------------------------------------------------------
 

@@ -18,6 +18,10 @@ from rlscuda.optim.staging import Stage
 NOTHING_COVERED = (
     "no layer of the model is covered: the fallback rule trains everything, see coverage()"
 )
+NO_MODULE = (
+    "no module that holds the parameters was found: the fallback rule trains them all, at lr; pass "
+    "model= for the RLS rule"
+)
 _CUT_SHORT = (
     "step() was cut short by {error}: some parameters have moved and others have not; load a "
     "checkpoint to go on from a whole step"
@@ -64,6 +68,26 @@ def of_steps(moves: list[Move], stages: Mapping[nn.Parameter, Stage]) -> Iterato
             "was compiled in eval mode or before the optimizer was made (call "
             "torch.compiler.reset()), has sparse input, does not happen while "
             "zero_grad(set_to_none=False) keeps a gradient, or somebody removed its hooks"
+        )
+
+
+def of_idle(steps: int) -> Iterator[str]:
+    """Of steps in a row in which no parameter had a gradient, as they are no longer the model's."""
+    if steps == PATIENCE:
+        yield (
+            f"no parameter of the optimizer had a gradient in the last {PATIENCE} steps: if the "
+            "model has others now (fully_shard, to_empty, quantisation, a load that assigns), make "
+            "the optimizer after that, or put them into its groups"
+        )
+
+
+def of_replaced(layers: list[str]) -> Iterator[str]:
+    """Of layers whose weights have left the groups for parameters that are in no module."""
+    if layers:
+        yield (
+            f"parameters of no module that is known have replaced those of "
+            f"{', '.join(map(repr, layers))} in the groups: the fallback rule trains them; make "
+            "the optimizer anew from the model that holds them"
         )
 
 

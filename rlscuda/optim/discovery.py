@@ -6,17 +6,16 @@ import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
 from rlscuda.optim.kept import Change, KeptLayer, Replaced
-from rlscuda.optim.kinds.modules import is_transposed
-from rlscuda.optim.kinds.places import Place, places_in, refusal
+from rlscuda.optim.kinds import owners
+from rlscuda.optim.kinds.places import Place, places_in
+from rlscuda.optim.kinds.reasons import Users, is_in, reasons_of
 from rlscuda.optim.layers import Layer
 from rlscuda.optim.staging import Inputs, Stage
-
-_Users = dict[int, list[Place]]  # id of a parameter -> the places that hold it
 
 
 @dataclass(eq=False)
@@ -37,6 +36,12 @@ class Match:
     def module(self) -> nn.Module:
         """The module that holds the weight."""
         return self.place.module
+
+    def renamed(self, place: Place) -> None:
+        """Takes the name that the place has now, as where the model has become part of another."""
+        self.place = place
+        if self.layer is not None:
+            self.layer.name = place.name
 
     def bind(self, group: dict[str, Any]) -> bool:
         """Whether the weight is in a group; the bias joins `P` if it is there too."""
@@ -84,64 +89,7 @@ def _named(model: nn.Module, places: Iterable[Place]) -> list[tuple[str, nn.Modu
     return [*model.named_modules(), *((place.name, place) for place in places)]
 
 
-def _is_in(place: Place, chosen: set[Any]) -> bool:
-    return place in chosen or place.module in chosen
-
-
-def _reasons(
-    model: nn.Module,
-    places: list[Place],
-    users: _Users,
-    included: set[Any] | None,
-    excluded: set[Any],
-) -> dict[Place, str]:
-    """Why each place is not to be covered; '' where it is."""
-    reasons: dict[Place, str] = {}
-    decoders = [m for m in model.modules() if isinstance(m, nn.TransformerDecoderLayer)]
-    crossed = [getattr(module, "multihead_attn", None) for module in decoders]
-    for place in places:
-        reason = refusal(place) or ""
-        if not reason and included is not None and not _is_in(place, included):
-            reason = "not in include"
-        if not reason and _is_in(place, excluded):
-            reason = "excluded"
-        if not reason and place.module in crossed:
-            reason = "its query differs from its key and value"
-        reasons[place] = reason
-    alone = dict(reasons)
-    sharing = _sharing(model)
-    for place, reason in alone.items():
-        if reason:
-            continue
-        weight, module = cast(nn.Parameter, place.own_weight), place.module
-        for other in users[id(weight)]:
-            also = f"its weight is also that of {other.name!r}"
-            if alone[other]:
-                reasons[place] = f"{also}: {alone[other]}"
-            elif getattr(other.module, "groups", 1) != getattr(module, "groups", 1):
-                reasons[place] = f"{also}, in other groups"
-            elif is_transposed(other.module) != is_transposed(module):
-                reasons[place] = f"{also}, transposed"
-        if there := sharing.get(weight):
-            reasons[place] = f"its weight lies in the memory of {there!r}, another parameter"
-    return reasons
-
-
-def _sharing(model: nn.Module) -> dict[nn.Parameter, str]:
-    """Parameters that begin where another does, and its name: it would move twice."""
-    at: dict[int, list[tuple[str, nn.Parameter]]] = {}
-    for name, parameter in model.named_parameters():
-        if type(parameter) is nn.Parameter and parameter.data_ptr():  # a plain one, not on meta
-            at.setdefault(parameter.data_ptr(), []).append((name, parameter))
-    together = [members for members in at.values() if len(members) > 1]
-    return {
-        parameter: members[0 if i else 1][0]
-        for members in together
-        for i, (_, parameter) in enumerate(members)
-    }
-
-
-def _bias_fits(place: Place, users: _Users) -> bool:
+def _bias_fits(place: Place, users: Users) -> bool:
     """Whether the bias belongs to the weight alone, so that it may be a column of its rows."""
     weight, bias = place.own_weight, place.own_bias
     if weight is None or bias is None:
@@ -169,7 +117,7 @@ def discover(
     unwanted = [] if exclude is None else modules_named(exclude, "exclude", model, places)
     matches = _matches(model, places, wanted, unwanted)
     for item, inside in wanted or ():
-        found = [match.reason for match in matches if _is_in(match.place, inside)]
+        found = [match.reason for match in matches if is_in(match.place, inside)]
         if all(found):
             why = found[0] if found else "it has no parameters"
             raise ValueError(f"include names {item!r}, which RLS cannot train: {why}")
@@ -203,7 +151,8 @@ def rediscover(
     matches = []
     for match in _matches(model, places, wanted, unwanted):
         if match.place in layers:
-            match = layers[match.place]
+            place, match = match.place, layers[match.place]
+            match.renamed(place)
         elif match.layer is not None:  # its place is what it has in an optimizer made anew
             if match.layer.index in taken:
                 match.layer.index = 1 + max(taken)
@@ -222,12 +171,12 @@ def _matches(
 ) -> list[Match]:
     included = None if wanted is None else {one for _, inside in wanted for one in inside}
     excluded = {one for _, inside in unwanted for one in inside}
-    users: _Users = {}
+    users: Users = {}
     for place in places:
         for parameter in place.parameters:
             users.setdefault(id(parameter), []).append(place)
     matches: list[Match] = []
-    for place, reason in _reasons(model, places, users, included, excluded).items():
+    for place, reason in reasons_of(model, places, users, included, excluded).items():
         match = Match(place, None, reason)
         if not reason:
             names = (place.weight, place.bias)
@@ -244,6 +193,7 @@ class Registry:
         model: The optimizer's model, or None; no copy or pickle holds it.
         include: See `RLSOptimizer`.
         exclude: See `RLSOptimizer`.
+        found: Whether the user has given no model, and so it is found anew for other parameters.
 
     Attributes:
         matches: Every place of the model that has parameters.
@@ -252,10 +202,11 @@ class Registry:
         group_of: Covered weight -> its parameter group.
         members: All parameters of the groups.
         inputs: What inputs of different layers have in common.
+        idle: Steps in a row in which no parameter of the groups had a gradient.
     """
 
-    def __init__(self, model: nn.Module | None, include: Any, exclude: Any):
-        self._model, self._selection = model, (include, exclude)
+    def __init__(self, model: nn.Module | None, include: Any, exclude: Any, found: bool = False):
+        self._model, self._selection, self._found = model, (include, exclude), found
         self.matches = [] if model is None else discover(model, include, exclude)
         self.layers: dict[nn.Parameter, Layer] = {}
         self.stages: dict[nn.Parameter, Stage] = {}
@@ -268,6 +219,7 @@ class Registry:
         self._held: list[tuple[int, ...]] = []
         self.members: set[nn.Parameter] = set()
         self.group_of: dict[nn.Parameter, dict[str, Any]] = {}
+        self.idle = 0
 
     def has_other_groups(self, groups: list[dict[str, Any]]) -> bool:
         """Whether a group came, went or was replaced since; their parameters are not looked at."""
@@ -275,20 +227,23 @@ class Registry:
 
     def follow(
         self, groups: list[dict[str, Any]], may_have_grown: bool, attach: Callable[[], None]
-    ) -> None:
+    ) -> list[str]:
         """Reads the groups and their parameters anew where somebody has changed them.
 
         Args:
             groups: The optimizer's.
             may_have_grown: Whether the model may have got layers since it was searched.
             attach: Puts hooks on what is new; what an interrupt cuts short is done again.
+
+        Returns:
+            The layers whose weights have left the groups while others came that are in no module.
         """
         held = [(id(group), *map(id, group["params"])) for group in groups]
         if held == self._held:
-            return
+            return []
         group_of = {p: group for group in groups for p in group["params"]}
         if may_have_grown and not group_of.keys() <= self.members:
-            self.search()
+            self.search(list(group_of))
         for match in self.matches:
             if match.layer is None or match in self._bound:
                 continue
@@ -297,14 +252,35 @@ class Registry:
                 self._bound.add(match)
                 self.layers.setdefault(match.layer.weight, match.layer)
                 self.stages.setdefault(match.layer.weight, Stage())
+        gone = [self.layers[weight].name for weight in self.group_of if weight not in group_of]
+        strange = bool(group_of.keys() - self.members - self.known())
         self.group_of = {p: group for p, group in group_of.items() if p in self.layers}
         attach()
         self.members, self._held = set(group_of), held
+        return gone if strange else []
 
-    def search(self) -> None:
-        """Looks for layers that the model has got or lost."""
+    def known(self) -> set[nn.Parameter]:
+        """The parameters of the model and of its layers."""
+        weights = {layer.weight for layer in self.candidates()}  # masked later
+        return weights.union(*(match.place.parameters for match in self.matches))
+
+    def search(self, parameters: Iterable[nn.Parameter] = ()) -> None:
+        """Looks for layers that the model has got or lost.
+
+        Args:
+            parameters: Those of the groups: where no module was given, and they are not all in the
+                one that was found, for another.
+        """
+        model = self._model
+        if self._found and not set(parameters) <= set(() if model is None else model.parameters()):
+            self._model = owners.find(parameters)[0] or model
         if self._model is not None:
             self.matches = rediscover(self._model, self.matches, *self._selection)
+
+    def count_idle(self) -> int:
+        """Notes whether this step has a gradient at all; the idle steps so far."""
+        self.idle = 0 if any(p.grad is not None for p in self.members) else self.idle + 1
+        return self.idle
 
     def candidates(self) -> set[Layer]:
         """Every layer of the model that could be covered, in a group or not."""
@@ -392,6 +368,6 @@ class Registry:
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self._model, self.inputs = None, Inputs()
+        self._model, self._found, self.inputs = None, False, Inputs()
         self.stages = {weight: Stage() for weight in self.layers}
         self.forget_groups()

@@ -184,6 +184,18 @@ def set_rates(group: dict[str, Any], options: Mapping[str, Any], covered: bool, 
     group.update(fallback_lr=None, peak_lr=float(group["lr"]))
 
 
+def restart_rates(groups: list[dict[str, Any]]) -> None:
+    """Sets every `lr` to what a schedule started from."""
+    for group in groups:
+        lr, first = group["lr"], group.get("initial_lr", group["lr"])
+        if not isinstance(lr, torch.Tensor):
+            group["lr"] = first
+        elif isinstance(first, torch.Tensor):  # in place, as a captured step reads it
+            lr.copy_(first)
+        else:
+            lr.fill_(first)  # which unlike copy_ waits for no GPU
+
+
 def rate(group: dict[str, Any]) -> float | torch.Tensor:
     """The learning rate of the fallback rule in a group; one on a GPU stays there.
 

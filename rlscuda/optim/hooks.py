@@ -142,11 +142,14 @@ def _remove(handles: list[tuple[weakref.ref, RemovableHandle]]) -> None:
                 setattr(module, name, OrderedDict())
 
 
-def forget_compiled(model: nn.Module) -> None:
+def forget_compiled(*models: nn.Module) -> None:
     """Drops what may have been compiled of a compiled model before it had hooks.
 
     It would never call them. The compiler keeps the code of all models together, so that of others
     goes too; a model that is not compiled costs nothing.
+
+    Args:
+        models: The model, and others that it is a part of.
     """
-    if is_compiled(model) and compiler_is_loaded():
+    if compiler_is_loaded() and any(map(is_compiled, models)):
         torch.compiler.reset()

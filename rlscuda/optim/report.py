@@ -97,12 +97,10 @@ def coverage_of(registry: Registry, states: Mapping, patience: int) -> Coverage:
             size *= holder.weight is layer.weight
             shape = (layer.fan_in, layer.groups, layer.blocks)
             rows.append(CoverageRow(match.name, kind, "exact", why, *shape, size))
-    known = {p for match in matches for p in match.place.parameters}
-    known |= {match.layer.weight for match in matches if match.layer is not None}  # masked later
-    outside = members - known
+    outside = members - registry.known()
     if outside:
         why = (
-            f"{len(outside)} parameters of no module of the model" if matches else "no model given"
+            f"{len(outside)} parameters of no module of the model" if matches else "no model found"
         )
         rows.append(CoverageRow("(parameters)", "Parameter", "fallback", why))
     return rows

@@ -85,7 +85,7 @@ def test_included_module_must_be_coverable(name, why):
 def test_selection_needs_a_model():
     for option in ("include", "exclude"):
         with pytest.raises(ValueError, match="pass model="):
-            RLSOptimizer(mlp().parameters(), **{option: ["0"]})
+            RLSOptimizer([nn.Parameter(torch.ones(2))], **{option: ["0"]})
 
 
 class Own(nn.Module):
@@ -223,8 +223,9 @@ def test_model_without_a_layer_is_warned_of():
         RLSOptimizer(model)
     with pytest.warns(UserWarning, match="no layer of the model is covered"):
         RLSOptimizer(mlp(), include=[])
-    (row,) = RLSOptimizer(mlp().parameters()).coverage()  # no model, no warning
-    assert (row.name, row.status, row.why) == ("(parameters)", "fallback", "no model given")
+    with pytest.warns(UserWarning, match="no module that holds the parameters was found"):
+        (row,) = RLSOptimizer([nn.Parameter(torch.ones(2))]).coverage()
+    assert (row.name, row.status, row.why) == ("(parameters)", "fallback", "no model found")
 
 
 @pytest.mark.parametrize("how", ["mask", "parametrization"])

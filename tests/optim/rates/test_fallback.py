@@ -71,6 +71,7 @@ def test_fallback_is_exactly_the_torch_optimizer(rule, split):
     assert optimizer.health()["covered"].updates == 5
 
 
+@pytest.mark.filterwarnings("ignore:no module that holds the parameters")
 @pytest.mark.parametrize("how", ["strided", "transposed", "channels_last", "gradient"])
 def test_fallback_minds_the_layout_of_a_parameter(how):
     value = torch.randn(4, 6, 3, 3)
@@ -129,6 +130,7 @@ def test_sparse_gradients_by_a_fallback_that_takes_them():
     assert not torch.equal(model[1].weight, before[1])
 
 
+@pytest.mark.filterwarnings("ignore:no module that holds the parameters")
 def test_follows_a_weight_decay_set_later():
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(3))

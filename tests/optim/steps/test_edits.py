@@ -128,7 +128,7 @@ def test_a_look_that_was_cut_short_starts_anew(monkeypatch):
     model, optimizer = replaced_head()
     search = optimizer._registry.search
 
-    def interrupted():
+    def interrupted(parameters):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(optimizer._registry, "search", interrupted)
