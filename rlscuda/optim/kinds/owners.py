@@ -4,18 +4,19 @@ The choice never depends on the order of objects in memory. Of the modules that 
 parameters it is the one with most of their layers, which a graph made of the model lacks, then with
 most of their holders, since a tied weight is to be seen wherever it is used, and of those the
 smallest: wrappers do not count. Modules alike in this are told apart by the order and the names of
-the parameters in them. The unreachable is collected before, or a wrapper that is gone might count.
+the parameters in them. The unreachable is collected before, or a module that is gone might count.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Iterator
+from itertools import compress
 from typing import Any
 
 from torch import Tensor, nn
 
-from rlscuda._torch import held_parameters, is_module, submodules
+from rlscuda._torch import held_parameters, submodules
 from rlscuda.optim.kinds.modules import base_of
 
 _Modules = dict[int, nn.Module]  # by id: a module may be of a class that cannot be hashed
@@ -47,7 +48,11 @@ def find(params: Any) -> tuple[nn.Module | None, list[nn.Module]]:
     order: dict[int, int] = {}
     for parameter in _tensors(params):
         order.setdefault(id(parameter), len(order))
-    living = _living() if order else {}
+    living = _living()
+    if any(order.keys() & _own(module) for module in living.values()):
+        del living
+        gc.collect()
+        living = _living()
     parents: dict[int, list[nn.Module]] = {}
     for module in living.values():
         for child in submodules(module):
@@ -55,7 +60,7 @@ def find(params: Any) -> tuple[nn.Module | None, list[nn.Module]]:
     held: dict[int, set[int]] = {}  # id of a module -> those of parameters in it
     holders: dict[int, _Modules] = {}
     for owner in living.values():
-        own = order.keys() & set(map(id, held_parameters(owner)))
+        own = order.keys() & _own(owner)
         for above in _reached([owner], lambda one: parents.get(id(one), ())) if own else ():
             held.setdefault(above, set()).update(own)
             holders.setdefault(above, {})[id(owner)] = owner
@@ -97,8 +102,18 @@ def _tensors(given: Any) -> Iterator[Tensor]:
 
 def _living() -> _Modules:
     """Every module; those that the collector does not list may be parts of others."""
-    gc.collect()
-    return _reached([one for one in gc.get_objects() if is_module(one)], submodules)
+    kinds = {id(nn.Module)}
+    waiting = [nn.Module]
+    while waiting:
+        kinds.update(map(id, fresh := waiting.pop().__subclasses__()))
+        waiting += fresh
+    there = gc.get_objects()
+    known = map(kinds.__contains__, map(id, map(type, there)))  # `isinstance` would wake proxies
+    return _reached(list(compress(there, known)), submodules)
+
+
+def _own(module: nn.Module) -> set[int]:
+    return set(map(id, held_parameters(module)))
 
 
 def _reached(first: list[nn.Module], following: Any) -> _Modules:

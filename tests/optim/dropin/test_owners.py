@@ -16,6 +16,14 @@ from rlscuda import RLSOptimizer
 from rlscuda.optim.kinds import owners
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _little_to_look_through():
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()

@@ -1,6 +1,7 @@
 """PyTorch's own harness for optimizers, on plain parameters: the fallback rule trains them all."""
 
 import copy
+import gc
 import io
 
 import torch
@@ -103,6 +104,16 @@ GROUPS = {
     "named": lambda weight, bias: [("weight", weight), ("bias", bias)],
     "generator": lambda weight, bias: (p for p in (weight, bias)),
 }
+
+
+def setup_module():
+    """So that not everything is looked through for a module that holds the parameters."""
+    gc.collect()
+    gc.freeze()
+
+
+def teardown_module():
+    gc.unfreeze()
 
 
 class TestRLSOptimizer(TestCase):
