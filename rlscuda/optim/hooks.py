@@ -28,20 +28,44 @@ from rlscuda.optim.layers import Layer
 _INERT = contextlib.nullcontext().__exit__
 
 
-class PrivateEntries(OrderedDict):
-    """The dictionary of a module's hooks; its copies and pickles are plain and lack `private`."""
+class Private:
+    """Which hooks of a module are private: copies and pickles of their dictionary lack them.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.private: set[int] = set()
+    The dictionary stays what it is, since handles refer to it and the compiler takes no other kind:
+    how it is copied are attributes of its own.
+
+    Args:
+        hooks: The dictionary.
+    """
+
+    def __init__(self, hooks: OrderedDict):
+        self.keys: set[int] = set()
+        self._hooks = weakref.ref(hooks)
+        self._attributes = {
+            "private": self, "__deepcopy__": self._copy, "__reduce_ex__": self._reduce
+        }  # fmt: skip
+        vars(hooks).update(self._attributes)
+
+    @staticmethod
+    def of(hooks: Any) -> Private | None:
+        """That of a dictionary."""
+        return getattr(hooks, "private", None)
+
+    def forget(self, key: int) -> None:
+        """Forgets a hook, and with the last one leaves the dictionary as it was."""
+        self.keys.discard(key)
+        hooks = self._hooks()
+        for name in self._attributes if hooks is not None and not self.keys else ():
+            vars(hooks).pop(name, None)
 
     def _public(self) -> OrderedDict:
-        return OrderedDict((key, self[key]) for key in self if key not in self.private)
+        hooks: OrderedDict = self._hooks() or OrderedDict()
+        return OrderedDict((key, hooks[key]) for key in hooks if key not in self.keys)
 
-    def __deepcopy__(self, memo: dict) -> OrderedDict:
+    def _copy(self, memo: dict) -> OrderedDict:
         return copy.deepcopy(self._public(), memo)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def _reduce(self, protocol: Any) -> Any:
         return self._public().__reduce_ex__(protocol)
 
 
@@ -120,15 +144,12 @@ def attach(owner: Any, layers: Iterable[Layer], observe: Callable) -> Callable[[
 
 
 def _register(module: nn.Module, layers: list[Layer], observe: Callable) -> RemovableHandle:
-    for name in FORWARD_HOOKS:
-        if not getattr(module, name):  # the handles of hooks that are there refer to their dict
-            setattr(module, name, PrivateEntries())
     handle = module.register_forward_hook(
         ForwardHook(layers, observe), prepend=True, with_kwargs=True
     )
     for hooks in (getattr(module, name) for name in FORWARD_HOOKS):
-        if isinstance(hooks, PrivateEntries):
-            hooks.private.add(handle.id)
+        if isinstance(hooks, OrderedDict):
+            (Private.of(hooks) or Private(hooks)).keys.add(handle.id)
     return handle
 
 
@@ -137,9 +158,8 @@ def _remove(handles: list[tuple[weakref.ref, RemovableHandle]]) -> None:
         handle.remove()
         module = reference()
         for name in FORWARD_HOOKS if module is not None else ():
-            hooks = getattr(module, name)
-            if isinstance(hooks, PrivateEntries) and not hooks:
-                setattr(module, name, OrderedDict())
+            if private := Private.of(getattr(module, name)):
+                private.forget(handle.id)
 
 
 def forget_compiled(*models: nn.Module) -> None:
