@@ -155,7 +155,8 @@ class RLSOptimizer(Joining, Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; options it does not set are those of the constructor.
 
-        Layers that the model has got since are covered where their weights are in the group.
+        Layers that the model has got since are covered where their weights are in the group. Where
+        no model was given, it is looked for again if it lacks a parameter.
 
         Raises:
             ValueError: An option is unknown or out of its range, or a parameter is in another group

@@ -22,6 +22,10 @@ from rlscuda.optim.kinds.modules import base_of
 _Modules = dict[int, nn.Module]  # by id: a module may be of a class that cannot be hashed
 
 
+class _Several(nn.ModuleList):
+    """Modules of which no single one is found; the next optimizer finds them and not this."""
+
+
 def listed(params: Any) -> Any:
     """What a torch optimizer is made of, with lists for iterators, which can be read but once."""
     if isinstance(params, Tensor) or not isinstance(params, Iterable):
@@ -36,7 +40,7 @@ def listed(params: Any) -> Any:
 def find(params: Any) -> tuple[nn.Module | None, list[nn.Module]]:
     """The smallest living module that holds parameters, and all that it is a part of.
 
-    Where no single one holds all that are held, it is a ModuleList of several, in the order of
+    Where no single one holds all that are held, it is a list of several, in the order of
     their first parameters. Modules that `gc.freeze` hides are found within others alone.
 
     Args:
@@ -87,7 +91,7 @@ def find(params: Any) -> tuple[nn.Module | None, list[nn.Module]]:
     around = _reached(list(roots.values()), lambda one: parents.get(id(one), ()))
     wrappers = [module for key, module in around.items() if key not in roots]
     several = list(roots.values())
-    return (nn.ModuleList(several) if several[1:] else several[0] if several else None), wrappers
+    return (_Several(several) if several[1:] else several[0] if several else None), wrappers
 
 
 def _tensors(given: Any) -> Iterator[Tensor]:
@@ -105,7 +109,8 @@ def _living() -> _Modules:
     kinds = {id(nn.Module)}
     waiting = [nn.Module]
     while waiting:
-        kinds.update(map(id, fresh := waiting.pop().__subclasses__()))
+        fresh = [kind for kind in waiting.pop().__subclasses__() if kind is not _Several]
+        kinds.update(map(id, fresh))
         waiting += fresh
     there = gc.get_objects()
     known = map(kinds.__contains__, map(id, map(type, there)))  # `isinstance` would wake proxies
