@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from rlscuda import RLSOptimizer
 from rlscuda.optim.ranks.processes import Processes
-from rlscuda.optim.steps.reduction import Part, reduce_summaries
 from rlscuda.optim.staging import Stage
+from rlscuda.optim.steps.reduction import Part, reduce_summaries
 
 
 def exact(rank, size, make, steps, options):

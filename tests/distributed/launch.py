@@ -14,6 +14,16 @@ import torch.multiprocessing as mp
 TIMEOUT = datetime.timedelta(seconds=60)
 
 
+class case:  # noqa: N801
+    """A case with its arguments, which a launched process can be sent."""
+
+    def __init__(self, function, *args):
+        self.function, self.args = function, args
+
+    def __call__(self, rank, size):
+        return self.function(rank, size, *self.args)
+
+
 def _rank(rank, size, cases, folder):
     os.environ.update(OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
@@ -48,3 +58,11 @@ def launch(size, cases):
             for i in range(len(cases))
         ]
     return [tuple(zip(*ranks)) for ranks in rows]
+
+
+def results(launched, name):
+    """What each rank returned, which none may have failed to."""
+    ranks, _ = launched[name]
+    failed = [text for text in ranks if isinstance(text, str) and "Traceback" in text]
+    assert not failed, failed[0]
+    return ranks

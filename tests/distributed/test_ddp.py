@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from distributed import ddp_cases as cases
-from distributed.launch import launch
+from distributed.launch import case, launch, results
 from distributed.training import cnn, distance, mlp, one_process, spread
 
 KINDS = [("mean", 1), ("mean", 4), ("sketch", 1), ("sketch", 4), ("sketch", 16), ("sample", 16)]
@@ -24,16 +24,6 @@ CNNS = [
 ]
 EXACT = {2: MLPS + CNNS, 4: MLPS[::5] + CNNS[::2]}
 FIRST_STEP = [(mlp, 1, {"form": form, "summary": "sample", "rank": 16}) for form in FORMS]
-
-
-class case:  # noqa: N801
-    """A case with its arguments, which a launched process can be sent."""
-
-    def __init__(self, function, *args):
-        self.function, self.args = function, args
-
-    def __call__(self, rank, size):
-        return self.function(rank, size, *self.args)
 
 
 TWO = {
@@ -72,14 +62,6 @@ def four(tmp_path_factory):
         folder = str(tmp_path_factory.mktemp("elastic"))
         some[f"elastic {form}"] = case(cases.elastic, folder, {"form": form})
     return dict(zip(some, launch(4, list(some.values()))))
-
-
-def results(launched, name):
-    """What each rank returned, which none may have failed to."""
-    ranks, _ = launched[name]
-    failed = [text for text in ranks if isinstance(text, str) and "Traceback" in text]
-    assert not failed, failed[0]
-    return ranks
 
 
 @pytest.mark.parametrize("number, size", [(i, n) for n in EXACT for i in range(len(EXACT[n]))])

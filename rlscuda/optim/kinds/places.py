@@ -12,6 +12,8 @@ from rlscuda.optim.kinds.padded import is_padded_convolution
 from rlscuda.optim.kinds.recurrent import RECURRENT, hides, weights_of
 from rlscuda.optim.ranks.shards import refusal_of_shards
 
+_FLAT = "its weight is a part of a flat one, of FullyShardedDataParallel: use fully_shard"
+
 
 @dataclass(frozen=True)
 class Place:
@@ -75,6 +77,8 @@ def refusal(place: Place) -> str | None:
     kind = type(module).__name__
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "MultiheadAttention uses its weight without calling it"
+    if "_flat_param" in own_parameters(module):
+        return _FLAT
     base = base_of(module)
     if base is None:
         return f"no RLS rule for {kind}"
@@ -89,12 +93,12 @@ def refusal(place: Place) -> str | None:
         return "its weight is not a plain parameter (parametrised or masked)"
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "its weight has no shape yet: run one batch through a lazy module first"
+    if weight.dim() != _dimensions(base):
+        return _FLAT
     if weight.numel() == 0:
         return "its weight has no elements"
     if not weight.is_floating_point() or weight.is_sparse:
         return f"its weight is {weight.dtype}, {weight.layout}"
-    if weight.dim() != _dimensions(base):
-        return "its weight is a part of a flat one, of FullyShardedDataParallel: use fully_shard"
     return refusal_of_shards(weight, getattr(module, "groups", 1), is_transposed(module))
 
 

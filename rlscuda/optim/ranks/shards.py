@@ -144,9 +144,7 @@ def refusal_of_shards(weight: Any, groups: int, transposed: bool) -> str | None:
     if len(shards) > 1:
         return "its weight is sharded over two dimensions of its mesh"
     if not shards[0].is_shard(0) or type(shards[0]).__name__ != "Shard" or transposed:
-        return (
-            f"its weight is {shards[0]}, of which only whole rows can be moved: shard dimension 0"
-        )
+        return f"its weight is sharded as {shards[0]!r}: only whole rows, Shard(0), can be moved"
     if groups > 1:
         return "its weight is sharded and has groups"
     return None

@@ -1,0 +1,117 @@
+"""Weights whose rows lie on several processes train as in one, or are refused clearly."""
+
+import pytest
+from distributed import shard_cases as cases
+from distributed.launch import case, launch, results
+from distributed.training import distance, mlp, one_process, spread
+
+FORMS = ["spectral", "adaptive", "paper", "natural"]
+FSDP = [(make, {"form": form}) for make in (mlp, cases.wide, cases.conv) for form in FORMS] + [
+    (cases.wide, {"form": "paper", "momentum": 0.5})
+]
+HSDP = [(cases.wide, {"form": "spectral"}), (mlp, {"form": "natural"})]
+FLAT = "its weight is a part of a flat one, of FullyShardedDataParallel: use fully_shard"
+
+TWO = {
+    **{f"fsdp {i}": case(cases.fsdp, make, (2,), o) for i, (make, o) in enumerate(FSDP)},
+    **{f"columns {form}": case(cases.tensor_parallel, {"form": form}) for form in FORMS},
+    "rows": cases.row_wise,
+    "flat": case(cases.flat, False),
+    "flat, original": case(cases.flat, True),
+    "accumulates": cases.fsdp_accumulates,
+    "nan": cases.fsdp_refuses,
+    "made first": cases.made_first,
+}
+FOUR = {
+    **{f"fsdp {i}": case(cases.fsdp, make, (4,), o) for i, (make, o) in enumerate(FSDP)},
+    **{f"hsdp {i}": case(cases.fsdp, make, (2, 2), o) for i, (make, o) in enumerate(HSDP)},
+}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    some = dict(TWO)
+    for kind in ("ddp", "fsdp"):
+        folder = str(tmp_path_factory.mktemp(kind))
+        some[f"saved {kind}"] = case(cases.saved, folder, kind)
+        some[f"loaded {kind} 2"] = case(cases.loaded, folder, kind, [0, 1], 1)
+        if kind == "ddp":
+            some["loaded ddp 1"] = case(cases.loaded, folder, "ddp", [0], 2)
+    return dict(zip(some, launch(2, list(some.values()))))
+
+
+@pytest.fixture(scope="module")
+def four():
+    return dict(zip(FOUR, launch(4, list(FOUR.values()))))
+
+
+@pytest.mark.parametrize("size", ["two", "four"])
+@pytest.mark.parametrize("number", range(len(FSDP)))
+def test_rows_on_several_processes_are_one_process(number, size, request):
+    ranks = results(request.getfixturevalue(size), f"fsdp {number}")
+    check(ranks, *FSDP[number])
+
+
+@pytest.mark.parametrize("number", range(len(HSDP)))
+def test_copies_of_shards_are_one_process(number, four):
+    check(results(four, f"hsdp {number}"), *HSDP[number])
+
+
+def check(ranks, make, options):
+    one = one_process(make, len(ranks), 10, **options)
+    states = [state for state, *_ in ranks]
+    assert not spread(states)
+    assert distance(states[0], one, "P ") <= 2e-15 and distance(states[0], one, "W ") <= 1e-15
+    for _, statuses, health in ranks:
+        assert set(statuses) == {"exact"}, statuses
+        assert all((h.updates, h.missing) == (10, 0) for h in health.values())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_column_wise_tensor_parallel_is_one_process(two, form):
+    one = one_process(cases.wide, 1, 10, form=form)
+    ranks = results(two, f"columns {form}")
+    assert not spread([state for state, _ in ranks])
+    state, statuses = ranks[0]
+    assert statuses == ["exact"] * 3
+    assert distance(state, one, "P ") <= 2e-15 and distance(state, one, "W ") <= 1e-15
+
+
+def test_row_wise_tensor_parallel_is_refused(two):
+    for first, second in results(two, "rows"):
+        assert first == ("exact", "")
+        assert second[0] == "fallback" and "only whole rows, Shard(0), can be moved" in second[1]
+
+
+@pytest.mark.parametrize("name", ["flat", "flat, original"])
+def test_flat_parameters_are_refused(two, name):
+    for rows in results(two, name):
+        assert rows and all(row == ("fallback", FLAT) for row in rows)
+
+
+def test_minibatches_that_are_not_synchronised_count(two):
+    ranks = results(two, "accumulates")
+    one = one_process(mlp, 2, 4, micro=3)
+    assert not spread(ranks)
+    assert distance(ranks[0], one, "P ") <= 1e-15 and distance(ranks[0], one, "W ") <= 1e-15
+
+
+def test_all_ranks_refuse_what_is_not_finite_on_one(two):
+    for moved, refused in results(two, "nan"):
+        assert moved == 0 and refused == [1, 1]
+
+
+def test_an_optimizer_made_before_the_model_is_sharded(two):
+    for moved, statuses, health in results(two, "made first"):
+        assert min(moved) > 0 and statuses == ["exact", "exact"]
+        assert all(h.updates >= 9 for h in health.values())
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_distributed_checkpoint_goes_on_to_the_bit(two, kind):
+    ranks = results(two, f"saved {kind}")
+    assert not spread([*ranks, *results(two, f"loaded {kind} 2")])
+    if kind == "ddp":
+        alone, _ = results(two, "loaded ddp 1")
+        assert distance(alone, ranks[0], "P ") <= 1e-15
+        assert distance(alone, ranks[0], "W ") <= 1e-15
