@@ -73,6 +73,8 @@ class RLSOptimizer(Joining, Optimizer):
         process_group: The processes that train the model together, whose ``P`` is then that of
             one process with all their inputs: ``"auto"`` (default), those of the
             DistributedDataParallel module that calls the layers; a process group; or None.
+        shard_matrices: Keeps each ``P``, and its layer's moments, on one of these processes, which
+            moves the layer for all; ``state_dict()`` gathers them and is to be called by all.
 
     Raises:
         ValueError: An option is out of its range, or an included module cannot be covered.
@@ -114,8 +116,9 @@ class RLSOptimizer(Joining, Optimizer):
         max_fan_in: int | None = None,
         seed: int | None = None,
         process_group: Any = "auto",
+        shard_matrices: bool = False,
     ):
-        self._processes = Processes(process_group)
+        self._processes = Processes(process_group, shard_matrices)
         self._given = {
             "lr": lr, "form": form, "forgetting": forgetting, "gain": gain, "momentum": momentum,
             "weight_decay": weight_decay, "rank": rank, "summary": summary, "shrinkage": shrinkage,
@@ -331,6 +334,12 @@ class RLSOptimizer(Joining, Optimizer):
         )
 
     # -- persistence ------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, see torch; with `shard_matrices`, of all processes, which have to call it."""
+        state = super().state_dict()
+        sharing = self._processes.sharing
+        return state if sharing is None else {**state, "state": sharing.gathered(state["state"])}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state, keeping the dtype of `P` whatever that of the parameters.

@@ -203,13 +203,13 @@ def after_refusal(model, optimizer):
         optimizer.step()
     except RuntimeError as error:
         after = (model.state_dict(), own.state_dict()["state"])
-        return str(error), all(map(_equal, before, after))
+        return str(error), all(map(equal, before, after))
     return "no error", False
 
 
-def _equal(one, other):
+def equal(one, other):
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_equal(one[k], other[k]) for k in one)
+        return one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
     return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
@@ -237,3 +237,48 @@ def long(rank, size, options):
 
 def target(x):
     return torch.stack([x[:, i] * x[:, i + 1] + math.sin(i) * x[:, i + 2] for i in range(4)], 1)
+
+
+def bytes_here(optimizer):
+    """Of the matrices on this process."""
+    return sum(e["P"].numel() * 8 for e in optimizer.state.values() if "P" in e)
+
+
+def shared(rank, size, make, options):
+    """Sharded matrices: ten steps; then five from the whole state in an optimizer made anew."""
+    model = make()
+    optimizer = RLSOptimizer(model, shard_matrices=True, **options)
+    weights = ddp_process(make, rank, 10, model=model, optimizer=optimizer)
+    held, state = bytes_here(optimizer), copy.deepcopy(optimizer.state_dict())
+    other = make()
+    other.load_state_dict(model.state_dict())
+    again = RLSOptimizer(other, shard_matrices=True, **options)
+    again.load_state_dict(state)
+    on = [
+        {
+            k: v
+            for k, v in ddp_process(make, rank, 5, model=m, optimizer=o, start=10).items()
+            if "W" in k
+        }
+        for m, o in ((model, optimizer), (other, again))
+    ]
+    return {k: v for k, v in weights.items() if k[0] == "W"}, state, held, on
+
+
+def replicated(rank, size, make, options):
+    """The same with all matrices everywhere."""
+    model = make()
+    optimizer = RLSOptimizer(model, **options)
+    ddp_process(make, rank, 10, model=model, optimizer=optimizer)
+    return state_of(model, optimizer), optimizer.state_dict(), bytes_here(optimizer)
+
+
+def shared_refuses(rank, size):
+    """A gradient that is not finite, of a layer that one process owns."""
+    model = mlp()
+    optimizer, ddp = RLSOptimizer(model, shard_matrices=True), DDP(model)
+    ddp(minibatch(mlp, 1 + rank, 5)[0]).square().mean().backward()
+    before = copy.deepcopy(model.state_dict())
+    model[0].weight.grad[0, 0] = math.inf
+    optimizer.step()
+    return all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

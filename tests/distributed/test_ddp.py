@@ -22,6 +22,7 @@ CNNS = [
     for form in ("spectral", "paper")
     for kind, rank in (("mean", 1), ("sketch", 4), ("sample", 16))
 ]
+SHARED = [(make, {"form": form}) for make in (mlp, cnn) for form in FORMS]
 EXACT = {2: MLPS + CNNS, 4: MLPS[::5] + CNNS[::2]}
 FIRST_STEP = [(mlp, 1, {"form": form, "summary": "sample", "rank": 16}) for form in FORMS]
 
@@ -46,6 +47,12 @@ TWO = {
     "another step": cases.another_step,
     "zero": cases.zero,
     **{f"long {form}": case(cases.long, {"form": form}) for form in LONG},
+    **{
+        f"{name} {i}": case(function, *one)
+        for name, function in (("shared", cases.shared), ("replicated", cases.replicated))
+        for i, one in enumerate(SHARED)
+    },
+    "shared refuses": cases.shared_refuses,
     "ddp's own join": case(cases.joined, True),  # the last one: DDP is left amid its context
 }
 
@@ -159,3 +166,24 @@ def test_a_long_run_is_that_of_one_process(two, form):
     ranks = results(two, f"long {form}")
     assert len(set(ranks)) == 1
     assert ranks[0] == pytest.approx(cases.long(0, 1, {"form": form}), rel=1e-5)
+
+
+@pytest.mark.parametrize("number", range(len(SHARED)))
+def test_sharded_matrices_are_the_replicated_ones_to_the_bit(two, number):
+    ranks = results(two, f"shared {number}")
+    (state, whole, everything), _ = results(two, f"replicated {number}")
+    for weights, gathered, held, (on, again) in ranks:
+        assert all(torch.equal(w, state[k]) for k, w in weights.items()) and len(weights) > 3
+        assert not spread([on, again])
+        assert gathered["state"].keys() == whole["state"].keys() and 0 < held < everything
+        for number, entries in whole["state"].items():
+            got = gathered["state"][number]
+            assert got.keys() == entries.keys()
+            assert all(
+                torch.equal(torch.as_tensor(v), torch.as_tensor(got[k])) for k, v in entries.items()
+            )
+    assert sum(held for _, _, held, _ in ranks) == everything
+
+
+def test_a_gradient_of_another_owner_voids_the_step(two):
+    assert all(results(two, "shared refuses"))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlscuda._torch import active_ddp, is_dtensor, joins
 from rlscuda.optim.ranks.shards import group_of_mesh
+from rlscuda.optim.ranks.sharing import Sharing
 
 LEFT_ALONE = (
     "this is one of {size} processes, and nothing says which of them train this model together: "
@@ -26,30 +27,36 @@ class Processes:
     Args:
         given: `"auto"`, for that of the DistributedDataParallel module that calls the layers; a
             process group; or None, for this process alone.
+        shares: Whether each matrix is on one of them only.
 
     Attributes:
         group: The group, None while this process is alone.
         rank: Of this process in it.
         size: Processes in it.
+        sharing: Who owns which matrix; None where all have all.
 
     Raises:
         TypeError: It is none of these.
     """
 
-    def __init__(self, given: Any):
+    def __init__(self, given: Any, shares: bool = False):
         is_group = dist.is_available() and isinstance(given, dist.ProcessGroup)
         if given is not None and given != "auto" and not is_group:
             kind = type(given).__name__
             raise TypeError(f"process_group must be 'auto', None or a process group, got {kind}")
         self._given = given
+        self.sharing = Sharing() if shares else None
         self._ddp: Any = None
         self._agreed: bytes | None = None
-        self.group, self.rank, self.size = None, 0, 1
+        self.group: Any = None
+        self.rank, self.size = 0, 1
         if is_group:
             self._enter(given)
 
     def _enter(self, group: Any) -> None:
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+        if self.sharing is not None:
+            self.sharing.enter(group, self.rank, self.size)
 
     def notice(self, weight: Tensor, x: Any) -> None:
         """Looks, in a forward, who has called a layer.
@@ -141,7 +148,7 @@ class Processes:
         return -int(rank)
 
     def __deepcopy__(self, memo: dict) -> Processes:
-        return Processes(self._given)
+        return Processes(self._given, self.sharing is not None)
 
     def __reduce__(self) -> Any:  # a group means nothing in another process
-        return Processes, ("auto" if self._given is not None else None,)
+        return Processes, (None if self._given is None else "auto", self.sharing is not None)

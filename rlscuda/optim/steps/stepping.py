@@ -8,11 +8,12 @@ spectral  P moves, then W along the direction that G's momentum has in the metri
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from rlscuda.optim.layers import Layer
 from rlscuda.optim.moves import Move, Workspace, prepare
 from rlscuda.optim.ranks.shards import local
 from rlscuda.optim.steps.matrices import products, update_matrices
@@ -25,14 +26,15 @@ _nonfinite = torch.ops.rlscuda.nonfinite.default
 _CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
 
 
-def step_layers(moves: list[Move], workspace: Workspace) -> None:
+def step_layers(moves: list[Move], workspace: Workspace, elsewhere: Sequence[Layer] = ()) -> None:
     """Updates the matrix of every layer and moves its weight; a non-finite gradient voids it all.
 
     Args:
         moves: The layers.
         workspace: Memory kept from step to step.
+        elsewhere: Layers that other processes move, whose gradients are here, too.
     """
-    found_inf = _found_inf(moves)
+    found_inf = _found_inf(moves, elsewhere)
     batches: dict[tuple, list[Move]] = {}
     for move in moves:
         P, weight = move.state["P"], move.layer.weight
@@ -46,13 +48,13 @@ def step_layers(moves: list[Move], workspace: Workspace) -> None:
             _step_chunk(chunk, found_inf.get(P.device), workspace)
 
 
-def _found_inf(moves: list[Move]) -> dict[torch.device, Tensor]:
+def _found_inf(moves: list[Move], elsewhere: Sequence[Layer]) -> dict[torch.device, Tensor]:
     """One bool a device: whether any gradient is not finite; where factors agree, theirs is."""
     gradients: dict[torch.device, list[Tensor]] = {}
-    for move in moves:
-        if move.factors is None:
-            given = [local(p.grad) for p in move.layer.parameters() if p.grad is not None]
-            gradients.setdefault(move.layer.weight.device, []).extend(given)
+    unsure = [move.layer for move in moves if move.factors is None]
+    for layer in (*unsure, *elsewhere):
+        given = [local(p.grad) for p in layer.parameters() if p.grad is not None]
+        gradients.setdefault(layer.weight.device, []).extend(given)
     flags = {device: _nonfinite(tensors) for device, tensors in gradients.items()}
     for shard in {move.shard.mesh: move.shard for move in moves if move.shard}.values():
         for device, flag in flags.items():

@@ -11,10 +11,12 @@ from torch import nn
 from rlscuda._torch import tree_map
 from rlscuda.optim import advice
 from rlscuda.optim.discovery import Registry
-from rlscuda.optim.fallback import Fallback
+from rlscuda.optim.fallback import IN_P, Fallback
+from rlscuda.optim.layers import Layer, matrix_bytes
 from rlscuda.optim.moves import Move, Workspace
 from rlscuda.optim.ranks.processes import Processes
 from rlscuda.optim.ranks.shards import local, rows_of
+from rlscuda.optim.ranks.sharing import Sharing
 from rlscuda.optim.state import check_fits, ensure_momentum, forget, ready
 from rlscuda.optim.steps.reduction import staged
 from rlscuda.optim.steps.stepping import step_layers
@@ -43,10 +45,11 @@ def take_step(
     """
     moving = [registry.layers[w] for w in registry.group_of if w.grad is not None]
     summaries = staged(registry, states, processes)
-    fresh = [layer for layer in moving if "P" not in states.get(layer.weight, ())]
+    here, elsewhere = owned(moving, registry, states, processes.sharing)
+    fresh = [layer for layer in here if "P" not in states.get(layer.weight, ())]
     try:
-        ready(states, registry, moving, fallback)
-        moves = [_move(layer, registry, states, summaries) for layer in moving]
+        ready(states, registry, here, fallback)
+        moves = [_move(layer, registry, states, summaries) for layer in here]
         fallback.prepare(groups, covered(registry), states)
         fallback.step(groups, states)
     except BaseException:
@@ -59,14 +62,17 @@ def take_step(
         move.state = state if move.shard is None else tree_map(local, state)
     try:
         if moves:
-            step_layers(moves, workspace)
+            step_layers(moves, workspace, elsewhere)
+        if processes.sharing is not None:
+            layers = [registry.layers[w] for w in registry.group_of]
+            processes.sharing.spread({layer.weight: layer.parameters() for layer in layers})
     except BaseException as error:
         advice.warn_cut_short(error)
         raise
-    for move in moves:
-        states[move.layer.weight]["step"] += 1
+    for layer in moving:
+        states[layer.weight]["step"] += 1
     # a graph that needs the old values notices
-    torch.autograd.graph.increment_version([p for m in moves for p in m.layer.parameters()])
+    torch.autograd.graph.increment_version([p for layer in moving for p in layer.parameters()])
     texts = [*advice.of_steps(moves, registry.stages), *_alone(processes, moves)]
     registry.clear()
     return texts
@@ -82,8 +88,29 @@ def covered(registry: Registry) -> set[nn.Parameter]:
     }
 
 
+def owned(
+    moving: list[Layer],
+    registry: Registry,
+    states: dict[Any, dict[str, Any]],
+    sharing: Sharing | None,
+) -> tuple[list[Layer], list[Layer]]:
+    """The layers that move here, and those of which only the count of their steps is kept."""
+    if sharing is None:
+        return moving, []
+    groups = registry.group_of
+    sharing.assign({w: matrix_bytes(registry.layers[w], groups[w]["dtype"]) for w in groups})
+    here = [layer for layer in moving if sharing.is_here(layer.weight)]
+    elsewhere = [layer for layer in moving if not sharing.is_here(layer.weight)]
+    for weight, layer in registry.layers.items():
+        if not sharing.is_here(weight) and (layer in elsewhere or "P" in states.get(weight, ())):
+            states[weight] = {"step": states[weight].get("step", 0)}
+            for bias in layer.parameters()[1:]:
+                states[bias].update(IN_P)
+    return here, elsewhere
+
+
 def _move(
-    layer: Any, registry: Registry, states: dict[Any, dict[str, Any]], summaries: dict
+    layer: Layer, registry: Registry, states: dict[Any, dict[str, Any]], summaries: dict
 ) -> Move:
     weight = layer.weight
     group, state = registry.group_of[weight], states[weight]

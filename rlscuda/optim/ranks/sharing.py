@@ -1,0 +1,100 @@
+"""Matrices that each are on one process: its owner moves the layer, the others get its weight.
+
+The largest are given out first, each to the process that has least so far. A layer keeps its owner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rlscuda._torch import gather_rows, is_dtensor, tree_map
+
+
+class Sharing:
+    """Who owns the matrix of which layer."""
+
+    def __init__(self) -> None:
+        self.enter(None, 0, 1)
+
+    def enter(self, group: Any, rank: int, size: int) -> None:
+        """Begins anew among the processes of a group."""
+        self._group, self._rank = group, rank
+        self._owner: dict[nn.Parameter, int] = {}
+        self._bytes = [0] * size
+
+    def assign(self, sizes: dict[nn.Parameter, int]) -> None:
+        """Gives every layer that has none an owner.
+
+        Args:
+            sizes: Covered weight -> bytes of its matrix, in the same order on every process.
+
+        Raises:
+            ValueError: A weight is distributed already.
+        """
+        new = [weight for weight in sizes if weight not in self._owner]
+        if any(map(is_dtensor, new)):
+            raise ValueError("shard_matrices is for replicated weights, as those of "
+                             "DistributedDataParallel: these are distributed")  # fmt: skip
+        for weight in sorted(new, key=sizes.__getitem__, reverse=True):
+            owner = self._bytes.index(min(self._bytes))
+            self._owner[weight] = owner
+            self._bytes[owner] += sizes[weight]
+
+    def is_here(self, weight: nn.Parameter) -> bool:
+        """Whether this process owns the matrix of a weight."""
+        return self.owner(weight) == self._rank
+
+    def owner(self, weight: nn.Parameter) -> int:
+        """The rank that owns the matrix of a weight."""
+        return self._owner.get(weight, self._rank)
+
+    def spread(self, parameters: dict[nn.Parameter, list[nn.Parameter]]) -> None:
+        """Gives every process the parameters that an owner has moved.
+
+        Args:
+            parameters: Covered weight -> what one step of its layer moves.
+        """
+        if len(self._bytes) == 1:
+            return
+        kinds = {(p.device, p.dtype) for own in parameters.values() for p in own}
+        for device, dtype in sorted(kinds, key=str):
+            by_owner: list[list[Tensor]] = [[] for _ in self._bytes]
+            for weight, own in parameters.items():
+                by_owner[self.owner(weight)] += [
+                    p.detach() for p in own if (p.device, p.dtype) == (device, dtype)
+                ]
+            most = max(sum(p.numel() for p in some) for some in by_owner)
+            everything = torch.empty(len(by_owner), most, dtype=dtype, device=device)
+            mine = torch.zeros(most, dtype=dtype, device=device)
+            _pieces(mine, by_owner[self._rank], torch.Tensor.copy_)
+            gather_rows(everything.view(-1), mine, self._group)
+            for rank, some in enumerate(by_owner):
+                if rank != self._rank:
+                    _pieces(everything[rank], some, lambda piece, p: p.copy_(piece))
+
+    def gathered(self, state: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+        """The entries of all layers, by number of the parameter; those of others on the CPU."""
+        if len(self._bytes) == 1:
+            return state
+        own = {k: tree_map(_to_cpu, entries) for k, entries in state.items() if "P" in entries}
+        parts: list[Any] = [None] * len(self._bytes)
+        dist.all_gather_object(parts, own, self._group)
+        others = {k: entries for part in parts for k, entries in part.items()}
+        return {**state, **{k: state[k] if k in own else others[k] for k in sorted(others)}}
+
+
+def _pieces(flat: Tensor, parameters: Iterable[Tensor], do: Callable) -> None:
+    """Does something with the piece of a flat tensor that stands for each of some parameters."""
+    start = 0
+    for p in parameters:
+        do(flat[start : start + p.numel()].view(p.shape), p)
+        start += p.numel()
+
+
+def _to_cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value
