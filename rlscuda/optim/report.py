@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,8 +39,28 @@ class CoverageRow:
     bytes: int = 0
 
 
+def _flat(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Dataclasses by layer as one plain dict, as loggers take it."""
+    return {
+        f"rls/{layer or '(root)'}/{name}": value
+        for layer, row in rows.items()
+        for name, value in asdict(row).items()
+    }
+
+
 class Coverage(list):
     """The rows of every module and weight; prints as a table."""
+
+    def as_dict(self) -> dict[str, str | int]:
+        """Every entry of every row by the name ``rls/LAYER/ENTRY``, as for ``wandb.config.update``.
+
+        Example:
+            >>> from rlscuda import RLSOptimizer
+            >>> coverage = RLSOptimizer(torch.nn.Linear(4, 3)).coverage()
+            >>> coverage.as_dict()["rls/(root)/status"]
+            'exact'
+        """
+        return _flat({row.name: row for row in self})
 
     def __str__(self):
         header = ("layer", "kind", "rule", "P", "MiB", "why")
@@ -148,6 +169,19 @@ class LayerHealth:
 
 class Health(dict):
     """Layer name to `LayerHealth`; prints as a table."""
+
+    def as_dict(self) -> dict[str, int | float]:
+        """Every number by the name ``rls/LAYER/NUMBER``, as for ``wandb.log`` or `add_scalar`.
+
+        Example:
+            >>> from rlscuda import RLSOptimizer
+            >>> model = torch.nn.Linear(4, 3)
+            >>> optimizer = RLSOptimizer(model)
+            >>> model(torch.randn(8, 4)).sum().backward(); optimizer.step()
+            >>> optimizer.health().as_dict()["rls/(root)/updates"]
+            1
+        """
+        return _flat(self)
 
     def __str__(self):
         width = max([24, *(len(name) + 1 for name in self)])

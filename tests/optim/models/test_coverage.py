@@ -303,3 +303,20 @@ def test_looking_changes_nothing():
         train(twin, other, 1, seed=step)
     model(batch(model))
     assert not differing(snapshot(model, optimizer), snapshot(twin, other))
+
+
+def test_reports_as_plain_dicts():
+    model = cnn()
+    optimizer = make(model)
+    train(model, optimizer, 2)
+    for report, rows in (
+        (optimizer.coverage(), {row.name: row for row in optimizer.coverage()}),
+        (optimizer.health(), optimizer.health()),
+    ):
+        plain, entries = report.as_dict(), vars(next(iter(rows.values())))
+        assert type(plain) is dict and len(plain) == len(rows) * len(entries)
+        assert {type(value) for value in plain.values()} <= {str, int, float}
+        for name, row in rows.items():
+            assert {key: plain[f"rls/{name}/{key}"] for key in entries} == vars(row)
+    assert optimizer.health().as_dict()["rls/0/updates"] == 2
+    assert make(nn.Linear(2, 1)).coverage().as_dict()["rls/(root)/fan_in"] == 3
