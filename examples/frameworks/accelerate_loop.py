@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader
 from rlscuda import RLSOptimizer
 
 
-def main(epochs: int = 3):
+def main(epochs: int = 5):
     """Trains; the network and its optimizer."""
     set_seed(0)
     accelerator = Accelerator(gradient_accumulation_steps=2)
     train, val = digits.splits()
     model = digits.network()
-    optimizer = RLSOptimizer(model.parameters(), lr=0.05)
+    optimizer = RLSOptimizer(model.parameters(), lr=0.2)
     loader = DataLoader(train, 32, shuffle=True)
     schedule = CosineAnnealingLR(optimizer, epochs * len(loader) // 2)
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)

@@ -36,18 +36,18 @@ class Digits(lightning.LightningModule):
         self.log_dict({name: float(value) for name, value in health.items()})
 
     def configure_optimizers(self):  # noqa: D102
-        optimizer = RLSOptimizer(self.parameters(), lr=0.05)
+        optimizer = RLSOptimizer(self.parameters(), lr=0.2)
         schedule = CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def main(**options):
-    """Trains for three epochs; the module and its optimizer."""
+def main(epochs: int = 5, **options):
+    """Trains; the module and its optimizer."""
     torch.manual_seed(0)
     train, val = digits.splits()
     module = Digits()
     trainer = lightning.Trainer(
-        max_epochs=3, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        max_epochs=epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, **options,
     )  # fmt: skip
     trainer.fit(module, DataLoader(train, 64, shuffle=True), DataLoader(val, 360))

@@ -19,7 +19,7 @@ from torch.utils.data.distributed import DistributedSampler
 from rlscuda import RLSOptimizer
 
 
-def main(epochs: int = 3):
+def main(epochs: int = 5):
     """Trains; the network and its optimizer."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
@@ -28,7 +28,7 @@ def main(epochs: int = 3):
     train, val = digits.splits()
     network = digits.network().to(device)
     model = DistributedDataParallel(network)
-    optimizer = RLSOptimizer(model.parameters(), lr=0.05)
+    optimizer = RLSOptimizer(model.parameters(), lr=0.2)
     sampler = DistributedSampler(train)
     loader = DataLoader(train, 64 // dist.get_world_size(), sampler=sampler)
     schedule = CosineAnnealingLR(optimizer, epochs * len(loader))

@@ -1,10 +1,10 @@
 """The named models and factories: shapes, sizes, and one clear error for each mistake."""
 
 import sys
-from unittest import mock
 
 import pytest
 import torch
+from support.libraries import importable
 from torch import nn
 
 from rlscuda import zoo
@@ -157,7 +157,7 @@ def test_lenet5_says_how_small_is_too_small():
 @pytest.fixture
 def libraries(monkeypatch):
     """torchvision and timm, whose operators need a build for the very torch at hand to import."""
-    with mock.patch("torch.library.register_fake", lambda *_, **__: lambda function: function):
+    with importable():
         import timm  # noqa: F401
         import torchvision  # noqa: F401
 

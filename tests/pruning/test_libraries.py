@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from unittest import mock
 
 import pytest
 import torch
+from support.libraries import importable
 from support.pruning_surgery import every_other, operate
 
 from rlscuda import RLSOptimizer
@@ -16,9 +16,7 @@ from rlscuda.pruning.running.measure import count_flops
 from rlscuda.pruning.structure.trace import trace
 from rlscuda.pruning.surgery.plan import plan
 
-# what torchvision registers for its own operators needs a build for the very torch at hand; the
-# models need none of them
-with mock.patch("torch.library.register_fake", lambda *_, **__: lambda function: function):
+with importable():
     import timm
     import torchvision
 
