@@ -21,9 +21,7 @@ from rlscuda import RLSOptimizer
 
 def main(epochs: int = 5):
     """Trains; the network and its optimizer."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    dist.init_process_group("nccl" if cuda else "gloo")
+    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     train, val = digits.splits()
     network = digits.network().to(device)
@@ -43,9 +41,10 @@ def main(epochs: int = 5):
         x, y = (tensor.to(device) for tensor in val.tensors)
         print(optimizer.coverage())
         print(f"accuracy {(network(x).argmax(1) == y).float().mean():.3f}")
-    dist.destroy_process_group()
     return network, optimizer
 
 
 if __name__ == "__main__":
+    dist.init_process_group()
     main()
+    dist.destroy_process_group()

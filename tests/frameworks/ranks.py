@@ -15,6 +15,7 @@ from support.compare import snapshot
 from support.libraries import example
 
 torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")  # one for all: gloo hangs where it is made again
 folder, rank = Path(sys.argv[1]), os.environ["RANK"]
 ends = {
     "torchrun": example("torchrun_ddp").main(2),

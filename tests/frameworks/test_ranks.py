@@ -22,6 +22,7 @@ def ends(tmp_path_factory):
     done = subprocess.run(
         [sys.executable, *launch, Path(__file__).with_name("ranks.py"), folder],
         env=subprocess_environment(OMP_NUM_THREADS="1"), capture_output=True, text=True,
+        timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
