@@ -21,7 +21,9 @@ from rlscuda import RLSOptimizer
 
 def main(epochs: int = 5):
     """Trains; the network and its optimizer."""
-    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu")
+    device = torch.device(
+        f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
+    )
     torch.manual_seed(0)
     train, val = digits.splits()
     network = digits.network().to(device)

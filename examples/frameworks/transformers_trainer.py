@@ -45,7 +45,7 @@ def trainer_of(build, folder: str, **options) -> Trainer:
     set_seed(0)
     model, data = build()
     options = {
-        "per_device_train_batch_size": 32, "num_train_epochs": 4, "lr_scheduler_type": "cosine",
+        "per_device_train_batch_size": 32, "lr_scheduler_type": "cosine",
         "weight_decay": 0.2, "save_strategy": "no", "logging_steps": 8, "disable_tqdm": True,
         **options,
     }  # fmt: skip
@@ -57,12 +57,12 @@ def trainer_of(build, folder: str, **options) -> Trainer:
     )
 
 
-def main():
+def main(epochs: int = 4):
     """Trains both, one after the other; their models and optimizers."""
     trained = []
     for build in (bert, llama):
         with tempfile.TemporaryDirectory() as folder:
-            trainer = trainer_of(build, folder)
+            trainer = trainer_of(build, folder, num_train_epochs=epochs)
             trainer.train()
         rls = trainer.optimizer.optimizer  # ours, in accelerate's
         if trainer.is_world_process_zero():

@@ -1,6 +1,6 @@
 """Every example on each of several processes; what each ends with goes to the folder given.
 
-    torchrun --nproc-per-node 2 tests/frameworks/ranks.py FOLDER
+torchrun --nproc-per-node 2 tests/frameworks/ranks.py FOLDER
 """
 
 import os
@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support.compare import snapshot
 from support.libraries import example
 
+os.environ["ACCELERATE_USE_CPU"] = "true"  # as `accelerate launch --cpu` has it
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")  # one for all: gloo hangs where it is made again
 folder, rank = Path(sys.argv[1]), os.environ["RANK"]
@@ -22,5 +23,5 @@ ends = {
     "lightning": example("lightning_module").main(2, strategy="ddp", devices=2, accelerator="cpu"),
     "accelerate": example("accelerate_loop").main(2),
 }
-ends["bert"], ends["llama"] = example("transformers_trainer").main()
+ends["bert"], ends["llama"] = example("transformers_trainer").main(2)
 torch.save({name: snapshot(*end) for name, end in ends.items()}, folder / f"{rank}.pt")

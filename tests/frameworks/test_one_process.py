@@ -1,5 +1,7 @@
 """On one process, training by a framework is the plain loop to the bit, and so is its resume."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,6 +37,19 @@ def assert_same(model, optimizer, other_model, other):
     values, expected = snapshot(model, optimizer), snapshot(other_model, other)
     assert any(name.endswith(".P") for name in values)
     assert not differing(values, expected)
+
+
+def test_examples_print_coverage_and_learn(capsys):
+    example("lightning_module").main(accelerator="cpu")
+    example("accelerate_loop").main()
+    printed = capsys.readouterr().out
+    accuracies = re.findall("accuracy (.*)", printed)
+    assert len(accuracies) == 2 and min(map(float, accuracies)) > 0.9
+    example("transformers_trainer").main()
+    printed += capsys.readouterr().out
+    assert re.findall(r"(\d+) exact", printed) == ["2", "2", "14", "15"]
+    losses = re.findall(r"^\w+: loss (.*), at the end (.*)$", printed, re.MULTILINE)
+    assert len(losses) == 2 and all(float(last) < 0.7 * float(first) for first, last in losses)
 
 
 def test_lightning(tmp_path):
