@@ -76,6 +76,9 @@ def train(
     checkpoint_every: Annotated[
         int, typer.Option(help="Checkpoint after every N steps too, not only each epoch.")
     ] = 0,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write event files for TensorBoard too.")
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in --out where it was killed.")
     ] = False,
@@ -86,14 +89,15 @@ def train(
     """Train a network with each optimizer in turn and compare them.
 
     All start from the same weights and see the same images in the same order. The run folder
-    holds config.json, metrics.csv, metrics.json, summary.json, curves.png and checkpoints, and
-    in pruning/ the report and the network of a training that prunes as it goes.
+    holds config.json, metrics.csv, metrics.json, summary.json, curves.png and checkpoints, in
+    pruning/ the report and the network of a training that prunes as it goes, and in tensorboard/
+    its event files.
     """
     from rlscuda.cli.train import command
 
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
-    how = Execution(**execution, checkpoint_every=checkpoint_every)
+    how = Execution(**execution, checkpoint_every=checkpoint_every, tensorboard=tensorboard)
     data = Path(options["data"].replace(":", ".")).name.removesuffix(".npz") or "data"
     folder = out or Path("runs") / f"{options['model'].replace(':', '.')}-{data}"
     console = terminal()

@@ -9,6 +9,7 @@ import torch
 
 from rlscuda.cli.common.errors import UserError
 from rlscuda.cli.common.options import check_options, in_range, option
+from rlscuda.optional import optional
 
 MOST_THREADS = 1024  # beyond what a system gives, where OpenMP ends the process
 
@@ -19,17 +20,21 @@ class Execution:
 
     Attributes:
         checkpoint_every: Of `rlscuda train` alone, which declares it.
+        tensorboard: Likewise.
     """
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
     threads: int | None = option(None, "CPU threads.", least=1, most=MOST_THREADS)
     cache: Path | None = option(None, "Where torchvision keeps its downloads.")
     checkpoint_every: int = 0
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        """Checks the numbers."""
+        """Checks the numbers, and that there is what the options need."""
         check_options(self)
         in_range("--checkpoint-every", self.checkpoint_every, 0)
+        if self.tensorboard:
+            optional("tensorboard", "cli")
 
     def prepare(self) -> torch.device:
         """Sets the threads, makes cuDNN deterministic, and returns the device.

@@ -28,6 +28,7 @@ from rlscuda.cli.train.options import RunConfig
 from rlscuda.cli.train.plots import plot_run
 from rlscuda.cli.train.pruning.rounds import Rounds
 from rlscuda.cli.train.run_folder import RunFolder
+from rlscuda.cli.train.tensorboard import Board
 from rlscuda.cli.train.trainer import Trainer, evaluate
 from rlscuda.optim.report import Coverage
 from rlscuda.pruning.files.saving import save_pruned
@@ -47,7 +48,7 @@ class Run:
         self, config: RunConfig, execution: Execution, folder: RunFolder, console: Console
     ):
         self.config, self.folder, self.console = config, folder, console
-        self.checkpoint_every = execution.checkpoint_every
+        self.checkpoint_every, self.tensorboard = execution.checkpoint_every, execution.tensorboard
         self.device = execution.prepare()
         with console.status(Text(f"reading {one_line(config.data)}")):
             self.data = load_dataset(
@@ -82,13 +83,18 @@ class Run:
         models: dict[str, nn.Module] = {}
         pruned: Trainer | None = None
 
-        def write_rows(trainer: Trainer) -> None:
+        def write_epoch(trainer: Trainer) -> None:
             self.folder.write_metrics(rows + trainer.history)
+            if board is not None:
+                board.add_epoch(trainer)
 
         for name in self.config.optimizers:
             trainer = self.trainer(name)
             self._print_start(trainer)
-            train_shown(self.console, trainer, write_rows)
+            board = Board(self.folder.board / name, trainer) if self.tensorboard else None
+            train_shown(self.console, trainer, write_epoch)
+            if board is not None:
+                board.close()
             if trainer.diverged:
                 self.console.print(f"{name} stopped: its training loss is not finite any more")
             rows.extend(trainer.history)

@@ -69,6 +69,7 @@ class RunFolder:
         summary: Final test accuracy and timings; written once, at the end.
         plot: Loss and accuracy by epoch and by second.
         pruning: The report of a training that prunes as it goes, and the network it gave.
+        board: Event files for TensorBoard, in a folder an optimizer.
     """
 
     def __init__(self, path: Path):
@@ -76,6 +77,7 @@ class RunFolder:
         names = ("config.json", "metrics.json", "summary.json", "curves.png")
         self.config, self.metrics, self.summary, self.plot = (path / name for name in names)
         self.pruning = ReportFolder(path / "pruning")
+        self.board = path / "tensorboard"
 
     def checkpoint(self, optimizer: str) -> Path:
         """The checkpoint of one optimizer."""
@@ -88,10 +90,13 @@ class RunFolder:
             UserError: Something that is no file has the name of one, or no folder that of one.
         """
         check_folder(self.path / "checkpoints")
+        check_folder(self.board)
         csv_file = self.metrics.with_suffix(".csv")
         named = [self.config, csv_file, self.metrics, self.summary, self.plot]
         checkpoints = sorted((self.path / "checkpoints").glob("*.pt"))
-        return [path for path in named + checkpoints if is_there(path)] + self.pruning.existing()
+        events = sorted(self.board.glob("*/events.out.tfevents.*"))
+        found = [path for path in named + checkpoints + events if is_there(path)]
+        return found + self.pruning.existing()
 
     def check_new(self, overwrite: bool) -> None:
         """Checks that a new run may be put here; touches nothing.
