@@ -93,7 +93,7 @@ def train(
     pruning/ the report and the network of a training that prunes as it goes, and in tensorboard/
     its event files.
     """
-    from rlscuda.cli.train import command
+    from rlscuda.cli.train import command, processes
 
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
@@ -102,10 +102,13 @@ def train(
     folder = out or Path("runs") / f"{options['model'].replace(':', '.')}-{data}"
     console = terminal()
     try:
-        if resume:
-            command.resume(_named(context, options), how, folder, console)
-        else:
-            command.start(RunConfig(**options), how, folder, overwrite, console)
+        with processes.together():
+            if processes.rank() > 0:
+                command.follow(how, folder)
+            elif resume:
+                command.resume(_named(context, options), how, folder, console)
+            else:
+                command.start(RunConfig(**options), how, folder, overwrite, console)
     except KeyboardInterrupt:
         raise UserError(
             f"interrupted; rlscuda train --resume --out {folder} continues from the last "

@@ -22,6 +22,7 @@ from rlscuda.cli.data.dataset import load_dataset
 from rlscuda.cli.report.folder import MODELS
 from rlscuda.cli.report.record import PruneRecord, Stage, gains_of
 from rlscuda.cli.report.writing import print_report, write_report
+from rlscuda.cli.train import processes
 from rlscuda.cli.train.checkpoint import load_checkpoint
 from rlscuda.cli.train.display import result_table, train_shown
 from rlscuda.cli.train.options import RunConfig
@@ -49,7 +50,8 @@ class Run:
     ):
         self.config, self.folder, self.console = config, folder, console
         self.checkpoint_every, self.tensorboard = execution.checkpoint_every, execution.tensorboard
-        self.device = execution.prepare()
+        processes.check_config(config)
+        self.device = processes.own(execution.prepare())
         with console.status(Text(f"reading {one_line(config.data)}")):
             self.data = load_dataset(
                 config.data, config.val_fraction, config.image_size, execution.cache
@@ -78,6 +80,7 @@ class Run:
 
     def train(self) -> None:
         """Trains what is left to train, tests once, writes every file and names it."""
+        processes.told((self.config, self.fingerprint))
         self._print_head()
         rows: list[dict[str, Any]] = []
         models: dict[str, nn.Module] = {}
@@ -143,6 +146,7 @@ class Run:
                 },
                 "machine": {
                     "device": str(self.device),
+                    "processes": processes.size(),
                     "threads": torch.get_num_threads(),
                     "python": platform.python_version(),
                     "torch": torch.__version__,
@@ -200,8 +204,11 @@ class Run:
 
     def _print_head(self) -> None:
         data = self.data
+        where = str(self.device)
+        if processes.size() > 1:
+            where += f", {processes.size()} processes"
         rest = (
-            f", seed {self.config.seed}, {self.config.schedule} schedule, {self.device}\n"
+            f", seed {self.config.seed}, {self.config.schedule} schedule, {where}\n"
             f"{len(data.train)} training and {len(data.val)} validation images of shape "
             f"{list(data.shape)}, {data.classes} classes\ntest: {data.notes}"
         )
@@ -269,6 +276,7 @@ def resume(given: dict[str, Any], execution: Execution, out: Path, console: Cons
     with folder.reading():
         if folder.read_summary() is not None and not folder.is_pending:
             folder.read_options(given)
+            processes.told()
             console.print(f"the run in {one_line(out)} is finished", soft_wrap=True)
             show_run(folder, console)
             return
@@ -280,6 +288,30 @@ def resume(given: dict[str, Any], execution: Execution, out: Path, console: Cons
         for name in config.optimizers:
             run.trainer(name)
         run.train()
+
+
+def follow(execution: Execution, out: Path) -> None:
+    """Takes the steps of the run that the first process starts or continues; writes nothing.
+
+    Args:
+        execution: How to run it.
+        out: The run's folder, which this process sees too.
+
+    Raises:
+        UserError: This process reads other data than the first.
+    """
+    told = processes.told()
+    if told is None:  # the run is finished
+        return
+    config, fingerprint = told
+    run = Run(config, execution, RunFolder(out), Console(quiet=True))
+    if run.fingerprint != fingerprint:
+        raise UserError(f"process {processes.rank()} reads other data than the first process")
+    for name in config.optimizers:
+        trainer = run.trainer(name)
+        trainer.checkpoint = None
+        for _ in trainer.epochs():
+            pass
 
 
 def show_run(folder: RunFolder, console: Console) -> None:

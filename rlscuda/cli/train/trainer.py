@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from rlscuda.cli.common.errors import UserError, reading
 from rlscuda.cli.common.rng import capture_rng, restore_rng, seed_everything
 from rlscuda.cli.data.dataset import Dataset, Split
+from rlscuda.cli.train import processes
 from rlscuda.cli.train.checkpoint import check_network, check_training, save_checkpoint
 from rlscuda.cli.train.models import build_model
 from rlscuda.cli.train.optimizers import build_optimizer, build_scheduler
@@ -37,7 +38,7 @@ class Trainer:
     """Model, optimizer, schedule, data order and position of one optimizer's training.
 
     Two trainers with the same config start from the same weights and see the same images in the
-    same order, whatever their optimizer.
+    same order, whatever their optimizer. Several processes take each step together.
 
     Args:
         config: The run.
@@ -68,6 +69,8 @@ class Trainer:
             )
         seed_everything(config.seed)
         self.model = self.whole_model()
+        processes.check_network(self.model, config.model)
+        self._averaged: nn.Module | None = None
         seed_everything(config.seed)
         self.shuffler = torch.Generator().manual_seed(config.seed)
         self.optimizer = self.new_optimizer(self.model)
@@ -211,11 +214,12 @@ class Trainer:
         self.epoch_seconds += self._clock() - started
 
     def _train_step(self, rows: Tensor) -> Tensor:
+        rows = processes.share(rows)
         images = self.data.normalise(self.data.train.images[rows])
         labels = self.data.train.labels[rows]
 
         def criterion() -> Tensor:
-            return F.cross_entropy(self.model(images), labels)
+            return F.cross_entropy(self._called(images), labels)
 
         self.optimizer.zero_grad()
         loss = criterion()
@@ -226,9 +230,18 @@ class Trainer:
         if self.pruning is not None:
             self.pruning.after_step()
         self.scheduler.step()
-        loss = loss.detach()
+        loss = processes.mean(loss.detach())
         self.loss_sum += loss
         return loss
+
+    @property
+    def _called(self) -> nn.Module:
+        """What a step calls: the network, or what averages its gradients over the processes."""
+        if processes.size() == 1:
+            return self.model
+        if self._averaged is None:  # at the first step, to which all processes come
+            self._averaged = processes.averaged(self.model)
+        return self._averaged
 
     def _clock(self) -> float:
         if self.device.type == "cuda":
