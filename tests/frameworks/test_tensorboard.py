@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.cli import call, snapshot, write_npz
+from support.cli import call, run_in, snapshot, working_copy
 
 from rlscuda.cli.train.tensorboard import Board
 from rlscuda.cli.train.trainer import Trainer
@@ -15,18 +15,28 @@ accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_ac
 EPOCHS, STEPS = 3, 4  # 81 training images, 20 a step
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    write_npz(tmp_path / "data.npz")
-    monkeypatch.chdir(tmp_path)
-
-
-def train(capsys, out, *extra, optimizer="rls"):
-    return call(
-        capsys,
+def arguments(out, *extra, optimizer="rls"):
+    return [
         *("train", "--model", "mlp", "--data", "data.npz", "--optimizer", optimizer, "--out", out),
         *("--epochs", EPOCHS, "--batch-size", 20, "--threads", "1", *extra),
-    )
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run, `whole`, and of its data."""
+    run = arguments("whole", "--tensorboard", optimizer="rls,sgd")
+    return run_in(tmp_path_factory.mktemp("finished"), run)
+
+
+@pytest.fixture(autouse=True)
+def folder(finished, tmp_path):
+    with working_copy(finished, tmp_path):
+        yield
+
+
+def train(capsys, out, *extra):
+    return call(capsys, *arguments(out, *extra))
 
 
 def read(out, optimizer="rls"):
@@ -38,14 +48,11 @@ def read(out, optimizer="rls"):
     }  # fmt: skip
 
 
-@pytest.fixture
-def whole(capsys):
-    status, out, error = train(capsys, "whole", "--tensorboard", optimizer="rls,sgd")
-    assert (status, error) == (0, "") and "whole/tensorboard/rls/events.out.tfevents." in out
-    return read("whole")
-
-
-def test_the_files_hold_the_metrics_and_the_health(whole):
+def test_the_files_hold_the_metrics_and_the_health(capsys):
+    assert (
+        "whole/tensorboard/rls/events.out.tfevents."
+        in call(capsys, "train", "--resume", "--out", "whole")[1]
+    )
     rows = json.loads(Path("whole/metrics.json").read_text())
     for optimizer in ("rls", "sgd"):
         values = read("whole", optimizer)
@@ -54,12 +61,13 @@ def test_the_files_hold_the_metrics_and_the_health(whole):
             assert values[column] == [(row["steps"], np.float32(row[column])) for row in of]
         health = [tag for tag in values if tag.startswith("rls/")]
         assert len(health) == (3 * 7 if optimizer == "rls" else 0)
-    updates = next(values for tag, values in whole.items() if tag.endswith("/updates"))
+    updates = next(values for tag, values in read("whole").items() if tag.endswith("/updates"))
     assert updates == [(STEPS * k, STEPS * k) for k in range(1, EPOCHS + 1)]
 
 
 @pytest.mark.parametrize("where", ["in a step", "before an epoch is written", "without the option"])
-def test_resumed(whole, capsys, monkeypatch, where):
+def test_resumed(capsys, monkeypatch, where):
+    whole = read("whole")
     options = ["--tensorboard", "--checkpoint-every", "1"]
     with monkeypatch.context() as patch:
         if where == "before an epoch is written":
@@ -91,7 +99,7 @@ def test_resumed(whole, capsys, monkeypatch, where):
         assert values == whole
 
 
-def test_a_new_run_leaves_no_old_files(whole, capsys):
+def test_a_new_run_leaves_no_old_files(capsys):
     before = set(snapshot(Path("whole/tensorboard")))
     assert train(capsys, "whole", "--tensorboard", "--overwrite")[0] == 0
     after = set(snapshot(Path("whole/tensorboard")))

@@ -25,13 +25,22 @@ from rlscuda.cli.train.options import RunConfig
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Lets the processes find one another, in the block; a process alone has nothing to find."""
-    several = dist.is_available() and dist.is_torchelastic_launched()
-    if several:
-        dist.init_process_group()
-    yield
-    if several:
-        dist.destroy_process_group()
+    """Lets the processes find one another, in the block; a process alone has nothing to find.
+
+    Raises:
+        UserError: Another process has ended, and has said why.
+    """
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        yield
+        return
+    dist.init_process_group()
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        raise UserError(f"process {dist.get_rank()} ends, as another one has") from None
+    dist.destroy_process_group()
 
 
 def size() -> int:
