@@ -88,7 +88,8 @@ def train(
 ) -> None:
     """Train a network with each optimizer in turn and compare them.
 
-    All start from the same weights and see the same images in the same order. The run folder
+    All start from the same weights and see the same images in the same order. Under torchrun each
+    process takes an equal share of every minibatch, and the first alone writes. The run folder
     holds config.json, metrics.csv, metrics.json, summary.json, curves.png and checkpoints, in
     pruning/ the report and the network of a training that prunes as it goes, and in tensorboard/
     its event files.

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from support.libraries import importable
+from support.libraries.importing import importable
 from torch import nn
 
 from rlscuda import zoo

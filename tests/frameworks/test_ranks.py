@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from support.cli import subprocess_environment
-from support.compare import differing
-from support.libraries import EXAMPLES
+from support.compare import differing, snapshot
+from support.libraries.importing import EXAMPLES, example
+from torch.nn import functional as F
+from torch.utils.data.distributed import DistributedSampler
+
+from rlscuda import RLSOptimizer
 
 pytestmark = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="needs the source tree")
 STEPS = {"torchrun": 46, "lightning": 24, "accelerate": 24, "bert": 16, "llama": 16}
@@ -20,7 +23,7 @@ def ends(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [sys.executable, *launch, Path(__file__).with_name("ranks.py"), folder],
+        [sys.executable, *launch, EXAMPLES.parents[1] / "tests/support/libraries/ranks.py", folder],
         env=subprocess_environment(OMP_NUM_THREADS="1"), capture_output=True, text=True,
         timeout=240,
     )  # fmt: skip
@@ -34,3 +37,25 @@ def test_ranks_end_alike(ends, name):
     assert sum(key.endswith(".P") for key in one) >= 2
     assert {int(one[key]) for key in one if key.endswith(".step")} == {STEPS[name]}
     assert not differing(one, other)
+
+
+def test_two_processes_are_one_with_the_joined_minibatch(ends):
+    digits = example("digits")
+    torch.manual_seed(0)
+    data, _ = digits.splits()
+    net = digits.network()
+    optimizer = RLSOptimizer(net, lr=0.2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS["torchrun"])
+    samplers = [DistributedSampler(data, 2, rank) for rank in range(2)]
+    for epoch in range(2):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        for shares in zip(*(torch.tensor(list(sampler)).split(32) for sampler in samplers)):
+            x, y = data[torch.cat(shares)]
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+            schedule.step()
+    one = snapshot(net, optimizer)
+    for name, value in ends[0]["torchrun"].items():
+        torch.testing.assert_close(value, one[name], rtol=1e-4, atol=1e-5)

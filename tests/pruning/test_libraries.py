@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from support.libraries import importable
+from support.libraries.importing import importable
 from support.pruning_surgery import every_other, operate
 
 from rlscuda import RLSOptimizer

@@ -1,6 +1,6 @@
 """Every example on each of several processes; what each ends with goes to the folder given.
 
-torchrun --nproc-per-node 2 tests/frameworks/ranks.py FOLDER
+torchrun --nproc-per-node 2 tests/support/libraries/ranks.py FOLDER
 """
 
 import os
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from support.compare import snapshot
-from support.libraries import example
+from support.libraries.importing import example
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # as `accelerate launch --cpu` has it
 torch.set_num_threads(1)

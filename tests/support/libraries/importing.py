@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "frameworks"
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "frameworks"
 
 
 @contextmanager
