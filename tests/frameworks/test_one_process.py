@@ -106,6 +106,30 @@ def test_accelerate(tmp_path):
     assert_same(model, optimizer, net, other)
 
 
+def test_accelerate_resumes(tmp_path):
+    loop, digits = example("accelerate_loop"), example("digits")
+    data, _ = digits.splits()
+
+    def prepared():
+        torch.manual_seed(0)
+        accelerator, net = loop.Accelerator(cpu=True), digits.network()
+        optimizer = RLSOptimizer(net.parameters(), lr=0.2)
+        schedule = CosineAnnealingLR(optimizer, 46)
+        return accelerator, *accelerator.prepare(net, optimizer, schedule)
+
+    def epoch(net, optimizer, schedule):
+        plain(net, optimizer, schedule, DataLoader(data, 64), cross_entropy)
+
+    accelerator, *whole = prepared()
+    epoch(*whole)
+    accelerator.save_state(tmp_path)
+    epoch(*whole)
+    accelerator, *again = prepared()
+    accelerator.load_state(tmp_path)
+    epoch(*again)
+    assert_same(again[0], again[1].optimizer, whole[0], whole[1].optimizer)
+
+
 @pytest.mark.parametrize(("name", "layers"), [("bert", 14), ("llama", 15)])
 def test_transformers(name, layers, tmp_path):
     hf = example("transformers_trainer")
