@@ -141,7 +141,9 @@ def prune(
     what it was exported to.
     """
     from rlscuda.cli.prune import command
+    from rlscuda.cli.train import processes
 
+    processes.check_alone("prune")
     chosen, how = PruneOptions(**options), Execution(**execution)
     named = run if run.name not in ("", "..") else run.resolve()  # `.` by the name of its folder
     folder = out or named.parent / f"{named.name}-pruned"
@@ -175,7 +177,9 @@ def pretraining(
     curves.png, the journal, and the networks of the source with their matrices.
     """
     from rlscuda.cli.study import command
+    from rlscuda.cli.train import processes
 
+    processes.check_alone("study")
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
     folder = out or Path("runs") / f"pretraining-{options['cell']}"

@@ -111,3 +111,14 @@ def test_refused(capsys, monkeypatch, expected):
     status, _, error = call(capsys, *arguments("new", *size, *REFUSED[expected], optimizers="rls"))
     assert status == 1 and expected in error
     assert not Path("new").exists()
+
+
+@pytest.mark.parametrize(
+    "argv", [("prune", "--run", "one"), ("study", "pretraining", "--out", "study")]
+)
+def test_other_commands_are_for_one_process(capsys, monkeypatch, argv):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, _, error = call(capsys, *argv)
+    expected = f"error: rlscuda {argv[0]} needs one process, torchrun has started 2\n"
+    assert (status, error) == (1, expected)

@@ -30,7 +30,7 @@ def together() -> Iterator[None]:
     Raises:
         UserError: Another process has ended, and has said why.
     """
-    if not (dist.is_available() and dist.is_torchelastic_launched()):
+    if _started() == 0:
         yield
         return
     dist.init_process_group()
@@ -41,6 +41,22 @@ def together() -> Iterator[None]:
             raise
         raise UserError(f"process {dist.get_rank()} ends, as another one has") from None
     dist.destroy_process_group()
+
+
+def check_alone(command: str) -> None:
+    """Checks that a command that is for one process has not been started on several.
+
+    Raises:
+        UserError: It has.
+    """
+    if _started() > 1:
+        raise UserError(f"rlscuda {command} needs one process, torchrun has started {_started()}")
+
+
+def _started() -> int:
+    """How many processes torchrun has started; 0 where this is none of them."""
+    launched = dist.is_available() and dist.is_torchelastic_launched()
+    return int(os.environ["WORLD_SIZE"]) if launched else 0
 
 
 def size() -> int:
