@@ -43,15 +43,15 @@ def assert_same(model, optimizer, other_model, other):
 
 def test_examples_print_coverage_and_learn():
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        example("lightning_module").main(accelerator="cpu")
-        example("accelerate_loop").main()
-        example("transformers_trainer").main()
+        example("lightning_module").main(3, accelerator="cpu")
+        example("accelerate_loop").main(3)
+        example("transformers_trainer").main(2)
     printed = out.getvalue()
     accuracies = re.findall("accuracy (.*)", printed)
-    assert len(accuracies) == 2 and min(map(float, accuracies)) > 0.9
+    assert len(accuracies) == 2 and min(map(float, accuracies)) > 0.85
     assert re.findall(r"(\d+) exact", printed) == ["2", "2", "14", "15"]
     losses = re.findall(r"^\w+: loss (.*), at the end (.*)$", printed, re.MULTILINE)
-    assert len(losses) == 2 and all(float(last) < 0.7 * float(first) for first, last in losses)
+    assert len(losses) == 2 and all(float(last) < 0.9 * float(first) for first, last in losses)
 
 
 def test_lightning(tmp_path):
