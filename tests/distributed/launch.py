@@ -1,6 +1,7 @@
 """Many cases in few launches of processes that talk by gloo: a launch costs seconds."""
 
 import datetime
+import fcntl
 import os
 import tempfile
 import traceback
@@ -58,6 +59,18 @@ def launch(size, cases):
             for i in range(len(cases))
         ]
     return [tuple(zip(*ranks)) for ranks in rows]
+
+
+def launch_once(factory, name, size, some):
+    """`launch` of named cases, once for all processes that run tests; returns them by name."""
+    base = factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with open(base / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        kept = base / f"{name}.results"
+        if not kept.exists():
+            torch.save(dict(zip(some, launch(size, list(some.values())))), kept)
+        return torch.load(kept, weights_only=False)
 
 
 def results(launched, name):

@@ -6,7 +6,8 @@ import re
 import pytest
 import torch
 from distributed import ddp_cases as cases
-from distributed.launch import case, launch, results
+from distributed.conftest import rows_of
+from distributed.launch import case, launch_once, results
 from distributed.training import cnn, distance, mlp, one_process, spread
 
 KINDS = [("mean", 1), ("mean", 4), ("sketch", 1), ("sketch", 4), ("sketch", 16), ("sample", 16)]
@@ -58,8 +59,8 @@ TWO = {
 
 
 @pytest.fixture(scope="module")
-def two():
-    return dict(zip(TWO, launch(2, list(TWO.values()))))
+def two(tmp_path_factory):
+    return launch_once(tmp_path_factory, "ddp two", 2, TWO)
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +69,11 @@ def four(tmp_path_factory):
     for form in FORMS:
         folder = str(tmp_path_factory.mktemp("elastic"))
         some[f"elastic {form}"] = case(cases.elastic, folder, {"form": form})
-    return dict(zip(some, launch(4, list(some.values()))))
+    return launch_once(tmp_path_factory, "ddp four", 4, some)
 
 
+@pytest.mark.combination("DDP, 2 and 4 processes, every form and summary", "exact")
+@pytest.mark.combination("DDP, accumulation under no_sync", "exact")
 @pytest.mark.parametrize("number, size", [(i, n) for n in EXACT for i in range(len(EXACT[n]))])
 def test_ranks_are_one_process(number, size, request):
     ranks = results(request.getfixturevalue({2: "two", 4: "four"}[size]), f"exact {number}")
@@ -89,6 +92,7 @@ def test_a_sampled_first_step_is_one_process_to_the_bit(two, number):
     assert not torch.equal(one["P 0.weight"], torch.eye(9, dtype=torch.float64))
 
 
+@pytest.mark.combination("DDP, a layer that not all ranks use", "exact")
 def test_a_layer_that_one_rank_uses(two):
     ranks = results(two, "unused")
     assert not spread([state for state, _ in ranks])
@@ -96,6 +100,10 @@ def test_a_layer_that_one_rank_uses(two):
     assert len(ranks[0][1]) == 3
 
 
+@pytest.mark.combination(
+    "DDP, minibatches of other sizes on other ranks",
+    "exact for mean; else unbiased draws, ranks alike",
+)
 @pytest.mark.parametrize("kind, rank", KINDS)
 def test_uneven_minibatches_leave_no_spread(two, kind, rank):
     assert not spread(results(two, f"uneven {kind} {rank}"))
@@ -107,16 +115,21 @@ def test_uneven_draws_are_unbiased(two, kind):
         assert (mean - expected).abs().max() < 0.1 * expected.abs().max()
 
 
+@pytest.mark.combination(
+    "Join([model, optimizer]), 12 and 7 minibatches", "ranks alike, with the state of the last"
+)
 def test_join_ends_with_the_state_of_the_last(two):
     ranks = results(two, "joined")
     assert not spread(ranks) and ranks[0]["step 0.weight"] == 12
 
 
+@pytest.mark.combination("the join() of DDP alone", "refused")
 def test_ddps_own_join_is_refused(two):
     for text in two["ddp's own join"][0]:
         assert "Join([model, optimizer])" in text
 
 
+@pytest.mark.combination("DDP, an input of one rank not finite", "the step is void on all ranks")
 @pytest.mark.parametrize("name", ["nan", "huge"])
 def test_all_ranks_refuse_what_is_not_finite_on_one(two, name):
     ranks = results(two, name)
@@ -134,6 +147,7 @@ def test_a_step_is_one_exchange_of_the_size_of_the_summaries(two, kind):
         assert calls == ([sums] if kind == "mean" else [draws, sums])
 
 
+@pytest.mark.combination("several processes without DDP or process_group=", "warned of once")
 def test_processes_apart_are_warned_of_once(two):
     texts = [[t for t in own if "process_group" in t] for own in two["alone"][1]]
     assert [len(own) for own in texts] == [1, 1] and "one of 2 processes" in texts[0][0]
@@ -141,6 +155,7 @@ def test_processes_apart_are_warned_of_once(two):
     assert not any(two["alone, said"][1])
 
 
+@pytest.mark.combination("ranks of other seeds or steps; ZeroRedundancyOptimizer", "refused")
 @pytest.mark.parametrize(
     "name, message",
     [
@@ -154,6 +169,7 @@ def test_ranks_that_differ_are_refused_before_anything_moves(two, name, message)
         assert same and re.search(message, text)
 
 
+@pytest.mark.combination("DDP, 2, then 4 processes, then 1, by torch.save", "exact")
 @pytest.mark.parametrize("form", FORMS)
 def test_elastic(four, form):
     state, *_ = results(four, f"elastic {form}")
@@ -168,6 +184,7 @@ def test_a_long_run_is_that_of_one_process(two, form):
     assert ranks[0] == pytest.approx(cases.long(0, 1, {"form": form}), rel=1e-5)
 
 
+@pytest.mark.combination("DDP, shard_matrices=True, saved and loaded", "exact, to the bit")
 @pytest.mark.parametrize("number", range(len(SHARED)))
 def test_sharded_matrices_are_the_replicated_ones_to_the_bit(two, number):
     ranks = results(two, f"shared {number}")
@@ -187,3 +204,13 @@ def test_sharded_matrices_are_the_replicated_ones_to_the_bit(two, number):
 
 def test_a_gradient_of_another_owner_voids_the_step(two):
     assert all(results(two, "shared refuses"))
+
+
+def test_the_table_is_that_of_the_tests(documented, request):
+    folder = request.path.parent
+    rows = rows_of(item for item in request.session.items if item.path.parent == folder)
+    for name, outcome, test in rows:
+        assert (name, outcome, f"`{test}`") in documented
+    files = {path.name for path in folder.glob("test_*.py")}
+    if {item.path.name for item in request.session.items} >= files:  # all were collected
+        assert len(documented) == len(rows)

@@ -2,7 +2,7 @@
 
 import pytest
 from distributed import shard_cases as cases
-from distributed.launch import case, launch, results
+from distributed.launch import case, launch_once, results
 from distributed.training import distance, mlp, one_process, spread
 
 FORMS = ["spectral", "adaptive", "paper", "natural"]
@@ -37,14 +37,17 @@ def two(tmp_path_factory):
         some[f"loaded {kind} 2"] = case(cases.loaded, folder, kind, [0, 1], 1)
         if kind == "ddp":
             some["loaded ddp 1"] = case(cases.loaded, folder, "ddp", [0], 2)
-    return dict(zip(some, launch(2, list(some.values()))))
+    return launch_once(tmp_path_factory, "shards two", 2, some)
 
 
 @pytest.fixture(scope="module")
-def four():
-    return dict(zip(FOUR, launch(4, list(FOUR.values()))))
+def four(tmp_path_factory):
+    return launch_once(tmp_path_factory, "shards four", 4, FOUR)
 
 
+@pytest.mark.combination(
+    "FSDP2, 2 and 4 processes, even, uneven and empty shards, every form", "exact"
+)
 @pytest.mark.parametrize("size", ["two", "four"])
 @pytest.mark.parametrize("number", range(len(FSDP)))
 def test_rows_on_several_processes_are_one_process(number, size, request):
@@ -52,6 +55,7 @@ def test_rows_on_several_processes_are_one_process(number, size, request):
     check(ranks, *FSDP[number])
 
 
+@pytest.mark.combination("HSDP, 2 x 2 processes", "exact")
 @pytest.mark.parametrize("number", range(len(HSDP)))
 def test_copies_of_shards_are_one_process(number, four):
     check(results(four, f"hsdp {number}"), *HSDP[number])
@@ -67,6 +71,7 @@ def check(ranks, make, options):
         assert all((h.updates, h.missing) == (10, 0) for h in health.values())
 
 
+@pytest.mark.combination("column-wise tensor parallel", "exact")
 @pytest.mark.parametrize("form", FORMS)
 def test_column_wise_tensor_parallel_is_one_process(two, form):
     one = one_process(cases.wide, 1, 10, form=form)
@@ -77,18 +82,23 @@ def test_column_wise_tensor_parallel_is_one_process(two, form):
     assert distance(state, one, "P ") <= 2e-15 and distance(state, one, "W ") <= 1e-15
 
 
+@pytest.mark.combination("row-wise tensor parallel", "refused: the fallback rule trains the layer")
 def test_row_wise_tensor_parallel_is_refused(two):
     for first, second in results(two, "rows"):
         assert first == ("exact", "")
         assert second[0] == "fallback" and "only whole rows, Shard(0), can be moved" in second[1]
 
 
+@pytest.mark.combination(
+    "FullyShardedDataParallel (FSDP1)", "refused: the fallback rule trains all"
+)
 @pytest.mark.parametrize("name", ["flat", "flat, original"])
 def test_flat_parameters_are_refused(two, name):
     for rows in results(two, name):
         assert rows and all(row == ("fallback", FLAT) for row in rows)
 
 
+@pytest.mark.combination("FSDP2, accumulation without synchronisation", "exact")
 def test_minibatches_that_are_not_synchronised_count(two):
     ranks = results(two, "accumulates")
     one = one_process(mlp, 2, 4, micro=3)
@@ -96,17 +106,26 @@ def test_minibatches_that_are_not_synchronised_count(two):
     assert distance(ranks[0], one, "P ") <= 1e-15 and distance(ranks[0], one, "W ") <= 1e-15
 
 
+@pytest.mark.combination("FSDP2, an input of one rank not finite", "the step is void on all ranks")
 def test_all_ranks_refuse_what_is_not_finite_on_one(two):
     for moved, refused in results(two, "nan"):
         assert moved == 0 and refused == [1, 1]
 
 
+@pytest.mark.combination(
+    "optimizer made before fully_shard, parameters switched (accelerate)",
+    "exact from the second step on",
+)
 def test_an_optimizer_made_before_the_model_is_sharded(two):
     for moved, statuses, health in results(two, "made first"):
         assert min(moved) > 0 and statuses == ["exact", "exact"]
         assert all(h.updates >= 9 for h in health.values())
 
 
+@pytest.mark.combination(
+    "torch.distributed.checkpoint under DDP and FSDP2",
+    "exact, to the bit; DDP also at another number of processes",
+)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_distributed_checkpoint_goes_on_to_the_bit(two, kind):
     ranks = results(two, f"saved {kind}")
