@@ -311,10 +311,11 @@ class RLSOptimizer(Joining, Optimizer):
             m consecutive columns, the last filled up by columns that no input enters.
 
         Raises:
-            ValueError: The RLS rule does not cover it.
+            ValueError: The RLS rule does not cover it, or its `P` is on another process.
         """
         self._follow_groups()
         found = self._registry.find(layer)
+        self._processes.check_here(found.weight, found.name)
         group = self._registry.group_of[found.weight]
         return ensure_state(self.state, found, group, self._fallback)["P"]
 
@@ -370,6 +371,7 @@ class RLSOptimizer(Joining, Optimizer):
 
         Returns the state of each covered weight, by the old weight, and the changes of itself.
         """
+        self._processes.check_whole(self._registry.layers)
         cut, kept, changes = self._registry.cut(replaced)
         return cut_states(kept, self.state), [*changes, *self._followed(cut)]
 

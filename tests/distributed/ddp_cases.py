@@ -5,7 +5,7 @@ import math
 
 import torch
 import torch.distributed as dist
-from distributed.training import ddp_process, minibatch, mlp, number_of, state_of
+from distributed.training import cnn, ddp_process, minibatch, mlp, number_of, state_of
 from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -15,6 +15,7 @@ from rlscuda import RLSOptimizer
 from rlscuda.optim.ranks.processes import Processes
 from rlscuda.optim.staging import Stage
 from rlscuda.optim.steps.reduction import Part, reduce_summaries
+from rlscuda.pruning import RLSPruner
 
 
 def exact(rank, size, make, steps, options):
@@ -271,6 +272,23 @@ def replicated(rank, size, make, options):
     optimizer = RLSOptimizer(model, **options)
     ddp_process(make, rank, 10, model=model, optimizer=optimizer)
     return state_of(model, optimizer), optimizer.state_dict(), bytes_here(optimizer)
+
+
+def pruned(rank, size, options):
+    """Half of the channels go between two times three steps; the state, or why they cannot."""
+    torch.manual_seed(2)
+    layers = (nn.Conv2d(4, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 12, 3, stride=2), nn.ReLU())
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(48, 3)).double()
+    optimizer = RLSOptimizer(model, **options)
+    ddp_process(cnn, rank, 3, model=model, optimizer=optimizer)
+    pruner = RLSPruner(model, optimizer, minibatch(cnn, 1, 2)[0], ratio=0.5)
+    before = copy.deepcopy(model.state_dict())
+    try:
+        pruner.step()
+    except ValueError as error:
+        return str(error), equal(before, model.state_dict())
+    assert model[0].out_channels == 8
+    return ddp_process(cnn, rank, 3, model=model, optimizer=optimizer, start=3)
 
 
 def shared_refuses(rank, size):

@@ -53,6 +53,8 @@ TWO = {
         for name, function in (("shared", cases.shared), ("replicated", cases.replicated))
         for i, one in enumerate(SHARED)
     },
+    "pruned": case(cases.pruned, {}),
+    "pruned, shared": case(cases.pruned, {"shard_matrices": True}),
     "shared refuses": cases.shared_refuses,
     "ddp's own join": case(cases.joined, True),  # the last one: DDP is left amid its context
 }
@@ -204,6 +206,17 @@ def test_sharded_matrices_are_the_replicated_ones_to_the_bit(two, number):
 
 def test_a_gradient_of_another_owner_voids_the_step(two):
     assert all(results(two, "shared refuses"))
+
+
+@pytest.mark.combination("DDP, pruned by RLSPruner, wrapped again", "ranks alike")
+def test_pruned_ranks_go_on_alike(two):
+    assert not spread(results(two, "pruned"))
+
+
+@pytest.mark.combination("pruning with shard_matrices", "refused")
+def test_pruning_with_sharded_matrices_is_refused(two):
+    for text, same in results(two, "pruned, shared"):
+        assert same and "every layer whole on every process, which shard_matrices" in text
 
 
 def test_the_table_is_that_of_the_tests(documented, request):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlscuda._torch import active_ddp, is_dtensor, joins
 from rlscuda.optim.ranks.shards import group_of_mesh
@@ -101,6 +102,30 @@ class Processes:
             raise RuntimeError(
                 "step() exchanges what the processes saw of the inputs, which join() of the model "
                 "alone does not know of: use torch.distributed.algorithms.Join([model, optimizer])"
+            )
+
+    def check_here(self, weight: nn.Parameter, name: str) -> None:
+        """Refuses to show a matrix that another process owns.
+
+        Raises:
+            ValueError: It does.
+        """
+        if self.sharing is not None and not self.sharing.is_here(weight):
+            owner = self.sharing.owner(weight)
+            raise ValueError(f"the P of {name!r} is on rank {owner}, as shard_matrices asks")
+
+    def check_whole(self, weights: Iterable[Tensor]) -> None:
+        """Refuses to read or cut all matrices and weights where this process has a part of them.
+
+        Raises:
+            ValueError: It has.
+        """
+        shared = self.sharing is not None and self.size > 1
+        if shared or any(map(is_dtensor, weights)):
+            what = "shard_matrices" if shared else "the sharded weights"
+            raise ValueError(
+                f"this needs every layer whole on every process, which {what} leave on others: "
+                "load state_dict() into an optimizer of a whole model, and go on with that"
             )
 
     def agree(self, layout: str, device: torch.device) -> None:
