@@ -99,9 +99,9 @@ def ensure_state(
     return state
 
 
-def ensure_momentum(state: dict[str, Any], layer: Layer, group: dict[str, Any]) -> None:
-    """Makes the buffer of a form that may do without, once its group has momentum."""
-    if group["form"] not in NORMALISED and group["momentum"] and "momentum_buffer" not in state:
+def ensure_momentum(state: dict[str, Any], layer: Layer, form: str) -> None:
+    """Makes the buffer of a form that may do without."""
+    if form not in NORMALISED and "momentum_buffer" not in state:
         shape = (layer.outputs, layer.fan_in)
         state["momentum_buffer"] = _zero_rows(layer, shape, state["P"].dtype)
 

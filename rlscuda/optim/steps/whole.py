@@ -56,10 +56,13 @@ def take_step(
         for layer in fresh:
             forget(states, layer, registry.group_of[layer.weight])
         raise
+    # all layers of a group have a buffer, or none: a schedule may turn momentum on, and off again
+    kept = {id(m.group) for m in moves if m.group["momentum"] or "momentum_buffer" in m.state}
     for move in moves:
-        state = states[move.layer.weight]
-        ensure_momentum(state, move.layer, move.group)
-        move.state = state if move.shard is None else tree_map(local, state)
+        if id(move.group) in kept:
+            ensure_momentum(move.state, move.layer, move.group["form"])
+        if move.shard is not None:
+            move.state = tree_map(local, move.state)
     try:
         if moves:
             step_layers(moves, workspace, elsewhere)

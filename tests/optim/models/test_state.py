@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import math
 import pickle
 
 import pytest
@@ -241,6 +242,22 @@ def test_momentum_turned_on_by_a_scheduler_loads_again():
     train(model, optimizer, 2, seed=9)
     train(twin, other, 2, seed=9)
     assert not differing(snapshot(model, optimizer), snapshot(twin, other))
+
+
+@pytest.mark.parametrize("form", ["paper", "natural"])
+def test_a_layer_may_join_when_momentum_is_off_again(form):
+    model = mlp()
+    twin, options = copy.deepcopy(model), {"form": form, "lr": 0.02, "trust_ratio": math.inf}
+    optimizer, other = RLSOptimizer(model, **options), RLSOptimizer(twin, **options)
+    optimizer.param_groups[0]["momentum"] = 0.5  # a first step is the same without
+    for one, own in ((model, optimizer), (twin, other)):
+        one[2].requires_grad_(False)
+        train(one, own, 1)
+        one[2].requires_grad_(True)
+        own.param_groups[0]["momentum"] = 0.0
+        train(one, own, 1, seed=9)
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+    assert other.state[twin[2].weight]["step"] == 1
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
