@@ -118,7 +118,7 @@ def test_a_fallback_that_refuses_leaves_no_new_state():
 
 
 def test_a_step_cut_short_says_so(monkeypatch):
-    def fail(moves, workspace):
+    def fail(*moves):
         raise MemoryError("no room")
 
     model = cnn()
@@ -166,9 +166,9 @@ def test_an_interrupt_waits_for_the_end_of_the_step(form, monkeypatch):
     other.step()
     move = whole.step_layers
 
-    def interrupted(moves, workspace):
+    def interrupted(*moves):
         signal.raise_signal(signal.SIGINT)
-        move(moves, workspace)
+        move(*moves)
 
     monkeypatch.setattr(whole, "step_layers", interrupted)
     with pytest.raises(KeyboardInterrupt):
