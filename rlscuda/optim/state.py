@@ -115,13 +115,19 @@ def _of_input(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: state[name] for name in ("P", "power", "health") if name in state}
 
 
-def ready(states: dict, registry: Registry, moving: list[Layer], fallback: Fallback) -> None:
+def ready(
+    states: dict, registry: Registry, moving: list[Layer], fallback: Fallback, alone: bool
+) -> None:
     """Makes the entries of layers about to move: one `P` for those that see the same inputs.
 
     That holds from their first step on. Where one of them sees another input, or none has to move
-    but the other, it goes on with a copy.
+    but the other, it goes on with a copy; so do all of a process that is not `alone`.
     """
     about, stages, groups = set(moving), registry.stages, registry.group_of
+
+    def shown(weight: nn.Parameter) -> frozenset[int]:
+        return frozenset(stages[weight].tokens if alone else {registry.layers[weight].index})
+
     sharing: dict[int, list[Layer]] = {}
     for weight, layer in registry.layers.items():
         if "P" in states.get(weight, ()):
@@ -130,7 +136,7 @@ def ready(states: dict, registry: Registry, moving: list[Layer], fallback: Fallb
         parts: dict[tuple, dict[str, Tensor]] = {}
         for layer in layers if len(layers) > 1 else ():
             weight, state = layer.weight, states[layer.weight]
-            of_step = (layer in about, frozenset(stages[weight].tokens), id(groups.get(weight)))
+            of_step = (layer in about, shown(weight), id(groups.get(weight)))
             key = (*of_step, id(state["P"]))
             own = _of_input(state)
             if key not in parts:
@@ -139,7 +145,7 @@ def ready(states: dict, registry: Registry, moving: list[Layer], fallback: Fallb
     first: dict[frozenset[int], Layer] = {}
     for layer in moving:
         shared: dict[str, Tensor] = {}
-        tokens = frozenset(stages[layer.weight].tokens)
+        tokens = shown(layer.weight)
         if tokens and "P" not in states.get(layer.weight, ()):
             mate = first.setdefault(tokens, layer)
             shared = _of_input(states.get(mate.weight, {}))

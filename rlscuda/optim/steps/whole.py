@@ -45,10 +45,10 @@ def take_step(
     """
     moving = [registry.layers[w] for w in registry.group_of if w.grad is not None]
     summaries = staged(registry, states, processes)
-    here, elsewhere = owned(moving, registry, states, processes.sharing)
+    here, elsewhere = owned(moving, registry, processes.sharing)
     fresh = [layer for layer in here if "P" not in states.get(layer.weight, ())]
     try:
-        ready(states, registry, here, fallback)
+        ready(states, registry, here, fallback, processes.size == 1)
         moves = [_move(layer, registry, states, summaries) for layer in here]
         fallback.prepare(groups, covered(registry), states)
         fallback.step(groups, states)
@@ -56,6 +56,8 @@ def take_step(
         for layer in fresh:
             forget(states, layer, registry.group_of[layer.weight])
         raise
+    if processes.sharing is not None:
+        _leave_to_owners(elsewhere, registry, states, processes.sharing)
     # all layers of a group have a buffer, or none: a schedule may turn momentum on, and off again
     kept = {id(m.group) for m in moves if m.group["momentum"] or "momentum_buffer" in m.state}
     for move in moves:
@@ -92,24 +94,30 @@ def covered(registry: Registry) -> set[nn.Parameter]:
 
 
 def owned(
-    moving: list[Layer],
-    registry: Registry,
-    states: dict[Any, dict[str, Any]],
-    sharing: Sharing | None,
+    moving: list[Layer], registry: Registry, sharing: Sharing | None
 ) -> tuple[list[Layer], list[Layer]]:
-    """The layers that move here, and those of which only the count of their steps is kept."""
+    """The layers that move here, and those that other processes move."""
     if sharing is None:
         return moving, []
     groups = registry.group_of
     sharing.assign({w: matrix_bytes(registry.layers[w], groups[w]["dtype"]) for w in groups})
     here = [layer for layer in moving if sharing.is_here(layer.weight)]
     elsewhere = [layer for layer in moving if not sharing.is_here(layer.weight)]
+    return here, elsewhere
+
+
+def _leave_to_owners(
+    elsewhere: list[Layer],
+    registry: Registry,
+    states: dict[Any, dict[str, Any]],
+    sharing: Sharing,
+) -> None:
+    """Keeps of layers that other processes own the count of their steps alone."""
     for weight, layer in registry.layers.items():
         if not sharing.is_here(weight) and (layer in elsewhere or "P" in states.get(weight, ())):
             states[weight] = {"step": states[weight].get("step", 0)}
             for bias in layer.parameters()[1:]:
                 states[bias].update(IN_P)
-    return here, elsewhere
 
 
 def _move(
