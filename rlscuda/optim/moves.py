@@ -65,11 +65,11 @@ class Move:
 
     @property
     def rows(self) -> Tensor:
-        """The summary [groups, r, fan_in] in the dtype of `P`; r = 0 where nothing is staged."""
+        """The summary [groups, r, fan_in] as `P` is; r = 0 where nothing is staged."""
         P, layer = self.state["P"], self.layer
         if self.summary is None:
             return P.new_empty(layer.groups, 0, layer.fan_in)
-        return self.summary.rows.to(P.dtype)
+        return self.summary.rows.to(P)
 
 
 def buffer(workspace: Workspace, name: str, P: Tensor, numel: int) -> Tensor:

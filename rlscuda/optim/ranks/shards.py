@@ -128,10 +128,10 @@ def like_rows(weight: Any, zeros: Tensor) -> Tensor:
     if not is_dtensor(weight):
         return zeros
     shape = torch.Size((weight.shape[0], *zeros.shape[1:]))
-    stride = (zeros.stride(0), *zeros.stride()[1:])
     return dtensor().from_local(
-        zeros, weight.device_mesh, weight.placements, run_check=False, shape=shape, stride=stride
-    )
+        zeros, weight.device_mesh, weight.placements, run_check=False, shape=shape,
+        stride=zeros.stride(),
+    )  # fmt: skip
 
 
 def refusal_of_shards(weight: Any, groups: int, transposed: bool) -> str | None:

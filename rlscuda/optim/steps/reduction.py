@@ -161,13 +161,16 @@ def _put(summary: Summary, rows: Tensor, count: Tensor, choice: Tensor) -> None:
         count: Zeros [r].
         choice: [r], see `_agreed_draws`.
     """
-    own = summary.rows.to(rows.dtype)
+    own = summary.rows.to(rows)  # a sharded weight may wait on the CPU for its forwards
     if summary.kind == "sample":
         rows.copy_(torch.where(choice[:, None] > 0, own, 0))  # a product would pass NaN on
         count.copy_(choice)
         return
-    for j, seen in enumerate(summary.count):  # numbers, which a captured step keeps
-        count[j].fill_(seen)
+    start = 0
+    for seen, alike in itertools.groupby(summary.count):  # numbers, which a captured step keeps
+        stop = start + len(list(alike))
+        count[start:stop].fill_(seen)
+        start = stop
     share = count if summary.kind == "mean" else count.sqrt() * choice
     torch.mul(own, share[:, None], out=rows)
 
@@ -202,7 +205,8 @@ def _agreed_draws(
                 own.copy_(part.numbers(device) if summary.keys is None else summary.keys)
                 share.fill_(part.stage.taken)
         random = _random(keys, processes.rank)
-        race = -torch.log1p(random.bitwise_and(2**53 - 1) * -(2.0**-53)) / shares
+        uniform = random.bitwise_and(2**53 - 1).double() * 2.0**-53
+        race = -torch.log1p(-uniform) / shares
         fresh = race.view(torch.int64)  # floats >= 0 are in the order of their bits
         orders = torch.stack([torch.full((), part.stage.order, device=device) for part in drawn])
         steps = torch.full((2,), sum(part.step for part in parts), device=device)
