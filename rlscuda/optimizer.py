@@ -207,6 +207,8 @@ class RLSOptimizer(Joining, Optimizer):
     def _observe(self, layer: Layer, x: Tensor, outputs: list[Tensor]) -> None:
         """Stages what one forward shows."""
         self._processes.notice(layer.weight, x)
+        if not outputs:
+            return
         if self._registry.has_other_groups(self.param_groups):
             self._follow_groups()
         weight = layer.weight
@@ -311,11 +313,13 @@ class RLSOptimizer(Joining, Optimizer):
             m consecutive columns, the last filled up by columns that no input enters.
 
         Raises:
-            ValueError: The RLS rule does not cover it, or its `P` is on another process.
+            ValueError: The RLS rule does not cover it.
+            RuntimeError: It is on another process, by `shard_matrices`.
         """
         self._follow_groups()
         found = self._registry.find(layer)
-        self._processes.check_here(found.weight, found.name)
+        if self._processes.sharing is not None:
+            self._processes.sharing.check_here(found.weight, found.name)
         group = self._registry.group_of[found.weight]
         return ensure_state(self.state, found, group, self._fallback)["P"]
 

@@ -77,7 +77,8 @@ class ForwardHook:
 
     Args:
         layers: The module's layers, whose inputs to observe.
-        observe: Bound method (layer, input, outputs with a gradient to come) of the owner.
+        observe: Bound method (layer, input, outputs with a gradient to come) of the owner; where
+            there are none, as in the first run of a checkpointed segment, it hears of one layer.
     """
 
     __name__ = __qualname__ = "rlscuda_forward_hook"  # tools that list hooks ask for it
@@ -114,9 +115,9 @@ class ForwardHook:
         elif not recurrent:
             x = args[0] if args else next(iter(named.values()))
         outputs = [tensor for tensor in tensors_of(output) if tensor.requires_grad]
-        if not outputs or torch.jit.is_tracing() or layers[0].crossed:
+        if torch.jit.is_tracing() or layers[0].crossed:
             return
-        for layer in layers:
+        for layer in layers if outputs else layers[:1]:
             if recurrent:
                 x = input_of(module, layer.names[0], args, named, output)
             observe(layer, x, outputs)

@@ -67,7 +67,6 @@ def unbiased(rank, size, kind, draws):
         stage.observe(layer, options, 0, optimizer._registry.inputs, place, rows[rank], [output])
         output.sum().backward()
         optimizer.zero_grad()
-        processes._agreed = None
         (summary,) = reduce_summaries([Part(layer, options, stage, 0)], processes)
         s = summary.rows[0].double()
         mean += s.T @ s / len(s) / draws

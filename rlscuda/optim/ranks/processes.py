@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlscuda._torch import active_ddp, is_dtensor, joins
 from rlscuda.optim.ranks.shards import group_of_mesh
@@ -47,14 +48,17 @@ class Processes:
             raise TypeError(f"process_group must be 'auto', None or a process group, got {kind}")
         self._given = given
         self.sharing = Sharing() if shares else None
-        self._ddp: Any = None
-        self._agreed: bytes | None = None
+        self._ddp: weakref.ref | None = None  # the last module that called a layer
+        self._agreed: set[bytes] = set()
         self.group: Any = None
         self.rank, self.size = 0, 1
         if is_group:
             self._enter(given)
 
     def _enter(self, group: Any) -> None:
+        if group is self.group:
+            return
+        self._agreed = set()
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
         if self.sharing is not None:
             self.sharing.enter(group, self.rank, self.size)
@@ -70,8 +74,8 @@ class Processes:
         if self._given != "auto":
             return
         ddp = active_ddp()
-        if ddp is not None and ddp is not self._ddp:
-            self._ddp = ddp
+        if ddp is not None and (self._ddp is None or self._ddp() is not ddp):
+            self._ddp = weakref.ref(ddp)
             self._enter(ddp.process_group)
         elif self.group is None and is_dtensor(weight) and not is_dtensor(x):
             self._enter(group_of_mesh(weight))
@@ -98,21 +102,12 @@ class Processes:
         Raises:
             RuntimeError: It is not.
         """
-        if self._ddp is not None and joins(self._ddp) and not joined:
+        ddp = None if self._ddp is None else self._ddp()
+        if ddp is not None and joins(ddp) and not joined:
             raise RuntimeError(
                 "step() exchanges what the processes saw of the inputs, which join() of the model "
                 "alone does not know of: use torch.distributed.algorithms.Join([model, optimizer])"
             )
-
-    def check_here(self, weight: nn.Parameter, name: str) -> None:
-        """Refuses to show a matrix that another process owns.
-
-        Raises:
-            ValueError: It does.
-        """
-        if self.sharing is not None and not self.sharing.is_here(weight):
-            owner = self.sharing.owner(weight)
-            raise ValueError(f"the P of {name!r} is on rank {owner}, as shard_matrices asks")
 
     def check_whole(self, weights: Iterable[Tensor]) -> None:
         """Refuses to read or cut all matrices and weights where this process has a part of them.
@@ -139,7 +134,7 @@ class Processes:
             RuntimeError: They are not.
         """
         digest = hashlib.sha256(layout.encode()).digest()[:7]
-        if digest == self._agreed:
+        if digest in self._agreed:
             return
         number = int.from_bytes(digest, "big")
         both = torch.tensor([number, -number], device=device)
@@ -151,7 +146,7 @@ class Processes:
                 "load a checkpoint, in the same way on every rank; a ZeroRedundancyOptimizer "
                 "cannot hold this one"
             )
-        self._agreed = digest
+        self._agreed.add(digest)
 
     def least(self, x: Tensor) -> None:
         """Makes every element the least of all processes."""

@@ -49,6 +49,18 @@ class Sharing:
         """Whether this process owns the matrix of a weight."""
         return self.owner(weight) == self._rank
 
+    def check_here(self, weight: nn.Parameter, name: str) -> None:
+        """Refuses to make up the matrix of a layer that another process has.
+
+        Raises:
+            RuntimeError: It has.
+        """
+        if not self.is_here(weight):
+            raise RuntimeError(
+                f"the matrix of {name!r} is on rank {self.owner(weight)}, as shard_matrices asks: "
+                "state_dict() gathers all of them"
+            )
+
     def owner(self, weight: nn.Parameter) -> int:
         """The rank that owns the matrix of a weight."""
         return self._owner.get(weight, self._rank)
@@ -81,7 +93,7 @@ class Sharing:
         """The entries of all layers, by number of the parameter; those of others on the CPU."""
         if len(self._bytes) == 1:
             return state
-        own = {k: tree_map(_to_cpu, entries) for k, entries in state.items() if "P" in entries}
+        own = {k: on_cpu(entries) for k, entries in state.items() if "P" in entries}
         parts: list[Any] = [None] * len(self._bytes)
         dist.all_gather_object(parts, own, self._group)
         others = {k: entries for part in parts for k, entries in part.items()}
@@ -96,5 +108,6 @@ def _pieces(flat: Tensor, parameters: Iterable[Tensor], do: Callable) -> None:
         start += p.numel()
 
 
-def _to_cpu(value: Any) -> Any:
-    return value.cpu() if isinstance(value, Tensor) else value
+def on_cpu(tree: Any) -> Any:
+    """Dictionaries and lists with all their tensors on the CPU."""
+    return tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, tree)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rlscuda._torch import tree_map
+from rlscuda.optim.ranks.sharing import on_cpu
 from rlscuda.optim.steps.reduction import staged
 
 
@@ -36,8 +36,17 @@ class Joining:
 
             Join.notify_join_context(self)
 
-    def join_hook(self, **kwargs: Any) -> Any:
-        """Stands in for this process when it has no more minibatches; see `Joinable`."""
+    def join_hook(self: Any, **kwargs: Any) -> Any:
+        """Stands in for this process when it has no more minibatches; see `Joinable`.
+
+        Raises:
+            ValueError: The matrices are sharded.
+        """
+        if self._processes.sharing is not None:
+            raise ValueError(
+                "an optimizer with shard_matrices cannot take part in Join: a process that has no "
+                "more minibatches has no gradient to move the layers that it owns"
+            )
         return _Shadow(self)
 
     @property
@@ -68,12 +77,8 @@ class _Shadow:
         """Takes the state of a process that has made all steps."""
         own, processes = self._optimizer, self._optimizer._processes
         last = processes.last(is_last_joiner, own.join_device)
-        state = [tree_map(_to_cpu, own.state_dict()) if last == processes.rank else None]
+        state = [on_cpu(own.state_dict()) if last == processes.rank else None]
         source = dist.get_global_rank(processes.group, last)
         dist.broadcast_object_list(state, source, processes.group, own.join_device)
         if last != processes.rank:
             own.load_state_dict(state[0])
-
-
-def _to_cpu(value: Any) -> Any:
-    return value.cpu() if isinstance(value, torch.Tensor) else value
