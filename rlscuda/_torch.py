@@ -135,6 +135,20 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def gradient_comes(leaf: Tensor) -> bool:
+    """Whether the backward pass that runs on this thread computes the gradient of a parameter.
+
+    True where torch does not tell: in a compiled backward pass, and in `autograd.grad` of it.
+    """
+    if not leaf.requires_grad:
+        return True
+    node: Any = torch.autograd.graph.get_gradient_edge(leaf).node
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        return True
+
+
 def gradient_shape(function: Any) -> tuple[int, ...]:
     """Shape of the gradient that a backward function takes: that of what its operation gave."""
     return tuple(function._input_metadata[0].shape)

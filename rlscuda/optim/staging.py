@@ -1,8 +1,9 @@
 """Staging: what a forward pass leaves for the next `step()`, and nothing of it in `P` before.
 
-A forward hook summarises the layer's input; a hook on the output's gradient commits the summary.
-So a forward that is never differentiated (validation, no_grad, a checkpointed segment's first run,
-an unused branch) stages nothing, and one that is counts once, in training mode or not.
+A forward hook summarises the layer's input; a hook on the output's gradient commits the summary,
+in a backward pass that computes the weight's, too. So a forward that is never differentiated
+(validation, no_grad, a checkpointed segment's first run, an unused branch), or by its input alone,
+stages nothing, and one that is counts once, in training mode or not.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlscuda._torch import in_backward, is_dtensor, is_transformed, version_of
+from rlscuda._torch import (
+    gradient_comes,
+    in_backward,
+    is_dtensor,
+    is_transformed,
+    version_of,
+)
 from rlscuda.optim.layers import Layer
 from rlscuda.optim.ranks.shards import local
 
@@ -338,15 +345,28 @@ class Stage:
             gradient = gradients[slot]
             if gradient is None or counted == self.generation:
                 return
+            if not (is_dtensor(weight) or gradient_comes(weight)):
+                return  # of the input alone
             counted, factors = self.generation, None
             if rows is not None and weight.grad is None and gradient.dtype == rows.dtype:
                 factors = Factors(rows, gradient.reshape(len(rows), -1), seen)
             self.commit(shown, offset, size, factors)
 
         for output in outputs:  # what `output.register_hook` does, at half its cost
-            node = output.grad_fn
-            assert node is not None
-            node.register_prehook(partial(commit, output.output_nr))
+            node, slot = origin(output)
+            node.register_prehook(partial(commit, slot))
+
+
+def origin(output: Tensor) -> tuple[Any, int]:
+    """The node of the graph that has computed an output, views of it apart, and which of its is it.
+
+    A pass that computes the gradients of weights alone, as those of pipelines, begins there.
+    """
+    node: Any = output.grad_fn
+    slot = output.output_nr
+    while len(node.next_functions) == 1 and node.next_functions[0][0] is not None:
+        node, slot = node.next_functions[0]
+    return node, slot
 
 
 def summarisable(x: Tensor, outputs: Sequence[Tensor]) -> bool:

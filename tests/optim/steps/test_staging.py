@@ -129,7 +129,6 @@ SAME_AS_WHOLE = {
     "gradient_dropped_in_between": gradient_dropped_in_between,
     "gradient_dropped_and_graph_used_again": gradient_dropped_and_graph_used_again,
     "double_backward": double_backward,
-    "input_gradient_first": input_gradient_first,
     "eval_and_no_grad_forwards": eval_and_no_grad_forwards,
     "checkpoint": checkpointed(False),
     "checkpoint_reentrant": checkpointed(True),
@@ -149,9 +148,32 @@ def test_same_as_one_large_batch(forward, name, summary):
         assert_same(expected, run(name, summary, rank, SAME_AS_WHOLE[forward]))
 
 
-def test_abandoned_forward_changes_draws_only():
-    """Its loss was never differentiated, so the mean does not see it."""
-    assert_same(run("mlp", "mean", 1, whole), run("mlp", "mean", 1, abandoned_forward_first))
+@pytest.mark.parametrize("forward", [abandoned_forward_first, input_gradient_first])
+def test_a_forward_without_gradient_of_weights_changes_draws_only(forward):
+    """Its loss was never differentiated, or by the input alone: the mean does not see it."""
+    assert_same(run("mlp", "mean", 1, whole), run("mlp", "mean", 1, forward))
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_input_gradients_amid_accumulation_do_not_count(dropped):
+    model = mlp()
+    optimizer = make(model, "mean", 1)
+    stage = optimizer._registry.stages[model[0].weight]
+    for part in batch(model, 8).split(4):
+        probe = part.clone().requires_grad_()
+        torch.autograd.grad(model(probe).sum(), probe)
+        model(part).sum().backward()
+        if dropped:
+            model.zero_grad()
+    model(batch(model, 4)).sum().backward()
+    assert stage.calls == (1 if dropped else 3)
+
+
+def test_what_is_done_in_place_to_a_view_of_the_output_loses_nothing():
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True))
+    optimizer = make(model, "mean", 1)
+    model(torch.ones(2, 5, 4)).sum().backward()
+    assert optimizer._registry.stages[model[0].weight].summary.total == 10
 
 
 class Twice(nn.Module):
