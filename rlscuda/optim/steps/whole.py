@@ -132,6 +132,7 @@ def _move(
 
 
 def _alone(processes: Processes, moves: list[Move]) -> Iterator[str]:
-    text = processes.apart() if moves else None
+    seen = any(move.summary is not None for move in moves)  # else nobody has called a layer yet
+    text = processes.apart() if seen else None
     if text is not None:
         yield text
