@@ -1,0 +1,1 @@
+"""What training by many processes costs."""

@@ -1,0 +1,177 @@
+"""What a piece of code asks of the processor, of memory and of other processes, counted as it runs.
+
+On meta tensors as well as on real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from rlscuda.optim.layers import Layer
+from rlscuda.optim.ranks.shards import local
+
+REDUCTIONS = ("all_reduce",)
+GATHERS = ("all_gather_single", "all_gather_into_tensor")  # the first since torch 2.13
+OTHERS = (
+    "all_gather", "all_gather_object", "all_to_all", "all_to_all_single", "broadcast",
+    "broadcast_object_list", "gather", "reduce", "reduce_scatter", "reduce_scatter_tensor",
+    "scatter", "send", "isend", "recv", "irecv", "barrier",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Call:
+    """A collective.
+
+    Attributes:
+        kind: Its function in `torch.distributed`.
+        bytes: Of what it leaves on each process.
+    """
+
+    kind: str
+    bytes: int
+
+    def wire(self, size: int) -> float:
+        """Bytes that a process sends, of a ring of `size`."""
+        return self.bytes * (size - 1) / size * (2 if self.kind in REDUCTIONS else 1)
+
+    def rounds(self, size: int) -> int:
+        """Messages that wait for one another, in a tree of `size`."""
+        return (size - 1).bit_length() * (2 if self.kind in REDUCTIONS else 1)
+
+
+@contextmanager
+def collectives(really: bool) -> Iterator[list[Call]]:
+    """The collectives that are called inside, in turn.
+
+    Args:
+        really: Whether they are to be done, too.
+    """
+    calls: list[Call] = []
+    originals = {n: getattr(dist, n) for n in (*REDUCTIONS, *GATHERS, *OTHERS) if hasattr(dist, n)}
+    inside = False  # of one that calls another
+
+    def noting(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal inside
+            if not inside:
+                filled = args[0] if args and isinstance(args[0], Tensor) else None
+                calls.append(Call(name, 0 if filled is None else size_of(filled)))
+            if not really:
+                return None
+            before, inside = inside, True
+            try:
+                return originals[name](*args, **kwargs)
+            finally:
+                inside = before
+
+        return call
+
+    with mock.patch.multiple(dist, **{name: noting(name) for name in originals}):
+        yield calls
+
+
+@dataclass
+class Work:
+    """What a step asks of one process.
+
+    Attributes:
+        product: FLOP of the products with `P`.
+        direction: FLOP of all other matrix products, which make the spectral direction.
+        update: Bytes that the updates of `P` read and write.
+        passes: Bytes that everything else reads and writes.
+    """
+
+    product: int = 0
+    direction: int = 0
+    update: int = 0
+    passes: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*map(sum, zip(astuple(self), astuple(other))))
+
+
+class Counter(TorchDispatchMode):
+    """Counts the work inside.
+
+    Attributes:
+        work: So far.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.work, self._multiplying = Work(), False
+
+    @contextmanager
+    def counting(self) -> Iterator[Counter]:
+        """Counts inside, and knows which products are those with `P`."""
+        multiply = Layer.multiply
+
+        def noted(layer: Layer, *args: Any, **kwargs: Any) -> None:
+            self._multiplying = True
+            try:
+                multiply(layer, *args, **kwargs)
+            finally:
+                self._multiplying = False
+
+        with mock.patch.object(Layer, "multiply", noted), self:
+            yield self
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(kind.__name__ == "DTensor" for kind in types):
+            return NotImplemented  # it comes again with what is here of each
+        out = func(*args, **kwargs)
+        packet = func.overloadpacket
+        if packet in flop_registry:
+            flops = flop_registry[packet](*args, **kwargs, out_val=out)
+            if self._multiplying:
+                self.work.product += flops
+            else:
+                self.work.direction += flops
+        elif not func.is_view:
+            moved = _moved(func, args, kwargs, out)
+            if packet is torch.ops.rlscuda.foreach_rls_update_:
+                self.work.update += moved
+            else:
+                self.work.passes += moved
+        return out
+
+
+def _moved(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Bytes that an operator reads and writes."""
+    name = func.overloadpacket.__name__
+    if name.startswith(("empty", "new_empty")) or name == "detach":
+        return 0
+    read: list[Any] = [] if name.startswith(("new_", "zeros", "ones")) else [*args, kwargs]
+    written = [
+        value
+        for argument, value in zip(func._schema.arguments, args)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    known = {id(x) for x in tree_leaves([args, kwargs])}
+    fresh = [x for x in tree_leaves(out) if id(x) not in known]
+    return sum(size_of(x) for x in tree_leaves([read, written, fresh]) if isinstance(x, Tensor))
+
+
+def size_of(tensor: Tensor) -> int:
+    """Bytes of what is here of a tensor."""
+    own = local(tensor)
+    return own.numel() * own.element_size()
+
+
+def held(tensors: Any) -> int:
+    """Bytes of the tensors in nested containers, those that are there twice once."""
+    return sum(size_of(x) for x in {id(x): x for x in tree_leaves(tensors)}.values()
+               if isinstance(x, Tensor))  # fmt: skip

@@ -1,0 +1,148 @@
+"""One step of one of many processes, by the optimizer's own code, on the meta device.
+
+Nothing here knows a formula: the tensors have their shapes and no memory, the process group has its
+size and no processes, and what the code does is counted.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.distributed.counting import Call, Counter, Work, collectives, held
+from benchmarks.distributed.networks import Network
+from rlscuda import RLSOptimizer
+from rlscuda.optim.ranks.processes import Processes
+from rlscuda.optim.staging import Stage
+from rlscuda.optim.steps import stepping
+
+SCHEMES = ("ddp", "fsdp2")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What forward and backward of one minibatch leave.
+
+    Attributes:
+        network: Of which network.
+        options: Of its optimizer.
+        stages: What is staged of each layer's input, by name.
+        flops: Of forward and backward.
+    """
+
+    network: Network
+    options: dict[str, Any]
+    stages: dict[str, Stage]
+    flops: int
+
+
+def seen(network: Network, **options: Any) -> Seen:
+    """Runs forward and backward.
+
+    Args:
+        network: The network.
+        options: Of `RLSOptimizer`.
+    """
+    model = network.meta()
+    optimizer = RLSOptimizer(model, process_group=None, **options)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(network.input, device="meta")).sum().backward()
+    registry = optimizer._registry
+    stages = {layer.name: registry.stages[w] for w, layer in registry.layers.items()}
+    return Seen(network, options, stages, counter.get_total_flops())
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one process has and does.
+
+    Attributes:
+        weights: Bytes of its parameters; its gradients have as many.
+        matrices: Bytes of `P`.
+        state: Bytes of its whole state, `P` included.
+        calls: The collectives of the step, in turn.
+        work: Of the step.
+        gathered: The most bytes that are gathered at once.
+    """
+
+    weights: int
+    matrices: int
+    state: int
+    calls: list[Call]
+    work: Work
+
+    @property
+    def held(self) -> int:
+        """Bytes of weights, gradients and state."""
+        return 2 * self.weights + self.state
+
+    @property
+    def gathered(self) -> int:
+        """The most bytes that are gathered at once."""
+        return max((c.bytes for c in self.calls if c.kind.startswith("all_gather")), default=0)
+
+
+@contextmanager
+def one_of(size: int, rank: int) -> Iterator[None]:
+    """Makes this the process `rank` of `size`, the others of which there are not."""
+    dist.init_process_group("fake", rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def on_meta(device: str) -> Iterator[None]:
+    """Lets a step run on the meta device, in such parts as on another."""
+    chunks = {"meta": stepping._CHUNK_BYTES[device]}
+    with (
+        mock.patch.dict(stepping._CHUNK_BYTES, chunks),
+        mock.patch.object(torch, "autocast", lambda *args, **kwargs: nullcontext()),  # not of meta
+        mock.patch.object(Processes, "agree"),  # once, and by reading what has no values
+    ):
+        yield
+
+
+def ready_optimizer(given: Seen, scheme: str) -> tuple[nn.Module, RLSOptimizer]:
+    """A model and its optimizer before a step, in a process group that there is already."""
+    model = given.network.meta()
+    if scheme == "fsdp2":
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = RLSOptimizer(model, process_group=dist.group.WORLD, **given.options)
+    for weight, layer in optimizer._registry.layers.items():
+        optimizer._registry.stages[weight] = copy.copy(given.stages[layer.name])
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    return model, optimizer
+
+
+def step_of(given: Seen, scheme: str, size: int, rank: int, device: str = "cpu") -> Step:
+    """What a process has and does in one step.
+
+    Args:
+        given: What it has seen.
+        scheme: `ddp` or `fsdp2`.
+        size: Of how many.
+        rank: Which of them.
+        device: For which the step is to be divided into parts.
+    """
+    with one_of(size, rank), on_meta(device), collectives(really=False) as calls:
+        model, optimizer = ready_optimizer(given, scheme)
+        with Counter().counting() as counter:
+            optimizer.step()
+        states = [dict(state) for state in optimizer.state.values()]
+        matrices = [state["P"] for state in states if "P" in state]
+        sizes = (held(list(model.parameters())), held(matrices), held(states))
+    return Step(*sizes, list(calls), counter.work)
