@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.common import environment, shapes
+from benchmarks.distributed import report as distributed
 from benchmarks.learning import long_runs
 from benchmarks.learning import report as learning
 from benchmarks.pruning import adaptive, blocks, gates, plots, pretraining, relief
@@ -115,6 +116,11 @@ def endurance(document: dict) -> str:
     return markdown(rows) + staleness({document["environment"]["source_hash"]})
 
 
+def scaling(document: dict) -> str:
+    """Bytes, traffic and time of a step by the number of processes."""
+    return distributed.report(document) + staleness({document["environment"]["source_hash"]})
+
+
 def provenance(document: dict) -> str:
     """Where, when and with what a result was measured, and whether it still holds."""
     machine, versions, ceilings = (document[k] for k in ("machine", "versions", "ceilings"))
@@ -157,7 +163,7 @@ def grid_provenance(document: dict) -> str:
     return text + staleness(hashes)
 
 
-RUNS = {"soak": soak, "endurance": endurance}  # of many steps
+RUNS = {"soak": soak, "endurance": endurance, "scaling": scaling}  # not of a race, nor a grid
 
 
 def render(name: str, results: Path) -> str:

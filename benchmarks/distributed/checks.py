@@ -26,7 +26,7 @@ from benchmarks.distributed.networks import Network, Small
 from rlscuda import RLSOptimizer
 
 SIZES = (1, 2, 4)
-SMALL = Network("small", Small, (4, 3, 3, 3))
+SMALL = Network("small", Small, (4, 3, 3, 3), "4 images")
 OPTIONS: tuple[dict[str, Any], ...] = (  # three kinds of summaries and of steps; P in blocks
     {"max_fan_in": 128},
     {"max_fan_in": 128, "form": "adaptive", "summary": "sketch", "rank": 4},
@@ -43,15 +43,15 @@ def third_step(rank: int, size: int, scheme: str, options: dict) -> tuple[list[C
         fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
     optimizer = RLSOptimizer(model, **options)
     wrapped = DistributedDataParallel(model) if scheme == "ddp" else model
-    calls: list[Call] = []
-    for step in range(3):
-        torch.manual_seed(1 + rank + size * step)
-        wrapped(torch.randn(SMALL.input)).square().mean().backward()
-        with collectives(really=True) as calls:
+    with collectives(really=True) as called:
+        for step in range(3):
+            torch.manual_seed(1 + rank + size * step)
+            wrapped(torch.randn(SMALL.input)).square().mean().backward()
+            called.clear()
             optimizer.step()
-        optimizer.zero_grad()
+            optimizer.zero_grad()
     states = [dict(state) for state in optimizer.state.values()]
-    return calls, held([state["P"] for state in states if "P" in state]), held(states)
+    return called, held([state["P"] for state in states if "P" in state]), held(states)
 
 
 def all_reduce_seconds(rank: int, size: int) -> dict[int, float]:

@@ -28,6 +28,7 @@ OTHERS = (
     "broadcast_object_list", "gather", "reduce", "reduce_scatter", "reduce_scatter_tensor",
     "scatter", "send", "isend", "recv", "irecv", "barrier",
 )  # fmt: skip
+OVERWRITING = {"copy_", "fill_", "zero_", "_foreach_copy_"}  # what is in their first argument
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,10 @@ class Work:
     def __add__(self, other: Work) -> Work:
         return Work(*map(sum, zip(astuple(self), astuple(other))))
 
+    def most(self, other: Work) -> Work:
+        """The larger of each."""
+        return Work(*map(max, zip(astuple(self), astuple(other))))
+
 
 class Counter(TorchDispatchMode):
     """Counts the work inside.
@@ -154,12 +159,11 @@ def _moved(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     name = func.overloadpacket.__name__
     if name.startswith(("empty", "new_empty")) or name == "detach":
         return 0
-    read: list[Any] = [] if name.startswith(("new_", "zeros", "ones")) else [*args, kwargs]
-    written = [
-        value
-        for argument, value in zip(func._schema.arguments, args)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    ]
+    given = [*zip(func._schema.arguments, args), *((None, x) for x in kwargs.values())]
+    written = [x for a, x in given if a is not None and a.alias_info and a.alias_info.is_write]
+    read = [x for _, x in given]
+    if name in OVERWRITING or name.startswith(("new_", "zeros", "ones")):
+        read = read[1:]
     known = {id(x) for x in tree_leaves([args, kwargs])}
     fresh = [x for x in tree_leaves(out) if id(x) not in known]
     return sum(size_of(x) for x in tree_leaves([read, written, fresh]) if isinstance(x, Tensor))

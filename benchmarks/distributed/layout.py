@@ -73,7 +73,6 @@ class Step:
         state: Bytes of its whole state, `P` included.
         calls: The collectives of the step, in turn.
         work: Of the step.
-        gathered: The most bytes that are gathered at once.
     """
 
     weights: int

@@ -5,6 +5,7 @@ Each has a forward, for it shows which layers see one input and therefore have o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -104,13 +105,15 @@ class Network:
         name: For tables.
         build: Makes it.
         input: Shape of the minibatch of one rank.
+        minibatch: What that is, in words.
     """
 
     name: str
-    build: type[nn.Module] | object
+    build: Callable[[], nn.Module]
     input: tuple[int, ...]
+    minibatch: str
 
     def meta(self) -> nn.Module:
         """It, on no memory."""
         with torch.device("meta"):
-            return self.build()  # type: ignore[operator]
+            return self.build()
