@@ -6,6 +6,7 @@ size and no processes, and what the code does is counted.
 
 from __future__ import annotations
 
+import collections
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,9 +24,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.distributed.counting import Call, Counter, Work, collectives, held
 from benchmarks.distributed.networks import Network
 from rlscuda import RLSOptimizer
+from rlscuda.optim.layers import Layer, state_dtype
 from rlscuda.optim.ranks.processes import Processes
+from rlscuda.optim.ranks.shards import Rows, rows_of
 from rlscuda.optim.staging import Stage
 from rlscuda.optim.steps import stepping
+from rlscuda.optim.steps.spectral import block_rows
 
 SCHEMES = ("ddp", "fsdp2")
 
@@ -37,12 +41,14 @@ class Seen:
     Attributes:
         network: Of which network.
         options: Of its optimizer.
-        stages: What is staged of each layer's input, by name.
+        layers: Its covered layers.
+        stages: What is staged of the input of each, by name.
         flops: Of forward and backward.
     """
 
     network: Network
     options: dict[str, Any]
+    layers: list[Layer]
     stages: dict[str, Stage]
     flops: int
 
@@ -60,7 +66,7 @@ def seen(network: Network, **options: Any) -> Seen:
         model(torch.empty(network.input, device="meta")).sum().backward()
     registry = optimizer._registry
     stages = {layer.name: registry.stages[w] for w, layer in registry.layers.items()}
-    return Seen(network, options, stages, counter.get_total_flops())
+    return Seen(network, options, list(registry.layers.values()), stages, counter.get_total_flops())
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,7 @@ class Step:
         state: Bytes of its whole state, `P` included.
         calls: The collectives of the step, in turn.
         work: Of the step.
+        missing: Bytes of rows of others without which blocks of its own are not whole.
     """
 
     weights: int
@@ -80,6 +87,7 @@ class Step:
     state: int
     calls: list[Call]
     work: Work
+    missing: int
 
     @property
     def held(self) -> int:
@@ -144,4 +152,35 @@ def step_of(given: Seen, scheme: str, size: int, rank: int, device: str = "cpu")
         states = [dict(state) for state in optimizer.state.values()]
         matrices = [state["P"] for state in states if "P" in state]
         sizes = (held(list(model.parameters())), held(matrices), held(states))
-    return Step(*sizes, list(calls), counter.work)
+        missing = sum(map(missing_bytes, optimizer._registry.layers.values()))
+    return Step(*sizes, list(calls), counter.work, missing)
+
+
+def whole_blocks(rows: Rows) -> range:
+    """The rows of all blocks, see `spectral.block_rows`, of which a process has some."""
+    if rows.start == rows.stop:
+        return range(0)
+    m = block_rows(rows.total)
+    return range(rows.start // m * m, min(-(-rows.stop // m) * m, rows.total))
+
+
+def missing_bytes(layer: Layer) -> int:
+    """Bytes of rows, that this process lacks, of blocks of which it has some."""
+    rows = rows_of(layer.weight)
+    if rows is None:
+        return 0
+    lacking = len(whole_blocks(rows)) - (rows.stop - rows.start)
+    return lacking * layer.fan_in * state_dtype(layer.weight, None).itemsize
+
+
+def busiest(given: Seen, size: int) -> int:
+    """The process, of so many, that multiplies most by `P`."""
+    shapes = collections.Counter((x.outputs, x.fan_in * x.block_size) for x in given.layers)
+
+    def work(rank: int) -> int:
+        return sum(
+            len(whole_blocks(Rows((), None, rank, size, c))) * n * layers
+            for (c, n), layers in shapes.items()
+        )
+
+    return max(range(size), key=work)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -81,8 +81,8 @@ def owned_step(matrices: list[Matrix], rows: Step, size: int) -> Step:
     most = max(sum(m.bytes for m in share) for share in owned)
     sent = sum(m.moved for m in matrices) // size
     returned = max(sum(m.moved for m in share) for share in owned)
-    calls = [call for call in rows.calls if not call.kind.startswith("all_gather")]
+    calls = rows.calls[:3]  # of what was seen of the inputs, and whether gradients are finite
     calls += [Call("all_to_all_single", count) for count in (sent, returned)] if size > 1 else []
     work = max((sum((m.work for m in share), Work()) for share in owned), key=lambda w: w.product)
     state = rows.state - rows.matrices + most
-    return replace(rows, matrices=most, state=state, calls=calls, work=work)
+    return Step(rows.weights, most, state, calls, work, missing=0)

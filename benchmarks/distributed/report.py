@@ -62,14 +62,16 @@ def _ends(network: dict, document: dict) -> list[str]:
         f"{each('by_owners_within_share_from', _from)}",
         f"What is exchanged of the inputs is {_percent(ends['exchange_over_gradient'])} of the "
         f"gradient's traffic. Borders cut blocks of rows {_from(ends['rows_gathered_from'])}: then "
-        f"whole layers are gathered, up to {_gb(ends['rows_gathered_at_once_most'])} GB at once, "
+        f"whole layers are gathered, up to {_gb(ends['rows_gathered_at_once_most'])} GB at once "
+        f"where the rows that a rank lacks are at most {_gb(ends['rows_missing_most'])} GB, "
         f"and a rank sends more than all weights {_from(ends['rows_sent_above_weights_from'])}",
     ]
 
 
 def _basis(document: dict) -> str:
     machine, trainings = document["environment"], document["trainings"]
-    step, sizes = document["step"], sorted({t["ranks"] for t in trainings})
+    step, reduced = document["step"], document["all_reduce"]
+    sizes = sorted({t["ranks"] for t in trainings})
     speeds = "; ".join(
         f"{name}: products with `P` {s['product'] / 1e9:.3g} GFLOP/s, directions "
         f"{s['direction'] / 1e9:.3g}, forward and backward {s['training'] / 1e9:.3g}; updates of "
@@ -82,7 +84,9 @@ def _basis(document: dict) -> str:
         f"{', '.join(map(str, sizes))} processes called what was computed of them, call by call "
         "and byte by byte, and every rank's state had the bytes. Steps are the optimizer's alone. "
         f"A real one of ResNet-50 took {step['measured']:.3g} s, computed "
-        f"{step['computed']:.3g} s. Speeds, {speeds}. "
+        f"{step['computed']:.3g} s; an all-reduce of {reduced['bytes'] >> 20} MiB by "
+        f"{reduced['ranks']} processes {1e3 * reduced['measured']:.3g} ms, computed "
+        f"{1e3 * reduced['computed']:.3g} ms. Speeds, {speeds}. "
         f"{machine['cpu']}, {machine['cores']} cores, one thread a process, gloo on loopback, load "
         f"{machine['load_at_start']} at the start; torch {machine['torch']}; kernels "
         f"{machine['source_hash']}; {machine['started'][:10]}."

@@ -25,7 +25,8 @@ import torch
 from benchmarks.common import environment
 from benchmarks.distributed import checks, constants
 from benchmarks.distributed.constants import Speeds
-from benchmarks.distributed.layout import Seen, Step, seen, step_of
+from benchmarks.distributed.counting import Call
+from benchmarks.distributed.layout import Seen, Step, busiest, seen, step_of
 from benchmarks.distributed.networks import Network, llama7b, resnet50
 from benchmarks.distributed.owners import Matrix, matrices_of, owned_step
 from rlscuda import RLSOptimizer
@@ -41,10 +42,12 @@ def steps_of(given: Seen, matrices: list[Matrix]) -> dict[str, dict[int, Step]]:
     one, two = (step_of(given, "ddp", size, 0, DEVICE) for size in SIZES[:2])
     steps: dict[str, dict[int, Step]] = {"ddp": {}, "fsdp2": {}, "owners": {}}
     for size in SIZES:
-        # the first has the most rows, its neighbour may have to do with more blocks of them
-        rows = step_of(given, "fsdp2", size, 0, DEVICE)
-        if size > 1:
-            rows = replace(rows, work=rows.work.most(step_of(given, "fsdp2", size, 1, DEVICE).work))
+        # the first has the most rows, another may have to do with more blocks of them
+        rows, rank = step_of(given, "fsdp2", size, 0, DEVICE), busiest(given, size)
+        if rank:
+            other = step_of(given, "fsdp2", size, rank, DEVICE)
+            work, missing = rows.work.most(other.work), max(rows.missing, other.missing)
+            rows = replace(rows, work=work, missing=missing)
         steps["ddp"][size] = one if size == 1 else two  # which more processes do not change
         steps["fsdp2"][size] = rows
         steps["owners"][size] = owned_step(matrices, rows, size)
@@ -60,7 +63,8 @@ def record_of(step: Step, size: int, flops: int, machines: dict[str, Speeds]) ->
     return {
         "held": step.held, "matrices": step.matrices, "state": step.state,
         "collectives": len(step.calls), "sent": round(sum(c.wire(size) for c in step.calls)),
-        "gathered_at_once": step.gathered, "work": asdict(step.work), "seconds": seconds,
+        "gathered_at_once": step.gathered, "missing": step.missing,
+        "work": asdict(step.work), "seconds": seconds,
     }  # fmt: skip
 
 
@@ -98,6 +102,7 @@ def ends_of(rows: dict[str, dict[int, dict]], largest: int, memory: float) -> di
         "exchange_over_gradient": ddp[SIZES[-1]]["sent"] / (2 * weights),
         "rows_gathered_from": first(fsdp2, lambda r: r["gathered_at_once"]),
         "rows_gathered_at_once_most": max(r["gathered_at_once"] for r in fsdp2.values()),
+        "rows_missing_most": max(r["missing"] for r in fsdp2.values()),
         "rows_sent_above_weights_from": first(fsdp2, lambda r: r["sent"] > weights),
     }
     return ends | {name: time_ends(rows, name) for name in alone["seconds"]}
@@ -185,7 +190,12 @@ def main() -> None:
         "environment": facts,
         "memory": {"bytes": memory, "assumed": args.memory is not None},
         "speeds": {name: asdict(speeds) for name, speeds in machines.items()},
-        "all_reduce_seconds": {str(size): times for size, times in seconds.items() if size > 1},
+        "all_reduce": {
+            "bytes": checks.MUCH,
+            "ranks": max(seconds),
+            "measured": seconds[max(seconds)][checks.MUCH],
+            "computed": speeds.waiting([Call("all_reduce", checks.MUCH)], max(seconds)),
+        },
         "step": step | {"direction_measured_over_computed": direction},
         "trainings": trainings,
         "networks": [network_record(network, machines, memory) for network in networks],

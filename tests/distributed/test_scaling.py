@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks import tables
 from benchmarks.distributed import checks, constants, scaling
 from benchmarks.distributed.counting import Call, Counter, Work
-from benchmarks.distributed.layout import seen, step_of
+from benchmarks.distributed.layout import busiest, seen, step_of
 from benchmarks.distributed.networks import Network, llama7b, resnet50
 from benchmarks.distributed.owners import Matrix, matrices_of, owned_step, shares
 from rlscuda import RLSOptimizer
@@ -71,12 +71,22 @@ def test_bytes_of_fsdp2(given, size, rank):
     assert step.calls[:3] == [*ddp, Call("all_reduce", 4)]
     norms = [c.bytes for c in step.calls[3:] if c.kind == "all_reduce"]
     assert sorted(norms) == [4, 4, 8, 8]  # a peak and a length of each layer
-    product = 0
+    product = missing = 0
     for c, n, (start, stop) in zip(OUTPUTS, INPUTS, parts):
         m = math.ceil(c / math.ceil(c / 64))
         blocks = math.ceil(stop / m) - start // m if stop > start else 0
         product += 2 * blocks * m * n * n
-    assert step.work.product == product
+        needed = {
+            row for own in range(start, stop) for row in range(own // m * m, own // m * m + m)
+        }
+        missing += 4 * n * len([row for row in needed if row < c and not start <= row < stop])
+    assert (step.work.product, step.missing) == (product, missing)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 12])
+def test_the_busiest_process_multiplies_most(given, size):
+    products = [step_of(given, "fsdp2", size, rank).work.product for rank in range(size)]
+    assert products[busiest(given, size)] == max(products)
 
 
 def test_the_networks_are_what_they_are_called():
@@ -193,6 +203,7 @@ def test_where_schemes_end(given, monkeypatch):
         "speeds": {"measured": vars(machines["measured"])},
         "step": {"measured": 1.0, "computed": 1.0},
         "trainings": [{"ranks": 1}],
+        "all_reduce": {"bytes": 1 << 20, "ranks": 4, "measured": 1.0, "computed": 1.0},
         "networks": [record],
     }
     monkeypatch.setattr(tables.distributed, "SHOWN", ("1", "4"))
