@@ -41,8 +41,8 @@ def third_step(rank: int, size: int, scheme: str, options: dict) -> tuple[list[C
     model = Small()
     if scheme == "fsdp2":
         fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
-    optimizer = RLSOptimizer(model, **options)
-    wrapped = DistributedDataParallel(model) if scheme == "ddp" else model
+    optimizer = RLSOptimizer(model, shard_matrices=scheme == "shard_matrices", **options)
+    wrapped = model if scheme == "fsdp2" else DistributedDataParallel(model)
     with collectives(really=True) as called:
         for step in range(3):
             torch.manual_seed(1 + rank + size * step)

@@ -24,14 +24,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.distributed.counting import Call, Counter, Work, collectives, held
 from benchmarks.distributed.networks import Network
 from rlscuda import RLSOptimizer
-from rlscuda.optim.layers import Layer, state_dtype
+from rlscuda.optim.layers import Layer, matrix_bytes, state_dtype
 from rlscuda.optim.ranks.processes import Processes
 from rlscuda.optim.ranks.shards import Rows, rows_of
+from rlscuda.optim.ranks.sharing import Sharing
 from rlscuda.optim.staging import Stage
 from rlscuda.optim.steps import stepping
 from rlscuda.optim.steps.spectral import block_rows
 
-SCHEMES = ("ddp", "fsdp2")
+SCHEMES = ("ddp", "shard_matrices", "fsdp2")
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ def ready_optimizer(given: Seen, scheme: str) -> tuple[nn.Module, RLSOptimizer]:
     model = given.network.meta()
     if scheme == "fsdp2":
         fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    optimizer = RLSOptimizer(model, process_group=dist.group.WORLD, **given.options)
+    options = {"shard_matrices": scheme == "shard_matrices", **given.options}
+    optimizer = RLSOptimizer(model, process_group=dist.group.WORLD, **options)
     for weight, layer in optimizer._registry.layers.items():
         optimizer._registry.stages[weight] = copy.copy(given.stages[layer.name])
     for parameter in model.parameters():
@@ -140,7 +142,7 @@ def step_of(given: Seen, scheme: str, size: int, rank: int, device: str = "cpu")
 
     Args:
         given: What it has seen.
-        scheme: `ddp` or `fsdp2`.
+        scheme: One of `SCHEMES`: replicated under DDP, with owners under DDP, or by rows.
         size: Of how many.
         rank: Which of them.
         device: For which the step is to be divided into parts.
@@ -173,8 +175,25 @@ def missing_bytes(layer: Layer) -> int:
     return lacking * layer.fan_in * state_dtype(layer.weight, None).itemsize
 
 
+def owner_of_most(given: Seen, size: int) -> tuple[int, int]:
+    """With `shard_matrices`, the process that has most of `P`, and that which multiplies most.
+
+    Layers of one process that share a `P` are taken for layers that do not.
+    """
+    sharing = Sharing()
+    sharing.enter(None, 0, size)
+    sizes = {x.weight: matrix_bytes(x, given.options.get("dtype")) for x in given.layers}
+    sharing.assign(sizes)
+    held, work = [0] * size, [0] * size
+    for layer in given.layers:
+        rank = sharing.owner(layer.weight)
+        held[rank] += sizes[layer.weight]
+        work[rank] += layer.outputs * layer.fan_in * layer.block_size
+    return held.index(max(held)), work.index(max(work))
+
+
 def busiest(given: Seen, size: int) -> int:
-    """The process, of so many, that multiplies most by `P`."""
+    """By rows, the process that multiplies most by `P`."""
     shapes = collections.Counter((x.outputs, x.fan_in * x.block_size) for x in given.layers)
 
     def work(rank: int) -> int:

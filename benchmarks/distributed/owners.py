@@ -1,4 +1,4 @@
-"""What a step would cost if every `P` had one owner among the processes. No optimizer does this.
+"""What a step would cost if every `P` had one owner under FSDP2. The optimizer does not do this.
 
 A rank keeps the rows of weights and moments that FSDP2 gives it. It sends the momentum of its rows
 to the owner of their `P`, which makes the direction of the whole layer and sends the rows back.

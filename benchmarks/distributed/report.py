@@ -5,7 +5,12 @@ from __future__ import annotations
 from benchmarks.learning.report import markdown
 
 SHOWN = ("1", "4", "16", "64", "256", "1024")
-TITLES = {"ddp": "DDP", "fsdp2": "FSDP2, rows", "owners": "*owners, not built*"}
+TITLES = {
+    "ddp": "DDP",
+    "shard_matrices": "DDP, `shard_matrices`",
+    "fsdp2": "FSDP2",
+    "owners": "*FSDP2, owners: not built*",
+}
 
 
 def report(document: dict) -> str:
@@ -52,13 +57,14 @@ def _ends(network: dict, document: dict) -> list[str]:
         f"{memory['bytes'] / 1e9:.0f} GB, {above} 10 % at any number of ranks; 10 % is that of "
         f"{_gb(ends['memory_of_which_it_is_the_share'])} GB. Under FSDP2 it is most of what a rank "
         f"holds {_from(ends['replicated_half_of_held_from'])}",
-        f"With owners `P` is within 10 % {_from(ends['owned_within_share_from'])}; the largest "
-        f"one, {_gb(ends['largest_matrix'])} GB, is the floor "
-        f"{_from(ends['largest_is_the_floor_from'])}",
+        f"With `shard_matrices` it is within 10 % {_from(ends['owned_within_share_from'])}; the "
+        f"largest `P`, {_gb(ends['largest_matrix'])} GB, is the floor "
+        f"{_from(ends['largest_is_the_floor_from'])}; weights are gathered, up to "
+        f"{_gb(ends['owned_gathered_at_once_most'])} GB at once",
         f"Products with `P` are {each('product_share_replicated', _percent)} of forward, "
         f"backward and step under DDP, at any number of ranks, and 5 % with "
         f"{each('minibatches_within_share', '{:.3g}'.format)} times the minibatch; by rows they "
-        f"are within 5 % {each('by_rows_within_share_from', _from)}, with owners "
+        f"are within 5 % {each('by_rows_within_share_from', _from)}, with `shard_matrices` "
         f"{each('by_owners_within_share_from', _from)}",
         f"What is exchanged of the inputs is {_percent(ends['exchange_over_gradient'])} of the "
         f"gradient's traffic. Borders cut blocks of rows {_from(ends['rows_gathered_from'])}: then "

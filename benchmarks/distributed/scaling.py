@@ -4,7 +4,8 @@ Bytes, collectives and FLOP are those of the optimizer's own code, run on the me
 process group of that size (`layout`), and for 1, 2 and 4 processes they are held against real
 trainings (`checks`). Times are computed from them and from the speeds of this machine, measured in
 the same run, or of another that the options give (`constants`). A step of ResNet-50 is timed, too.
-Matrices with owners (`owners`) are not built.
+Owners of matrices under FSDP2 (`owners`) are
+not built.
 
     python -m benchmarks.distributed.scaling --flops 67e12 --training-flops 400e12 \
         --memory-bandwidth 4.8e12 --link-bandwidth 50e9 --latency 1e-5 --memory 141e9
@@ -26,7 +27,7 @@ from benchmarks.common import environment
 from benchmarks.distributed import checks, constants
 from benchmarks.distributed.constants import Speeds
 from benchmarks.distributed.counting import Call
-from benchmarks.distributed.layout import Seen, Step, busiest, seen, step_of
+from benchmarks.distributed.layout import SCHEMES, Seen, Step, busiest, owner_of_most, seen, step_of
 from benchmarks.distributed.networks import Network, llama7b, resnet50
 from benchmarks.distributed.owners import Matrix, matrices_of, owned_step
 from rlscuda import RLSOptimizer
@@ -40,8 +41,13 @@ MEMORY_SHARE, TIME_SHARE = 0.1, 0.05  # above which P, or its products, are too 
 def steps_of(given: Seen, matrices: list[Matrix]) -> dict[str, dict[int, Step]]:
     """The step of the process that has most to do, by scheme and number of processes."""
     one, two = (step_of(given, "ddp", size, 0, DEVICE) for size in SIZES[:2])
-    steps: dict[str, dict[int, Step]] = {"ddp": {}, "fsdp2": {}, "owners": {}}
+    steps: dict[str, dict[int, Step]] = {name: {} for name in (*SCHEMES, "owners")}
     for size in SIZES:
+        heavy, busy = owner_of_most(given, size)
+        shared = step_of(given, "shard_matrices", size, heavy, DEVICE)
+        if busy != heavy:
+            other = step_of(given, "shard_matrices", size, busy, DEVICE)
+            shared = replace(shared, work=shared.work.most(other.work))
         # the first has the most rows, another may have to do with more blocks of them
         rows, rank = step_of(given, "fsdp2", size, 0, DEVICE), busiest(given, size)
         if rank:
@@ -49,6 +55,7 @@ def steps_of(given: Seen, matrices: list[Matrix]) -> dict[str, dict[int, Step]]:
             work, missing = rows.work.most(other.work), max(rows.missing, other.missing)
             rows = replace(rows, work=work, missing=missing)
         steps["ddp"][size] = one if size == 1 else two  # which more processes do not change
+        steps["shard_matrices"][size] = shared
         steps["fsdp2"][size] = rows
         steps["owners"][size] = owned_step(matrices, rows, size)
     return steps
@@ -86,7 +93,7 @@ def ends_of(rows: dict[str, dict[int, dict]], largest: int, memory: float) -> di
         largest: Bytes of the largest `P`.
         memory: Bytes of a device.
     """
-    ddp, fsdp2, owners = (rows[name] for name in ("ddp", "fsdp2", "owners"))
+    ddp, shared, fsdp2 = (rows[name] for name in SCHEMES)
     alone, limit = ddp[1], MEMORY_SHARE * memory
     weights = (alone["held"] - alone["state"]) // 2
     ends = {
@@ -97,8 +104,9 @@ def ends_of(rows: dict[str, dict[int, dict]], largest: int, memory: float) -> di
         "replicated_above_share_from": first(ddp, lambda r: r["matrices"] > limit),
         "memory_of_which_it_is_the_share": alone["matrices"] / MEMORY_SHARE,
         "replicated_half_of_held_from": first(fsdp2, lambda r: 2 * r["matrices"] > r["held"]),
-        "owned_within_share_from": first(owners, lambda r: r["matrices"] <= limit),
-        "largest_is_the_floor_from": first(owners, lambda r: r["matrices"] == largest),
+        "owned_within_share_from": first(shared, lambda r: r["matrices"] <= limit),
+        "largest_is_the_floor_from": first(shared, lambda r: r["matrices"] == largest),
+        "owned_gathered_at_once_most": max(r["gathered_at_once"] for r in shared.values()),
         "exchange_over_gradient": ddp[SIZES[-1]]["sent"] / (2 * weights),
         "rows_gathered_from": first(fsdp2, lambda r: r["gathered_at_once"]),
         "rows_gathered_at_once_most": max(r["gathered_at_once"] for r in fsdp2.values()),
@@ -121,7 +129,7 @@ def time_ends(rows: dict[str, dict[int, dict]], machine: str) -> dict[str, Any]:
         "minibatches_within_share": max(0.0, alone["product"] / TIME_SHARE - rest)
         / alone["training"],
         "by_rows_within_share_from": first(rows["fsdp2"], within),
-        "by_owners_within_share_from": first(rows["owners"], within),
+        "by_owners_within_share_from": first(rows["shard_matrices"], within),
     }
 
 

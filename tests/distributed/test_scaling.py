@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks import tables
 from benchmarks.distributed import checks, constants, scaling
 from benchmarks.distributed.counting import Call, Counter, Work
-from benchmarks.distributed.layout import busiest, seen, step_of
+from benchmarks.distributed.layout import busiest, owner_of_most, seen, step_of
 from benchmarks.distributed.networks import Network, llama7b, resnet50
 from benchmarks.distributed.owners import Matrix, matrices_of, owned_step, shares
 from rlscuda import RLSOptimizer
@@ -81,6 +81,25 @@ def test_bytes_of_fsdp2(given, size, rank):
         }
         missing += 4 * n * len([row for row in needed if row < c and not start <= row < stop])
     assert (step.work.product, step.missing) == (product, missing)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_bytes_of_shard_matrices(given, size):
+    steps = [step_of(given, "shard_matrices", size, rank) for rank in range(size)]
+    heavy, busy = owner_of_most(given, size)
+    assert steps[heavy].matrices == max(step.matrices for step in steps) >= 4 * 151**2
+    assert steps[busy].work.product == max(step.work.product for step in steps)
+    assert sum(step.work.product for step in steps) == step_of(given, "ddp", 1, 0).work.product
+    # the matrix of the head is the largest, then those of the two before it come
+    owned = {1: [[0, 1, 2]], 2: [[2], [0, 1]]}.get(size, [[2], [0], [1], *[[]] * (size - 3)])
+    sizes = [sum(OUTPUTS[i] * INPUTS[i] for i in own) for own in owned]
+    for step, own in zip(steps, owned, strict=True):
+        matrices = {21: 21**2, 151: 151**2}
+        assert step.matrices == 4 * sum(matrices[n] for n in {INPUTS[i] for i in own})
+        if size > 1:
+            ddp = step_of(given, "ddp", size, 0).calls
+            assert step.calls[:2] == ddp and len(step.calls) == 3
+            assert step.calls[2].bytes == 4 * size * max(sizes)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 12])
