@@ -17,7 +17,6 @@ from rlscuda import RLSOptimizer
 from rlscuda.optim.moves import Move, prepare
 from rlscuda.optim.state import ready
 from rlscuda.optim.steps.matrices import update_matrices
-from rlscuda.optim.steps.reduction import staged
 from rlscuda.optim.steps.spectral import _inverse_root, block_rows, write_directions
 from rlscuda.optim.steps.whole import _move
 
@@ -82,8 +81,8 @@ def one_move(outputs: int, inputs: int) -> Move:
     model(torch.randn(64, inputs)).square().mean().backward()
     registry, states = optimizer._registry, optimizer.state
     (layer,) = registry.layers.values()
-    ready(states, registry, [layer], optimizer._fallback)
-    summaries = staged(registry, states, optimizer._processes)
+    ready(states, registry, [layer], optimizer._fallback, alone=True)
+    summaries = {weight: stage.summary for weight, stage in registry.stages.items()}
     return _move(layer, registry, states, summaries)
 
 

@@ -176,10 +176,7 @@ def missing_bytes(layer: Layer) -> int:
 
 
 def owner_of_most(given: Seen, size: int) -> tuple[int, int]:
-    """With `shard_matrices`, the process that has most of `P`, and that which multiplies most.
-
-    Layers of one process that share a `P` are taken for layers that do not.
-    """
+    """With `shard_matrices`, the process that has most of `P`, and that which multiplies most."""
     sharing = Sharing()
     sharing.enter(None, 0, size)
     sizes = {x.weight: matrix_bytes(x, given.options.get("dtype")) for x in given.layers}

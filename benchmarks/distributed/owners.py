@@ -15,21 +15,19 @@ import torch
 
 from benchmarks.distributed.counting import Call, Counter, Work, held
 from benchmarks.distributed.layout import Seen, Step, on_meta, one_of, ready_optimizer
-from rlscuda.optim.layers import Layer
 from rlscuda.optim.state import ready
-from rlscuda.optim.steps.reduction import staged
 from rlscuda.optim.steps.stepping import step_layers
 from rlscuda.optim.steps.whole import _move
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One `P` and the layers that have it.
+    """One `P`, which is of one layer.
 
     Attributes:
         bytes: Its own.
-        moved: Of the momentum of its layers.
-        work: Of a step of them.
+        moved: Of the momentum of its layer.
+        work: Of a step of that.
     """
 
     bytes: int
@@ -38,22 +36,19 @@ class Matrix:
 
 
 def matrices_of(given: Seen) -> list[Matrix]:
-    """Every `P` of a network."""
+    """Every `P` of a network that several processes train."""
     found = []
-    with one_of(1, 0), on_meta("cpu"), torch.no_grad():
+    with one_of(2, 0), on_meta("cpu"), torch.no_grad():
         _, optimizer = ready_optimizer(given, "ddp")
         registry, states = optimizer._registry, optimizer.state
-        ready(states, registry, list(registry.layers.values()), optimizer._fallback)
-        summaries = staged(registry, states, optimizer._processes)
-        together: dict[int, list[Layer]] = {}
-        for weight, layer in registry.layers.items():
-            together.setdefault(id(states[weight]["P"]), []).append(layer)
-        for layers in together.values():
-            moves = [_move(layer, registry, states, summaries) for layer in layers]
-            P = moves[0].state["P"]
-            moved = sum(m.outputs * m.layer.fan_in for m in moves) * P.element_size()
+        ready(states, registry, list(registry.layers.values()), optimizer._fallback, alone=False)
+        summaries = {weight: stage.summary for weight, stage in registry.stages.items()}
+        for layer in registry.layers.values():
+            move = _move(layer, registry, states, summaries)
+            P = move.state["P"]
+            moved = move.outputs * layer.fan_in * P.element_size()
             with Counter().counting() as counter:
-                step_layers(moves, {})
+                step_layers([move], {})
             found.append(Matrix(held(P), moved, counter.work))
     return found
 
@@ -77,12 +72,14 @@ def owned_step(matrices: list[Matrix], rows: Step, size: int) -> Step:
         rows: The step of FSDP2 of as many processes, with as much exchanged of the inputs.
         size: Processes.
     """
+    if size == 1:
+        return rows
     owned = [share for share in shares(matrices, size) if share]
     most = max(sum(m.bytes for m in share) for share in owned)
     sent = sum(m.moved for m in matrices) // size
     returned = max(sum(m.moved for m in share) for share in owned)
     calls = rows.calls[:3]  # of what was seen of the inputs, and whether gradients are finite
-    calls += [Call("all_to_all_single", count) for count in (sent, returned)] if size > 1 else []
+    calls += [Call("all_to_all_single", count) for count in (sent, returned)]
     work = max((sum((m.work for m in share), Work()) for share in owned), key=lambda w: w.product)
     state = rows.state - rows.matrices + most
     return Step(rows.weights, most, state, calls, work, missing=0)

@@ -37,7 +37,7 @@ def _of_network(network: dict, document: dict) -> str:
         lines.append(line)
     head = (
         f"**{network['network']}**: {network['parameters']:,} parameters, "
-        f"{network['layers']} layers, {network['matrices']} matrices `P`; {network['minibatch']} "
+        f"{network['layers']} layers with a `P`; {network['minibatch']} "
         "a rank.\n\n"
     )
     return head + markdown(lines) + "\n" + "".join(f"- {x}.\n" for x in _ends(network, document))
@@ -53,7 +53,9 @@ def _ends(network: dict, document: dict) -> list[str]:
     kind = "an assumed" if memory["assumed"] else "this machine's"
     above = "above" if ends["replicated_above_share_from"] else "within"
     return [
-        f"Replicated, `P` takes {_percent(ends['replicated_share_of_memory'])} of {kind} "
+        f"On one process layers of one input share a `P`, which takes "
+        f"{_gb(ends['matrices_of_one_process'])} GB. On several, replicated, it takes "
+        f"{_percent(ends['replicated_share_of_memory'])} of {kind} "
         f"{memory['bytes'] / 1e9:.0f} GB, {above} 10 % at any number of ranks; 10 % is that of "
         f"{_gb(ends['memory_of_which_it_is_the_share'])} GB. Under FSDP2 it is most of what a rank "
         f"holds {_from(ends['replicated_half_of_held_from'])}",
@@ -62,7 +64,7 @@ def _ends(network: dict, document: dict) -> list[str]:
         f"{_from(ends['largest_is_the_floor_from'])}; weights are gathered, up to "
         f"{_gb(ends['owned_gathered_at_once_most'])} GB at once",
         f"Products with `P` are {each('product_share_replicated', _percent)} of forward, "
-        f"backward and step under DDP, at any number of ranks, and 5 % with "
+        f"backward and step under DDP, about so at any number of ranks, and 5 % with "
         f"{each('minibatches_within_share', '{:.3g}'.format)} times the minibatch; by rows they "
         f"are within 5 % {each('by_rows_within_share_from', _from)}, with `shard_matrices` "
         f"{each('by_owners_within_share_from', _from)}",

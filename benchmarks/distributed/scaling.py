@@ -94,40 +94,41 @@ def ends_of(rows: dict[str, dict[int, dict]], largest: int, memory: float) -> di
         memory: Bytes of a device.
     """
     ddp, shared, fsdp2 = (rows[name] for name in SCHEMES)
-    alone, limit = ddp[1], MEMORY_SHARE * memory
-    weights = (alone["held"] - alone["state"]) // 2
+    several, limit = ddp[SIZES[-1]], MEMORY_SHARE * memory
+    weights = (several["held"] - several["state"]) // 2
     ends = {
         "weights": weights,
-        "matrices": alone["matrices"],
+        "matrices": several["matrices"],
+        "matrices_of_one_process": ddp[1]["matrices"],
         "largest_matrix": largest,
-        "replicated_share_of_memory": alone["matrices"] / memory,
+        "replicated_share_of_memory": several["matrices"] / memory,
         "replicated_above_share_from": first(ddp, lambda r: r["matrices"] > limit),
-        "memory_of_which_it_is_the_share": alone["matrices"] / MEMORY_SHARE,
+        "memory_of_which_it_is_the_share": several["matrices"] / MEMORY_SHARE,
         "replicated_half_of_held_from": first(fsdp2, lambda r: 2 * r["matrices"] > r["held"]),
         "owned_within_share_from": first(shared, lambda r: r["matrices"] <= limit),
         "largest_is_the_floor_from": first(shared, lambda r: r["matrices"] == largest),
         "owned_gathered_at_once_most": max(r["gathered_at_once"] for r in shared.values()),
-        "exchange_over_gradient": ddp[SIZES[-1]]["sent"] / (2 * weights),
+        "exchange_over_gradient": several["sent"] / (2 * weights),
         "rows_gathered_from": first(fsdp2, lambda r: r["gathered_at_once"]),
         "rows_gathered_at_once_most": max(r["gathered_at_once"] for r in fsdp2.values()),
         "rows_missing_most": max(r["missing"] for r in fsdp2.values()),
         "rows_sent_above_weights_from": first(fsdp2, lambda r: r["sent"] > weights),
     }
-    return ends | {name: time_ends(rows, name) for name in alone["seconds"]}
+    return ends | {name: time_ends(rows, name) for name in several["seconds"]}
 
 
 def time_ends(rows: dict[str, dict[int, dict]], machine: str) -> dict[str, Any]:
     """Where the products with `P` take too much of the time of a machine."""
-    alone = rows["ddp"][1]["seconds"][machine]
-    rest = sum(alone.values()) - alone["training"]
+    several = rows["ddp"][SIZES[-1]]["seconds"][machine]
+    rest = sum(several.values()) - several["training"]
 
     def within(row: dict) -> bool:
         return product_share(row["seconds"][machine]) <= TIME_SHARE
 
     return {
-        "product_share_replicated": product_share(alone),
-        "minibatches_within_share": max(0.0, alone["product"] / TIME_SHARE - rest)
-        / alone["training"],
+        "product_share_replicated": product_share(several),
+        "minibatches_within_share": max(0.0, several["product"] / TIME_SHARE - rest)
+        / several["training"],
         "by_rows_within_share_from": first(rows["fsdp2"], within),
         "by_owners_within_share_from": first(rows["shard_matrices"], within),
     }

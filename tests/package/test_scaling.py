@@ -34,6 +34,11 @@ def given():
     return seen(Network("tiny", Tiny, (4, 20), "4 rows"))
 
 
+def matrices(size):
+    """Columns of each P: on one process the two layers of one input have one."""
+    return [21, 151] if size == 1 else [21, 21, 151]
+
+
 def rows(c, size, rank):
     """First and last + 1, of parts as large as the first."""
     most = math.ceil(c / size)
@@ -44,8 +49,8 @@ def rows(c, size, rank):
 def test_bytes_of_ddp(given, size):
     step = step_of(given, "ddp", size, 0)
     assert step.weights == 4 * sum(c * n for c, n in zip(OUTPUTS, INPUTS))
-    assert step.matrices == 4 * (21**2 + 151**2)
-    once = 2 * (8 * SLOTS + 4)  # health and power of each P
+    assert step.matrices == 4 * sum(n**2 for n in matrices(size))
+    once = len(matrices(size)) * (8 * SLOTS + 4)  # health and power of each P
     assert step.state == step.weights + step.matrices + once
     keys, summaries = 8 * (2 * RANK * 3 + 2 * 3 + 2), 4 * (RANK * sum(INPUTS) + RANK * 3)
     calls = [Call("all_reduce", keys), Call("all_reduce", summaries)]
@@ -59,7 +64,8 @@ def test_bytes_of_fsdp2(given, size, rank):
     parts = [rows(c, size, rank) for c in OUTPUTS]
     here = [stop - start for start, stop in parts]
     assert step.weights == 4 * sum(c * n for c, n in zip(here, INPUTS))
-    assert step.state == step.weights + step.matrices + 2 * (8 * SLOTS + 4)
+    assert step.matrices == 4 * sum(n**2 for n in matrices(size))
+    assert step.state == step.weights + step.matrices + 3 * (8 * SLOTS + 4)
     gathers = {}
     for c, n, together in ((150, 21, 2), (7, 151, 1)):  # of one shape at once
         m, most = math.ceil(c / math.ceil(c / 64)), math.ceil(c / size)
@@ -94,8 +100,8 @@ def test_bytes_of_shard_matrices(given, size):
     owned = {1: [[0, 1, 2]], 2: [[2], [0, 1]]}.get(size, [[2], [0], [1], *[[]] * (size - 3)])
     sizes = [sum(OUTPUTS[i] * INPUTS[i] for i in own) for own in owned]
     for step, own in zip(steps, owned, strict=True):
-        matrices = {21: 21**2, 151: 151**2}
-        assert step.matrices == 4 * sum(matrices[n] for n in {INPUTS[i] for i in own})
+        expected = matrices(1) if size == 1 else [INPUTS[i] for i in own]
+        assert step.matrices == 4 * sum(n**2 for n in expected)
         if size > 1:
             ddp = step_of(given, "ddp", size, 0).calls
             assert step.calls[:2] == ddp and len(step.calls) == 3
@@ -137,12 +143,10 @@ def test_meta_and_real_steps_ask_for_the_same(given):
 
 
 def test_every_matrix_has_one_owner(given):
-    matrices = matrices_of(given)
-    assert sorted(m.bytes for m in matrices) == [4 * 21**2, 4 * 151**2]
-    assert sorted(m.moved for m in matrices) == [4 * 7 * 151, 4 * 2 * 150 * 21]
-    assert (
-        sum((m.work for m in matrices), Work()).product == step_of(given, "ddp", 1, 0).work.product
-    )
+    found = matrices_of(given)
+    assert [m.bytes for m in found] == [4 * 21**2, 4 * 21**2, 4 * 151**2]
+    assert [m.moved for m in found] == [4 * 150 * 21, 4 * 150 * 21, 4 * 7 * 151]
+    assert sum((m.work for m in found), Work()).product == step_of(given, "ddp", 2, 0).work.product
     some = [Matrix(size, 0, Work()) for size in torch.randint(1, 1000, (50,)).tolist()]
     for size in (1, 3, 8, 64):
         owned = shares(some, size)
@@ -153,7 +157,7 @@ def test_every_matrix_has_one_owner(given):
         )
         assert max(loads) <= sum(loads) / size + largest
     by_rows = step_of(given, "fsdp2", 4, 0)
-    step = owned_step(matrices, by_rows, 4)
+    step = owned_step(found, by_rows, 4)
     assert step.matrices == 4 * 151**2
     assert by_rows.held - step.held == by_rows.matrices - step.matrices
     assert step.gathered == 0 < by_rows.gathered
@@ -209,11 +213,11 @@ def test_a_training_that_does_something_else_is_an_error(monkeypatch):
 def test_where_schemes_end(given, monkeypatch):
     monkeypatch.setattr(scaling, "SIZES", [1, 2, 4])
     machines = {"measured": constants.Speeds(1e9, 1e9, 1e9, 1e9, 1e9, 1e9, 1e-6)}
-    memory = 10.0 * step_of(given, "ddp", 1, 0).matrices - 1
+    memory = 10.0 * step_of(given, "ddp", 2, 0).matrices - 1
     record = scaling.network_record(given.network, machines, memory)
     ends = record["ends"]
-    assert ends["replicated_above_share_from"] == 1
-    assert ends["owned_within_share_from"] == ends["largest_is_the_floor_from"] == 2
+    assert ends["replicated_above_share_from"] == 2  # one process shares a P
+    assert ends["owned_within_share_from"] == 1 and ends["largest_is_the_floor_from"] == 2
     assert ends["rows_gathered_from"] == 2  # 75 rows of each are one and a half blocks of 50
     document = {
         "environment": dict.fromkeys(("cpu", "cores", "load_at_start", "torch"), 1)
