@@ -10,7 +10,6 @@ import sys
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -178,12 +177,6 @@ def is_dtensor(tensor: Any) -> bool:
 def flattened(mesh: Any) -> Any:
     """The process group of all dimensions of a device mesh."""
     return mesh._flatten().get_group()
-
-
-def gather_rows(out: Tensor, own: Tensor, group: Any) -> None:
-    """Fills `out` by the tensors of all processes, one after another."""
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # < 2.13
-    gather(out, own, group)
 
 
 def share_hooks(new: Tensor, old: Tensor) -> None:

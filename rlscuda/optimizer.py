@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rlscuda._torch import outside_dynamo, unwrapped
+from rlscuda._torch import is_dtensor, outside_dynamo, unwrapped
 from rlscuda.interrupts import uninterrupted
 from rlscuda.optim import advice, forms, hooks
 from rlscuda.optim.discovery import Registry, as_list
@@ -370,12 +370,23 @@ class RLSOptimizer(Joining, Optimizer):
         self._follow_groups()
 
     # -- surgery ----------------------------------------------------------------------------------
+
+    def _check_whole(self) -> None:
+        """Raises ValueError where this process has a part of the layers only."""
+        shared = self._processes.sharing is not None and self._processes.size > 1
+        if shared or any(map(is_dtensor, self._registry.group_of)):
+            what = "shard_matrices" if shared else "the sharded weights"
+            raise ValueError(
+                f"this needs every layer whole on every process, which {what} leave on others: "
+                "load state_dict() into an optimizer of a whole model, and go on with that"
+            )
+
     def _cut(self, replaced: Replaced) -> tuple[dict[nn.Parameter, dict[str, Any]], list[Change]]:
         """How it follows when parameters are replaced by smaller ones; nothing is changed yet.
 
         Returns the state of each covered weight, by the old weight, and the changes of itself.
         """
-        self._processes.check_whole(self._registry.layers)
+        self._check_whole()
         cut, kept, changes = self._registry.cut(replaced)
         return cut_states(kept, self.state), [*changes, *self._followed(cut)]
 

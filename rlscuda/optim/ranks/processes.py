@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -107,20 +106,6 @@ class Processes:
             raise RuntimeError(
                 "step() exchanges what the processes saw of the inputs, which join() of the model "
                 "alone does not know of: use torch.distributed.algorithms.Join([model, optimizer])"
-            )
-
-    def check_whole(self, weights: Iterable[Tensor]) -> None:
-        """Refuses to read or cut all matrices and weights where this process has a part of them.
-
-        Raises:
-            ValueError: It has.
-        """
-        shared = self.sharing is not None and self.size > 1
-        if shared or any(map(is_dtensor, weights)):
-            what = "shard_matrices" if shared else "the sharded weights"
-            raise ValueError(
-                f"this needs every layer whole on every process, which {what} leave on others: "
-                "load state_dict() into an optimizer of a whole model, and go on with that"
             )
 
     def agree(self, layout: str, device: torch.device) -> None:

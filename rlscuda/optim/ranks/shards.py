@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlscuda._torch import dtensor, flattened, gather_rows, is_dtensor
+from rlscuda._torch import dtensor, flattened, is_dtensor
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,21 @@ class Rows:
     @property
     def start(self) -> int:
         """The first row of this process."""
-        return min(self.rank * self.most, self.total)
+        return self._span(self.rank)[0]
 
     @property
     def stop(self) -> int:
         """The last row of this process, + 1."""
-        return min(self.start + self.most, self.total)
+        return self._span(self.rank)[1]
+
+    def _span(self, rank: int) -> tuple[int, int]:
+        start = min(rank * self.most, self.total)
+        return start, min(start + self.most, self.total)
+
+    def _whole(self, rank: int, m: int) -> tuple[int, int]:
+        """The span of the blocks of `m` rows, the last filled up, that hold a process' rows."""
+        start, stop = self._span(rank)
+        return start // m * m, -(-stop // m) * m if stop > start else start // m * m
 
     def sum(self, x: Tensor) -> Tensor:
         """Makes every element the sum over the processes."""
@@ -72,23 +81,35 @@ class Rows:
         Returns:
             [b, k m, n], and the place in it of the first row of this process.
         """
-        first = self.start // m * m
-        last = -(-self.stop // m) * m if self.stop > self.start else first
-        part = part[:, : self.stop - self.start]
-        if self.most % m and self.size > 1:  # borders cut blocks: on all processes, or on none
-            part = self._gathered(part)[:, first:last]
+        first, last = self._whole(self.rank, m)
         rows = part.new_zeros(len(part), last - first, part.shape[2])
-        rows[:, : part.shape[1]] = part
+        rows[:, self.start - first : self.stop - first] = part[:, : self.stop - self.start]
+        if self.most % m and self.size > 1:  # borders cut blocks: on all processes, or on none
+            self._fill_up(rows, m)
         return rows, self.start - first
 
-    def _gathered(self, part: Tensor) -> Tensor:
-        """The rows of all processes [b, total, n]."""
-        b, rows, n = part.shape
-        own = part.new_zeros(b, self.most, n)
-        own[:, :rows] = part
-        all_rows = part.new_empty(self.size * b, self.most, n)
-        gather_rows(all_rows, own, self.group)
-        return all_rows.view(self.size, b, -1, n).transpose(0, 1).reshape(b, -1, n)[:, : self.total]
+    def _fill_up(self, rows: Tensor, m: int) -> None:
+        """Takes the rows of this process' blocks that others have, and gives them theirs."""
+        first, last = self._whole(self.rank, m)
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        gives, takes = [(0, 0)] * self.size, [(0, 0)] * self.size
+        for rank in others:
+            gives[rank] = _common((self.start, self.stop), self._whole(rank, m))
+            takes[rank] = _common(self._span(rank), (first, last))
+        given = [rows[:, a - first : b - first].flatten() for a, b in gives]
+        size = len(rows) * rows.shape[2]
+        counts = [(b - a) * size for a, b in takes]
+        taken = rows.new_empty(sum(counts))
+        sizes = [piece.numel() for piece in given]
+        dist.all_to_all_single(taken, torch.cat(given), counts, sizes, self.group)
+        for (a, b), piece in zip(takes, taken.split(counts)):
+            rows[:, a - first : b - first] = piece.view(len(rows), b - a, rows.shape[2])
+
+
+def _common(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+    """What two spans have in common; an empty one within the first, where that is nothing."""
+    start, stop = max(one[0], other[0]), min(one[1], other[1])
+    return (start, stop) if start < stop else (one[0], one[0])
 
 
 def rows_of(weight: Any) -> Rows | None:

@@ -5,14 +5,13 @@ The largest are given out first, each to the process that has least so far. A la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlscuda._torch import gather_rows, is_dtensor, tree_map
+from rlscuda._torch import is_dtensor, tree_map
 
 
 class Sharing:
@@ -80,14 +79,17 @@ class Sharing:
                 by_owner[self.owner(weight)] += [
                     p.detach() for p in own if (p.device, p.dtype) == (device, dtype)
                 ]
-            most = max(sum(p.numel() for p in some) for some in by_owner)
-            everything = torch.empty(len(by_owner), most, dtype=dtype, device=device)
-            mine = torch.zeros(most, dtype=dtype, device=device)
-            _pieces(mine, by_owner[self._rank], torch.Tensor.copy_)
-            gather_rows(everything.view(-1), mine, self._group)
             for rank, some in enumerate(by_owner):
-                if rank != self._rank:
-                    _pieces(everything[rank], some, lambda piece, p: p.copy_(piece))
+                if some:
+                    self._broadcast(rank, some)
+
+    def _broadcast(self, rank: int, parameters: list[Tensor]) -> None:
+        """Gives every process the values that some parameters have on one, in one piece."""
+        flat = torch.cat([p.flatten() for p in parameters])
+        dist.broadcast(flat, dist.get_global_rank(self._group, rank), self._group)
+        if rank != self._rank:
+            for p, piece in zip(parameters, flat.split([p.numel() for p in parameters])):
+                p.copy_(piece.view(p.shape))
 
     def gathered(self, state: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
         """The entries of all layers, by number of the parameter; those of others on the CPU."""
@@ -98,14 +100,6 @@ class Sharing:
         dist.all_gather_object(parts, own, self._group)
         others = {k: entries for part in parts for k, entries in part.items()}
         return {**state, **{k: state[k] if k in own else others[k] for k in sorted(others)}}
-
-
-def _pieces(flat: Tensor, parameters: Iterable[Tensor], do: Callable) -> None:
-    """Does something with the piece of a flat tensor that stands for each of some parameters."""
-    start = 0
-    for p in parameters:
-        do(flat[start : start + p.numel()].view(p.shape), p)
-        start += p.numel()
 
 
 def on_cpu(tree: Any) -> Any:

@@ -87,7 +87,7 @@ def by_weight(
     """The matrix of each covered weight that the optimizer has made a step with, or of some."""
     result: dict[nn.Parameter, Tensor] = {}
     made: dict[tuple[int, int], Tensor] = {}  # layers of one input share P
-    optimizer._processes.check_whole(optimizer._registry.group_of)
+    optimizer._check_whole()
     for weight, group in optimizer._registry.group_of.items():
         state = optimizer.state.get(weight, {})
         if not state.get("step") or (weights is not None and weight not in weights):
