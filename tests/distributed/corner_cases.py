@@ -10,6 +10,9 @@ import torch.distributed as dist
 from distributed.training import backward, minibatch, mlp, number_of, state_of
 from torch import nn
 from torch.distributed.algorithms.join import Join
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
@@ -104,6 +107,17 @@ def let_go(rank, size):
     del ddp
     gc.collect()
     return left() is None and optimizer.health()["0"].updates == 1
+
+
+def columns(rank, size):
+    """A network whose layers all are column-wise parallel."""
+    mesh = init_device_mesh("cpu", (size,))
+    gathered = ColwiseParallel(output_layouts=Replicate())
+    model = parallelize_module(mlp(), mesh, {"0": gathered, "2": gathered})
+    optimizer = RLSOptimizer(model)
+    backward(model, mlp, [1], [5])
+    optimizer.step()
+    return True
 
 
 def shards_join(rank, size):

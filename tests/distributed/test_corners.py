@@ -9,6 +9,7 @@ KINDS = ["mean", "sketch", "sample"]
 TWO = {
     **{f"mates {kind}": case(cases.mates, kind) for kind in KINDS},
     "checkpointed": cases.checkpointed,
+    "columns": cases.columns,
     "two types": cases.two_types,
     "let go": cases.let_go,
     "shards join": cases.shards_join,
@@ -33,6 +34,11 @@ def test_a_checkpointed_network_is_called_by_ddp_too(two):
     assert not spread(ranks)
     assert distance(ranks[0], one, "P ") <= 1e-15 and distance(ranks[0], one, "W ") <= 1e-15
     assert not any("process_group" in text for texts in two["checkpointed"][1] for text in texts)
+
+
+def test_tensor_parallel_processes_are_not_apart(two):
+    assert all(results(two, "columns"))
+    assert not any("process_group" in text for texts in two["columns"][1] for text in texts)
 
 
 def test_layers_of_two_types_are_agreed_on_once(two):

@@ -2,12 +2,13 @@
 
 The means weigh by their counts and the sketches by the roots of theirs. Of samples each row is that
 of the least key. Where all processes have seen minibatches of the same sizes, their draws are those
-of one process that sees rank after rank (see `Stage.place`), and so is the result. Where they have
-not, draws of different ranks may go by the same numbers: then sketches are summed with random
-signs, and the rank of a sampled row is drawn anew, with a probability as the rank's share.
+of one process that sees rank after rank (see `place` of `Stage.observe`), and so is the result.
+Where they have not, draws of different ranks may go by the same numbers: then sketches are summed
+with random signs, and the rank of a sampled row is drawn anew, with a probability as its share.
 
-It takes one all-reduce, and one of few integers before it unless all summaries are means. Every
-rank takes part with every layer, whatever it has seen; nothing waits for a GPU.
+For each device and dtype it takes one all-reduce, and one of few integers before it unless all
+summaries are means. Every rank takes part with every layer, whatever it has seen. A GPU is waited
+for where this rank has seen nothing of a layer, and when ranks first agree on what they exchange.
 """
 
 from __future__ import annotations
@@ -191,7 +192,7 @@ def _agreed_draws(
     """Of each row of this process what it counts in the sum: of a sample 0 or 1, else 1 or -1.
 
     Raises:
-        RuntimeError: The processes are not at the same step.
+        RuntimeError: The processes are not at the same step, which a CPU alone checks.
     """
     choice = {id(part): torch.ones(part.rank, device=device) for part in parts}
     drawn = [part for part in parts if part.kind != "mean"]

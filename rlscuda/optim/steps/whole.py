@@ -132,7 +132,8 @@ def _move(
 
 
 def _alone(processes: Processes, moves: list[Move]) -> Iterator[str]:
-    seen = any(move.summary is not None for move in moves)  # else nobody has called a layer yet
-    text = processes.apart() if seen else None
+    # a layer that nobody has called says nothing, and rows elsewhere move with those here
+    tells = any(move.summary is not None and move.shard is None for move in moves)
+    text = processes.apart() if tells else None
     if text is not None:
         yield text
