@@ -56,7 +56,7 @@ def unbiased(rank, size, kind, draws):
     optimizer = RLSOptimizer(model, summary=kind, rank=2, process_group=dist.group.WORLD)
     (layer,) = optimizer._registry.layers.values()
     processes, group = Processes(dist.group.WORLD), optimizer.param_groups[0]
-    rows = [torch.arange(1.0, 1 + 3 * n).view(n, 3).cos() for n in (4, 7)]
+    rows = [torch.arange(1.0, 1 + 3 * n).view(n, 3).cos() for n in (7, 2)]  # both draw by 2 and 3
     x = torch.cat(rows)
     mean = torch.zeros(3, 3, dtype=torch.float64)
     own = [dict(group, seed=seed) for seed in range(draws)]

@@ -111,10 +111,10 @@ def test_uneven_minibatches_leave_no_spread(two, kind, rank):
     assert not spread(results(two, f"uneven {kind} {rank}"))
 
 
-@pytest.mark.parametrize("kind", ["sketch", "sample"])
-def test_uneven_draws_are_unbiased(two, kind):
+@pytest.mark.parametrize("kind, within", [("sketch", 0.1), ("sample", 0.03)])
+def test_uneven_draws_are_unbiased(two, kind, within):
     for mean, expected in results(two, f"unbiased {kind}"):
-        assert (mean - expected).abs().max() < 0.1 * expected.abs().max()
+        assert (mean - expected).abs().max() < within * expected.abs().max()
 
 
 @pytest.mark.combination(
