@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
+from distributed.shard_cases import sharded, train, whole
 from distributed.training import backward, minibatch, mlp, number_of, state_of
 from torch import nn
 from torch.distributed.algorithms.join import Join
@@ -118,6 +119,20 @@ def columns(rank, size):
     backward(model, mlp, [1], [5])
     optimizer.step()
     return True
+
+
+def one_row(rank, size):
+    """A gradient that is not finite in a row that one process has; what moves, on any."""
+    model = sharded(mlp, (size,))
+    optimizer = RLSOptimizer(model)
+    train(model, optimizer, mlp, rank, 2)
+    before = whole(state_of(model, optimizer))
+    backward(model, mlp, [number_of(2, 0, rank)], [5])
+    if rank == 0:
+        model[0].weight.grad.to_local()[0, 0] = torch.inf
+    optimizer.step()
+    after = whole(state_of(model, optimizer))
+    return [k for k in before if k[0] in "WP" and not torch.equal(before[k], after[k])]
 
 
 def shards_join(rank, size):

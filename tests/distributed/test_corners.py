@@ -10,6 +10,7 @@ TWO = {
     **{f"mates {kind}": case(cases.mates, kind) for kind in KINDS},
     "checkpointed": cases.checkpointed,
     "columns": cases.columns,
+    "one row": cases.one_row,
     "two types": cases.two_types,
     "let go": cases.let_go,
     "shards join": cases.shards_join,
@@ -39,6 +40,10 @@ def test_a_checkpointed_network_is_called_by_ddp_too(two):
 def test_tensor_parallel_processes_are_not_apart(two):
     assert all(results(two, "columns"))
     assert not any("process_group" in text for texts in two["columns"][1] for text in texts)
+
+
+def test_a_gradient_of_a_row_elsewhere_voids_the_step(two):
+    assert all(moved == [] for moved in results(two, "one row"))
 
 
 def test_layers_of_two_types_are_agreed_on_once(two):
