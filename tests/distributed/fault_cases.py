@@ -102,11 +102,11 @@ def of_another(rank, size, wrap, folder):
 
 
 def lasting(rank, size):
-    """Tensors alive after two hundred steps and after three hundred."""
-    model, call, optimizer = trained(rank, "ddp", 100)
+    """Tensors alive after forty steps and after sixty."""
+    model, call, optimizer = trained(rank, "ddp", 20)
     counts = []
-    for start in (100, 200):
-        steps_of(call, model, optimizer, [rank], 100, start)
+    for start in (20, 40):
+        steps_of(call, model, optimizer, [rank], 20, start)
         gc.collect()
         counts.append(sum(isinstance(some, torch.Tensor) for some in gc.get_objects()))
     return counts

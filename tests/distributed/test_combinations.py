@@ -5,7 +5,7 @@ from distributed import combination_cases as cases
 from distributed import fault_cases as faults
 from distributed import pipeline_cases as pipelines
 from distributed.launch import case, launch, results
-from distributed.training import distance, spread
+from distributed.training import same, spread
 
 BOTH = ["ddp", "fsdp"]
 VARIANTS = [
@@ -57,11 +57,6 @@ TWO = {
     **{f"transformer {kind}": case(cases.transformer, kind) for kind in ("llama", "bert")},
     **{f"pipeline {i}": case(pipelines.pipeline, *one) for i, one in enumerate(PIPELINES)},
 }
-FOUR = {
-    "subgroup": case(cases.averaged, [1, 2]),
-    "columns": case(cases.two_dimensions, False),
-    "rows": case(cases.two_dimensions, True),
-}
 
 
 @pytest.fixture(scope="module")
@@ -78,19 +73,6 @@ def two(tmp_path_factory):
         folder = str(tmp_path_factory.mktemp("another"))
         some[f"another {wrap}"] = case(faults.of_another, wrap, folder)
     return dict(zip(some, launch(2, list(some.values()))))
-
-
-@pytest.fixture(scope="module")
-def four():
-    return dict(zip(FOUR, launch(4, list(FOUR.values()))))
-
-
-def same(ranks, tolerance=1e-15):
-    """No spread, and no distance from one process; recurrent sums are longer."""
-    states = [state for state, *_ in ranks]
-    assert not spread(states)
-    assert distance(states[0], ranks[0][1], "P ") <= 2 * tolerance
-    assert distance(states[0], ranks[0][1], "W ") <= tolerance
 
 
 @pytest.mark.parametrize("number", range(len(VARIANTS + GROUPS)))
@@ -139,12 +121,6 @@ def test_other_ways_to_replicate(two, name):
     same(results(two, name))
 
 
-def test_a_group_of_some_processes(four):
-    ranks = results(four, "subgroup")
-    assert ranks[0] is None and ranks[3] is None
-    same(ranks[1:3])
-
-
 @pytest.mark.parametrize("name", ["two optimizers", "one optimizer"])
 def test_two_models_of_one_process(two, name):
     same(results(two, name))
@@ -160,15 +136,6 @@ def test_weights_that_are_averaged_now_and_then(two):
 def test_sharded_weights_and_matrices_are_refused(two):
     for message, unchanged in results(two, "shards refused"):
         assert "shard_matrices is for replicated weights" in message and unchanged
-
-
-@pytest.mark.parametrize("name, refused", [("columns", ["0", "3"]), ("rows", ["0", "2", "3"])])
-def test_fully_sharded_tensor_parallel(four, name, refused):
-    ranks = results(four, name)
-    same([(state, one) for state, one, _ in ranks])
-    for *_, rows in ranks:
-        assert [layer for layer, (status, _) in rows.items() if status != "exact"] == refused
-        assert rows["0"][1] == "its weight is sharded over two dimensions of its mesh"
 
 
 def test_the_switch_of_parameters_by_accelerate(two):

@@ -5,10 +5,11 @@ import re
 
 import pytest
 import torch
+from distributed import combination_cases as combinations
 from distributed import ddp_cases as cases
 from distributed.conftest import rows_of
 from distributed.launch import case, launch_once, results
-from distributed.training import cnn, distance, mlp, one_process, spread
+from distributed.training import cnn, distance, mlp, one_process, same, spread
 
 KINDS = [("mean", 1), ("mean", 4), ("sketch", 1), ("sketch", 4), ("sketch", 16), ("sample", 16)]
 FORMS = ["spectral", "adaptive", "paper", "natural"]
@@ -68,6 +69,7 @@ def two(tmp_path_factory):
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     some = {f"exact {i}": case(cases.exact, *one) for i, one in enumerate(EXACT[4])}
+    some["subgroup"] = case(combinations.averaged, [1, 2])
     for form in FORMS:
         folder = str(tmp_path_factory.mktemp("elastic"))
         some[f"elastic {form}"] = case(cases.elastic, folder, {"form": form})
@@ -167,8 +169,15 @@ def test_processes_apart_are_warned_of_once(two):
     ],
 )
 def test_ranks_that_differ_are_refused_before_anything_moves(two, name, message):
-    for text, same in results(two, name):
-        assert same and re.search(message, text)
+    for text, unchanged in results(two, name):
+        assert unchanged and re.search(message, text)
+
+
+@pytest.mark.combination("process_group= of some processes, without DDP", "exact")
+def test_a_group_of_some_processes_without_ddp(four):
+    first, *some, last = results(four, "subgroup")
+    assert first is None and last is None
+    same(some)
 
 
 @pytest.mark.combination("DDP, 2, then 4 processes, then 1, by torch.save", "exact")

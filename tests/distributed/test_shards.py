@@ -1,9 +1,10 @@
 """Weights whose rows lie on several processes train as in one, or are refused clearly."""
 
 import pytest
+from distributed import combination_cases as combinations
 from distributed import shard_cases as cases
 from distributed.launch import case, launch_once, results
-from distributed.training import distance, mlp, one_process, spread
+from distributed.training import distance, mlp, one_process, same, spread
 
 FORMS = ["spectral", "adaptive", "paper", "natural"]
 FSDP = [(make, {"form": form}) for make in (mlp, cases.wide, cases.conv) for form in FORMS] + [
@@ -25,6 +26,8 @@ TWO = {
 FOUR = {
     **{f"fsdp {i}": case(cases.fsdp, make, (4,), o) for i, (make, o) in enumerate(FSDP)},
     **{f"hsdp {i}": case(cases.fsdp, make, (2, 2), o) for i, (make, o) in enumerate(HSDP)},
+    "both, columns": case(combinations.two_dimensions, False),
+    "both, rows": case(combinations.two_dimensions, True),
 }
 
 
@@ -87,6 +90,18 @@ def test_row_wise_tensor_parallel_is_refused(two):
     for first, second in results(two, "rows"):
         assert first == ("exact", "")
         assert second[0] == "fallback" and "only whole rows, Shard(0), can be moved" in second[1]
+
+
+@pytest.mark.combination(
+    "FSDP2 with tensor parallel", "refused where sharded twice, the other layers exact"
+)
+@pytest.mark.parametrize("name, refused", [("columns", ["0", "3"]), ("rows", ["0", "2", "3"])])
+def test_shards_of_tensor_parallel_weights_are_refused(four, name, refused):
+    ranks = results(four, f"both, {name}")
+    same([(state, one) for state, one, _ in ranks])
+    for *_, rows in ranks:
+        assert [layer for layer, (status, _) in rows.items() if status != "exact"] == refused
+        assert rows["0"][1] == "its weight is sharded over two dimensions of its mesh"
 
 
 @pytest.mark.combination(

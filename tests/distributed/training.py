@@ -58,6 +58,14 @@ def distance(one, other, of):
     return max(float((one[k] - other[k]).abs().max()) for k in one if k.startswith(of))
 
 
+def same(ranks, tolerance=1e-15):
+    """Asserts that ranks, each with its state and that of one process, end with the same."""
+    states = [state for state, *_ in ranks]
+    assert not spread(states)
+    assert distance(states[0], ranks[0][1], "P ") <= 2 * tolerance
+    assert distance(states[0], ranks[0][1], "W ") <= tolerance
+
+
 def backward(model, make, numbers, rows):
     x, y = minibatch_of_ranks(make, numbers, rows)
     loss = (model(x) - y).square().mean()
