@@ -1,10 +1,9 @@
 """Several processes with what people combine: as one process, or refused clearly."""
 
 import pytest
-from distributed import combination_cases as cases
-from distributed import fault_cases as faults
-from distributed import pipeline_cases as pipelines
-from distributed.launch import case, launch, results
+from distributed.cases import combinations as cases
+from distributed.cases import faults, pipelines
+from distributed.launch import case, launch_once, results
 from distributed.training import same, spread
 
 BOTH = ["ddp", "fsdp"]
@@ -72,7 +71,7 @@ def two(tmp_path_factory):
                 )
         folder = str(tmp_path_factory.mktemp("another"))
         some[f"another {wrap}"] = case(faults.of_another, wrap, folder)
-    return dict(zip(some, launch(2, list(some.values()))))
+    return launch_once(tmp_path_factory, "combinations two", 2, some)
 
 
 @pytest.mark.parametrize("number", range(len(VARIANTS + GROUPS)))

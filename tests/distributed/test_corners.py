@@ -1,8 +1,8 @@
 """What is easily forgotten of training under DDP: each here once went wrong."""
 
 import pytest
-from distributed import corner_cases as cases
-from distributed.launch import case, launch, results
+from distributed.cases import corners as cases
+from distributed.launch import case, launch_once, results
 from distributed.training import distance, mlp, one_process, spread
 
 KINDS = ["mean", "sketch", "sample"]
@@ -20,8 +20,8 @@ TWO = {
 
 
 @pytest.fixture(scope="module")
-def two():
-    return dict(zip(TWO, launch(2, list(TWO.values()))))
+def two(tmp_path_factory):
+    return launch_once(tmp_path_factory, "corners two", 2, TWO)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,8 +5,8 @@ import re
 
 import pytest
 import torch
-from distributed import combination_cases as combinations
-from distributed import ddp_cases as cases
+from distributed.cases import combinations
+from distributed.cases import ddp as cases
 from distributed.conftest import rows_of
 from distributed.launch import case, launch_once, results
 from distributed.training import cnn, distance, mlp, one_process, same, spread
@@ -224,8 +224,8 @@ def test_pruned_ranks_go_on_alike(two):
 
 @pytest.mark.combination("pruning with shard_matrices", "refused")
 def test_pruning_with_sharded_matrices_is_refused(two):
-    for text, same in results(two, "pruned, shared"):
-        assert same and "every layer whole on every process, which shard_matrices" in text
+    for text, unchanged in results(two, "pruned, shared"):
+        assert unchanged and "every layer whole on every process, which shard_matrices" in text
 
 
 def test_the_table_is_that_of_the_tests(documented, request):

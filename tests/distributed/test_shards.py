@@ -1,8 +1,8 @@
 """Weights whose rows lie on several processes train as in one, or are refused clearly."""
 
 import pytest
-from distributed import combination_cases as combinations
-from distributed import shard_cases as cases
+from distributed.cases import combinations
+from distributed.cases import shards as cases
 from distributed.launch import case, launch_once, results
 from distributed.training import distance, mlp, one_process, same, spread
 

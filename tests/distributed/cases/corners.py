@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-from distributed.shard_cases import sharded, train, whole
+from distributed.cases.shards import sharded, train, whole
 from distributed.training import backward, minibatch, mlp, number_of, state_of
 from torch import nn
 from torch.distributed.algorithms.join import Join

@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 import torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook as hook
-from distributed.shard_cases import whole
+from distributed.cases.shards import whole
 from distributed.training import number_of, spread, state_of
 from support.libraries.importing import importable
 from torch import nn

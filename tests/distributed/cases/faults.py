@@ -9,8 +9,8 @@ import time
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from distributed.combination_cases import inputs, made, steps_of, wrapped
-from distributed.shard_cases import whole
+from distributed.cases.combinations import inputs, made, steps_of, wrapped
+from distributed.cases.shards import whole
 from distributed.training import spread, state_of
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
