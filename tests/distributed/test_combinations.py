@@ -28,10 +28,12 @@ MASKS = [
     for wrap in BOTH
     for kind, r in (("mean", 1), ("sketch", 4), ("sample", 4))
 ]
+SCHEDULES = [
+    *((schedule, "sketch") for schedule in (*pipelines.ONE_STAGE, *pipelines.TWO_STAGES)),
+    ("ScheduleInterleavedZeroBubble", "sample"),
+]
 PIPELINES = [
-    (schedule, {"summary": kind, "rank": 4, "form": "adaptive"})
-    for schedule in (*pipelines.ONE_STAGE, *pipelines.TWO_STAGES)
-    for kind in ("sketch", "sample")
+    (schedule, {"summary": kind, "rank": 4, "form": "adaptive"}) for schedule, kind in SCHEDULES
 ]
 
 TWO = {
