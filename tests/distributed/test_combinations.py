@@ -76,12 +76,32 @@ def two(tmp_path_factory):
     return launch_once(tmp_path_factory, "combinations two", 2, some)
 
 
+@pytest.mark.combination(
+    "DDP: bucket views, static graph, unused parameters, a compiled model, compiled",
+    "exact",
+)
+@pytest.mark.combination(
+    "DDP and FSDP2: checkpointing, attention, LSTM, frozen or resting layers, forms",
+    "exact",
+)
+@pytest.mark.combination(
+    "GRU under DDP and FSDP2; tied weights under DDP",
+    "exact",
+)
+@pytest.mark.combination(
+    "FSDP2: root alone, reshard_after_forward=False",
+    "exact",
+)
 @pytest.mark.parametrize("number", range(len(VARIANTS + GROUPS)))
 def test_wrappers_and_models_are_one_process(two, number):
     name, *_ = (VARIANTS + GROUPS)[number]
     same(results(two, f"one {number}"), 4e-15 if name == "gru" else 1e-15)
 
 
+@pytest.mark.combination(
+    "shard_matrices: attention, GRU, tied weights",
+    "exact",
+)
 @pytest.mark.parametrize("name", SHARDED)
 def test_sharded_matrices_of_layers_that_share_inputs(two, name):
     ranks = results(two, f"sharded {name}")
@@ -95,6 +115,10 @@ def distance_of_common(state, one):
     return max(float((v - one[k]).abs().max()) for k, v in state.items() if k[:2] in ("P ", "W "))
 
 
+@pytest.mark.combination(
+    "optimizer.mask with other padding on each rank",
+    "exact for mean of one row; else ranks alike",
+)
 @pytest.mark.parametrize("number", range(len(MASKS)))
 def test_padding_of_other_lengths_on_each_rank(two, number):
     ranks = results(two, f"masked {number}")
@@ -103,6 +127,10 @@ def test_padding_of_other_lengths_on_each_rank(two, number):
     assert not spread([state for state, _ in ranks])
 
 
+@pytest.mark.combination(
+    "bfloat16: autocast, MixedPrecisionPolicy",
+    "ranks alike, one process to its precision",
+)
 @pytest.mark.parametrize("name", [*(f"bfloat16 {wrap}" for wrap in BOTH), "bfloat16 policy"])
 def test_low_precision_leaves_no_spread(two, name):
     ranks = results(two, name)
@@ -110,6 +138,10 @@ def test_low_precision_leaves_no_spread(two, name):
     assert all(counts == [(5, 0)] * 4 for *_, counts in ranks)
 
 
+@pytest.mark.combination(
+    "GradScaler, an overflow on one rank",
+    "all ranks skip",
+)
 @pytest.mark.parametrize("wrap", BOTH)
 def test_all_ranks_skip_what_a_scaler_skips(two, wrap):
     ranks = results(two, f"scaled {wrap}")
@@ -117,16 +149,28 @@ def test_all_ranks_skip_what_a_scaler_skips(two, wrap):
     assert all(counts == [1, 2, 2, 3, 4, 5] for _, counts in ranks)
 
 
+@pytest.mark.combination(
+    "composable replicate, also over FSDP2; gradients averaged by hand",
+    "exact",
+)
 @pytest.mark.parametrize("name", ["replicas", "replicas over fsdp", "averaged"])
 def test_other_ways_to_replicate(two, name):
     same(results(two, name))
 
 
+@pytest.mark.combination(
+    "two DDP models, of two optimizers or of one",
+    "exact",
+)
 @pytest.mark.parametrize("name", ["two optimizers", "one optimizer"])
 def test_two_models_of_one_process(two, name):
     same(results(two, name))
 
 
+@pytest.mark.combination(
+    "PostLocalSGDOptimizer",
+    "P alike, moments not",
+)
 def test_weights_that_are_averaged_now_and_then(two):
     first, second = results(two, "local sgd")
     assert {name.split()[0] for name in spread([first, second])} <= {
@@ -134,11 +178,19 @@ def test_weights_that_are_averaged_now_and_then(two):
     }  # fmt: skip
 
 
+@pytest.mark.combination(
+    "FSDP2 with shard_matrices",
+    "refused",
+)
 def test_sharded_weights_and_matrices_are_refused(two):
     for message, unchanged in results(two, "shards refused"):
         assert "shard_matrices is for replicated weights" in message and unchanged
 
 
+@pytest.mark.combination(
+    "parameters switched by accelerate to those of FSDP2",
+    "exact from the second step on",
+)
 def test_the_switch_of_parameters_by_accelerate(two):
     ranks = results(two, "accelerated")
     assert not spread([state for state, *_ in ranks])
@@ -147,6 +199,10 @@ def test_the_switch_of_parameters_by_accelerate(two):
     assert not any("process_group" in text for own in two["accelerated"][1] for text in own)
 
 
+@pytest.mark.combination(
+    "FSDP2 by block: Llama and BERT of transformers",
+    "exact",
+)
 @pytest.mark.parametrize("kind, layers", [("llama", 15), ("bert", 14)])
 def test_transformers_by_block_are_one_process(two, kind, layers):
     ranks = results(two, f"transformer {kind}")
@@ -154,6 +210,10 @@ def test_transformers_by_block_are_one_process(two, kind, layers):
     assert all((mine, theirs) == (layers, layers) for _, mine, _, theirs in ranks)
 
 
+@pytest.mark.combination(
+    "pipelines: GPipe, 1F1B, interleaved, zero-bubble",
+    "exact with a seed a stage",
+)
 @pytest.mark.parametrize("number", range(len(PIPELINES)))
 def test_every_schedule_draws_once_for_each_part_of_a_minibatch(two, number):
     schedule, options = PIPELINES[number]
@@ -164,6 +224,10 @@ def test_every_schedule_draws_once_for_each_part_of_a_minibatch(two, number):
         assert len(draws) == len(set(draws)) == 3 * 4 * pipelines.MICRO
 
 
+@pytest.mark.combination(
+    "distributed checkpoints of flat names, async_save; from 2 processes to 2 and 1",
+    "exact, to the bit on 2",
+)
 @pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize("wrap", BOTH)
 def test_flat_checkpoints_go_on(two, wrap, later):
@@ -176,6 +240,10 @@ def test_flat_checkpoints_go_on(two, wrap, later):
         assert not any("process_group" in text for own in two[name][1] for text in own)
 
 
+@pytest.mark.combination(
+    "a distributed checkpoint of another model",
+    "refused, nothing changed",
+)
 @pytest.mark.parametrize("wrap", BOTH)
 def test_checkpoints_of_another_model_are_refused(two, wrap):
     for outcomes in results(two, f"another {wrap}"):
@@ -184,6 +252,10 @@ def test_checkpoints_of_another_model_are_refused(two, wrap):
         assert not any(changed for _, changed in outcomes)
 
 
+@pytest.mark.combination(
+    "a rank killed before step()",
+    "an error on the others, nothing changed",
+)
 def test_a_step_without_the_others_ends_and_changes_nothing(tmp_path):
     found = faults.killed(str(tmp_path))
     assert found.keys() == {"ddp", "fsdp", "mean", "shards"}

@@ -24,6 +24,10 @@ def two(tmp_path_factory):
     return launch_once(tmp_path_factory, "corners two", 2, TWO)
 
 
+@pytest.mark.combination(
+    "layers of one input on one rank, not on another",
+    "ranks alike: each layer has its own P",
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_of_one_input_on_one_rank_and_not_on_another(two, kind):
     assert not spread(results(two, f"mates {kind}"))
@@ -57,10 +61,18 @@ def test_a_ddp_module_is_not_kept(two):
     assert all(results(two, "let go"))
 
 
+@pytest.mark.combination(
+    "shard_matrices in Join",
+    "refused",
+)
 def test_sharded_matrices_cannot_join(two):
     assert all(results(two, "shards join"))
 
 
+@pytest.mark.combination(
+    "reading the P of a layer on another rank",
+    "refused",
+)
 def test_a_matrix_on_another_rank_is_not_made_up(two):
     (first, one), (second, other) = results(two, "of another")
     assert sorted(first + second) == ["0", "2"] and one and other
