@@ -21,10 +21,9 @@ from torch.utils.flop_counter import flop_registry
 from rlscuda.optim.layers import Layer
 from rlscuda.optim.ranks.shards import local
 
-REDUCTIONS = ("all_reduce",)
-GATHERS = ("all_gather_single", "all_gather_into_tensor")  # the first since torch 2.13
-OTHERS = (
-    "all_gather", "all_gather_object", "all_to_all", "all_to_all_single", "broadcast",
+COLLECTIVES = (
+    "all_reduce", "broadcast", "all_to_all_single",  # which a step may call
+    "all_gather", "all_gather_into_tensor", "all_gather_object", "all_gather_single", "all_to_all",
     "broadcast_object_list", "gather", "reduce", "reduce_scatter", "reduce_scatter_tensor",
     "scatter", "send", "isend", "recv", "irecv", "barrier",
 )  # fmt: skip
@@ -37,19 +36,34 @@ class Call:
 
     Attributes:
         kind: Its function in `torch.distributed`.
-        bytes: Of what it leaves on each process.
+        bytes: Of what it leaves on this process.
+        sent: Of what this process gives to others, where they do not all get the same.
     """
 
     kind: str
     bytes: int
+    sent: int = 0
 
     def wire(self, size: int) -> float:
-        """Bytes that a process sends, of a ring of `size`."""
-        return self.bytes * (size - 1) / size * (2 if self.kind in REDUCTIONS else 1)
+        """Bytes that a process sends, of a ring of `size`; of a broadcast it passes all on.
+
+        Raises:
+            KeyError: A step calls no such collective.
+        """
+        return {
+            "all_reduce": 2 * self.bytes * (size - 1) / size,
+            "broadcast": self.bytes,
+            "all_to_all_single": self.sent,
+        }[self.kind]
 
     def rounds(self, size: int) -> int:
-        """Messages that wait for one another, in a tree of `size`."""
-        return (size - 1).bit_length() * (2 if self.kind in REDUCTIONS else 1)
+        """Messages that wait for one another, in a tree of `size`; none of an all-to-all does.
+
+        Raises:
+            KeyError: A step calls no such collective.
+        """
+        depth = (size - 1).bit_length()
+        return {"all_reduce": 2 * depth, "broadcast": depth, "all_to_all_single": 1}[self.kind]
 
 
 @contextmanager
@@ -60,7 +74,7 @@ def collectives(really: bool) -> Iterator[list[Call]]:
         really: Whether they are to be done, too.
     """
     calls: list[Call] = []
-    originals = {n: getattr(dist, n) for n in (*REDUCTIONS, *GATHERS, *OTHERS) if hasattr(dist, n)}
+    originals = {name: getattr(dist, name) for name in COLLECTIVES if hasattr(dist, name)}
     inside = False  # of one that calls another
 
     def noting(name: str) -> Any:
@@ -68,7 +82,8 @@ def collectives(really: bool) -> Iterator[list[Call]]:
             nonlocal inside
             if not inside:
                 filled = args[0] if args and isinstance(args[0], Tensor) else None
-                calls.append(Call(name, 0 if filled is None else size_of(filled)))
+                sent = size_of(args[1]) if name == "all_to_all_single" else 0
+                calls.append(Call(name, 0 if filled is None else size_of(filled), sent))
             if not really:
                 return None
             before, inside = inside, True

@@ -24,9 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.distributed.counting import Call, Counter, Work, collectives, held
 from benchmarks.distributed.networks import Network
 from rlscuda import RLSOptimizer
-from rlscuda.optim.layers import Layer, matrix_bytes, state_dtype
+from rlscuda.optim.layers import Layer, matrix_bytes
 from rlscuda.optim.ranks.processes import Processes
-from rlscuda.optim.ranks.shards import Rows, rows_of
+from rlscuda.optim.ranks.shards import Rows
 from rlscuda.optim.ranks.sharing import Sharing
 from rlscuda.optim.staging import Stage
 from rlscuda.optim.steps import stepping
@@ -80,7 +80,6 @@ class Step:
         state: Bytes of its whole state, `P` included.
         calls: The collectives of the step, in turn.
         work: Of the step.
-        missing: Bytes of rows of others without which blocks of its own are not whole.
     """
 
     weights: int
@@ -88,7 +87,6 @@ class Step:
     state: int
     calls: list[Call]
     work: Work
-    missing: int
 
     @property
     def held(self) -> int:
@@ -96,9 +94,9 @@ class Step:
         return 2 * self.weights + self.state
 
     @property
-    def gathered(self) -> int:
-        """The most bytes that are gathered at once."""
-        return max((c.bytes for c in self.calls if c.kind.startswith("all_gather")), default=0)
+    def exchanged(self) -> int:
+        """The most bytes of momentum or of weights that one call takes and gives."""
+        return max((c.bytes + c.sent for c in self.calls if c.kind != "all_reduce"), default=0)
 
 
 @contextmanager
@@ -154,8 +152,7 @@ def step_of(given: Seen, scheme: str, size: int, rank: int, device: str = "cpu")
         states = [dict(state) for state in optimizer.state.values()]
         matrices = [state["P"] for state in states if "P" in state]
         sizes = (held(list(model.parameters())), held(matrices), held(states))
-        missing = sum(map(missing_bytes, optimizer._registry.layers.values()))
-    return Step(*sizes, list(calls), counter.work, missing)
+    return Step(*sizes, list(calls), counter.work)
 
 
 def whole_blocks(rows: Rows) -> range:
@@ -164,15 +161,6 @@ def whole_blocks(rows: Rows) -> range:
         return range(0)
     m = block_rows(rows.total)
     return range(rows.start // m * m, min(-(-rows.stop // m) * m, rows.total))
-
-
-def missing_bytes(layer: Layer) -> int:
-    """Bytes of rows, that this process lacks, of blocks of which it has some."""
-    rows = rows_of(layer.weight)
-    if rows is None:
-        return 0
-    lacking = len(whole_blocks(rows)) - (rows.stop - rows.start)
-    return lacking * layer.fan_in * state_dtype(layer.weight, None).itemsize
 
 
 def owner_of_most(given: Seen, size: int) -> tuple[int, int]:
@@ -189,14 +177,15 @@ def owner_of_most(given: Seen, size: int) -> tuple[int, int]:
     return held.index(max(held)), work.index(max(work))
 
 
-def busiest(given: Seen, size: int) -> int:
-    """By rows, the process that multiplies most by `P`."""
-    shapes = collections.Counter((x.outputs, x.fan_in * x.block_size) for x in given.layers)
-
-    def work(rank: int) -> int:
-        return sum(
-            len(whole_blocks(Rows((), None, rank, size, c))) * n * layers
-            for (c, n), layers in shapes.items()
-        )
-
-    return max(range(size), key=work)
+def busiest(given: Seen, size: int) -> tuple[int, int]:
+    """By rows, the process that multiplies most by `P`, and that which gives most to others."""
+    shapes = collections.Counter((x.outputs, x.fan_in, x.block_size) for x in given.layers)
+    work, gives = [0] * size, [0] * size
+    for (c, n, columns), layers in shapes.items():
+        parts = [Rows((), None, rank, size, c) for rank in range(size)]
+        wanted = collections.Counter(row for part in parts for row in whole_blocks(part))
+        for rank, part in enumerate(parts):
+            work[rank] += len(whole_blocks(part)) * n * columns * layers
+            given_away = sum(wanted[row] - 1 for row in range(part.start, part.stop))
+            gives[rank] += given_away * n * layers
+    return work.index(max(work)), gives.index(max(gives))

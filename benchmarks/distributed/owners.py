@@ -76,10 +76,11 @@ def owned_step(matrices: list[Matrix], rows: Step, size: int) -> Step:
         return rows
     owned = [share for share in shares(matrices, size) if share]
     most = max(sum(m.bytes for m in share) for share in owned)
-    sent = sum(m.moved for m in matrices) // size
-    returned = max(sum(m.moved for m in share) for share in owned)
+    counts = (sum(m.moved for m in matrices) // size,
+              max(sum(m.moved for m in share) for share in owned))  # fmt: skip
+    rank, owner = (count * (size - 1) // size for count in counts)  # what is of others
     calls = rows.calls[:3]  # of what was seen of the inputs, and whether gradients are finite
-    calls += [Call("all_to_all_single", count) for count in (sent, returned)]
+    calls += [Call("all_to_all_single", *counts) for counts in ((owner, rank), (rank, owner))]
     work = max((sum((m.work for m in share), Work()) for share in owned), key=lambda w: w.product)
     state = rows.state - rows.matrices + most
-    return Step(rows.weights, most, state, calls, work, missing=0)
+    return Step(rows.weights, most, state, calls, work)

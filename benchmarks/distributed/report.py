@@ -61,18 +61,19 @@ def _ends(network: dict, document: dict) -> list[str]:
         f"holds {_from(ends['replicated_half_of_held_from'])}",
         f"With `shard_matrices` it is within 10 % {_from(ends['owned_within_share_from'])}; the "
         f"largest `P`, {_gb(ends['largest_matrix'])} GB, is the floor "
-        f"{_from(ends['largest_is_the_floor_from'])}; weights are gathered, up to "
-        f"{_gb(ends['owned_gathered_at_once_most'])} GB at once",
+        f"{_from(ends['largest_is_the_floor_from'])}; owners broadcast what they have "
+        f"moved, every weight once, up to {_gb(ends['owned_broadcast_at_once_most'])} GB at once",
         f"Products with `P` are {each('product_share_replicated', _percent)} of forward, "
         f"backward and step under DDP, about so at any number of ranks, and 5 % with "
         f"{each('minibatches_within_share', '{:.3g}'.format)} times the minibatch; by rows they "
         f"are within 5 % {each('by_rows_within_share_from', _from)}, with `shard_matrices` "
         f"{each('by_owners_within_share_from', _from)}",
         f"What is exchanged of the inputs is {_percent(ends['exchange_over_gradient'])} of the "
-        f"gradient's traffic. Borders cut blocks of rows {_from(ends['rows_gathered_from'])}: then "
-        f"whole layers are gathered, up to {_gb(ends['rows_gathered_at_once_most'])} GB at once "
-        f"where the rows that a rank lacks are at most {_gb(ends['rows_missing_most'])} GB, "
-        f"and a rank sends more than all weights {_from(ends['rows_sent_above_weights_from'])}",
+        f"gradient's traffic. Borders cut blocks of rows {_from(ends['rows_exchanged_from'])}: "
+        f"then a rank gives others the rows that their blocks lack, at most "
+        f"{_gb(ends['rows_given_most'])} GB a step, "
+        f"{_percent(ends['rows_given_most'] / ends['weights'])} of all weights; taken and given "
+        f"at once are at most {_gb(ends['rows_exchanged_at_once_most'])} GB",
     ]
 
 

@@ -48,17 +48,22 @@ def steps_of(given: Seen, matrices: list[Matrix]) -> dict[str, dict[int, Step]]:
         if busy != heavy:
             other = step_of(given, "shard_matrices", size, busy, DEVICE)
             shared = replace(shared, work=shared.work.most(other.work))
-        # the first has the most rows, another may have to do with more blocks of them
-        rows, rank = step_of(given, "fsdp2", size, 0, DEVICE), busiest(given, size)
-        if rank:
-            other = step_of(given, "fsdp2", size, rank, DEVICE)
-            work, missing = rows.work.most(other.work), max(rows.missing, other.missing)
-            rows = replace(rows, work=work, missing=missing)
+        # the first has the most rows, others may multiply by more blocks of them, or give more
+        ranks = dict.fromkeys((0, *busiest(given, size)))
+        rows, *others = (step_of(given, "fsdp2", size, rank, DEVICE) for rank in ranks)
+        for other in others:
+            calls = max(rows.calls, other.calls, key=lambda calls: traffic(calls, size))
+            rows = replace(rows, work=rows.work.most(other.work), calls=calls)
         steps["ddp"][size] = one if size == 1 else two  # which more processes do not change
         steps["shard_matrices"][size] = shared
         steps["fsdp2"][size] = rows
         steps["owners"][size] = owned_step(matrices, rows, size)
     return steps
+
+
+def traffic(calls: list[Call], size: int) -> int:
+    """Bytes that a process sends."""
+    return round(sum(c.wire(size) for c in calls))
 
 
 def record_of(step: Step, size: int, flops: int, machines: dict[str, Speeds]) -> dict[str, Any]:
@@ -69,8 +74,8 @@ def record_of(step: Step, size: int, flops: int, machines: dict[str, Speeds]) ->
         seconds[name] = parts | {"training": flops / speeds.training}
     return {
         "held": step.held, "matrices": step.matrices, "state": step.state,
-        "collectives": len(step.calls), "sent": round(sum(c.wire(size) for c in step.calls)),
-        "gathered_at_once": step.gathered, "missing": step.missing,
+        "collectives": len(step.calls), "sent": traffic(step.calls, size),
+        "given": sum(c.sent for c in step.calls), "exchanged_at_once": step.exchanged,
         "work": asdict(step.work), "seconds": seconds,
     }  # fmt: skip
 
@@ -107,12 +112,11 @@ def ends_of(rows: dict[str, dict[int, dict]], largest: int, memory: float) -> di
         "replicated_half_of_held_from": first(fsdp2, lambda r: 2 * r["matrices"] > r["held"]),
         "owned_within_share_from": first(shared, lambda r: r["matrices"] <= limit),
         "largest_is_the_floor_from": first(shared, lambda r: r["matrices"] == largest),
-        "owned_gathered_at_once_most": max(r["gathered_at_once"] for r in shared.values()),
+        "owned_broadcast_at_once_most": max(r["exchanged_at_once"] for r in shared.values()),
         "exchange_over_gradient": several["sent"] / (2 * weights),
-        "rows_gathered_from": first(fsdp2, lambda r: r["gathered_at_once"]),
-        "rows_gathered_at_once_most": max(r["gathered_at_once"] for r in fsdp2.values()),
-        "rows_missing_most": max(r["missing"] for r in fsdp2.values()),
-        "rows_sent_above_weights_from": first(fsdp2, lambda r: r["sent"] > weights),
+        "rows_exchanged_from": first(fsdp2, lambda r: r["exchanged_at_once"]),
+        "rows_exchanged_at_once_most": max(r["exchanged_at_once"] for r in fsdp2.values()),
+        "rows_given_most": max(r["given"] for r in fsdp2.values()),
     }
     return ends | {name: time_ends(rows, name) for name in several["seconds"]}
 

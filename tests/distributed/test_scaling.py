@@ -45,6 +45,13 @@ def rows(c, size, rank):
     return min(rank * most, c), min((rank + 1) * most, c)
 
 
+def lacking(c, size, rank):
+    """Rows of others in the blocks of which a process has some."""
+    m, (start, stop) = math.ceil(c / math.ceil(c / 64)), rows(c, size, rank)
+    blocks = {row // m for row in range(start, stop)}
+    return [row for row in range(c) if row // m in blocks and not start <= row < stop]
+
+
 @pytest.mark.parametrize("size", [1, 2, 4, 64])
 def test_bytes_of_ddp(given, size):
     step = step_of(given, "ddp", size, 0)
@@ -66,27 +73,27 @@ def test_bytes_of_fsdp2(given, size, rank):
     assert step.weights == 4 * sum(c * n for c, n in zip(here, INPUTS))
     assert step.matrices == 4 * sum(n**2 for n in matrices(size))
     assert step.state == step.weights + step.matrices + 3 * (8 * SLOTS + 4)
-    gathers = {}
+    exchanges = []
     for c, n, together in ((150, 21, 2), (7, 151, 1)):  # of one shape at once
-        m, most = math.ceil(c / math.ceil(c / 64)), math.ceil(c / size)
-        if most % m:
-            gathers[c, n] = 4 * size * together * most * n
-    found = [c.bytes for c in step.calls if c.kind.startswith("all_gather")]
-    assert sorted(found) == sorted(gathers.values())
+        own = lacking(c, size, rank)
+        others = [lacking(c, size, other) for other in range(size) if other != rank]
+        start, stop = rows(c, size, rank)
+        given_away = sum(start <= row < stop for lacked in others for row in lacked)
+        if own or any(others):
+            row = 4 * together * n
+            exchanges.append(Call("all_to_all_single", row * len(own), row * given_away))
+    found = [c for c in step.calls if c.kind != "all_reduce"]
+    assert sorted(found, key=str) == sorted(exchanges, key=str)
     ddp = step_of(given, "ddp", size, rank).calls
     assert step.calls[:3] == [*ddp, Call("all_reduce", 4)]
     norms = [c.bytes for c in step.calls[3:] if c.kind == "all_reduce"]
     assert sorted(norms) == [4, 4, 8, 8]  # a peak and a length of each layer
-    product = missing = 0
+    product = 0
     for c, n, (start, stop) in zip(OUTPUTS, INPUTS, parts):
         m = math.ceil(c / math.ceil(c / 64))
         blocks = math.ceil(stop / m) - start // m if stop > start else 0
         product += 2 * blocks * m * n * n
-        needed = {
-            row for own in range(start, stop) for row in range(own // m * m, own // m * m + m)
-        }
-        missing += 4 * n * len([row for row in needed if row < c and not start <= row < stop])
-    assert (step.work.product, step.missing) == (product, missing)
+    assert step.work.product == product
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
@@ -104,14 +111,19 @@ def test_bytes_of_shard_matrices(given, size):
         assert step.matrices == 4 * sum(n**2 for n in expected)
         if size > 1:
             ddp = step_of(given, "ddp", size, 0).calls
-            assert step.calls[:2] == ddp and len(step.calls) == 3
-            assert step.calls[2].bytes == 4 * size * max(sizes)
+            broadcasts = [Call("broadcast", 4 * count) for count in sizes if count]
+            assert step.calls == ddp + broadcasts  # every weight once
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 12])
-def test_the_busiest_process_multiplies_most(given, size):
-    products = [step_of(given, "fsdp2", size, rank).work.product for rank in range(size)]
-    assert products[busiest(given, size)] == max(products)
+def test_the_busiest_processes(given, size):
+    steps = [step_of(given, "fsdp2", size, rank) for rank in range(size)]
+    products = [step.work.product for step in steps]
+    gives = [sum(call.sent for call in step.calls) for step in steps]
+    most, giver = busiest(given, size)
+    assert (products[most], gives[giver]) == (max(products), max(gives))
+    exchanges = [c for step in steps for c in step.calls if c.kind == "all_to_all_single"]
+    assert sum(gives) == sum(call.bytes for call in exchanges)
 
 
 def test_the_networks_are_what_they_are_called():
@@ -160,14 +172,17 @@ def test_every_matrix_has_one_owner(given):
     step = owned_step(found, by_rows, 4)
     assert step.matrices == 4 * 151**2
     assert by_rows.held - step.held == by_rows.matrices - step.matrices
-    assert step.gathered == 0 < by_rows.gathered
+    moved = 3 * (2 * 4 * 150 * 21 + 4 * 7 * 151) // 4 // 4, 3 * 4 * 150 * 21 // 4
+    assert [(c.sent, c.bytes) for c in step.calls[3:]] == [moved, moved[::-1]]
 
 
 def test_times_of_collectives():
     speeds = constants.Speeds(1, 1, 1, 1, 1, link=100.0, latency=0.5)
-    calls = [Call("all_reduce", 1000), Call("all_gather_single", 400)]
+    calls = [Call("all_reduce", 1000), Call("broadcast", 400), Call("all_to_all_single", 700, 600)]
     assert speeds.waiting(calls, 1) == 0
-    assert speeds.waiting(calls, 4) == pytest.approx(15 + 3 + 0.5 * (4 + 2))
+    assert speeds.waiting(calls, 4) == pytest.approx(15 + 4 + 6 + 0.5 * (4 + 2 + 1))
+    with pytest.raises(KeyError, match="gather"):
+        speeds.waiting([Call("gather", 0)], 4)
     fitted = constants.link({checks.LITTLE: 2e-3, checks.MUCH: 2e-3 + checks.MUCH / 1e9})
     assert fitted["latency"] == 1e-3
     assert fitted["link"] == pytest.approx(1e9, rel=1e-5)
@@ -218,7 +233,7 @@ def test_where_schemes_end(given, monkeypatch):
     ends = record["ends"]
     assert ends["replicated_above_share_from"] == 2  # one process shares a P
     assert ends["owned_within_share_from"] == 1 and ends["largest_is_the_floor_from"] == 2
-    assert ends["rows_gathered_from"] == 2  # 75 rows of each are one and a half blocks of 50
+    assert ends["rows_exchanged_from"] == 2  # 75 rows of each are one and a half blocks of 50
     document = {
         "environment": dict.fromkeys(("cpu", "cores", "load_at_start", "torch"), 1)
         | {"source_hash": "other", "started": "2000-01-01T"},
