@@ -45,7 +45,9 @@ class Call:
     sent: int = 0
 
     def wire(self, size: int) -> float:
-        """Bytes that a process sends, of a ring of `size`; of a broadcast it passes all on.
+        """Bytes that a process sends or takes, whichever are more, of a ring of `size`.
+
+        What is broadcast goes whole from one to the next.
 
         Raises:
             KeyError: A step calls no such collective.
@@ -53,7 +55,7 @@ class Call:
         return {
             "all_reduce": 2 * self.bytes * (size - 1) / size,
             "broadcast": self.bytes,
-            "all_to_all_single": self.sent,
+            "all_to_all_single": max(self.bytes, self.sent),
         }[self.kind]
 
     def rounds(self, size: int) -> int:

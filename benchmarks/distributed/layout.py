@@ -95,8 +95,8 @@ class Step:
 
     @property
     def exchanged(self) -> int:
-        """The most bytes of momentum or of weights that one call takes and gives."""
-        return max((c.bytes + c.sent for c in self.calls if c.kind != "all_reduce"), default=0)
+        """The most bytes of momentum or of weights that one call takes or gives."""
+        return max((max(c.bytes, c.sent) for c in self.calls if c.kind != "all_reduce"), default=0)
 
 
 @contextmanager
@@ -178,14 +178,15 @@ def owner_of_most(given: Seen, size: int) -> tuple[int, int]:
 
 
 def busiest(given: Seen, size: int) -> tuple[int, int]:
-    """By rows, the process that multiplies most by `P`, and that which gives most to others."""
+    """By rows, the process that multiplies most by `P`, and that which exchanges most rows."""
     shapes = collections.Counter((x.outputs, x.fan_in, x.block_size) for x in given.layers)
-    work, gives = [0] * size, [0] * size
+    work, traffic = [0] * size, [0] * size
     for (c, n, columns), layers in shapes.items():
         parts = [Rows((), None, rank, size, c) for rank in range(size)]
         wanted = collections.Counter(row for part in parts for row in whole_blocks(part))
         for rank, part in enumerate(parts):
             work[rank] += len(whole_blocks(part)) * n * columns * layers
-            given_away = sum(wanted[row] - 1 for row in range(part.start, part.stop))
-            gives[rank] += given_away * n * layers
-    return work.index(max(work)), gives.index(max(gives))
+            takes = len(whole_blocks(part)) - (part.stop - part.start)
+            gives = sum(wanted[row] - 1 for row in range(part.start, part.stop))
+            traffic[rank] += max(takes, gives) * n * layers
+    return work.index(max(work)), traffic.index(max(traffic))

@@ -22,7 +22,7 @@ def report(document: dict) -> str:
 def _of_network(network: dict, document: dict) -> str:
     head = ["ranks"]
     for title in TITLES.values():
-        head += [f"{title}: holds (P), GB", "sends, GB", "step, s"]
+        head += [f"{title}: holds (P), GB", "traffic, GB", "step, s"]
     lines = [head]
     for ranks in SHOWN:
         line = [ranks]
@@ -31,7 +31,7 @@ def _of_network(network: dict, document: dict) -> str:
             steps = [sum(s.values()) - s["training"] for s in row["seconds"].values()]
             line += [
                 f"{_gb(row['held'])} ({_gb(row['matrices'])})",
-                _gb(row["sent"]),
+                _gb(row["traffic"]),
                 " / ".join(f"{seconds:.3g}" for seconds in steps),
             ]
         lines.append(line)
@@ -70,10 +70,10 @@ def _ends(network: dict, document: dict) -> list[str]:
         f"{each('by_owners_within_share_from', _from)}",
         f"What is exchanged of the inputs is {_percent(ends['exchange_over_gradient'])} of the "
         f"gradient's traffic. Borders cut blocks of rows {_from(ends['rows_exchanged_from'])}: "
-        f"then a rank gives others the rows that their blocks lack, at most "
-        f"{_gb(ends['rows_given_most'])} GB a step, "
-        f"{_percent(ends['rows_given_most'] / ends['weights'])} of all weights; taken and given "
-        f"at once are at most {_gb(ends['rows_exchanged_at_once_most'])} GB",
+        f"then ranks exchange the rows that their blocks lack. The one that has most of that "
+        f"takes or gives {_gb(ends['rows_exchanged_most'])} GB a step, at most: "
+        f"{_percent(ends['rows_exchanged_most'] / ends['weights'])} of all weights, and "
+        f"{_gb(ends['rows_exchanged_at_once_most'])} GB at once",
     ]
 
 
@@ -91,7 +91,8 @@ def _basis(document: dict) -> str:
     return (
         f"Float32, {' / '.join(document['speeds'])} speeds. {len(trainings)} trainings by "
         f"{', '.join(map(str, sizes))} processes called what was computed of them, call by call "
-        "and byte by byte, and every rank's state had the bytes. Steps are the optimizer's alone. "
+        "and byte by byte, and every rank's state had the bytes. Steps are the optimizer's alone; "
+        "traffic is what a rank sends or takes, whichever is more. "
         f"A real one of ResNet-50 took {step['measured']:.3g} s, computed "
         f"{step['computed']:.3g} s; an all-reduce of {reduced['bytes'] >> 20} MiB by "
         f"{reduced['ranks']} processes {1e3 * reduced['measured']:.3g} ms, computed "

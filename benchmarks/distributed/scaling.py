@@ -48,7 +48,7 @@ def steps_of(given: Seen, matrices: list[Matrix]) -> dict[str, dict[int, Step]]:
         if busy != heavy:
             other = step_of(given, "shard_matrices", size, busy, DEVICE)
             shared = replace(shared, work=shared.work.most(other.work))
-        # the first has the most rows, others may multiply by more blocks of them, or give more
+        # the first has the most rows, others may multiply by more blocks of them, or exchange more
         ranks = dict.fromkeys((0, *busiest(given, size)))
         rows, *others = (step_of(given, "fsdp2", size, rank, DEVICE) for rank in ranks)
         for other in others:
@@ -62,7 +62,7 @@ def steps_of(given: Seen, matrices: list[Matrix]) -> dict[str, dict[int, Step]]:
 
 
 def traffic(calls: list[Call], size: int) -> int:
-    """Bytes that a process sends."""
+    """Bytes that a process sends, or takes."""
     return round(sum(c.wire(size) for c in calls))
 
 
@@ -74,8 +74,9 @@ def record_of(step: Step, size: int, flops: int, machines: dict[str, Speeds]) ->
         seconds[name] = parts | {"training": flops / speeds.training}
     return {
         "held": step.held, "matrices": step.matrices, "state": step.state,
-        "collectives": len(step.calls), "sent": traffic(step.calls, size),
-        "given": sum(c.sent for c in step.calls), "exchanged_at_once": step.exchanged,
+        "collectives": len(step.calls), "traffic": traffic(step.calls, size),
+        "exchanged": traffic([c for c in step.calls if c.kind != "all_reduce"], size),
+        "exchanged_at_once": step.exchanged,
         "work": asdict(step.work), "seconds": seconds,
     }  # fmt: skip
 
@@ -113,10 +114,10 @@ def ends_of(rows: dict[str, dict[int, dict]], largest: int, memory: float) -> di
         "owned_within_share_from": first(shared, lambda r: r["matrices"] <= limit),
         "largest_is_the_floor_from": first(shared, lambda r: r["matrices"] == largest),
         "owned_broadcast_at_once_most": max(r["exchanged_at_once"] for r in shared.values()),
-        "exchange_over_gradient": several["sent"] / (2 * weights),
+        "exchange_over_gradient": several["traffic"] / (2 * weights),
         "rows_exchanged_from": first(fsdp2, lambda r: r["exchanged_at_once"]),
         "rows_exchanged_at_once_most": max(r["exchanged_at_once"] for r in fsdp2.values()),
-        "rows_given_most": max(r["given"] for r in fsdp2.values()),
+        "rows_exchanged_most": max(r["exchanged"] for r in fsdp2.values()),
     }
     return ends | {name: time_ends(rows, name) for name in several["seconds"]}
 
