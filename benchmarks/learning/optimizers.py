@@ -23,13 +23,19 @@ class FlatMuon(Muon):
 
     def __init__(self, weights: Iterable[Tensor], **options: Any):
         self._weights = list(weights)
-        super().__init__([nn.Parameter(w.detach().flatten(1)) for w in self._weights], **options)
+        super().__init__([nn.Parameter(w.detach().flatten(1).clone()) for w in self._weights], **options)
 
     def step(self) -> None:
-        """Moves the weights: the matrices share their memory."""
-        for weight, flat in zip(self._weights, self.param_groups[0]["params"], strict=True):
-            flat.grad = weight.grad.flatten(1)
+        """Moves the weights, through copies: those of channels_last do not flatten in place."""
+        flats = self.param_groups[0]["params"]
+        with torch.no_grad():
+            for weight, flat in zip(self._weights, flats, strict=True):
+                flat.copy_(weight.flatten(1))
+                flat.grad = weight.grad.flatten(1)
         super().step()
+        with torch.no_grad():
+            for weight, flat in zip(self._weights, flats, strict=True):
+                weight.copy_(flat.view(weight.shape))
 
 
 def _sgd(model: nn.Module, task: Task, lr: float, **settings: Any) -> list[Optimizer]:
