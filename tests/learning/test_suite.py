@@ -54,10 +54,10 @@ def untimed(record):
 
 
 @pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("name", TASKS)
-def test_every_optimizer_trains_every_network(name, row):
+@pytest.mark.parametrize("name, dense", [*((n, False) for n in TASKS), ("resnet8", True)])
+def test_every_optimizer_trains_every_network(name, dense, row):
     skip_without(row)
-    task = replace(TASKS[name], batch=4)
+    task = replace(TASKS[name], batch=4, bfloat16=dense)  # which is channels-last, too
     run = Training(job(name, row), task, splits(name)["train"])
     before = [p.detach().clone() for p in run.model.parameters()]
     run.advance(3)
@@ -71,7 +71,7 @@ def test_muon_and_adamw_share_the_parameters():
     for name, task in TASKS.items():
         model = task.build(0)
         muon, others = Scheduled("muon", model, task, 1, 0, lr=1e-3).optimizers
-        flat = {p.data_ptr() for p in muon.param_groups[0]["params"]}
+        flat = {p.data_ptr() for p in muon._weights}
         rest = {p.data_ptr() for p in others.param_groups[0]["params"]}
         assert not flat & rest
         assert flat | rest == {p.data_ptr() for p in model.parameters()}
