@@ -23,7 +23,9 @@ class FlatMuon(Muon):
 
     def __init__(self, weights: Iterable[Tensor], **options: Any):
         self._weights = list(weights)
-        super().__init__([nn.Parameter(w.detach().flatten(1).clone()) for w in self._weights], **options)
+        super().__init__(
+            [nn.Parameter(w.detach().flatten(1).clone()) for w in self._weights], **options
+        )
 
     def step(self) -> None:
         """Moves the weights, through copies: those of channels_last do not flatten in place."""
