@@ -112,13 +112,13 @@ class ForwardHook:
             x, *others = (*args, *(named[k] for k in ("query", "key", "value")[len(args) :]))[:3]
             layers[0].crossed = any(other is not x for other in others)
             output = output[0]
-        elif not recurrent:
+        else:
             x = args[0] if args else next(iter(named.values()))
         outputs = [tensor for tensor in tensors_of(output) if tensor.requires_grad]
         if torch.jit.is_tracing() or layers[0].crossed:
             return
         for layer in layers if outputs else layers[:1]:
-            if recurrent:
+            if recurrent and outputs:
                 x = input_of(module, layer.names[0], args, named, output)
             observe(layer, x, outputs)
 

@@ -370,9 +370,9 @@ def origin(output: Tensor) -> tuple[Any, int]:
 
 
 def summarisable(x: Tensor, outputs: Sequence[Tensor]) -> bool:
-    """Whether an input is a plain dense tensor with elements, outside of `torch.func` transforms.
+    """Whether an input is dense and has elements, and outputs are differentiated by no transform.
 
     What a transform such as `vmap` passes through the layers means nothing after it has returned.
     """
-    plain = x.layout == torch.strided and x.numel() > 0
+    plain = len(outputs) > 0 and x.layout == torch.strided and x.numel() > 0
     return plain and not (is_transformed(x) or any(map(is_transformed, outputs)))
