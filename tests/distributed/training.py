@@ -1,8 +1,11 @@
 """The same training by several processes and by one that sees all their minibatches in turn."""
 
 import itertools
+from contextlib import contextmanager
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -107,3 +110,16 @@ def ddp_process(
         optimizer.step()
         optimizer.zero_grad()
     return state_of(model, optimizer)
+
+
+@contextmanager
+def counted_reductions():
+    """The type and the bytes of every all-reduce inside, in turn."""
+    calls, original = [], dist.all_reduce
+
+    def count(tensor, *args, **kwargs):
+        calls.append((tensor.dtype, tensor.numel() * tensor.element_size()))
+        return original(tensor, *args, **kwargs)
+
+    with mock.patch.object(dist, "all_reduce", count):
+        yield calls

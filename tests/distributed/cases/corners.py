@@ -6,9 +6,8 @@ import weakref
 
 import pytest
 import torch
-import torch.distributed as dist
 from distributed.cases.shards import sharded, train, whole
-from distributed.training import backward, minibatch, mlp, number_of, state_of
+from distributed.training import backward, counted_reductions, minibatch, mlp, number_of, state_of
 from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.distributed.device_mesh import init_device_mesh
@@ -79,20 +78,12 @@ def two_types(rank, size):
     """How many exchanges each of four steps has, of float32 layers and of float64 ones."""
     model = TwoTypes()
     optimizer, ddp = RLSOptimizer(model), DDP(model)
-    counts, original = [], dist.all_reduce
-
-    def count(*args, **kwargs):
-        counts[-1] += 1
-        return original(*args, **kwargs)
-
+    counts = []
     for step in range(4):
         backward(ddp, mlp, [number_of(step, 0, rank)], [5])
-        counts.append(0)
-        dist.all_reduce = count
-        try:
+        with counted_reductions() as calls:
             optimizer.step()
-        finally:
-            dist.all_reduce = original
+        counts.append(len(calls))
         optimizer.zero_grad()
     return counts, state_of(model, optimizer)
 

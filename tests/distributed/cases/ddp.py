@@ -5,7 +5,15 @@ import math
 
 import torch
 import torch.distributed as dist
-from distributed.training import cnn, ddp_process, minibatch, mlp, number_of, state_of
+from distributed.training import (
+    cnn,
+    counted_reductions,
+    ddp_process,
+    minibatch,
+    mlp,
+    number_of,
+    state_of,
+)
 from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -134,21 +142,11 @@ def counted(rank, size, kind):
     """The calls of all_reduce of the third step, and their bytes."""
     model = mlp()
     optimizer, ddp = RLSOptimizer(model, summary=kind, rank=4), DDP(model)
-    calls, original = [], dist.all_reduce
-
-    def count(tensor, *args, **kwargs):
-        calls.append((tensor.dtype, tensor.numel() * tensor.element_size()))
-        return original(tensor, *args, **kwargs)
-
     for step in range(3):
         x, y = minibatch(mlp, number_of(step, 0, rank), 5)
         (ddp(x) - y).square().mean().backward()
-        calls.clear()
-        dist.all_reduce = count
-        try:
+        with counted_reductions() as calls:
             optimizer.step()
-        finally:
-            dist.all_reduce = original
         optimizer.zero_grad()
     return calls
 

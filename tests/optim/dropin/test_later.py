@@ -17,14 +17,6 @@ REPLACED = "parameters of no module that is known have replaced those of '0', '2
 NO_MODULE = "no module that holds the parameters was found"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _little_to_look_through():
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def statuses(optimizer):
     return {row.name: row.status for row in optimizer.coverage()}
 

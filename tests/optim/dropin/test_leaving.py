@@ -7,20 +7,12 @@ import sys
 
 import pytest
 import torch
+from optim.dropin.networks import Recurrent
 from support.compare import differing, snapshot
 from support.training import cnn, mlp
 from torch import nn
 
 from rlscuda import RLSOptimizer
-
-
-class Recurrent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.rnn, self.head = nn.GRU(4, 5, batch_first=True), nn.Linear(5, 3)
-
-    def forward(self, x):
-        return self.head(self.rnn(x)[0][:, -1])
 
 
 class Attention(nn.Module):

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from optim.dropin.networks import Recurrent
 from support.compare import differing, snapshot
 from support.training import cnn, mlp
 from torch import nn
@@ -14,23 +15,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from rlscuda import RLSOptimizer
 from rlscuda.optim.kinds import owners
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _little_to_look_through():
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-class Recurrent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.rnn, self.head = nn.GRU(4, 5, batch_first=True), nn.Linear(5, 3)
-
-    def forward(self, x):
-        return self.head(self.rnn(x)[0][:, -1])
 
 
 class Vision(nn.Module):
