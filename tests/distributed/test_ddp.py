@@ -11,6 +11,8 @@ from distributed.conftest import rows_of
 from distributed.launch import case, launch_once, results
 from distributed.training import cnn, distance, mlp, one_process, same, spread
 
+from rlscuda.optim.ranks.sharing import Sharing
+
 KINDS = [("mean", 1), ("mean", 4), ("sketch", 1), ("sketch", 4), ("sketch", 16), ("sample", 16)]
 FORMS = ["spectral", "adaptive", "paper", "natural"]
 LONG = ["spectral", "paper"]
@@ -211,6 +213,13 @@ def test_sharded_matrices_are_the_replicated_ones_to_the_bit(two, number):
                 torch.equal(torch.as_tensor(v), torch.as_tensor(got[k])) for k, v in entries.items()
             )
     assert sum(held for _, _, held, _ in ranks) == everything
+
+
+def test_the_largest_matrices_are_given_out_first():
+    weights, sharing = [torch.nn.Parameter(torch.ones(1)) for _ in range(3)], Sharing()
+    sharing.enter(None, 0, 2)
+    sharing.assign(dict(zip(weights, (1, 1, 2))))
+    assert [sharing.owner(w) for w in weights] == [1, 1, 0]
 
 
 def test_a_gradient_of_another_owner_voids_the_step(two):
