@@ -7,6 +7,7 @@
 
 #include "patch_geometry.h"
 #include "rls_math.h"
+#include "rls_ridge.h"
 
 struct CUstream_st;
 
@@ -151,24 +152,43 @@ template <class T>
 void patch_sample_cuda(const T* x, const PatchGeometry& geometry, const PatchDraw& draw,
                        Accumulate<T>* out, int64_t* keys, CudaStream stream);
 
-// Arguments of one call of the streaming filter: a series of samples in their order.
+// The streaming filter: its state, and a series of samples in their order.
+constexpr int64_t kFilterRows = 32;  // of V: updates of P that wait, samples and raises of the ridge
+struct FilterState {
+  double scale, rows;        // P_true = scale (P - sum_j sign[j] V_j^T V_j) over so many rows
+  RidgeTurn turn;            // of stabilised forgetting, see rls_ridge.h
+  double samples, energy;    // that the running power is over; the sum of all squares
+  double sign[kFilterRows];  // -1 for a sample that left
+};
+constexpr int64_t kFilterSlots = sizeof(FilterState) / sizeof(double);
 template <class T>
 struct RlsFilter {
-  T* P;            // [n, n], updated in place
-  T* W;            // [n_out, n], updated in place
-  const T* X;      // [samples, n] by x_stride
-  const T* Y;      // [samples, n_out] by y_stride
-  T* predictions;  // [samples, n_out], out: W x of each sample before its own update
-  int64_t samples, n, n_out;
-  int64_t x_stride[2], y_stride[2];
-  double forgetting, gain, decay, diffusion, initial_scale;
-  T* held;                // [hold, n]: V of the updates that P lacks, from one call to the next
-  HeldState* held_state;  // of P; nothing is held where hold is 0
-  int64_t hold;
+  T* P;               // [n, n], updated in place; of it the lower triangle counts
+  T* W;               // [n_out, n], updated in place
+  T* V;               // [kFilterRows, n]
+  double* squares;    // [n]: sums of x_j^2
+  FilterState* state;
+  int64_t n, n_out;
+  double forgetting, gain;
+  double ridge;       // rho; negative for kRidge of the running power
+  const T* X;         // [samples, n] by x_stride
+  const T* Y;         // [samples, n_out] by y_stride
+  T* predictions;     // [samples, n_out], out: W x of each sample before its own update
+  T* history;         // [samples, n_out, n] or null, out: W after each sample
+  const double* gains;        // [samples] or null: gain of each; < 0 for one that leaves, 0 for none
+  const double* forgettings;  // [samples] or null
+  int64_t samples, x_stride[2], y_stride[2];
 };
-// Returns the number of resets of P.
+// Returns how many samples were learnt: fewer than `samples` where the next one makes h or its
+// error no finite, positive number. That one has changed nothing.
 template <class T>
 int64_t rls_filter_cpu(const RlsFilter<T>& args);
+// Enters in P what waits, and fills its upper triangle.
+template <class T>
+void rls_filter_flush_cpu(const RlsFilter<T>& args);
+// out [samples]: x P x of each row of X, from P and what waits.
+template <class T>
+void rls_filter_variance_cpu(const RlsFilter<T>& args, double* out);
 
 // The first row of [rows, cols] with a nan or inf in it, -1 where there is none.
 template <class T>

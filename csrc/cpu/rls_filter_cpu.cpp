@@ -1,20 +1,21 @@
 // The streaming filter on the CPU: K samples by one pass over P and W.
 //
 // One sample x, y does, with u = P x, h = lambda + kappa x u, e = y - W x, v = sqrt(kappa / h) u:
-//   W <- W + (kappa / h) e u^T,   P <- a (P - v v^T) + b I,   a = decay / lambda, b = diffusion.
-// Written out, t samples after a matrix P_0 that is still the one in memory,
-//   P_t = a^t (P_0 - sum_j w_j w_j^T) + b_t I,   w_j = a^(-j/2) v_j,   b_t = b (1 + ... + a^(t-1)),
-//   W_t = W_0 - sum_j E_j w_j^T,                 E_j = -a^(j/2) sqrt(kappa / h_j) e_j,
+//   W <- W + (kappa / h) e u^T,   P <- (P - v v^T) / lambda.
+// Written out, t samples after a matrix P_0 that is still the one in memory, with s_t = lambda^-t,
+//   P_t = s_t (P_0 - sum_j w_j w_j^T),   w_j = v_j / sqrt(s_j),
+//   W_t = W_0 - sum_j E_j w_j^T,         E_j = -sqrt(s_j kappa / h_j) e_j,
 // so a block of K samples needs the products P_0 X^T and W_0 X^T, which are known before it starts,
 // thin corrections, and one rank-K update. That update and the products of the next block share a
-// pass in tiles that stay in the cache: P is read and written once in K samples, 8 n^2 / K bytes a
-// sample in float32, where the formula as it stands moves 12 n^2.
+// pass over the lower triangle in tiles that stay in the cache: 4 n^2 / K bytes are read and written
+// a sample in float32, where the formula as it stands moves 12 n^2. The rows w_j may wait in V from
+// one call to the next, so that single samples share a pass too; W is always up to date.
 //
-// A series of few samples has no block to share a pass: where P is large, its updates are those of
-// rls_update_, held back from one call to the next (rls_held_cpu.cpp).
+// A raise of the ridge of coordinate j is a row of V as well, of the sample sqrt(rho) e_j, whose u is
+// a column of P; a sample that leaves a window is one of negative kappa, whose row is added.
 //
-// Arithmetic is in T, the scalars h, a^t, b_t in float64. Work is shared by strips of rows, whose
-// results do not depend on the number of threads.
+// Arithmetic is in T, the scalars h, s_t in float64. Work is shared by strips of rows, whose results
+// do not depend on the number of threads.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -23,294 +24,359 @@
 #include "parallel.h"
 #include "rls_kernels.h"
 #include "scratch.h"
+#include "symmetric_project.h"
+#include "triangle.h"
 
 namespace rlscuda {
 
-constexpr int64_t kStripRows = 12;    // whole tiles of both kernels: 4 rows and 3 rows
-constexpr int64_t kTileBytes = 2048;  // of a row: 12 rows stay in the L1 cache between the kernels
-constexpr int64_t kMostSamples = 16;  // K at most
-constexpr int64_t kFewSamples = 4;    // a series of so few goes sample by sample, held back
+constexpr int64_t kMostSamples = 16;  // K at most; V then still has room for raises
 
-// M <- scale (M - L^T R) + diffusion I where rank > 0, then U = S M^T where next > 0.
-template <class T>
-struct FilterPass {
-  Rows<T> M;
-  int64_t rows, cols;
-  Rows<const T> L, R;
-  int64_t rank;
-  T scale, diffusion;
-  Rows<const T> S;
-  Rows<T> U;
-  int64_t next;
-};
-
-// What a block needs between two passes: from the products to the factors of the next update.
+// Buffers of a call, each row on cache lines of its own.
 template <class T>
 struct FilterBlock {
-  Rows<const T> X;  // [count, n]
-  Rows<T> V;        // [count, n]: in P_0 x, out w
-  Rows<T> E;        // [count, n_out]: in W_0 x, out E
-  T* weights;       // [count]: workspace
+  Rows<T> X;      // [K, n]: the samples
+  Rows<T> U;      // [K, n]: P_0 x
+  Rows<T> minus;  // [n, K]: -X^T
+  Rows<T> E;      // [K, n_out]: E of the rows of V that this block has added
+  Rows<T> L;      // [kFilterRows, n]: V by its signs, where there are negative ones
+  T* weights;     // [kFilterRows]
   int64_t first, count;
+};
+
+enum class Steps { kAll, kFailed, kRaise, kApply };
+
+// What a block has done: the samples taken, and why it ended.
+struct BlockEnd {
+  int64_t taken, due;
+  Steps why;
+};
+
+// W <- W - E^T V of the rows [first, rows) of V, or its product with X; by rows of W.
+template <class T>
+struct WeightPass {
+  Rows<T> W;
+  int64_t n, rank;
+  Rows<const T> E, V;
+  Rows<const T> X;
+  Rows<T> products;
+  int64_t count;
 };
 
 namespace {
 
+// u <- scale u; returns x u.
 template <class T>
-ALWAYS_INLINE void pass_strip(const FilterPass<T>& p, int64_t i0, int64_t i1) {
-  constexpr int64_t kTile = kTileBytes / int64_t(sizeof(T));
-  const Rows<const T> M{p.M.data, p.M.stride};
-  for (int64_t j0 = 0; j0 < p.cols; j0 += kTile) {
-    const int64_t j1 = std::min(j0 + kTile, p.cols);
-    if (p.rank) {
-      update<T>(p.M, p.L, p.R, p.rank, p.scale, i0, i1, j0, j1);
-      if (p.diffusion != 0)
-        for (int64_t i = std::max(i0, j0); i < std::min(i1, j1); ++i) p.M[i][i] += p.diffusion;
-    }
-    if (p.next)
-      project<T>({M[0] + j0, M.stride}, {p.S[0] + j0, p.S.stride}, p.U, j1 - j0, p.next, i0, i1,
-                 j0 > 0);
-  }
-}
-
-template <class T>
-ALWAYS_INLINE void pass(const FilterPass<T>& p, int64_t strip0, int64_t strip1) {
-  for (int64_t strip = strip0; strip < strip1; ++strip)
-    pass_strip(p, strip * kStripRows, std::min((strip + 1) * kStripRows, p.rows));
-}
-
-// u <- scale u + shift x; returns x u.
-template <class T>
-ALWAYS_INLINE double scale_and_dot(T* u, const T* x, T scale, T shift, int64_t n) {
+ALWAYS_INLINE double scale_and_dot(T* u, const T* x, T scale, int64_t n) {
   constexpr int W = kLanes<T>;
   Vec<T> acc[2] = {};
   T tail = 0;
   int64_t j = 0;
   for (; j + 2 * W <= n; j += 2 * W)
     for (int b = 0; b < 2; ++b) {
-      const Vec<T> value = load(x + j + b * W);
-      const Vec<T> product = scale * load(u + j + b * W) + shift * value;
+      const Vec<T> product = scale * load(u + j + b * W);
       store(u + j + b * W, product);
-      acc[b] += product * value;
+      acc[b] += product * load(x + j + b * W);
     }
   for (; j < n; ++j) {
-    u[j] = scale * u[j] + shift * x[j];
+    u[j] *= scale;
     tail += u[j] * x[j];
   }
   return double(tail + sum(acc[0] + acc[1]));
 }
 
-// The samples of a block one after the other; returns how many could be taken: fewer than `count`
-// where the next one makes h or its error no finite, positive number.
+// Adds the squares of a sample to the running power; returns whether there has been any energy.
 template <class T>
-ALWAYS_INLINE int64_t steps(const RlsFilter<T>& f, const FilterBlock<T>& block) {
-  const double growth = f.decay / f.forgetting;
-  double scale = 1, shift = 0;  // a^t, b_t
-  const Rows<const T> V{block.V.data, block.V.stride}, E{block.E.data, block.E.stride};
+ALWAYS_INLINE bool add_power(const RlsFilter<T>& f, const T* x) {
+  double energy = 0;
+  for (int64_t j = 0; j < f.n; ++j) {
+    const double square = double(x[j]) * double(x[j]);
+    f.squares[j] += square;
+    energy += square;
+  }
+  f.state->samples += 1;
+  f.state->energy += energy;
+  return f.state->energy > 0;
+}
+
+// u <- u - sum_j sign_j w_j (w_j x) over the rows that wait; leaves sign_j (w_j x) in the weights.
+template <class T>
+ALWAYS_INLINE void correct(const RlsFilter<T>& f, const FilterBlock<T>& block, int64_t rows,
+                           const T* x, T* u) {
+  const Rows<const T> V{f.V, f.n}, L{block.weights, 1};
+  project<T>(V, {x, 0}, {block.weights, 0}, f.n, 1, 0, rows);
+  for (int64_t j = 0; j < rows; ++j) block.weights[j] *= T(f.state->sign[j]);
+  update_band<T, 1>({u, 0}, L, V, rows, T(1), 0, 0, f.n);
+}
+
+// The samples of a block one after the other, until a raise is due, what waits must be applied, or
+// one cannot be taken.
+template <class T>
+ALWAYS_INLINE BlockEnd steps(const RlsFilter<T>& f, const FilterBlock<T>& block) {
+  FilterState& state = *f.state;
+  const int64_t before = int64_t(state.rows);
   for (int64_t t = 0; t < block.count; ++t) {
+    const int64_t sample = block.first + t, rows = int64_t(state.rows);
+    const double gain = f.gains ? f.gains[sample] : f.gain;
+    const double forgetting = f.forgettings ? f.forgettings[sample] : f.forgetting;
+    if (state.scale > kHeldGrowth || state.scale < 1 / kHeldGrowth) return {t, 0, Steps::kApply};
     const T* x = block.X[t];
-    T* u = block.V[t];
-    T* error = block.E[t];
-    if (t) {  // subtract what the samples before this one in the block have taken from P x and W x
-      project<T>(V, {x, 0}, {block.weights, 0}, f.n, 1, 0, t);
-      const Rows<const T> L{block.weights, 1};
-      update_band<T, 1>({u, 0}, L, V, t, T(1), 0, 0, f.n);
-      update_band<T, 1>({error, 0}, L, E, t, T(1), 0, 0, f.n_out);
-    }
-    const double h = f.forgetting + f.gain * scale_and_dot(u, x, T(scale), T(shift), f.n);
-    const double root = std::sqrt(f.gain / h), back = std::sqrt(scale);
-    const T factor = T(-root * back);
-    const T* y = f.Y + (block.first + t) * f.y_stride[0];
-    T* prediction = f.predictions + (block.first + t) * f.n_out;
+    T* u = block.U[t];
+    T* prediction = f.predictions + sample * f.n_out;
+    if (rows) correct(f, block, rows, x, u);
+    if (rows > before)  // what this block has taken from W x
+      update_band<T, 1>({prediction, 0}, {block.weights + before, 1},
+                        {block.E.data, block.E.stride}, rows - before, T(1), 0, 0, f.n_out);
+    const double h = forgetting + gain * scale_and_dot(u, x, T(state.scale), f.n);
+    const double size = std::fabs(gain), root = std::sqrt(size / h), back = std::sqrt(state.scale);
+    const T factor = T((gain < 0 ? root : -root) * back);
+    const T* y = f.Y + sample * f.y_stride[0];
+    T* error = block.E[rows - before];
     T zero = 0;  // becomes nan where an error is not finite
     for (int64_t k = 0; k < f.n_out; ++k) {
-      prediction[k] = error[k];
       error[k] = factor * (y[k * f.y_stride[1]] - prediction[k]);
       zero += error[k] * T(0);
     }
-    if (!(h > 0) || !std::isfinite(h) || zero != 0) return t;
+    if (!(h > 0) || !std::isfinite(h) || zero != 0) return {t, 0, Steps::kFailed};
+    if (gain == 0) continue;
+    if (gain > 0 && f.ridge < 0 && !add_power(f, x)) continue;  // nothing seen yet to forget
     const T unit = T(root / back);
-    for (int64_t j = 0; j < f.n; ++j) u[j] *= unit;
-    scale *= growth;
-    shift = growth * shift + f.diffusion;
+    T* v = f.V + rows * f.n;
+    for (int64_t j = 0; j < f.n; ++j) v[j] = unit * u[j];
+    state.sign[rows] = gain < 0 ? -1 : 1;
+    state.rows += 1;
+    state.scale /= forgetting;
+    if (forgetting < 1 && f.ridge != 0)
+      if (const int64_t due = ridge_due(state.turn, forgetting, f.n))
+        return {t + 1, due, Steps::kRaise};
   }
-  return block.count;
+  return {block.count, 0, Steps::kAll};
+}
+
+// Row j of V from the column of P that is to be raised by `ridge`; false where it has overflowed.
+template <class T>
+ALWAYS_INLINE bool raise(const RlsFilter<T>& f, const FilterBlock<T>& block, int64_t j,
+                         double ridge) {
+  FilterState& state = *f.state;
+  const int64_t rows = int64_t(state.rows);
+  const Rows<const T> V{f.V, f.n}, L{block.weights, 1};
+  T* u = f.V + rows * f.n;
+  for (int64_t i = 0; i < j; ++i) u[i] = f.P[j * f.n + i];
+  for (int64_t i = j; i < f.n; ++i) u[i] = f.P[i * f.n + j];
+  for (int64_t k = 0; k < rows; ++k) block.weights[k] = T(state.sign[k]) * V[k][j];
+  update_band<T, 1>({u, 0}, L, V, rows, T(1), 0, 0, f.n);
+  const double h = 1 + ridge * state.scale * double(u[j]);
+  if (!(h > 0) || !std::isfinite(h)) return false;
+  const T unit = T(std::sqrt(ridge / h * state.scale));  // sqrt(ridge / h) scale u / sqrt(scale)
+  for (int64_t i = 0; i < f.n; ++i) u[i] *= unit;
+  state.sign[rows] = 1;
+  state.rows += 1;
+  return true;
 }
 
 }  // namespace
 
-SIMD_CLONES void filter_pass(const FilterPass<float>& p, int64_t strip0, int64_t strip1) {
-  pass(p, strip0, strip1);
-}
-SIMD_CLONES void filter_pass(const FilterPass<double>& p, int64_t strip0, int64_t strip1) {
-  pass(p, strip0, strip1);
-}
-SIMD_CLONES int64_t filter_steps(const RlsFilter<float>& f, const FilterBlock<float>& block) {
-  return steps(f, block);
-}
-SIMD_CLONES int64_t filter_steps(const RlsFilter<double>& f, const FilterBlock<double>& block) {
-  return steps(f, block);
-}
+#define FILTER_CLONES(T)                                                                          \
+  SIMD_CLONES void filter_rows(const TrianglePass<T>& p, Rows<T> U, int64_t i0, int64_t i1) {     \
+    triangle_rows(p, U, i0, i1);                                                                  \
+  }                                                                                               \
+  SIMD_CLONES void filter_one(const T* P, const T* s, T* u, int64_t n, int64_t i0, int64_t i1) {  \
+    symmetric_bands(P, s, u, n, i0, i1);                                                          \
+  }                                                                                               \
+  SIMD_CLONES BlockEnd filter_steps(const RlsFilter<T>& f, const FilterBlock<T>& block) {         \
+    return steps(f, block);                                                                       \
+  }                                                                                               \
+  SIMD_CLONES bool filter_raise(const RlsFilter<T>& f, const FilterBlock<T>& block, int64_t j,    \
+                                double ridge) {                                                   \
+    return raise(f, block, j, ridge);                                                             \
+  }                                                                                               \
+  SIMD_CLONES void filter_weights(const WeightPass<T>& p, int64_t i0, int64_t i1) {               \
+    if (p.rank) update<T>(p.W, p.E, p.V, p.rank, T(1), i0, i1, 0, p.n);                           \
+    const Rows<const T> W{p.W.data, p.W.stride};                                                  \
+    if (p.count) project<T>(W, p.X, p.products, p.n, p.count, i0, i1);                            \
+  }                                                                                               \
+  SIMD_CLONES double filter_variance(const RlsFilter<T>& f, const FilterBlock<T>& block,          \
+                                     int64_t t) {                                                 \
+    correct(f, block, int64_t(f.state->rows), block.X[t], block.U[t]);                            \
+    return scale_and_dot(block.U[t], block.X[t], T(f.state->scale), f.n);                         \
+  }
+FILTER_CLONES(float)
+FILTER_CLONES(double)
 
 namespace {
 
+// One call: the buffers of it, and the passes.
 template <class T>
-void parallel_pass(const FilterPass<T>& p) {
-  const int64_t strips = (p.rows + kStripRows - 1) / kStripRows;
-  const int64_t work = kStripRows * p.cols * (p.rank + p.next);
-  parallel_for(0, strips, (1 << 19) / (work + 1) + 1,
-               [&](int64_t begin, int64_t end) { filter_pass(p, begin, end); });
-}
-
-// K: enough to be worth a pass, few enough that the thin corrections stay thin and a^K tame.
-template <class T>
-int64_t samples_per_pass(const RlsFilter<T>& f) {
-  const double growth = std::fabs(std::log(f.decay / f.forgetting));
-  const double most = growth > 0 ? std::log(kHeldGrowth) / growth : double(kMostSamples);
-  const int64_t wanted = std::clamp<int64_t>(f.n / 4, 4, kMostSamples);
-  return std::max<int64_t>(1, int64_t(std::min(most, double(wanted))));
-}
-
-// Rows of T, each on cache lines of its own; the odd number of lines keeps the rows of a column
-// apart in the cache, which a power of two would not.
-template <class T>
-class Buffer {
+class FilterCall {
  public:
-  Buffer(int64_t rows, int64_t cols)
-      : stride_(((cols + kLine - 1) / kLine | 1) * kLine), memory_(rows * stride_ + kLine) {}
-  Rows<T> rows() {
-    const auto address = reinterpret_cast<uintptr_t>(memory_.data());
-    return {memory_.data() + (-address % 64) / sizeof(T), stride_};
+  FilterCall(const RlsFilter<T>& f, int64_t most)
+      : f_(f), most_(std::clamp<int64_t>(most, 1, kMostSamples)) {
+    const int64_t wide = padded(f.n);
+    memory_.resize(2 * most_ * wide + most_ * padded(f.n_out) + f.n * padded(most_) +
+                   kFilterRows * wide + 2 * kLine + kFilterRows);
+    T* next = memory_.data();
+    next += (-reinterpret_cast<uintptr_t>(next) % 64) / sizeof(T);
+    const auto take = [&](int64_t rows, int64_t cols) {
+      T* at = next;
+      next += rows * cols;
+      return Rows<T>{at, cols};
+    };
+    block_.X = take(most_, wide);
+    block_.U = take(most_, wide);
+    block_.E = take(most_, padded(f.n_out));
+    block_.minus = take(f.n, padded(most_));
+    block_.L = take(kFilterRows, wide);
+    block_.weights = next;
+  }
+
+  FilterBlock<T>& block() { return block_; }
+
+  // K: enough to be worth a pass, few enough that the thin corrections stay thin.
+  int64_t samples_per_pass() const { return std::clamp<int64_t>(f_.n / 4, 4, kMostSamples); }
+
+  // Whether what waits must be applied before another sample comes.
+  bool is_full() const {
+    const FilterState& state = *f_.state;
+    return int64_t(state.rows) >= samples_per_pass() || state.scale > kHeldGrowth ||
+           state.scale < 1 / kHeldGrowth;
+  }
+
+  // The samples [first, first + count) into the block.
+  void take(int64_t first, int64_t count) {
+    block_.first = first;
+    block_.count = count;
+    for (int64_t t = 0; t < count; ++t) {
+      const T* x = f_.X + (first + t) * f_.x_stride[0];
+      if (f_.x_stride[1] == 1)
+        std::copy_n(x, f_.n, block_.X[t]);
+      else
+        for (int64_t j = 0; j < f_.n; ++j) block_.X[t][j] = x[j * f_.x_stride[1]];
+    }
+  }
+
+  // Applies what waits where `apply`, and projects the block.
+  void pass(bool apply, int64_t count) {
+    FilterState& state = *f_.state;
+    const int64_t rows = apply ? int64_t(state.rows) : 0;
+    if (!rows && count == 1 && !apply) return project_one();
+    TrianglePass<T> p{{f_.P, f_.n}, f_.n};
+    p.R = {f_.V, f_.n};
+    p.L = rows ? signed_rows(rows) : p.R;
+    p.rank = rows;
+    p.scale = T(apply ? state.scale : 1);
+    p.S = {block_.X.data, block_.X.stride};
+    p.minus = {block_.minus.data, block_.minus.stride};
+    p.next = count;
+    for (int64_t t = 0; t < count; ++t)
+      for (int64_t j = 0; j < f_.n; ++j) block_.minus[j][t] = -block_.X[t][j];
+    if (rows || count)
+      triangle_pass(p, block_.U, [](const auto& q, Rows<T> U, int64_t i0, int64_t i1) {
+        filter_rows(q, U, i0, i1);
+      });
+    if (apply) {
+      state.rows = 0;
+      state.scale = 1;
+    }
+  }
+
+  // W X^T of the block, or the update of W by the rows of V from `first` on.
+  void weights(int64_t first, int64_t rows, int64_t count) {
+    WeightPass<T> p{{f_.W, f_.n}, f_.n, rows, {block_.E.data, block_.E.stride}};
+    p.V = {f_.V + first * f_.n, f_.n};
+    p.X = {block_.X.data, block_.X.stride};
+    p.products = {f_.predictions + block_.first * f_.n_out, f_.n_out};
+    p.count = count;
+    const int64_t strips = (f_.n_out + kStripRows - 1) / kStripRows;
+    const int64_t grain = (1 << 19) / (kStripRows * f_.n * (rows + count) + 1) + 1;
+    parallel_for(0, strips, grain, [&](int64_t begin, int64_t end) {
+      filter_weights(p, begin * kStripRows, std::min(end * kStripRows, f_.n_out));
+    });
+  }
+
+  // Raises `due` coordinates, beginning with the one whose turn it is.
+  void raise(int64_t due, double forgetting) {
+    FilterState& state = *f_.state;
+    const double mean = state.energy / std::max(state.samples, 1.0) / double(f_.n);
+    for (; due > 0; --due) {
+      const int64_t j = int64_t(state.turn.next);
+      double ridge = f_.ridge;
+      if (ridge < 0)
+        ridge = relative_ridge(f_.squares[j] / std::max(state.samples, 1.0), mean, forgetting, f_.n,
+                               std::numeric_limits<T>::epsilon());
+      if (int64_t(state.rows) == kFilterRows) pass(true, 0);
+      filter_raise(f_, block_, j, ridge_weight(ridge, forgetting));
+      state.turn.next = double(j + 1 < f_.n ? j + 1 : 0);
+    }
   }
 
  private:
   static constexpr int64_t kLine = 64 / sizeof(T);
-  int64_t stride_;
+  // An odd number of cache lines keeps the rows of a column apart in the cache.
+  static int64_t padded(int64_t cols) { return ((cols + kLine - 1) / kLine | 1) * kLine; }
+
+  void project_one() {
+    const auto rows = [](auto... args) { filter_one(args...); };
+    if (f_.n * f_.n * int64_t(sizeof(T)) < kLeastShared) {
+      std::fill_n(block_.U.data, f_.n, T(0));
+      return rows(f_.P, block_.X.data, block_.U.data, f_.n, 0, f_.n);
+    }
+    symmetric_project(f_.P, block_.X.data, block_.U.data, f_.n, rows);
+  }
+
+  Rows<const T> signed_rows(int64_t rows) {
+    const double* sign = f_.state->sign;
+    if (std::all_of(sign, sign + rows, [](double s) { return s > 0; })) return {f_.V, f_.n};
+    for (int64_t k = 0; k < rows; ++k)
+      for (int64_t j = 0; j < f_.n; ++j) block_.L[k][j] = T(sign[k]) * f_.V[k * f_.n + j];
+    return {block_.L.data, block_.L.stride};
+  }
+
+  const RlsFilter<T>& f_;
+  int64_t most_;
+  FilterBlock<T> block_{};
   Scratch<T> memory_;
 };
-
-template <class T>
-void copy_sample(const RlsFilter<T>& f, int64_t sample, T* to) {
-  const T* x = f.X + sample * f.x_stride[0];
-  if (f.x_stride[1] == 1)
-    std::copy_n(x, f.n, to);
-  else
-    for (int64_t j = 0; j < f.n; ++j) to[j] = x[j * f.x_stride[1]];
-}
-
-template <class T>
-void start_anew(const RlsFilter<T>& f) {
-  std::fill_n(f.P, f.n * f.n, T(0));
-  for (int64_t i = 0; i < f.n; ++i) f.P[i * f.n + i] = T(f.initial_scale);
-  if (f.hold) *f.held_state = kNothingHeld;
-}
-
-// The matrix of the filter as one layer of rls_update_, with what is held of it.
-template <class T>
-RlsUpdate<T> matrix_of(const RlsFilter<T>& f) {
-  RlsUpdate<T> layer{};
-  layer.P = f.P;
-  layer.batch = layer.rank = 1;
-  layer.n = f.n;
-  layer.rule = {f.forgetting, f.gain, f.decay, f.diffusion, 0, f.initial_scale, false};
-  layer.held = f.held;
-  layer.held_state = f.held_state;
-  layer.hold = f.hold;
-  return layer;
-}
-
-// Sample by sample, the updates of P held back. Returns the resets.
-template <class T>
-int64_t filter_held(const RlsFilter<T>& f) {
-  Buffer<T> input(1, f.n), projected(1, f.n), errors(1, f.n_out);
-  const Rows<T> x = input.rows(), u = projected.rows(), e = errors.rows();
-  RlsUpdate<T> layer = matrix_of(f);
-  T h;
-  layer.S = x.data;
-  layer.U = u.data;
-  layer.h = &h;
-  FilterPass<T> on_W{{f.W, f.n}, f.n_out, f.n};
-  on_W.scale = T(1);
-  on_W.L = {e.data, e.stride};
-  on_W.R = {u.data, u.stride};
-  on_W.S = {x.data, x.stride};
-  on_W.U = e;
-  int64_t resets = 0;
-  for (int64_t t = 0; t < f.samples; ++t) {
-    copy_sample(f, t, x.data);
-    on_W.rank = 0, on_W.next = 1;
-    parallel_pass(on_W);
-    bool finite = true;
-    for (int64_t k = 0; k < f.n_out; ++k) {
-      T& error = e.data[k];
-      f.predictions[t * f.n_out + k] = error;
-      error = f.Y[t * f.y_stride[0] + k * f.y_stride[1]] - error;
-      finite = finite && std::isfinite(error);
-    }
-    if (finite) rls_update_cpu(&layer, 1);
-    if (!finite || std::isnan(h)) {
-      start_anew(f);
-      ++resets;
-      continue;
-    }
-    const T factor = T(-f.gain / double(h));
-    for (int64_t k = 0; k < f.n_out; ++k) e.data[k] *= factor;
-    on_W.rank = 1, on_W.next = 0;
-    parallel_pass(on_W);
-  }
-  return resets;
-}
 
 }  // namespace
 
 template <class T>
 int64_t rls_filter_cpu(const RlsFilter<T>& f) {
-  if (f.hold && f.samples <= kFewSamples) return filter_held(f);
-  if (f.hold) rls_flush_cpu(matrix_of(f));
-  const int64_t most = std::min(samples_per_pass(f), f.samples);
-  Buffer<T> factors[2] = {{most, f.n}, {most, f.n}};
-  Buffer<T> errors[2] = {{most, f.n_out}, {most, f.n_out}};
-  Buffer<T> inputs(most, f.n), weights(1, most);
+  FilterCall<T> call(f, f.history ? 1 : f.samples);
+  FilterState& state = *f.state;
+  for (int64_t first = 0; first < f.samples;) {
+    const bool full = call.is_full();
+    const int64_t room = call.samples_per_pass() - (full ? 0 : int64_t(state.rows));
+    const int64_t count = f.history ? 1 : std::min(room, f.samples - first);
+    call.take(first, count);
+    call.pass(full, count);
+    call.weights(0, 0, count);
+    const int64_t before = int64_t(state.rows);
+    const BlockEnd end = filter_steps(f, call.block());
+    if (const int64_t added = int64_t(state.rows) - before) call.weights(before, added, 0);
+    if (f.history && end.taken)
+      std::copy_n(f.W, f.n_out * f.n, f.history + first * f.n_out * f.n);
+    first += end.taken;
+    if (end.why == Steps::kFailed) return first;
+    if (end.why == Steps::kRaise)
+      call.raise(end.due, f.forgettings ? f.forgettings[first - 1] : f.forgetting);
+  }
+  return f.samples;
+}
 
-  FilterPass<T> on_P{{f.P, f.n}, f.n, f.n}, on_W{{f.W, f.n}, f.n_out, f.n};
-  on_W.scale = T(1);
-  int64_t resets = 0;
-  for (int64_t first = 0, turn = 0;; turn ^= 1) {
-    const int64_t count = std::min(most, f.samples - first);
-    const Rows<T> X = inputs.rows();
-    for (int64_t t = 0; t < count; ++t) copy_sample(f, first + t, X[t]);
-    const FilterBlock<T> block{{X.data, X.stride},
-                               factors[turn].rows(),
-                               errors[turn].rows(),
-                               weights.rows().data,
-                               first,
-                               count};
-    on_P.S = on_W.S = block.X;
-    on_P.U = block.V;
-    on_W.U = block.E;
-    on_P.next = on_W.next = count;
-    parallel_pass(on_P);
-    parallel_pass(on_W);
-    if (count == 0) return resets;
+template <class T>
+void rls_filter_flush_cpu(const RlsFilter<T>& f) {
+  FilterCall<T>(f, 1).pass(true, 0);
+  for (int64_t i = 0; i < f.n; ++i)
+    for (int64_t j = 0; j < i; ++j) f.P[j * f.n + i] = f.P[i * f.n + j];
+}
 
-    const int64_t taken = filter_steps(f, block);
-    on_P.L = on_P.R = on_W.R = {block.V.data, block.V.stride};
-    on_W.L = {block.E.data, block.E.stride};
-    on_P.rank = on_W.rank = taken;
-    double scale = 1, shift = 0;
-    for (int64_t t = 0; t < taken; ++t) {
-      shift = f.decay / f.forgetting * shift + f.diffusion;
-      scale *= f.decay / f.forgetting;
-    }
-    on_P.scale = T(scale);
-    on_P.diffusion = T(shift);
-    first += taken;
-    if (taken < count) {  // the sample that could not be taken: it is skipped and P starts anew
-      start_anew(f);
-      on_P.rank = 0;
-      ++first;
-      ++resets;
-    }
+template <class T>
+void rls_filter_variance_cpu(const RlsFilter<T>& f, double* out) {
+  FilterCall<T> call(f, f.samples);
+  for (int64_t first = 0; first < f.samples; first += kMostSamples) {
+    const int64_t count = std::min(kMostSamples, f.samples - first);
+    call.take(first, count);
+    call.pass(false, count);
+    for (int64_t t = 0; t < count; ++t) out[first + t] = filter_variance(f, call.block(), t);
   }
 }
 
@@ -324,9 +390,12 @@ int64_t nonfinite_row_cpu(const T* x, int64_t rows, int64_t cols, const int64_t 
   return -1;
 }
 
-template int64_t rls_filter_cpu<float>(const RlsFilter<float>&);
-template int64_t rls_filter_cpu<double>(const RlsFilter<double>&);
-template int64_t nonfinite_row_cpu<float>(const float*, int64_t, int64_t, const int64_t[2]);
-template int64_t nonfinite_row_cpu<double>(const double*, int64_t, int64_t, const int64_t[2]);
+#define FILTER_OF(T)                                                       \
+  template int64_t rls_filter_cpu<T>(const RlsFilter<T>&);                 \
+  template void rls_filter_flush_cpu<T>(const RlsFilter<T>&);              \
+  template void rls_filter_variance_cpu<T>(const RlsFilter<T>&, double*);  \
+  template int64_t nonfinite_row_cpu<T>(const T*, int64_t, int64_t, const int64_t[2]);
+FILTER_OF(float)
+FILTER_OF(double)
 
 }  // namespace rlscuda

@@ -2,64 +2,66 @@
 
 from __future__ import annotations
 
+import copy
 import operator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from rlscuda import _C
-from rlscuda.functional.calls import as_user_error
-from rlscuda.streaming.held import updates_to_hold
+from rlscuda.streaming.arrays import as_array, check_finite, read_only
+from rlscuda.streaming.core import FORMS, Core
+from rlscuda.streaming.window import Window
 
-_ALIGNMENT = 64  # bytes of a cache line: a row that starts on one is read at full speed
-
-
-def _aligned(values: NDArray[Any]) -> NDArray[Any]:
-    """A dense copy that starts on a cache line."""
-    memory = np.empty(values.nbytes + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    copy = memory[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
-    copy[...] = values
-    return copy
-
-
-def _read_only(values: NDArray[Any]) -> NDArray[Any]:
-    view = values.view()
-    view.flags.writeable = False
-    return view
+_RELATIVE = -1.0  # as the kernels know it
 
 
 class RLSFilter:
     r"""Recursive-least-squares filter: y ≈ W x, one sample at a time or a series at once.
 
-    A sample (x, y) updates the weights ``W`` and the inverse autocorrelation matrix ``P`` by::
+    A sample (x, y) of weight w updates the weights ``W`` and the inverse autocorrelation matrix
+    ``P`` by, with κ = w · gain::
 
         u = P x,   h = λ + κ x·u,   e = y − W x
-        W ← W + (κ/h) e uᵀ
-        P ← (1 − μ) (P − (κ/h) u uᵀ) / λ + μ P₀,     P₀ = δ I
+        W ← W + (κ/h) e uᵀ,   P ← (P − (κ/h) u uᵀ) / λ
 
-    With μ = 0 this is exponentially weighted least squares: W minimises
-    Σ κ λ^(t−i) ‖yᵢ − W xᵢ‖² + λ^t ‖W − W₀‖² / δ. With λ < 1, directions that the input never
-    excites would grow as λ^(−t); the shrinkage μ towards P₀ bounds them. A sample for which h or e
-    is not finite, or h not positive, is skipped: ``P`` starts anew from P₀, ``resets`` counts it.
+    This is exponentially weighted least squares: W minimises
+    Σ κ λ^(t−i) ‖yᵢ − W xᵢ‖² + λ^t ‖W − W₀‖² / δ.
+
+    **Stabilised forgetting.** With λ < 1, what is known of directions that the input never excites
+    would be lost as λ^t, until P overflows. Each time that forgetting has halved it, every
+    coordinate j in turn gets a ridge: R_jj ← R_jj + ρ_j, where R is the inverse of P. So R is
+    nowhere below diag(ρ), while W is not pulled anywhere. By default ρ_j is a hundredth of the mean
+    of x_j² over all samples so far, so that the filter does not depend on the units of its inputs
+    and its noise floor is that of textbook recursive least squares. See `reference.rls_filter`.
+
+    **Samples that cannot be learnt.** Where rounding has made h negative, P is repaired: what is
+    below the precision of its largest eigenvalue is raised to it, the rest stays. A P that has
+    overflowed starts anew from P₀, and a sample that is itself too large is left out. Each is
+    counted in ``resets``, and the first one warns.
 
     Args:
         n: Inputs of the filter.
         n_out: Outputs of the filter.
         forgetting: λ, the forgetting factor, in (0, 1].
         gain: κ, the weight of a new sample, > 0.
-        initial_scale: δ, the scale of P₀ = δ I, > 0; large means little regularisation.
-        shrinkage: μ in [0, 1]; None means min(1, 2 (1 − λ)), which is 0 where λ = 1.
-        dtype: float32 or float64, of the state and of every array that goes in or out.
+        initial_scale: δ, of P₀ = δ I, > 0, or a δ for each input [n]; large means little
+            regularisation.
+        ridge: ρ: None for relative to the input, a number >= 0 for all coordinates alike, 0 for
+            none, which is the textbook's filter.
+        form: "covariance", or "square-root", which keeps a root of P: at up to three times the cost
+            P stays positive definite however badly the inputs are conditioned.
+        dtype: float32 or float64, of the state and of the results.
+        missing: What a NaN, an infinity or a masked element in a sample does: "raise" refuses the
+            series, "skip" learns nothing from that sample, and its prediction is NaN if it is in x.
+        window: Samples that stay: an older one is taken out again, exactly; None for all.
 
     Attributes:
         updates: Samples that entered P and W.
-        resets: Samples that were skipped because they would have broken P.
 
-    λ, κ, δ and μ are plain attributes and may be changed between two calls. A filter can be pickled
-    and deep-copied, and then goes on to the same bits. Calls release the GIL while they compute:
-    different filters run in parallel threads, one filter must not.
+    All but `n`, `n_out`, `form`, `dtype` and `window` may be assigned between two calls. A filter
+    can be pickled and copied, and then goes on to the same bits. Calls release the GIL while they
+    compute: different filters run in parallel threads, one filter must not. A sample costs O(n²).
 
     Example:
         >>> import numpy as np
@@ -77,64 +79,155 @@ class RLSFilter:
             infinity in it. The filter is then as it was before the call.
     """
 
+    __slots__ = (
+        "_core", "_initial_scale", "_kernel", "_missing", "_window", "dtype", "form", "n", "n_out",
+        "updates", "window",
+    )  # fmt: skip
+
     def __init__(
         self,
         n: int,
         n_out: int = 1,
         forgetting: float = 1.0,
         gain: float = 1.0,
-        initial_scale: float = 1.0,
-        shrinkage: float | None = None,
+        initial_scale: float | ArrayLike = 1.0,
+        ridge: float | None = None,
+        form: str = "covariance",
         dtype: DTypeLike = np.float64,
+        missing: str = "raise",
+        window: int | None = None,
     ) -> None:
         self.n = operator.index(n)
         self.n_out = operator.index(n_out)
         self.dtype = np.dtype(dtype)
-        self.forgetting = forgetting
-        self.gain = gain
-        self.initial_scale = initial_scale
-        self.shrinkage = shrinkage
         if self.n < 1 or self.n_out < 1:
             raise ValueError(f"n and n_out must be at least 1, got {n} and {n_out}")
-        if self.dtype not in (np.float32, np.float64):
-            raise TypeError(f"dtype must be float32 or float64, got {self.dtype}")
-        self._coefficients()
+        if form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+        if self.dtype.name not in FORMS[form]:
+            raise TypeError(f"dtype must be one of {', '.join(FORMS[form])}, got {self.dtype}")
+        self.form = form
+        self.window = None if window is None else operator.index(window)
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be at least 1 or None, got {window}")
+        self._core = Core(self.n, self.n_out, self.dtype, form)
+        self._kernel = self._core.kernel
+        self.forgetting, self.gain, self.ridge = forgetting, gain, ridge
+        self.initial_scale, self.missing = initial_scale, missing
         self.reset()
 
-    def reset(self) -> None:
-        """Starts anew: W = 0, P = P₀, counters 0."""
-        self._coefficients()
-        self._P = _aligned(self.initial_scale * np.eye(self.n, dtype=self.dtype))
-        self._W = _aligned(np.zeros((self.n_out, self.n), self.dtype))
-        hold = updates_to_hold(self.n, self.dtype.itemsize)
-        self._held = _aligned(np.zeros((hold, self.n), self.dtype))
-        self._held_state = np.array([1.0, 0.0, 0.0])
-        self.updates = 0
-        self.resets = 0
+    # -- coefficients ----------------------------------------------------------------------------
+
+    @property
+    def forgetting(self) -> float:
+        """λ in (0, 1]."""
+        return self._kernel.forgetting
+
+    @forgetting.setter
+    def forgetting(self, value: float) -> None:
+        if not 0 < value <= 1:
+            raise ValueError(f"forgetting must be in (0, 1], got {value}")
+        self._kernel.forgetting = float(value)
+
+    @property
+    def gain(self) -> float:
+        """κ > 0."""
+        return self._kernel.gain
+
+    @gain.setter
+    def gain(self, value: float) -> None:
+        if not 0 < value <= np.finfo(self.dtype).max:
+            raise ValueError(f"gain must be > 0 and finite, got {value}")
+        self._kernel.gain = float(value)
+
+    @property
+    def ridge(self) -> float | None:
+        """ρ, or None where it is relative to the input."""
+        return None if self._kernel.ridge < 0 else self._kernel.ridge
+
+    @ridge.setter
+    def ridge(self, value: float | None) -> None:
+        if value is not None and not 0 <= value <= np.finfo(self.dtype).max:
+            raise ValueError(f"ridge must be >= 0 and finite, or None, got {value}")
+        self._kernel.ridge = _RELATIVE if value is None else float(value)
+
+    @property
+    def initial_scale(self) -> float | NDArray[np.float64]:
+        """δ, a number or [n]; it counts from the next reset on."""
+        return self._initial_scale
+
+    @initial_scale.setter
+    def initial_scale(self, value: float | ArrayLike) -> None:
+        scales = np.array(value, np.float64)
+        if scales.shape not in ((), (self.n,)):
+            raise ValueError(f"initial_scale must be a number or [{self.n}], got {scales.shape}")
+        if not ((scales > 0) & (scales <= np.finfo(self.dtype).max)).all():
+            raise ValueError(f"initial_scale must be > 0 and finite, got {value}")
+        self._initial_scale: float | NDArray[np.float64] = scales if scales.ndim else float(scales)
+
+    @property
+    def missing(self) -> str:
+        """What a sample with a missing number does: "raise" or "skip"."""
+        return self._missing
+
+    @missing.setter
+    def missing(self, value: str) -> None:
+        if value not in ("raise", "skip"):
+            raise ValueError(f"missing must be 'raise' or 'skip', got {value!r}")
+        self._missing = value
+
+    # -- state -----------------------------------------------------------------------------------
+
+    def reset(self, keep_weights: bool = False) -> None:
+        """Starts anew: P = P₀, counters 0, and W = 0 unless it is kept."""
+        core = self._core
+        core.restart(self._initial_scale)
+        if not keep_weights:
+            core.W[...] = 0
+        core.squares[...] = core.scalars[2:] = 0
+        core.resets = self.updates = 0
+        self._window = self.window and Window(self.window, self.n, self.n_out, self.dtype)
+
+    @property
+    def resets(self) -> int:
+        """Times that P was repaired or started anew, or a sample was left out as too large."""
+        return self._core.resets
 
     @property
     def P(self) -> NDArray[Any]:
         """The inverse autocorrelation matrix [n, n]: the state itself, not a copy, read-only.
 
-        Where P is large, the samples of `update` and of short series wait to be entered together;
-        reading P enters them. An array from an earlier reading shows them only from then on.
+        Samples wait to be entered in it together; reading enters them. An array from an earlier
+        reading shows them only from then on. A symmetric positive definite matrix may be assigned,
+        and is copied in.
         """
-        _C.rls_filter_flush(self._P, self._held, self._held_state)
-        return _read_only(self._P)
+        return self._core.matrix()
+
+    @P.setter
+    def P(self, values: ArrayLike) -> None:
+        array = as_array("P", values, self.dtype)
+        if array.shape != (self.n, self.n):
+            raise ValueError(f"P must be [{self.n}, {self.n}], got {list(array.shape)}")
+        check_finite("P", array)
+        most = 1e3 * np.finfo(self.dtype).eps * np.abs(array).max()
+        if np.abs(array - array.T).max() > most or np.linalg.eigvalsh(array)[0] <= 0:
+            raise ValueError("P must be symmetric and positive definite")
+        self._core.enter(array)
 
     @property
     def W(self) -> NDArray[Any]:
         """The weights [n_out, n]: the live state, not a copy, read-only; assigning copies in."""
-        return _read_only(self._W)
+        return read_only(self._core.W)
 
     @W.setter
     def W(self, values: ArrayLike) -> None:
-        array = self._array("W", values)
-        if array.shape != self._W.shape:
+        array = as_array("W", values, self.dtype)
+        if array.shape != self._core.W.shape:
             raise ValueError(f"W must be [{self.n_out}, {self.n}], got {list(array.shape)}")
-        if not np.isfinite(array).all():
-            raise ValueError("W must be finite, got NaN or inf")
-        self._W[...] = array
+        check_finite("W", array)
+        self._core.W[...] = array
+
+    # -- prediction ------------------------------------------------------------------------------
 
     def predict(self, x: ArrayLike) -> NDArray[Any]:
         """The outputs W x, without learning.
@@ -145,49 +238,83 @@ class RLSFilter:
         Returns:
             [n_out], or [T, n_out].
         """
-        array = self._array("x", x)
+        return self._inputs(x) @ self._core.W.T
+
+    def variance(self, x: ArrayLike) -> Any:
+        """xᵀ P x: the variance of a prediction, in units of that of the noise over the gain.
+
+        Its root is the width of the confidence bound of LinUCB. P is not brought up to date for it.
+
+        Args:
+            x: One input [n], or [T, n].
+
+        Returns:
+            A number, or float64 [T].
+        """
+        array = self._inputs(x)
+        result = self._kernel.variance(np.atleast_2d(array))
+        return result if array.ndim == 2 else float(result[0])
+
+    def _inputs(self, x: ArrayLike) -> NDArray[Any]:
+        array = as_array("x", x, self.dtype)
         if array.ndim not in (1, 2) or array.shape[-1] != self.n:
             raise ValueError(f"x must be [{self.n}] or [T, {self.n}], got {list(array.shape)}")
-        if not np.isfinite(array).all():
-            raise ValueError("x must be finite, got NaN or inf")
-        return array @ self._W.T
+        check_finite("x", array)
+        return array
 
-    def update(self, x: ArrayLike, y: ArrayLike) -> NDArray[Any]:
+    # -- learning --------------------------------------------------------------------------------
+
+    def update(self, x: ArrayLike, y: ArrayLike, weight: float = 1.0) -> Any:
         """Learns one sample.
 
         Args:
             x: The input [n].
             y: The target [n_out], or a number where n_out = 1.
+            weight: What the sample counts, >= 0; at 0 it is predicted alone.
 
         Returns:
             The a-priori prediction W x, made before the update, in the shape of `y`; the a-priori
             error is `y` minus it.
         """
-        inputs, target = self._array("x", x), self._array("y", y)
+        if weight == 1 and self._window is None:
+            prediction = self._kernel.update(x, y)
+            if prediction is not None:
+                self.updates += 1
+                return prediction if prediction.ndim else prediction[()]
+        inputs, target = as_array("x", x, self.dtype), as_array("y", y, self.dtype)
         if inputs.shape != (self.n,):
             raise ValueError(f"x must be [{self.n}], got {list(inputs.shape)}")
         if target.shape != (self.n_out,) and (target.ndim or self.n_out > 1):
             raise ValueError(f"y must be [{self.n_out}], got {list(target.shape)}")
-        predictions = self._learn(inputs[None], target.reshape(1, self.n_out))
+        predictions, _ = self._learn(inputs[None], target.reshape(1, -1), [weight], False)
         return predictions.reshape(target.shape)[()]
 
-    def run(self, X: ArrayLike, Y: ArrayLike) -> NDArray[Any]:
+    def run(
+        self,
+        X: ArrayLike,
+        Y: ArrayLike,
+        weights: ArrayLike | None = None,
+        history: bool = False,
+    ) -> Any:
         """Learns a series, in order, without returning to Python in between.
 
         Equal, to rounding, to one `update` a sample: the samples pass in blocks that share one
         read and write of P. Arrays of any strides are read where they lie, so a tapped delay line
         can be `numpy.lib.stride_tricks.sliding_window_view(signal, n)`; only an array that is not
-        aligned to its dtype is copied.
+        aligned, or of another dtype, is copied.
 
         Args:
             X: The inputs [T, n].
             Y: The targets [T, n_out], or [T] where n_out = 1.
+            weights: What each sample counts [T], >= 0; None for 1.
+            history: Whether to return the weights after each sample too, which is slower.
 
         Returns:
-            The a-priori predictions, each made before its sample was learnt, in the shape of `Y`.
-            An empty series gives an empty result.
+            The a-priori predictions, each made before its sample was learnt, in the shape of `Y`;
+            with `history` a pair of them and the weights [T, n_out, n]. An empty series gives an
+            empty result.
         """
-        inputs, targets = self._array("X", X), self._array("Y", Y)
+        inputs, targets = as_array("X", X, self.dtype), as_array("Y", Y, self.dtype)
         if inputs.ndim != 2 or inputs.shape[1] != self.n:
             raise ValueError(f"X must be [T, {self.n}], got {list(inputs.shape)}")
         columns = targets[:, None] if targets.ndim == 1 else targets
@@ -196,50 +323,89 @@ class RLSFilter:
                 f"Y must be [{len(inputs)}, {self.n_out}] for X {list(inputs.shape)}, "
                 f"got {list(targets.shape)}"
             )
-        return self._learn(inputs, columns).reshape(targets.shape)
+        predictions, path = self._learn(inputs, columns, weights, history)
+        predictions = predictions.reshape(targets.shape)
+        return (predictions, path) if history else predictions
 
-    def _learn(self, X: NDArray[Any], Y: NDArray[Any]) -> NDArray[Any]:
-        try:
-            predictions, resets = _C.rls_filter_run(
-                self._P, self._W, X, Y, *self._coefficients(), self._held, self._held_state
-            )
-        except RuntimeError as error:
-            raise as_user_error(error) from None
-        self.updates += len(X) - resets
-        self.resets += resets
-        return predictions
+    def _learn(
+        self, X: NDArray[Any], Y: NDArray[Any], weights: ArrayLike | None, history: bool
+    ) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        """Learns checked arrays; returns the predictions, and the weights after each sample."""
+        gains = None if weights is None else self._gains(weights, len(X))
+        unknown = np.zeros(0, bool)
+        if self._missing == "skip":
+            gone = ~np.isfinite(X).all(1)
+            idle = gone | ~np.isfinite(Y).all(1)
+            if idle.any():
+                gains = np.where(idle, 0.0, self.gain if gains is None else gains)
+                X, Y = np.where(gone[:, None], 0, X), np.where(idle[:, None], 0, Y)
+                unknown = gone
+        path = np.empty((len(X), *self._core.W.shape), self.dtype) if history else None
+        if self._window is None:
+            options = (gains, None, path, self._initial_scale)
+            predictions, left_out = self._core.run(X, Y, *options)
+        else:
+            if gains is None:
+                gains = np.full(len(X), self.gain)
+            predictions, left_out = self._slide(X, Y, gains, path)
+        learnt = len(X) if gains is None else int(np.count_nonzero(gains))
+        self.updates += learnt - len(left_out)
+        if unknown.any():
+            predictions[unknown] = np.nan
+        return predictions, path
 
-    def _coefficients(self) -> tuple[float, float, float, float, float]:
-        """The checked forgetting, gain, decay, diffusion and initial scale of the kernel."""
-        if not 0 < self.forgetting <= 1:
-            raise ValueError(f"forgetting must be in (0, 1], got {self.forgetting}")
-        largest = float(np.finfo(self.dtype).max)
-        for name in ("gain", "initial_scale"):
-            if not 0 < getattr(self, name) <= largest:
-                raise ValueError(f"{name} must be > 0 and finite, got {getattr(self, name)}")
-        shrinkage = self.shrinkage
-        if shrinkage is None:
-            shrinkage = min(1.0, 2 * (1 - self.forgetting))
-        elif not 0 <= shrinkage <= 1:
-            raise ValueError(f"shrinkage must be in [0, 1] or None, got {shrinkage}")
-        decay, diffusion = 1 - shrinkage, shrinkage * self.initial_scale
-        return self.forgetting, self.gain, decay, diffusion, self.initial_scale
+    def _slide(
+        self,
+        X: NDArray[Any],
+        Y: NDArray[Any],
+        gains: NDArray[np.float64],
+        path: NDArray[Any] | None,
+    ) -> tuple[NDArray[Any], list[int]]:
+        """Learns samples while those that are too old leave; `gains` of those left out become 0."""
+        check_finite("X", X), check_finite("Y", Y)
+        left_out: list[int] = []
+        window = cast(Window, self._window)
+        predictions = np.empty(Y.shape, self.dtype)
+        step = 1 if path is not None else window.length  # so that none comes and goes in one call
+        for first in range(0, len(X), step):
+            part = slice(first, first + step)
+            series = window.interleaved(X[part], Y[part], gains[part], self.forgetting)
+            options = (series.gains, series.forgettings, None, self._initial_scale)
+            results, failed = self._core.run(series.X, series.Y, *options)
+            predictions[part] = results[series.places]
+            for place in np.flatnonzero(np.isin(series.places, failed)):
+                left_out.append(first + int(place))
+                gains[first + place] = 0
+            window.keep(X[part], Y[part], gains[part], self.forgetting)
+            if path is not None:
+                path[first] = self._core.W
+        return predictions, left_out
 
-    def _array(self, name: str, values: ArrayLike) -> NDArray[Any]:
-        """An array of the filter's dtype; numbers and lists are converted, arrays never."""
-        if not isinstance(values, np.ndarray):
-            values = np.asarray(values, self.dtype)
-        if values.dtype != self.dtype:
-            raise TypeError(f"{name} must be {self.dtype}, got {values.dtype}")
-        return values if values.flags.aligned else values.copy()
+    def _gains(self, weights: ArrayLike, samples: int) -> NDArray[np.float64]:
+        """The gain of every sample."""
+        array = as_array("weights", weights, np.dtype(np.float64))
+        if array.shape != (samples,):
+            raise ValueError(f"weights must be [{samples}], got {list(array.shape)}")
+        gains = self.gain * array
+        if not ((array >= 0) & (gains <= np.finfo(self.dtype).max)).all():
+            raise ValueError("weights must be >= 0 and finite")
+        return gains
+
+    def __copy__(self) -> RLSFilter:
+        return copy.deepcopy(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__ if name != "_kernel"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._P, self._W, self._held = (_aligned(a) for a in (self._P, self._W, self._held))
+        for name, value in state.items():
+            setattr(self, name, value)
+        self._kernel = self._core.kernel
 
     def __repr__(self) -> str:
         return (
             f"RLSFilter(n={self.n}, n_out={self.n_out}, forgetting={self.forgetting}, "
-            f"gain={self.gain}, initial_scale={self.initial_scale}, "
-            f"shrinkage={self.shrinkage}, dtype={self.dtype})"
+            f"gain={self.gain}, initial_scale={self.initial_scale}, ridge={self.ridge}, "
+            f"form={self.form!r}, dtype={self.dtype}, missing={self.missing!r}, "
+            f"window={self.window})"
         )

@@ -1,0 +1,56 @@
+"""What the streaming filters make of the arrays that come in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_ALIGNMENT = 64  # bytes of a cache line: a row that starts on one is read at full speed
+
+
+def aligned(values: NDArray[Any]) -> NDArray[Any]:
+    """A dense copy that starts on a cache line."""
+    memory = np.empty(values.nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    copy = memory[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
+    copy[...] = values
+    return copy
+
+
+def read_only(values: NDArray[Any]) -> NDArray[Any]:
+    """A view that cannot be written."""
+    view = values.view()
+    view.flags.writeable = False
+    return view
+
+
+def as_array(name: str, values: ArrayLike, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An aligned array of `dtype`, the values' own memory where that is possible.
+
+    What is masked in a masked array is NaN in the result.
+
+    Raises:
+        TypeError: The values are no numbers, or complex where `dtype` is real.
+    """
+    if isinstance(values, np.ma.MaskedArray):
+        wide = np.result_type(values.dtype, np.float32)
+        values = values.astype(wide).filled(np.nan)
+    array = values if isinstance(values, np.ndarray) else np.asarray(values)
+    if array.dtype != dtype:
+        known = "biuf" if dtype.kind == "f" else "biufc"
+        if array.dtype.kind not in known:
+            raise TypeError(f"{name} must be {dtype} or convertible to it, got {array.dtype}")
+        return array.astype(dtype)
+    return array if array.flags.aligned else array.copy()
+
+
+def check_finite(name: str, array: NDArray[Any]) -> None:
+    """Refuses what is not finite.
+
+    Raises:
+        ValueError: There is a NaN or an infinity.
+    """
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} must be finite, got NaN or inf")

@@ -1,0 +1,172 @@
+"""The state of a streaming filter in memory, the kernel over it, and what recovers it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlscuda import _C
+from rlscuda.functional.calls import as_user_error
+from rlscuda.streaming.arrays import aligned, read_only
+
+FORMS = {
+    "covariance": {"float32": _C.Filter_float32, "float64": _C.Filter_float64},
+}
+_ARRAYS = ("P", "W", "waiting", "squares", "scalars")  # as the kernels take them
+
+
+class Core:
+    """P, W and all that goes with them.
+
+    Args:
+        n: Inputs.
+        n_out: Outputs.
+        dtype: Of P and W.
+        form: A key of `FORMS`: P itself is in memory, or a root of it.
+
+    Attributes:
+        W: [n_out, n], up to date between two calls.
+        squares: Sums of |x_j|² [n].
+        kernel: The compiled filter, whose `forgetting`, `gain` and `ridge` may be assigned.
+        resets: What `recover` has counted.
+    """
+
+    def __init__(self, n: int, n_out: int, dtype: np.dtype[Any], form: str) -> None:
+        self.form = form
+        self.P = np.zeros((n, n), dtype)
+        self.W = np.zeros((n_out, n), dtype)
+        self.waiting = np.zeros((_C.filter_rows, n), dtype)
+        self.squares, self.scalars = np.zeros(n), np.zeros(_C.filter_slots)
+        self.resets = 0
+        self._forget_waiting()
+        self._connect()
+
+    def _connect(self) -> None:
+        for name in _ARRAYS:
+            setattr(self, name, aligned(getattr(self, name)))
+        kernel = FORMS[self.form][self.P.dtype.name]
+        self.kernel = kernel(*(getattr(self, name) for name in _ARRAYS))
+
+    def restart(self, initial_scale: Any) -> None:
+        """P₀ = δ I, or of a δ for each input; the running power stays."""
+        self._forget_waiting()
+        self.P[...] = 0
+        root = self.form == "square-root"
+        np.fill_diagonal(self.P, np.sqrt(initial_scale) if root else initial_scale)
+
+    def matrix(self) -> NDArray[Any]:
+        """P [n, n], read-only and up to date: the memory itself where the form is P."""
+        self.kernel.flush()
+        if self.form == "square-root":
+            return read_only(self.P @ self.P.conj().T)
+        return read_only(self.P)
+
+    def enter(self, P: NDArray[Any]) -> None:
+        """Puts another P in place of the present one; it must be positive definite."""
+        self._forget_waiting()
+        if self.form == "square-root":
+            P = np.linalg.cholesky(P.astype(np.result_type(P.dtype, np.float64)))
+        self.P[...] = P
+
+    def _forget_waiting(self) -> None:
+        self.scalars[:2] = 1.0, 0.0  # scale and rows
+
+    def run(
+        self,
+        X: NDArray[Any],
+        Y: NDArray[Any],
+        gains: NDArray[np.float64] | None,
+        forgettings: NDArray[np.float64] | None,
+        history: NDArray[Any] | None,
+        initial_scale: Any,
+    ) -> tuple[NDArray[Any], list[int]]:
+        """Learns a series; returns the predictions [T, n_out] and the samples left out."""
+        predictions = np.empty((len(X), self.W.shape[0]), self.W.dtype)
+        left_out: list[int] = []
+        start, tries = 0, 0
+        while True:
+            rest = [None if a is None else a[start:] for a in (gains, forgettings, history)]
+            try:
+                learnt = self.kernel.run(X[start:], Y[start:], predictions[start:], *rest)
+            except RuntimeError as error:
+                raise as_user_error(error) from None
+            start, tries = start + learnt, 0 if learnt else tries
+            if start >= len(X):
+                return predictions, left_out
+            gain = self.kernel.gain if gains is None else gains[start]
+            if self._recover(X[start], Y[start], gain, tries, initial_scale):
+                tries += 1
+                continue
+            left_out.append(start)
+            if history is not None:
+                history[start] = self.W
+            start, tries = start + 1, 0
+
+    def _recover(
+        self, x: NDArray[Any], y: NDArray[Any], gain: float, tries: int, initial_scale: Any
+    ) -> bool:
+        """Whether the sample that could not be learnt is worth another try."""
+        P = self.matrix()
+        if tries > 1 or (np.isfinite(P).all() and overflows(P, self.W, x, y, gain)):
+            self._announce("a sample is too large and was left out")
+            return False
+        better = repaired(P) if tries == 0 else None
+        if better is None:
+            self._announce("P has overflowed and starts anew")
+            self.restart(initial_scale)
+        else:
+            self._announce("rounding has made P indefinite, which was repaired")
+            self.enter(better)
+        return True
+
+    def _announce(self, what: str) -> None:
+        self.resets += 1
+        if self.resets == 1:
+            warnings.warn(
+                f"RLSFilter: {what}; see its resets for how often. form='square-root', float64, "
+                "or inputs that are centred and of one scale avoid it",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        kernel = self.kernel
+        return {**self.__dict__, "kernel": (kernel.forgetting, kernel.gain, kernel.ridge)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        coefficients = self.kernel
+        self._connect()
+        self.kernel.forgetting, self.kernel.gain, self.kernel.ridge = coefficients
+
+
+def repaired(P: NDArray[Any]) -> NDArray[Any] | None:
+    """The nearest matrix to P [n, n] that is positive definite; None where nothing is left of it.
+
+    Rounding makes eigenvalues negative that are below epsilon of the largest one: these are
+    unknown, and are raised to it. All else that P knows stays.
+    """
+    if not np.isfinite(P).all():
+        return None
+    wide = P.astype(np.result_type(P.dtype, np.float64))
+    values, vectors = np.linalg.eigh((wide + wide.conj().T) / 2)
+    if not values[-1] > 0:
+        return None
+    values = np.maximum(values, np.finfo(P.dtype).eps * values[-1])
+    return ((vectors * values) @ vectors.conj().T).astype(P.dtype)
+
+
+def overflows(
+    P: NDArray[Any], W: NDArray[Any], x: NDArray[Any], y: NDArray[Any], gain: float
+) -> bool:
+    """Whether the sample, not the matrix, is why h or the error is no finite number."""
+    largest = np.finfo(P.dtype).max
+    with np.errstate(over="ignore", invalid="ignore"):
+        wide = np.result_type(P.dtype, np.float64)
+        x, y = x.astype(wide), y.astype(wide)
+        u = P.astype(wide) @ x.conj()
+        sizes = np.concatenate([np.abs(gain * (x @ u))[None], np.abs(y - W.astype(wide) @ x)])
+    return not (sizes <= largest).all()

@@ -1,0 +1,83 @@
+"""The samples of a sliding window, which leave it one by one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass
+class Series:
+    """Samples in the order in which a kernel takes them.
+
+    Attributes:
+        X: Inputs [S, n].
+        Y: Targets [S, n_out].
+        gains: Gain of each [S]: negative for one that leaves, 0 for one that is only predicted.
+        forgettings: Forgetting factor of each [S].
+        places: [T]: where the T new samples are.
+    """
+
+    X: NDArray[Any]
+    Y: NDArray[Any]
+    gains: NDArray[np.float64]
+    forgettings: NDArray[np.float64]
+    places: NDArray[np.intp]
+
+
+class Window:
+    """The last `length` samples, with what each still weighs.
+
+    Args:
+        length: Samples that stay.
+        n: Inputs.
+        n_out: Outputs.
+        dtype: Of the samples.
+    """
+
+    def __init__(self, length: int, n: int, n_out: int, dtype: np.dtype[Any]) -> None:
+        self.length = length
+        self.X = np.zeros((0, n), dtype)
+        self.Y = np.zeros((0, n_out), dtype)
+        self.gains = np.zeros(0)
+
+    def interleaved(
+        self, X: NDArray[Any], Y: NDArray[Any], gains: NDArray[np.float64], forgetting: float
+    ) -> Series:
+        """New samples [T, n], each followed by the one that leaves for it, if any does."""
+        old, new = len(self.X), len(X)
+        order = np.arange(new)
+        leaving = order + old - self.length  # of the samples old and new, in their order
+        leaves = leaving >= 0
+        places = order + np.concatenate([[0], np.cumsum(leaves)[:-1]]) if new else order
+        everything = np.concatenate([self.gains, gains])
+        size = new + int(leaves.sum())
+        sources = np.empty(size, np.intp)
+        sources[places] = old + order
+        sources[places[leaves] + 1] = leaving[leaves]
+        series = Series(
+            np.concatenate([self.X, X])[sources], np.concatenate([self.Y, Y])[sources],
+            np.empty(size), np.ones(size), places,
+        )  # fmt: skip
+        series.gains[places] = gains
+        series.forgettings[places] = forgetting
+        # a sample forgets what was before it, unless its own gain is 0 and it changes nothing
+        steps = np.concatenate([np.zeros(old), np.cumsum(gains != 0)])
+        age = steps[old + order] - steps[np.maximum(leaving, 0)]
+        gone = everything[np.maximum(leaving, 0)] * forgetting**age
+        series.gains[places[leaves] + 1] = -gone[leaves]
+        return series
+
+    def keep(
+        self, X: NDArray[Any], Y: NDArray[Any], gains: NDArray[np.float64], forgetting: float
+    ) -> None:
+        """Takes the new samples in; those that leave are dropped."""
+        steps = np.cumsum(gains != 0)
+        later = forgetting ** (steps[-1:] - steps)
+        before = self.gains * forgetting ** (steps[-1] if len(steps) else 0)
+        self.X = np.concatenate([self.X, X])[-self.length :]
+        self.Y = np.concatenate([self.Y, Y])[-self.length :]
+        self.gains = np.concatenate([before, gains * later])[-self.length :]
