@@ -165,10 +165,10 @@ template <class T>
 struct RlsFilter {
   T* P;               // [n, n], updated in place; of it the lower triangle counts
   T* W;               // [n_out, n], updated in place
-  T* V;               // [kFilterRows, n]
+  T* V;               // [kFilterRows, n] by v_stride
   double* squares;    // [n]: sums of x_j^2
   FilterState* state;
-  int64_t n, n_out;
+  int64_t n, n_out, v_stride;
   double forgetting, gain;
   double ridge;       // rho; negative for kRidge of the running power
   const T* X;         // [samples, n] by x_stride

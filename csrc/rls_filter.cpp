@@ -68,10 +68,10 @@ class Filter {
       : P_(P), W_(W), V_(V), squares_(squares), state_(state) {
     RLS_CHECK(P.ndim() == 2 && P.shape(0) == P.shape(1) && P.size() > 0 && W.ndim() == 2 &&
                   W.shape(1) == P.shape(0) && W.size() > 0 && V.ndim() == 2 &&
-                  V.shape(0) == kFilterRows && V.shape(1) == P.shape(0) && squares.ndim() == 1 &&
+                  V.shape(0) == kFilterRows && V.shape(1) >= P.shape(0) && squares.ndim() == 1 &&
                   squares.shape(0) == P.shape(0) && state.ndim() == 1 &&
                   state.shape(0) == kFilterSlots,
-              "shapes must be P [n, n], W [n_out, n], V [", kFilterRows, ", n], squares [n], state [",
+              "shapes must be P [n, n], W [n_out, n], V [", kFilterRows, ", n or more], squares [n], state [",
               kFilterSlots, "]");
     arrays_.add("P", P_, true), arrays_.add("W", W_, true), arrays_.add("V", V_, true);
     arrays_.add("squares", squares_, true), arrays_.add("state", state_, true);
@@ -82,6 +82,7 @@ class Filter {
     filter_.state = reinterpret_cast<FilterState*>(state_.mutable_data());
     filter_.n = P.shape(0);
     filter_.n_out = W.shape(0);
+    filter_.v_stride = V.shape(1);
     check_state();
   }
 

@@ -10,7 +10,10 @@
 // as if each coordinate had been seen once more, at a hundredth of its power. So the filter does not
 // depend on the units of its inputs. No coordinate counts for less than root epsilon of the mean
 // power, which bounds one that never fires, and no ridge is so small that the condition of R, about
-// n / (1 - lambda) over the ridge, is beyond the dtype.
+// n / (1 - lambda) over the ridge, is beyond the dtype. Where the memory, 1 / (1 - lambda) samples,
+// is too short to determine the weights, each sample is met all but exactly, and its noise with it:
+// the mean leverage 1 - lambda / h shows it, and beyond a half the ridge rises towards the power of
+// a memory of samples.
 #pragma once
 
 #include <algorithm>
@@ -28,11 +31,13 @@ constexpr double kRidgeWait = 16;       // samples between two raises, that they
 // how a series is cut into calls, and to a lambda that changes.
 struct RidgeTurn {
   double debt, waited, next;  // coordinates due, samples since the last raise, the next coordinate
+  double leverage;            // running mean of 1 - lambda / h
 };
 
 // Counts one sample; returns how many coordinates are to be raised after it, beginning with `next`.
-RLS_HOST_DEVICE inline int64_t ridge_due(RidgeTurn& turn, double forgetting, int64_t n) {
+RLS_HOST_DEVICE inline int64_t ridge_due(RidgeTurn& turn, double forgetting, double h, int64_t n) {
   const double all = double(n);
+  turn.leverage += (1 - forgetting) * (1 - forgetting / h - turn.leverage);
   turn.debt += -all * std::log2(forgetting);
   turn.waited += 1;
   if (turn.debt >= all) {
@@ -48,10 +53,12 @@ RLS_HOST_DEVICE inline int64_t ridge_due(RidgeTurn& turn, double forgetting, int
 
 // The ridge of a coordinate of this mean square, where `mean` is that of all of them.
 RLS_HOST_DEVICE inline double relative_ridge(double power, double mean, double forgetting,
-                                             int64_t n, double epsilon) {
+                                             double leverage, int64_t n, double epsilon) {
+  const double memory = 1 / (1 - forgetting);
+  const double rounding = kRidgeRounding * epsilon * double(n) * memory;
+  const double undetermined = (2 * leverage - 1) * memory;
   const double least = std::sqrt(epsilon) * mean;
-  const double rounding = kRidgeRounding * epsilon * double(n) / (1 - forgetting);
-  return (kRidge > rounding ? kRidge : rounding) * (power > least ? power : least);
+  return std::fmax(kRidge, std::fmax(rounding, undetermined)) * std::fmax(power, least);
 }
 
 // What a raise by the ridge rho adds: more than rho where a sample forgets more than half.

@@ -102,7 +102,7 @@ ALWAYS_INLINE bool add_power(const RlsFilter<T>& f, const T* x) {
 template <class T>
 ALWAYS_INLINE void correct(const RlsFilter<T>& f, const FilterBlock<T>& block, int64_t rows,
                            const T* x, T* u) {
-  const Rows<const T> V{f.V, f.n}, L{block.weights, 1};
+  const Rows<const T> V{f.V, f.v_stride}, L{block.weights, 1};
   project<T>(V, {x, 0}, {block.weights, 0}, f.n, 1, 0, rows);
   for (int64_t j = 0; j < rows; ++j) block.weights[j] *= T(f.state->sign[j]);
   update_band<T, 1>({u, 0}, L, V, rows, T(1), 0, 0, f.n);
@@ -140,13 +140,13 @@ ALWAYS_INLINE BlockEnd steps(const RlsFilter<T>& f, const FilterBlock<T>& block)
     if (gain == 0) continue;
     if (gain > 0 && f.ridge < 0 && !add_power(f, x)) continue;  // nothing seen yet to forget
     const T unit = T(root / back);
-    T* v = f.V + rows * f.n;
+    T* v = f.V + rows * f.v_stride;
     for (int64_t j = 0; j < f.n; ++j) v[j] = unit * u[j];
     state.sign[rows] = gain < 0 ? -1 : 1;
     state.rows += 1;
     state.scale /= forgetting;
     if (forgetting < 1 && f.ridge != 0)
-      if (const int64_t due = ridge_due(state.turn, forgetting, f.n))
+      if (const int64_t due = ridge_due(state.turn, forgetting, h, f.n))
         return {t + 1, due, Steps::kRaise};
   }
   return {block.count, 0, Steps::kAll};
@@ -158,8 +158,8 @@ ALWAYS_INLINE bool raise(const RlsFilter<T>& f, const FilterBlock<T>& block, int
                          double ridge) {
   FilterState& state = *f.state;
   const int64_t rows = int64_t(state.rows);
-  const Rows<const T> V{f.V, f.n}, L{block.weights, 1};
-  T* u = f.V + rows * f.n;
+  const Rows<const T> V{f.V, f.v_stride}, L{block.weights, 1};
+  T* u = f.V + rows * f.v_stride;
   for (int64_t i = 0; i < j; ++i) u[i] = f.P[j * f.n + i];
   for (int64_t i = j; i < f.n; ++i) u[i] = f.P[i * f.n + j];
   for (int64_t k = 0; k < rows; ++k) block.weights[k] = T(state.sign[k]) * V[k][j];
@@ -259,7 +259,7 @@ class FilterCall {
     const int64_t rows = apply ? int64_t(state.rows) : 0;
     if (!rows && count == 1 && !apply) return project_one();
     TrianglePass<T> p{{f_.P, f_.n}, f_.n};
-    p.R = {f_.V, f_.n};
+    p.R = {f_.V, f_.v_stride};
     p.L = rows ? signed_rows(rows) : p.R;
     p.rank = rows;
     p.scale = T(apply ? state.scale : 1);
@@ -281,7 +281,7 @@ class FilterCall {
   // W X^T of the block, or the update of W by the rows of V from `first` on.
   void weights(int64_t first, int64_t rows, int64_t count) {
     WeightPass<T> p{{f_.W, f_.n}, f_.n, rows, {block_.E.data, block_.E.stride}};
-    p.V = {f_.V + first * f_.n, f_.n};
+    p.V = {f_.V + first * f_.v_stride, f_.v_stride};
     p.X = {block_.X.data, block_.X.stride};
     p.products = {f_.predictions + block_.first * f_.n_out, f_.n_out};
     p.count = count;
@@ -300,8 +300,8 @@ class FilterCall {
       const int64_t j = int64_t(state.turn.next);
       double ridge = f_.ridge;
       if (ridge < 0)
-        ridge = relative_ridge(f_.squares[j] / std::max(state.samples, 1.0), mean, forgetting, f_.n,
-                               std::numeric_limits<T>::epsilon());
+        ridge = relative_ridge(f_.squares[j] / std::max(state.samples, 1.0), mean, forgetting,
+                               state.turn.leverage, f_.n, std::numeric_limits<T>::epsilon());
       if (int64_t(state.rows) == kFilterRows) pass(true, 0);
       filter_raise(f_, block_, j, ridge_weight(ridge, forgetting));
       state.turn.next = double(j + 1 < f_.n ? j + 1 : 0);
@@ -324,9 +324,9 @@ class FilterCall {
 
   Rows<const T> signed_rows(int64_t rows) {
     const double* sign = f_.state->sign;
-    if (std::all_of(sign, sign + rows, [](double s) { return s > 0; })) return {f_.V, f_.n};
+    if (std::all_of(sign, sign + rows, [](double s) { return s > 0; })) return {f_.V, f_.v_stride};
     for (int64_t k = 0; k < rows; ++k)
-      for (int64_t j = 0; j < f_.n; ++j) block_.L[k][j] = T(sign[k]) * f_.V[k * f_.n + j];
+      for (int64_t j = 0; j < f_.n; ++j) block_.L[k][j] = T(sign[k]) * f_.V[k * f_.v_stride + j];
     return {block_.L.data, block_.L.stride};
   }
 

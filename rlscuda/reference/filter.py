@@ -2,10 +2,74 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+RIDGE = 1e-2  # of a coordinate's running power
+ROUNDING = 16  # times epsilon n / (1 - lambda): the least ridge of a dtype
+WAIT = 16  # samples between two raises
+
+
+@dataclass
+class RidgeTurn:
+    """Which coordinates of R get their ridge after a sample: csrc/rls_ridge.h.
+
+    Args:
+        n: Inputs.
+        debt: Coordinates that are due.
+        waited: Samples since the last raise.
+        next: The coordinate whose turn it is.
+        leverage: Running mean of 1 - λ / h.
+    """
+
+    n: int
+    debt: float = 0.0
+    waited: int = 0
+    next: int = 0
+    leverage: float = 0.0
+
+    def after(self, forgetting: float, h: float) -> list[int]:
+        """The coordinates to be raised after a sample."""
+        self.leverage += (1 - forgetting) * (1 - forgetting / h - self.leverage)
+        self.debt -= self.n * math.log2(forgetting)
+        self.waited += 1
+        if self.debt >= self.n:
+            due, self.debt = self.n, 0.0
+        elif self.waited < WAIT or self.debt < 1:
+            return []
+        else:
+            due = int(self.debt)
+            self.debt -= due
+        self.waited = 0
+        coordinates = [(self.next + k) % self.n for k in range(due)]
+        self.next = (self.next + due) % self.n
+        return coordinates
+
+
+def raises(
+    powers: NDArray[Any], forgetting: float, leverage: float, epsilon: float, ridge: float | None
+) -> NDArray[Any]:
+    """What each coordinate of R is raised by in its turn.
+
+    Args:
+        powers: Running mean square of each input [n].
+        forgetting: λ.
+        leverage: Running mean of 1 - λ / h.
+        epsilon: Of the filter's dtype.
+        ridge: ρ; None for relative to the powers.
+    """
+    n = len(powers)
+    if ridge is None:
+        memory = 1 / (1 - forgetting)
+        relative = max(RIDGE, ROUNDING * epsilon * n * memory, (2 * leverage - 1) * memory)
+        rho = relative * np.maximum(powers, np.sqrt(epsilon) * powers.mean())
+    else:
+        rho = np.full(n, ridge)
+    return rho * max(1.0, 1 / forgetting - 1)
 
 
 def rls_filter(
@@ -15,9 +79,10 @@ def rls_filter(
     Y: NDArray[Any],
     forgetting: float = 1.0,
     gain: float = 1.0,
-    shrinkage: float | None = None,
-    initial_scale: float = 1.0,
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], int]:
+    ridge: float | None = None,
+    weights: NDArray[Any] | None = None,
+    epsilon: float = float(np.finfo(np.float64).eps),
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Filters a series; the arguments are left as they are.
 
     Args:
@@ -27,25 +92,31 @@ def rls_filter(
         Y: Targets [T, n_out].
         forgetting: λ.
         gain: κ.
-        shrinkage: μ; None means min(1, 2 (1 − λ)).
-        initial_scale: δ.
+        ridge: ρ; None for a hundredth of the running power of each input.
+        weights: What each sample counts [T].
+        epsilon: Of the dtype of the filter that is specified.
 
     Returns:
-        The a-priori predictions [T, n_out], the new P and W, and the number of resets.
+        The a-priori predictions [T, n_out], the new P and W.
     """
     P, W, X, Y = (np.array(values, np.float64) for values in (P, W, X, Y))
-    mu = min(1.0, 2 * (1 - forgetting)) if shrinkage is None else shrinkage
-    P0 = initial_scale * np.eye(len(P))
     predictions = np.empty_like(Y)
-    resets = 0
+    turn, squares = RidgeTurn(len(P)), np.zeros(len(P))
     for t, (x, y) in enumerate(zip(X, Y, strict=True)):
-        u = P @ x
-        h = forgetting + gain * (x @ u)
         predictions[t] = W @ x
-        e = y - predictions[t]
-        if not (0 < h < np.inf and np.isfinite(e).all()):
-            P, resets = P0.copy(), resets + 1
+        kappa = gain * (1.0 if weights is None else weights[t])
+        if kappa == 0:
             continue
-        W += gain / h * np.outer(e, u)
-        P = (1 - mu) / forgetting * (P - gain / h * np.outer(u, u)) + mu * P0
-    return predictions, P, W, resets
+        squares += x * x
+        if ridge is None and not squares.any():
+            continue  # nothing has been seen that could be forgotten
+        u = P @ x
+        h = forgetting + kappa * (x @ u)
+        W += kappa / h * np.outer(y - predictions[t], u)
+        P = (P - kappa / h * np.outer(u, u)) / forgetting
+        if forgetting == 1 or ridge == 0:
+            continue
+        for j in turn.after(forgetting, h):
+            rho = raises(squares / (t + 1), forgetting, turn.leverage, epsilon, ridge)[j]
+            P -= rho / (1 + rho * P[j, j]) * np.outer(P[j], P[j])
+    return predictions, P, W

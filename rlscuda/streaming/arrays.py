@@ -19,6 +19,12 @@ def aligned(values: NDArray[Any]) -> NDArray[Any]:
     return copy
 
 
+def padded(n: int, itemsize: int) -> int:
+    """Columns for rows of n numbers that keep them apart in the cache: an odd number of lines."""
+    line = _ALIGNMENT // itemsize
+    return (-(-n // line) | 1) * line
+
+
 def read_only(values: NDArray[Any]) -> NDArray[Any]:
     """A view that cannot be written."""
     view = values.view()

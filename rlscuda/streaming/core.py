@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from rlscuda import _C
 from rlscuda.functional.calls import as_user_error
-from rlscuda.streaming.arrays import aligned, read_only
+from rlscuda.streaming.arrays import aligned, padded, read_only
 
 FORMS = {
     "covariance": {"float32": _C.Filter_float32, "float64": _C.Filter_float64},
@@ -38,7 +38,7 @@ class Core:
         self.form = form
         self.P = np.zeros((n, n), dtype)
         self.W = np.zeros((n_out, n), dtype)
-        self.waiting = np.zeros((_C.filter_rows, n), dtype)
+        self.waiting = np.zeros((_C.filter_rows, padded(n, self.P.itemsize)), dtype)
         self.squares, self.scalars = np.zeros(n), np.zeros(_C.filter_slots)
         self.resets = 0
         self._forget_waiting()
