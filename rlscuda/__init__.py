@@ -1,15 +1,28 @@
 """Recursive least squares for PyTorch: fused kernels, a drop-in optimizer, streaming filters."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch  # noqa: F401  (its libraries must be loaded before the extension)
 
 from rlscuda import _C
 from rlscuda.optimizer import RLSOptimizer
 from rlscuda.streaming.filter import RLSFilter
 from rlscuda.streaming.held import HeldMatrix
-from rlscuda.streaming.regressor import RLSRegressor
+
+if TYPE_CHECKING:
+    from rlscuda.streaming.regressor import RLSRegressor
 
 __version__ = "0.1.0"
 __all__ = ["HeldMatrix", "RLSFilter", "RLSOptimizer", "RLSRegressor", "build_info"]
+
+
+def __getattr__(name: str) -> Any:
+    """RLSRegressor when it is asked for: it brings scikit-learn, as heavy as torch to import."""
+    if name == "RLSRegressor":
+        from rlscuda.streaming.regressor import RLSRegressor
+
+        return RLSRegressor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def build_info() -> dict:

@@ -2,199 +2,321 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from rlscuda.streaming.centring import Means, longest
+from rlscuda.streaming.estimator import (
+    BaseEstimator,
+    NotFittedError,
+    RegressorMixin,
+    validate_data,
+)
 from rlscuda.streaming.filter import RLSFilter
+from rlscuda.streaming.residuals import Residuals
+
+_BLOCK = 256  # rows that are centred together
+_HISTORY = 2**18  # numbers of the weights after each of them
 
 
-def _not_fitted(estimator: Any) -> Exception:
-    """scikit-learn's own exception where scikit-learn is there, else its base class."""
-    message = f"this {type(estimator).__name__} is not fitted yet: call fit or partial_fit first"
-    try:
-        from sklearn.exceptions import NotFittedError
-    except ImportError:
-        return ValueError(message)
-    return NotFittedError(message)
-
-
-def _numbers(name: str, values: ArrayLike, dtype: Any = None) -> NDArray[Any]:
-    """A float array of `dtype`, by default the values' own where it is float32, else float64."""
+def _numbers(name: str, values: ArrayLike) -> NDArray[Any]:
+    """A float array, float32 or float64."""
     if hasattr(values, "toarray"):
         raise TypeError(f"sparse data is not supported: {name} must be a dense array")
+    if np.ma.is_masked(values):
+        raise ValueError(f"{name} must have no masked entry: leave these rows out or fill them")
     array = np.asarray(values)
     if array.dtype.kind == "c":
         raise ValueError(f"Complex data not supported: {name} is {array.dtype}")
-    if dtype is None:
-        dtype = np.float32 if array.dtype == np.float32 else np.float64
-    return array.astype(dtype, copy=False)
+    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float64)
 
 
-class RLSRegressor:
-    r"""Online linear regression on top of `RLSFilter`; works with scikit-learn, without needing it.
+def _check_range(name: str, array: NDArray[Any], dtype: Any) -> None:
+    """No number may be missing, or so large that a difference overflows in `dtype`."""
+    limit = np.float64(np.finfo(dtype).max) / 4
+    good = np.abs(array) <= limit
+    if not good.all():
+        where = tuple(np.argwhere(~good)[0])
+        raise ValueError(
+            f"{name} must be finite and within ±{limit:.0e}, got {array[where]} at "
+            f"{list(map(int, where))} (NaN, inf or too large)"
+        )
 
-    One pass over the samples in their order. With the defaults, `fit` is ridge regression with
-    penalty 1 / (gain · initial_scale) on the coefficients and on the intercept, exactly; with
-    forgetting < 1 it follows a drifting target. `partial_fit` goes on where the last call ended.
+
+class RLSRegressor(RegressorMixin, BaseEstimator):
+    r"""Ridge regression, online, on an `RLSFilter`; a scikit-learn estimator where there is one.
+
+    One pass over the samples in their order. With the defaults, `fit` gives the coefficients and
+    the intercept of `sklearn.linear_model.Ridge(alpha=1 / (gain * initial_scale))`: the penalty is
+    on the coefficients alone. `partial_fit` goes on where the last call ended; any cut of a series
+    into calls gives the same to rounding. With forgetting < 1 it follows a drifting target::
+
+        minimise  Σ λ^(t−i) κ wᵢ ‖yᵢ − W xᵢ − b‖² + λ^(t−1) ‖W‖² / δ
+
+    The intercept is free because the filter sees x and y relative to their running means, which is
+    the same problem exactly (see `centring.Means`); means of 10⁹ cost no digits. The first sample
+    only sets the means, hence λ^(t−1); without an intercept it is λ^t.
 
     Args:
         forgetting: λ, the forgetting factor, in (0, 1].
-        gain: κ, the weight of a new sample, > 0.
-        initial_scale: δ, the scale of P₀ = δ I, > 0; large means little regularisation.
-        shrinkage: μ in [0, 1] towards P₀; None means min(1, 2 (1 − λ)).
-        fit_intercept: Whether a constant input is learnt along, at the cost of one copy of X.
+        gain: κ, a weight of every sample, > 0.
+        initial_scale: δ, the scale of P₀ = δ I, > 0, or one for each column [n_features]; large
+            means little regularisation.
+        ridge: The stabilised forgetting of `RLSFilter`; None is its default, 0 none.
+        form: Of the filter: "square-root" stays exact where columns differ by 10⁵ in size and the
+            penalty is small; "covariance" is faster.
+        fit_intercept: Whether there is an intercept b; else b = 0 and x, y are taken as they are.
+        dtype: Of the filter, float64 or float32. The means are float64 always.
+
+    `forgetting`, `gain` and `ridge` may be changed between two calls of `partial_fit`, by
+    `set_params` or as attributes: they count from the next call on. The others count from the next
+    `fit` on.
 
     Attributes:
-        coef_: Coefficients [n_features], or [n_targets, n_features] where y is two-dimensional.
-        intercept_: Intercept, a number or [n_targets].
-        P_: Inverse autocorrelation matrix [n, n], n = n_features (+ 1), read-only, not a copy.
-        filter_: The `RLSFilter`, float32 where the first X was float32, else float64.
+        coef_: Coefficients W [n_features], or [n_targets, n_features] where y is two-dimensional.
+        intercept_: Intercept b, a number or [n_targets].
+        P_: Inverse autocorrelation matrix [n_features, n_features] of the (centred) inputs,
+            read-only, not a copy.
+        filter_: The `RLSFilter`.
         n_features_in_: Columns of X.
+        feature_names_in_: Their names, where X was a data frame.
 
     Example:
         >>> import numpy as np
         >>> from rlscuda import RLSRegressor
         >>> X = np.arange(12.0).reshape(6, 2) % 5
-        >>> model = RLSRegressor(initial_scale=1e6).fit(X, X @ [2.0, -1.0] + 3.0)
+        >>> model = RLSRegressor(initial_scale=1e6).fit(X, X @ [2.0, -1.0] + 1000.0)
         >>> np.round(model.coef_, 3).tolist(), round(float(model.intercept_), 3)
-        ([2.0, -1.0], 3.0)
+        ([2.0, -1.0], 1000.0)
     """
-
-    _estimator_type = "regressor"
 
     def __init__(
         self,
         forgetting: float = 1.0,
         gain: float = 1.0,
-        initial_scale: float = 1.0,
-        shrinkage: float | None = None,
+        initial_scale: float | ArrayLike = 1.0,
+        ridge: float | None = None,
+        form: str = "square-root",
         fit_intercept: bool = True,
+        dtype: DTypeLike = np.float64,
     ) -> None:
         self.forgetting = forgetting
         self.gain = gain
         self.initial_scale = initial_scale
-        self.shrinkage = shrinkage
+        self.ridge = ridge
+        self.form = form
         self.fit_intercept = fit_intercept
+        self.dtype = dtype
 
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The constructor's arguments by name; `deep` is there for scikit-learn."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+    def fit(
+        self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None
+    ) -> RLSRegressor:
+        """Learns from scratch.
 
-    def set_params(self, **params: Any) -> RLSRegressor:
-        """Sets constructor arguments by name; they count from the next `fit` on.
+        Args:
+            X: Inputs [T, n_features].
+            y: Targets [T] or [T, n_targets].
+            sample_weight: Weights [T] ≥ 0, or a number; with λ = 1, a weight of 2 is the row
+                twice. A row of weight 0 is left out: it is not forgotten at either.
 
         Raises:
-            ValueError: A name is not an argument of the constructor.
+            ValueError: An argument is out of its range, or has another shape, a NaN or an infinity
+                in it. The model is then as it was before the call.
         """
-        known = self.get_params()
-        for name in params:
-            if name not in known:
-                raise ValueError(f"Invalid parameter {name!r}: expected one of {sorted(known)}")
-        for name, value in params.items():
-            setattr(self, name, value)
+        before = dict(self.__dict__)
+        try:
+            inputs = self._inputs(X, fresh=True)
+            targets, weights = self._samples(inputs, y, sample_weight)
+            if not weights.any():
+                raise ValueError("sample_weight must not be zero throughout: there is no sample")
+            self._flat = targets.ndim == 1
+            outputs = 1 if self._flat else targets.shape[1]
+            self.filter_ = RLSFilter(
+                inputs.shape[1],
+                outputs,
+                forgetting=self.forgetting,
+                gain=self.gain,
+                initial_scale=self.initial_scale,
+                ridge=self.ridge,
+                form=self.form,
+                dtype=self.dtype,
+            )
+            self._means = Means.none(inputs.shape[1] + outputs)
+            self._residuals = Residuals(np.zeros(outputs))
+            self._intercept = bool(self.fit_intercept)
+            self._learn(inputs, targets, weights)
+        except BaseException:
+            self.__dict__ = before
+            raise
         return self
 
-    def fit(self, X: ArrayLike, y: ArrayLike) -> RLSRegressor:
-        """Learns X [T, n_features] and y [T] or [T, n_targets] from scratch."""
-        return self._learn(X, y, None)
-
-    def partial_fit(self, X: ArrayLike, y: ArrayLike) -> RLSRegressor:
-        """Goes on learning with further samples; the first call is `fit`."""
-        return self._learn(X, y, getattr(self, "filter_", None))
-
-    def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """The predictions [T] or [T, n_targets], shaped as the y that was learnt."""
+    def partial_fit(
+        self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None
+    ) -> RLSRegressor:
+        """Goes on learning with further samples, arguments as of `fit`; the first call is `fit`."""
         if not hasattr(self, "filter_"):
-            raise _not_fitted(self)
-        predictions = self.filter_.predict(self._inputs(X, self.filter_))
-        return predictions[:, 0] if self._flat else predictions
+            return self.fit(X, y, sample_weight)
+        inputs = self._inputs(X)
+        targets, weights = self._samples(inputs, y, sample_weight)
+        columns = targets[:, None] if targets.ndim == 1 else targets
+        if columns.shape[1] != self.filter_.n_out:
+            raise ValueError(
+                f"y must be [{len(inputs)}, {self.filter_.n_out}] as in fit, "
+                f"got {list(targets.shape)}"
+            )
+        self._follow()
+        self._learn(inputs, targets, weights)
+        return self
 
-    def score(self, X: ArrayLike, y: ArrayLike) -> float:
-        """The coefficient of determination R², averaged over the targets."""
-        targets = _numbers("y", y, np.float64)
-        residual = np.sum((targets - self.predict(X)) ** 2, axis=0)
-        total = np.sum((targets - targets.mean(axis=0)) ** 2, axis=0)
-        return float(np.mean(1 - residual / total))
+    def predict(self, X: ArrayLike, return_std: bool = False) -> Any:
+        r"""The predictions, and how far a new target is expected to be off.
+
+        The standard deviation is that of a target of weight 1 about its prediction::
+
+            σ √(1 + κ (x − m)ᵀ P (x − m) + κ/N)
+
+        with m the mean and N the weight of the samples, forgetting counted, and σ² the variance of
+        the residuals (see `residuals.Residuals.variance`); without an intercept m and 1/N are 0.
+        With λ = 1 and a large δ it is that of ordinary least squares. With λ < 1 it is as if the
+        target drifted as fast as λ is the best for; where nothing drifts, the part that P brings is
+        up to twice too large.
+
+        Args:
+            X: Inputs [T, n_features].
+            return_std: Whether the standard deviations are returned too.
+
+        Returns:
+            [T] or [T, n_targets], shaped as the y that was learnt; with `return_std` two of them.
+            A standard deviation is inf where no more samples are remembered than parameters fitted.
+        """
+        if not hasattr(self, "filter_"):
+            raise NotFittedError(
+                f"this {type(self).__name__} is not fitted yet: call fit or partial_fit first"
+            )
+        filter_, inputs = self.filter_, self._inputs(X)
+        if self._intercept:
+            inputs = self._input_means().relative(inputs)
+        inputs = inputs.astype(filter_.dtype, copy=False)
+        predictions = filter_.predict(inputs)
+        if self._intercept:
+            predictions = (predictions + self._target_mean()).astype(filter_.dtype, copy=False)
+        shaped = predictions[:, 0] if self._flat else predictions
+        if not return_std:
+            return shaped
+        means, constants = self._means, int(self._intercept)
+        variance = self._residuals.variance(filter_, means.mass, means.samples, constants)
+        factor = 1 + filter_.gain * (filter_.variance(inputs) + constants / means.mass)
+        deviations = np.sqrt(factor[:, None] * variance).astype(filter_.dtype, copy=False)
+        return shaped, deviations[:, 0] if self._flat else deviations
 
     @property
     def coef_(self) -> NDArray[Any]:
         """The coefficients: a view of the filter's live weights."""
-        weights = self.filter_.W[:, : self.n_features_in_]
-        return weights[0] if self._flat else weights
+        return self.filter_.W[0] if self._flat else self.filter_.W
 
     @property
     def intercept_(self) -> Any:
-        """The intercept, 0 where none is fitted."""
-        if self.filter_.n == self.n_features_in_:
+        """The intercept in float64, 0 where none is fitted."""
+        filter_ = self.filter_
+        if not self._intercept:
             return 0.0
-        return self.filter_.W[0, -1] if self._flat else self.filter_.W[:, -1]
+        offset = self._input_means().relative(np.zeros(filter_.n))
+        intercept = self._target_mean() + filter_.W.astype(np.float64) @ offset
+        return intercept[0] if self._flat else intercept
 
     @property
     def P_(self) -> NDArray[Any]:
         """The live inverse autocorrelation matrix."""
         return self.filter_.P
 
-    def _learn(self, X: ArrayLike, y: ArrayLike, filter_: RLSFilter | None) -> RLSRegressor:
-        """Learns into `filter_`, or into a new one; this object changes only on success."""
-        if y is None:
-            raise ValueError("requires y to be passed, but the target y is None")
-        inputs = self._inputs(X, filter_)
-        targets = _numbers("y", y, inputs.dtype)
-        if targets.ndim not in (1, 2) or len(targets) != len(inputs):
-            raise ValueError(
-                f"y must be [{len(inputs)}] or [{len(inputs)}, n_targets], "
-                f"got {list(targets.shape)}"
-            )
-        flat = targets.ndim == 1
-        if filter_ is not None:
-            filter_.run(inputs, targets)
-            return self
-        filter_ = RLSFilter(
-            inputs.shape[1],
-            1 if flat else targets.shape[1],
-            self.forgetting,
-            self.gain,
-            self.initial_scale,
-            self.shrinkage,
-            inputs.dtype,
-        )
-        filter_.run(inputs, targets)
-        self.filter_ = filter_
-        self.n_features_in_ = inputs.shape[1] - bool(self.fit_intercept)
-        self._flat = flat
-        return self
+    def _input_means(self) -> Means:
+        means, n = self._means, self.filter_.n
+        return Means(means.mass, means.squares, means.mean[:n], means.rest[:n])
 
-    def _inputs(self, X: ArrayLike, filter_: RLSFilter | None) -> NDArray[Any]:
-        """X as the filter takes it: checked, of its dtype, with the column of ones it has."""
-        inputs = _numbers("X", X, filter_ and filter_.dtype)
+    def _target_mean(self) -> NDArray[Any]:
+        return (self._means.mean + self._means.rest)[self.filter_.n :]
+
+    def _follow(self) -> None:
+        """Hands the filter what may be changed while it learns; it refuses what it cannot take."""
+        filter_ = self.filter_
+        before = filter_.forgetting, filter_.gain, filter_.ridge
+        try:
+            filter_.forgetting, filter_.gain = self.forgetting, self.gain
+            filter_.ridge = self.ridge
+        except (TypeError, ValueError):
+            filter_.forgetting, filter_.gain, filter_.ridge = before
+            raise
+
+    def _learn(self, X: NDArray[Any], y: NDArray[Any], weights: NDArray[Any]) -> None:
+        """Passes checked samples to the filter, block by block."""
+        if not weights.all():
+            X, y, weights = X[weights > 0], y[weights > 0], weights[weights > 0]
+        Y = y[:, None] if y.ndim == 1 else y
+        filter_, n = self.filter_, self.filter_.n
+        forgetting, gain, dtype = filter_.forgetting, filter_.gain, filter_.dtype
+        length = min(_BLOCK, longest(forgetting), max(1, _HISTORY // (n * filter_.n_out)))
+        for start in range(0, len(X), length):
+            rows = slice(start, start + length)
+            samples = np.concatenate([X[rows], Y[rows]], axis=1, dtype=np.float64)
+            means, relative, counts = self._means.after(samples, weights[rows], forgetting, gain)
+            if not self._intercept:
+                relative, counts = samples, weights[rows]
+            inputs, targets = (a.astype(dtype) for a in (relative[:, :n], relative[:, n:]))
+            predictions, path = filter_.run(inputs, targets, weights=counts, history=True)
+            outputs = (path @ inputs[:, :, None])[:, :, 0]  # of the weights after each sample
+            errors = targets - predictions, targets - outputs
+            self._residuals = self._residuals.after(errors, counts, forgetting, gain)
+            self._means = means
+
+    def _inputs(self, X: ArrayLike, fresh: bool = False) -> NDArray[Any]:
+        """X, checked; `fresh` notes its columns, else they are checked too."""
+        dtype = np.dtype(self.dtype) if fresh else self.filter_.dtype
+        if dtype not in (np.float32, np.float64):
+            raise TypeError(f"dtype must be float32 or float64, got {dtype}")
+        inputs = _numbers("X", X)
         if inputs.ndim != 2:
             raise ValueError(
                 f"Expected 2D array X [T, n_features], got {list(inputs.shape)}. Reshape your data"
             )
-        if inputs.size == 0 and filter_ is None:
+        if inputs.size == 0 and fresh:
             raise ValueError(
                 f"Found array with {inputs.shape[0]} sample(s) and {inputs.shape[1]} feature(s) "
                 f"(shape={inputs.shape}) while a minimum of 1 is required."
             )
-        if filter_ is not None and inputs.shape[1] != self.n_features_in_:
-            raise ValueError(
-                f"X has {inputs.shape[1]} features, but {type(self).__name__} is expecting "
-                f"{self.n_features_in_} features as input"
-            )
-        constant = self.fit_intercept if filter_ is None else filter_.n > self.n_features_in_
-        if constant:
-            return np.hstack([inputs, np.ones((len(inputs), 1), inputs.dtype)])
+        unnamed = type(X) is np.ndarray and not hasattr(self, "feature_names_in_")
+        if fresh or not unnamed or inputs.shape[1] != self.n_features_in_:
+            validate_data(self, X, reset=fresh, skip_check_array=True)
+        _check_range("X", inputs, dtype)
         return inputs
 
-    def __sklearn_tags__(self) -> Any:
-        from sklearn.utils import InputTags, RegressorTags, Tags, TargetTags
+    def _samples(
+        self, inputs: NDArray[Any], y: ArrayLike, sample_weight: ArrayLike | None
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The targets and the weights [T] of as many inputs, checked."""
+        if y is None:
+            raise ValueError("requires y to be passed, but the target y is None")
+        dtype, count = np.dtype(self.dtype), len(inputs)
+        targets = _numbers("y", y)
+        _check_range("y", targets, dtype)
+        if targets.ndim not in (1, 2) or len(targets) != count:
+            raise ValueError(
+                f"y must be [{count}] or [{count}, n_targets], got {list(targets.shape)}"
+            )
+        if sample_weight is None:
+            return targets, np.ones(count)
+        weights = _numbers("sample_weight", sample_weight).astype(np.float64)
+        _check_range("sample_weight", weights, dtype)
+        if weights.ndim == 0:
+            weights = np.full(count, float(weights))
+        if weights.shape != (count,):
+            raise ValueError(f"sample_weight must be [{count}], got {list(weights.shape)}")
+        if (weights < 0).any():
+            raise ValueError(f"sample_weight must be >= 0, got {weights.min()}")
+        return targets, weights
 
-        return Tags(
-            estimator_type="regressor",
-            target_tags=TargetTags(required=True, multi_output=True),
-            input_tags=InputTags(),
-            regressor_tags=RegressorTags(),
-        )
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
