@@ -67,20 +67,43 @@ class Means:
             The new means, the rows d [T, width], each relative to the means before it, and the
             weights [T] of these for a filter of the same gain.
         """
+        if len(Z) == 1:
+            return self._after_one(Z, weights, forgetting, gain)
         origin, rest = (self.mean, self.rest) if self.mass else (Z[0], np.zeros_like(Z[0]))
         powers = forgetting ** np.arange(len(Z))
         scaled = gain * weights / powers
         away = Z - origin
         old = forgetting * self.mass
         masses = powers * (old + np.cumsum(scaled))
-        sums = powers[:, None] * (old * rest + np.cumsum(scaled[:, None] * away, axis=0))
-        offsets = np.vstack([rest, sums / masses[:, None]])  # of the means, before and after
+        sums = old * rest + np.cumsum(scaled[:, None] * away, axis=0)
+        offsets = sums * (powers / masses)[:, None]  # of the means after each row
         before = np.concatenate([[self.mass], masses[:-1]])
         squares = (forgetting * powers[-1]) ** 2 * self.squares
         squares += gain * powers[-1] * np.sum(scaled * (powers[-1] / powers))
-        mean = origin + offsets[-1]
-        after = Means(float(masses[-1]), float(squares), mean, offsets[-1] - (mean - origin))
-        return after, away - offsets[:-1], weights * (forgetting * before / masses)
+        after = self._moved(masses[-1], squares, origin, offsets[-1])
+        away[0] -= rest
+        away[1:] -= offsets[:-1]
+        return after, away, weights * (forgetting * before / masses)
+
+    def _after_one(
+        self, Z: NDArray[Any], weights: NDArray[Any], forgetting: float, gain: float
+    ) -> tuple[Means, NDArray[Any], NDArray[Any]]:
+        """`after` one row, in few operations: streams come row by row."""
+        weight = gain * float(weights[0])
+        old, squares = forgetting * self.mass, forgetting**2 * self.squares + gain * weight
+        if not old:
+            after = Means(weight, squares, Z[0].copy(), np.zeros_like(Z[0]))
+            return after, np.zeros_like(Z), np.zeros(1)
+        mass = old + weight
+        away = self.relative(Z)
+        after = self._moved(mass, squares, self.mean, self.rest + away[0] * (weight / mass))
+        return after, away, weights * (old / mass)
+
+    @staticmethod
+    def _moved(mass: float, squares: float, origin: NDArray[Any], offset: NDArray[Any]) -> Means:
+        """Means at origin + offset, with what rounding leaves of the sum."""
+        mean = origin + offset
+        return Means(float(mass), float(squares), mean, offset - (mean - origin))
 
 
 def longest(forgetting: float) -> int:

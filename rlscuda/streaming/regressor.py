@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ from rlscuda.streaming.estimator import (
 from rlscuda.streaming.filter import RLSFilter
 from rlscuda.streaming.residuals import Residuals
 
-_BLOCK = 256  # rows that are centred together
-_HISTORY = 2**18  # numbers of the weights after each of them
+_BLOCK = 16, 256  # rows that are centred together, at least and at most
+_NUMBERS = 2**15  # of the weights after each of them, which stay in the cache
 
 
 def _numbers(name: str, values: ArrayLike) -> NDArray[Any]:
@@ -128,7 +129,7 @@ class RLSRegressor(RegressorMixin, BaseEstimator):
         before = dict(self.__dict__)
         try:
             inputs = self._inputs(X, fresh=True)
-            targets, weights = self._samples(inputs, y, sample_weight)
+            targets, weights = self._samples(inputs, y, sample_weight, np.dtype(self.dtype))
             if not weights.any():
                 raise ValueError("sample_weight must not be zero throughout: there is no sample")
             self._flat = targets.ndim == 1
@@ -159,7 +160,7 @@ class RLSRegressor(RegressorMixin, BaseEstimator):
         if not hasattr(self, "filter_"):
             return self.fit(X, y, sample_weight)
         inputs = self._inputs(X)
-        targets, weights = self._samples(inputs, y, sample_weight)
+        targets, weights = self._samples(inputs, y, sample_weight, self.filter_.dtype)
         columns = targets[:, None] if targets.ndim == 1 else targets
         if columns.shape[1] != self.filter_.n_out:
             raise ValueError(
@@ -256,7 +257,8 @@ class RLSRegressor(RegressorMixin, BaseEstimator):
         Y = y[:, None] if y.ndim == 1 else y
         filter_, n = self.filter_, self.filter_.n
         forgetting, gain, dtype = filter_.forgetting, filter_.gain, filter_.dtype
-        length = min(_BLOCK, longest(forgetting), max(1, _HISTORY // (n * filter_.n_out)))
+        length = int(np.clip(_NUMBERS // filter_.W.size, *_BLOCK))
+        length = min(length, longest(forgetting))
         for start in range(0, len(X), length):
             rows = slice(start, start + length)
             samples = np.concatenate([X[rows], Y[rows]], axis=1, dtype=np.float64)
@@ -265,8 +267,8 @@ class RLSRegressor(RegressorMixin, BaseEstimator):
                 relative, counts = samples, weights[rows]
             inputs, targets = (a.astype(dtype) for a in (relative[:, :n], relative[:, n:]))
             predictions, path = filter_.run(inputs, targets, weights=counts, history=True)
-            outputs = (path @ inputs[:, :, None])[:, :, 0]  # of the weights after each sample
-            errors = targets - predictions, targets - outputs
+            learnt = np.einsum("tij,tj->ti", path, inputs)  # by the weights after each sample
+            errors = targets - predictions, targets - learnt
             self._residuals = self._residuals.after(errors, counts, forgetting, gain)
             self._means = means
 
@@ -292,12 +294,16 @@ class RLSRegressor(RegressorMixin, BaseEstimator):
         return inputs
 
     def _samples(
-        self, inputs: NDArray[Any], y: ArrayLike, sample_weight: ArrayLike | None
+        self,
+        inputs: NDArray[Any],
+        y: ArrayLike,
+        sample_weight: ArrayLike | None,
+        dtype: np.dtype[Any],
     ) -> tuple[NDArray[Any], NDArray[Any]]:
         """The targets and the weights [T] of as many inputs, checked."""
         if y is None:
             raise ValueError("requires y to be passed, but the target y is None")
-        dtype, count = np.dtype(self.dtype), len(inputs)
+        count = len(inputs)
         targets = _numbers("y", y)
         _check_range("y", targets, dtype)
         if targets.ndim not in (1, 2) or len(targets) != count:
@@ -315,6 +321,9 @@ class RLSRegressor(RegressorMixin, BaseEstimator):
         if (weights < 0).any():
             raise ValueError(f"sample_weight must be >= 0, got {weights.min()}")
         return targets, weights
+
+    def __copy__(self) -> RLSRegressor:
+        return copy.deepcopy(self)  # else two models would learn into one filter
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

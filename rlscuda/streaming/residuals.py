@@ -42,9 +42,9 @@ class Residuals:
             gain: κ.
         """
         before, after = errors
-        ages = forgetting ** np.arange(len(weights))[::-1]
-        added = (gain * weights * ages) @ (before.astype(np.float64) * after)
-        cost = forgetting ** len(weights) * self.cost + added
+        count = len(weights)
+        factors = gain * weights * forgetting ** np.arange(count - 1, -1, -1)
+        cost = forgetting**count * self.cost + factors @ (before.astype(np.float64) * after)
         return Residuals(cost, self.prior * forgetting ** int(np.count_nonzero(weights)))
 
     def variance(

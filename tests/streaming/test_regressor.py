@@ -1,5 +1,6 @@
 """RLSRegressor as scikit-learn users meet it."""
 
+import copy
 import pickle
 import sys
 
@@ -122,6 +123,13 @@ def test_river_takes_it_for_a_regressor():
     for x in range(20):
         model.learn_one({"x": x}, 3 * x + 100)
     assert model.predict_one({"x": 30}) == pytest.approx(190, abs=1e-3)
+
+
+def test_a_copy_learns_for_itself(data):
+    model = RLSRegressor().fit(*data)
+    before = pickle.dumps(model)
+    copy.copy(model).partial_fit(*data)
+    assert pickle.dumps(model) == before
 
 
 def test_float64_inside_unless_float32_is_asked_for(data):
