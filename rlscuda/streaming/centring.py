@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 _GROWTH = 100.0  # log of the largest λ^-k within one call of `after`: far from float64's 709
 
 
-@dataclass(frozen=True)
-class Means:
+class Means(NamedTuple):
     r"""Exponentially weighted means of a series of rows z, and the rows relative to them.
 
     A row of weight w turns the effective weight N and the mean m into::
@@ -108,4 +107,4 @@ class Means:
 
 def longest(forgetting: float) -> int:
     """The most rows of one call of `Means.after`, for which λ^-k stays small."""
-    return 1 + int(min(_GROWTH / max(-np.log(forgetting), 1e-6), 1e6))
+    return 1 + int(_GROWTH / max(-math.log(forgetting), 1e-6))

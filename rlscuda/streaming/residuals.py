@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,12 +10,13 @@ from numpy.typing import NDArray
 from rlscuda.streaming.filter import RLSFilter
 
 
-@dataclass(frozen=True)
-class Residuals:
+class Residuals(NamedTuple):
     r"""The least value of what a filter minimises, followed from sample to sample.
 
     With e the error before a sample of weight w and ε the error after it, the cost
-    J = Σ λ^(t−i) κ wᵢ εᵢ² + λ^t Σⱼ Wⱼ²/δⱼ at its minimum obeys J' = λ J + κ w e ε, exactly.
+    J = Σ λ^(t−i) κ wᵢ εᵢ² + λ^t Σⱼ Wⱼ²/δⱼ at its minimum obeys J' = λ J + κ w e ε, exactly; so
+    does the sum over a few samples with e before the first and ε after the last of them, if no
+    ridge came in between.
 
     Attributes:
         cost: J [n_out].

@@ -52,7 +52,7 @@ def streams_regressor() -> None:
         model.partial_fit(X[30:], Y[30:, 0] if outputs == 1 else Y[30:])
         seen = [model.predict(X), model.coef_, model.intercept_, model.P_]
         write(f"{name}.pt", [torch.from_numpy(np.array(part)) for part in seen])
-        write(f"{name}.json", [model.get_params(), model.score(X, Y if outputs > 1 else Y[:, 0])])
+        write(f"{name}.json", [repr(model), model.score(X, Y if outputs > 1 else Y[:, 0])])
 
 
 CASES = {"one": ((9, 9), 1, 4), "batch": ((3, 8, 8), 2, 5), "whole": ((6, 6), 2, 0),
