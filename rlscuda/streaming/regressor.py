@@ -81,9 +81,9 @@ class RLSRegressor(RegressorMixin, BaseEstimator):
         initial_scale: δ, the scale of P₀ = δ I, > 0, or one for each column [n_features]; large
             means little regularisation.
         ridge: The stabilised forgetting of `RLSFilter`; None is its default, 0 none.
+        fit_intercept: Whether there is an intercept b; else b = 0 and x, y are taken as they are.
         form: Of the filter: "square-root" stays exact where columns differ by 10⁵ in size and the
             penalty is small; "covariance" is faster.
-        fit_intercept: Whether there is an intercept b; else b = 0 and x, y are taken as they are.
         dtype: Of the filter, float64 or float32. The means are float64 always.
 
     `forgetting`, `gain` and `ridge` may be changed between two calls of `partial_fit`, by
@@ -93,8 +93,8 @@ class RLSRegressor(RegressorMixin, BaseEstimator):
     Attributes:
         coef_: Coefficients W [n_features], or [n_targets, n_features] where y is two-dimensional.
         intercept_: Intercept b, a number or [n_targets].
-        P_: Inverse autocorrelation matrix [n_features, n_features] of the (centred) inputs,
-            read-only, not a copy.
+        P_: Inverse autocorrelation matrix [n_features, n_features] of the (centred) inputs, whose
+            covariance form is the filter's memory itself; read-only.
         filter_: The `RLSFilter`.
         n_features_in_: Columns of X.
         feature_names_in_: Their names, where X was a data frame.
@@ -114,16 +114,16 @@ class RLSRegressor(RegressorMixin, BaseEstimator):
         gain: float = 1.0,
         initial_scale: float | ArrayLike = 1.0,
         ridge: float | None = None,
-        form: str = "square-root",
         fit_intercept: bool = True,
+        form: str = "square-root",
         dtype: DTypeLike = np.float64,
     ) -> None:
         self.forgetting = forgetting
         self.gain = gain
         self.initial_scale = initial_scale
         self.ridge = ridge
-        self.form = form
         self.fit_intercept = fit_intercept
+        self.form = form
         self.dtype = dtype
 
     def fit(
@@ -244,7 +244,7 @@ class RLSRegressor(RegressorMixin, BaseEstimator):
 
     @property
     def P_(self) -> NDArray[Any]:
-        """The live inverse autocorrelation matrix."""
+        """The filter's inverse autocorrelation matrix."""
         return self.filter_.P
 
     def _input_means(self) -> Means:

@@ -58,10 +58,12 @@ def test_is_ridge(rng, columns, mean, scale):
         assert model.score(X, target) == pytest.approx(ridge.score(X, target), abs=1e-6)
 
 
-def test_defaults_are_ridge_and_without_intercept_too(rng):
+@pytest.mark.parametrize("options", [{}, {"fit_intercept": False}])
+def test_defaults_are_ridge_in_either_form(rng, options):
     X, y = rng.standard_normal((50, 3)) + 2, rng.standard_normal(50) + 1000
-    for options in ({}, {"fit_intercept": False}):
-        model, ridge = RLSRegressor(**options).fit(X, y), Ridge(**options).fit(X, y)
+    ridge = Ridge(**options).fit(X, y)
+    for model in (RLSRegressor(**options), RLSRegressor(form="covariance", **options)):
+        model.fit(X, y)
         np.testing.assert_allclose(model.coef_, ridge.coef_, rtol=1e-9)
         assert model.intercept_ == pytest.approx(ridge.intercept_, rel=1e-10, abs=0)
 

@@ -105,8 +105,8 @@ def test_clone_and_parameters():
         "gain": 1.0,
         "initial_scale": 1.0,
         "ridge": 0.1,
-        "form": "square-root",
         "fit_intercept": True,
+        "form": "square-root",
         "dtype": np.float64,
     }
     assert repr(model) == "RLSRegressor(forgetting=0.9, ridge=0.1)"
