@@ -8,17 +8,34 @@ cuda_runtime: int | None
 cuda_archs: str
 health_slots: tuple[str, ...]
 
-def rls_filter_run(
-    P: NDArray[Any],
-    W: NDArray[Any],
-    X: NDArray[Any],
-    Y: NDArray[Any],
-    forgetting: float,
-    gain: float,
-    decay: float,
-    diffusion: float,
-    initial_scale: float,
-    held: NDArray[Any],
-    state: NDArray[Any],
-) -> tuple[NDArray[Any], int]: ...
-def rls_filter_flush(P: NDArray[Any], held: NDArray[Any], state: NDArray[Any]) -> None: ...
+filter_rows: int
+filter_slots: int
+
+class Filter:
+    forgetting: float
+    gain: float
+    ridge: float
+
+    def __init__(
+        self,
+        P: NDArray[Any],
+        W: NDArray[Any],
+        V: NDArray[Any],
+        squares: NDArray[Any],
+        state: NDArray[Any],
+    ) -> None: ...
+    def update(self, x: Any, y: Any) -> NDArray[Any] | None: ...
+    def run(
+        self,
+        X: NDArray[Any],
+        Y: NDArray[Any],
+        predictions: NDArray[Any],
+        gains: NDArray[Any] | None = None,
+        forgettings: NDArray[Any] | None = None,
+        history: NDArray[Any] | None = None,
+    ) -> int: ...
+    def variance(self, X: NDArray[Any]) -> NDArray[Any]: ...
+    def flush(self) -> None: ...
+
+class Filter_float32(Filter): ...
+class Filter_float64(Filter): ...

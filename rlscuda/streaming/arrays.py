@@ -42,7 +42,7 @@ def as_array(name: str, values: ArrayLike, dtype: np.dtype[Any]) -> NDArray[Any]
     """
     if isinstance(values, np.ma.MaskedArray):
         wide = np.result_type(values.dtype, np.float32)
-        values = values.astype(wide).filled(np.nan)
+        values = np.ma.filled(values.astype(wide), np.nan)
     array = values if isinstance(values, np.ndarray) else np.asarray(values)
     if array.dtype != dtype:
         known = "biuf" if dtype.kind == "f" else "biufc"
@@ -60,3 +60,20 @@ def check_finite(name: str, array: NDArray[Any]) -> None:
     """
     if not np.isfinite(array).all():
         raise ValueError(f"{name} must be finite, got NaN or inf")
+
+
+def as_gains(
+    weights: ArrayLike, samples: int, gain: float, dtype: np.dtype[Any]
+) -> NDArray[np.float64]:
+    """The gain of every sample [T], where each counts by its weight.
+
+    Raises:
+        ValueError: A weight is negative or not finite, or there are too few or too many.
+    """
+    array = as_array("weights", weights, np.dtype(np.float64))
+    if array.shape != (samples,):
+        raise ValueError(f"weights must be [{samples}], got {list(array.shape)}")
+    gains = gain * array
+    if not ((array >= 0) & (gains <= np.finfo(dtype).max)).all():
+        raise ValueError("weights must be >= 0 and finite")
+    return gains

@@ -71,6 +71,18 @@ class Core:
             P = np.linalg.cholesky(P.astype(np.result_type(P.dtype, np.float64)))
         self.P[...] = P
 
+    def take(self, smaller: Core, initial_scale: Any) -> None:
+        """Takes over a core of the same form with fewer inputs; the further ones start anew."""
+        n = len(smaller.P)
+        smaller.kernel.flush()
+        self.restart(np.concatenate([np.ones(n), initial_scale]))
+        self.P[:n, :n] = smaller.P
+        self.W[...] = 0
+        self.W[:, :n] = smaller.W
+        self.squares[:n] = smaller.squares
+        self.scalars[...] = smaller.scalars
+        self.resets = smaller.resets
+
     def _forget_waiting(self) -> None:
         self.scalars[:2] = 1.0, 0.0  # scale and rows
 
@@ -138,9 +150,8 @@ class Core:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        coefficients = self.kernel
         self._connect()
-        self.kernel.forgetting, self.kernel.gain, self.kernel.ridge = coefficients
+        self.kernel.forgetting, self.kernel.gain, self.kernel.ridge = state["kernel"]
 
 
 def repaired(P: NDArray[Any]) -> NDArray[Any] | None:

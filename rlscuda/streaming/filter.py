@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import operator
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from rlscuda.streaming.arrays import as_array, check_finite, read_only
+from rlscuda.streaming.arrays import as_array, as_gains, check_finite, read_only
+from rlscuda.streaming.combining import grown, merged
 from rlscuda.streaming.core import FORMS, Core
 from rlscuda.streaming.window import Window
 
@@ -80,7 +81,7 @@ class RLSFilter:
     """
 
     __slots__ = (
-        "_core", "_initial_scale", "_kernel", "_missing", "_window", "dtype", "form", "n", "n_out",
+        "_core", "_initial_scale", "_kernel", "_window", "dtype", "form", "missing", "n", "n_out",
         "updates", "window",
     )  # fmt: skip
 
@@ -106,14 +107,16 @@ class RLSFilter:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
         if self.dtype.name not in FORMS[form]:
             raise TypeError(f"dtype must be one of {', '.join(FORMS[form])}, got {self.dtype}")
-        self.form = form
+        if missing not in ("raise", "skip"):
+            raise ValueError(f"missing must be 'raise' or 'skip', got {missing!r}")
+        self.form, self.missing = form, missing
         self.window = None if window is None else operator.index(window)
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1 or None, got {window}")
         self._core = Core(self.n, self.n_out, self.dtype, form)
         self._kernel = self._core.kernel
         self.forgetting, self.gain, self.ridge = forgetting, gain, ridge
-        self.initial_scale, self.missing = initial_scale, missing
+        self.initial_scale = initial_scale
         self.reset()
 
     # -- coefficients ----------------------------------------------------------------------------
@@ -162,19 +165,8 @@ class RLSFilter:
         if scales.shape not in ((), (self.n,)):
             raise ValueError(f"initial_scale must be a number or [{self.n}], got {scales.shape}")
         if not ((scales > 0) & (scales <= np.finfo(self.dtype).max)).all():
-            raise ValueError(f"initial_scale must be > 0 and finite, got {value}")
+            raise ValueError(f"initial_scale must be > 0 and finite, got {scales}")
         self._initial_scale: float | NDArray[np.float64] = scales if scales.ndim else float(scales)
-
-    @property
-    def missing(self) -> str:
-        """What a sample with a missing number does: "raise" or "skip"."""
-        return self._missing
-
-    @missing.setter
-    def missing(self, value: str) -> None:
-        if value not in ("raise", "skip"):
-            raise ValueError(f"missing must be 'raise' or 'skip', got {value!r}")
-        self._missing = value
 
     # -- state -----------------------------------------------------------------------------------
 
@@ -186,7 +178,8 @@ class RLSFilter:
             core.W[...] = 0
         core.squares[...] = core.scalars[2:] = 0
         core.resets = self.updates = 0
-        self._window = self.window and Window(self.window, self.n, self.n_out, self.dtype)
+        shape = (self.n, self.n_out, self.dtype)
+        self._window = None if self.window is None else Window(self.window, *shape)
 
     @property
     def resets(self) -> int:
@@ -226,6 +219,32 @@ class RLSFilter:
             raise ValueError(f"W must be [{self.n_out}, {self.n}], got {list(array.shape)}")
         check_finite("W", array)
         self._core.W[...] = array
+
+    def merge(self, other: RLSFilter, base: RLSFilter | None = None) -> None:
+        """Adds what another filter has learnt: as if its samples had been learnt here.
+
+        What both started from is taken off once. Exact at forgetting 1 without a window; with
+        forgetting the samples of both count by their own age.
+
+        Args:
+            other: A filter of the same n and n_out; it stays as it is.
+            base: A copy of the filter that both are copies of; None for a fresh one like `other`.
+
+        Raises:
+            ValueError: The sizes differ, or the base knows more than `other`.
+        """
+        P, W = merged(self, other, base)
+        self.P, self.W = P, W
+        self.updates += other.updates - (base.updates if base else 0)
+
+    def grow(self, count: int, initial_scale: float | ArrayLike = 1.0) -> None:
+        """Appends inputs, of which nothing is known yet.
+
+        Args:
+            count: New inputs, at least 1; they follow the old ones in x.
+            initial_scale: δ of each, a number or [count].
+        """
+        self.__setstate__(grown(self, operator.index(count), initial_scale).__getstate__())
 
     # -- prediction ------------------------------------------------------------------------------
 
@@ -331,9 +350,9 @@ class RLSFilter:
         self, X: NDArray[Any], Y: NDArray[Any], weights: ArrayLike | None, history: bool
     ) -> tuple[NDArray[Any], NDArray[Any] | None]:
         """Learns checked arrays; returns the predictions, and the weights after each sample."""
-        gains = None if weights is None else self._gains(weights, len(X))
+        gains = None if weights is None else as_gains(weights, len(X), self.gain, self.dtype)
         unknown = np.zeros(0, bool)
-        if self._missing == "skip":
+        if self.missing == "skip":
             gone = ~np.isfinite(X).all(1)
             idle = gone | ~np.isfinite(Y).all(1)
             if idle.any():
@@ -341,55 +360,20 @@ class RLSFilter:
                 X, Y = np.where(gone[:, None], 0, X), np.where(idle[:, None], 0, Y)
                 unknown = gone
         path = np.empty((len(X), *self._core.W.shape), self.dtype) if history else None
+        initial = self._initial_scale
         if self._window is None:
-            options = (gains, None, path, self._initial_scale)
-            predictions, left_out = self._core.run(X, Y, *options)
+            predictions, left_out = self._core.run(X, Y, gains, None, path, initial)
         else:
             if gains is None:
                 gains = np.full(len(X), self.gain)
-            predictions, left_out = self._slide(X, Y, gains, path)
+            check_finite("X", X)
+            check_finite("Y", Y)
+            predictions, left_out = self._window.learn(self._core, X, Y, gains, path, initial)
         learnt = len(X) if gains is None else int(np.count_nonzero(gains))
         self.updates += learnt - len(left_out)
         if unknown.any():
             predictions[unknown] = np.nan
         return predictions, path
-
-    def _slide(
-        self,
-        X: NDArray[Any],
-        Y: NDArray[Any],
-        gains: NDArray[np.float64],
-        path: NDArray[Any] | None,
-    ) -> tuple[NDArray[Any], list[int]]:
-        """Learns samples while those that are too old leave; `gains` of those left out become 0."""
-        check_finite("X", X), check_finite("Y", Y)
-        left_out: list[int] = []
-        window = cast(Window, self._window)
-        predictions = np.empty(Y.shape, self.dtype)
-        step = 1 if path is not None else window.length  # so that none comes and goes in one call
-        for first in range(0, len(X), step):
-            part = slice(first, first + step)
-            series = window.interleaved(X[part], Y[part], gains[part], self.forgetting)
-            options = (series.gains, series.forgettings, None, self._initial_scale)
-            results, failed = self._core.run(series.X, series.Y, *options)
-            predictions[part] = results[series.places]
-            for place in np.flatnonzero(np.isin(series.places, failed)):
-                left_out.append(first + int(place))
-                gains[first + place] = 0
-            window.keep(X[part], Y[part], gains[part], self.forgetting)
-            if path is not None:
-                path[first] = self._core.W
-        return predictions, left_out
-
-    def _gains(self, weights: ArrayLike, samples: int) -> NDArray[np.float64]:
-        """The gain of every sample."""
-        array = as_array("weights", weights, np.dtype(np.float64))
-        if array.shape != (samples,):
-            raise ValueError(f"weights must be [{samples}], got {list(array.shape)}")
-        gains = self.gain * array
-        if not ((array >= 0) & (gains <= np.finfo(self.dtype).max)).all():
-            raise ValueError("weights must be >= 0 and finite")
-        return gains
 
     def __copy__(self) -> RLSFilter:
         return copy.deepcopy(self)

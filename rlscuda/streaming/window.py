@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rlscuda.streaming.core import Core
+
 
 @dataclass
 class Series:
@@ -43,6 +45,46 @@ class Window:
         self.X = np.zeros((0, n), dtype)
         self.Y = np.zeros((0, n_out), dtype)
         self.gains = np.zeros(0)
+
+    def learn(
+        self,
+        core: Core,
+        X: NDArray[Any],
+        Y: NDArray[Any],
+        gains: NDArray[np.float64],
+        path: NDArray[Any] | None,
+        initial_scale: Any,
+    ) -> tuple[NDArray[Any], list[int]]:
+        """Learns samples [T, n] while those that are too old leave.
+
+        Args:
+            core: What learns.
+            X: Inputs.
+            Y: Targets [T, n_out].
+            gains: Gain of each; those of samples that are left out become 0.
+            path: None, or what takes the weights after each sample [T, n_out, n].
+            initial_scale: See `Core.run`.
+
+        Returns:
+            The predictions [T, n_out], and the samples left out.
+        """
+        left_out: list[int] = []
+        predictions = np.empty_like(Y)
+        forgetting = core.kernel.forgetting
+        step = 1 if path is not None else self.length  # so that none comes and goes in one call
+        for first in range(0, len(X), step):
+            part = slice(first, first + step)
+            series = self.interleaved(X[part], Y[part], gains[part], forgetting)
+            options = (series.gains, series.forgettings, None, initial_scale)
+            results, failed = core.run(series.X, series.Y, *options)
+            predictions[part] = results[series.places]
+            for place in np.flatnonzero(np.isin(series.places, failed)):
+                left_out.append(first + int(place))
+                gains[first + place] = 0
+            self.keep(X[part], Y[part], gains[part], forgetting)
+            if path is not None:
+                path[first] = core.W
+        return predictions, left_out
 
     def interleaved(
         self, X: NDArray[Any], Y: NDArray[Any], gains: NDArray[np.float64], forgetting: float
