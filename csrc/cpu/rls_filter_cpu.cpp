@@ -98,7 +98,7 @@ ALWAYS_INLINE bool add_power(const RlsFilter<T>& f, const T* x) {
   return f.state->energy > 0;
 }
 
-// u <- u - sum_j sign_j w_j (w_j x) over the rows that wait; leaves sign_j (w_j x) in the weights.
+// u <- u - sum_j sign_j w_j (w_j x) over the rows that wait; leaves w_j x in the weights.
 template <class T>
 ALWAYS_INLINE void correct(const RlsFilter<T>& f, const FilterBlock<T>& block, int64_t rows,
                            const T* x, T* u) {
@@ -106,6 +106,7 @@ ALWAYS_INLINE void correct(const RlsFilter<T>& f, const FilterBlock<T>& block, i
   project<T>(V, {x, 0}, {block.weights, 0}, f.n, 1, 0, rows);
   for (int64_t j = 0; j < rows; ++j) block.weights[j] *= T(f.state->sign[j]);
   update_band<T, 1>({u, 0}, L, V, rows, T(1), 0, 0, f.n);
+  for (int64_t j = 0; j < rows; ++j) block.weights[j] *= T(f.state->sign[j]);
 }
 
 // The samples of a block one after the other, until a raise is due, what waits must be applied, or
