@@ -157,8 +157,8 @@ class Core:
 def repaired(P: NDArray[Any]) -> NDArray[Any] | None:
     """The nearest matrix to P [n, n] that is positive definite; None where nothing is left of it.
 
-    Rounding makes eigenvalues negative that are below epsilon of the largest one: these are
-    unknown, and are raised to it. All else that P knows stays.
+    Rounding has moved the eigenvalues by as much as the most negative one shows, or by epsilon of
+    the largest: what is below that is unknown, and is raised to it. All else that P knows stays.
     """
     if not np.isfinite(P).all():
         return None
@@ -166,7 +166,7 @@ def repaired(P: NDArray[Any]) -> NDArray[Any] | None:
     values, vectors = np.linalg.eigh((wide + wide.conj().T) / 2)
     if not values[-1] > 0:
         return None
-    values = np.maximum(values, np.finfo(P.dtype).eps * values[-1])
+    values = np.maximum(values, max(np.finfo(P.dtype).eps * values[-1], -values[0]))
     return ((vectors * values) @ vectors.conj().T).astype(P.dtype)
 
 

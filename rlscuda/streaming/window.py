@@ -61,14 +61,14 @@ class Window:
             core: What learns.
             X: Inputs.
             Y: Targets [T, n_out].
-            gains: Gain of each; those of samples that are left out become 0.
+            gains: Gain of each.
             path: None, or what takes the weights after each sample [T, n_out, n].
             initial_scale: See `Core.run`.
 
         Returns:
             The predictions [T, n_out], and the samples left out.
         """
-        left_out: list[int] = []
+        gains, left_out = gains.copy(), list[int]()  # those left out do not leave either
         predictions = np.empty_like(Y)
         forgetting = core.kernel.forgetting
         step = 1 if path is not None else self.length  # so that none comes and goes in one call
