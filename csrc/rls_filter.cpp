@@ -187,7 +187,8 @@ class Filter {
   void check_state() const {
     const FilterState& s = *filter_.state;
     RLS_CHECK(s.rows >= 0 && s.rows <= double(kFilterRows) && s.scale > 0 && s.turn.next >= 0 &&
-                  s.turn.next < double(filter_.n),
+                  s.turn.next < double(filter_.n) && s.turn.debt >= 0 &&
+                  s.turn.debt <= double(filter_.n),
               "state must be that of a filter");
   }
 

@@ -10,6 +10,7 @@ import faulthandler
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,27 +28,38 @@ REFUSALS = {
 }
 
 
-def _filter_arrays(dtype: type, hold: int) -> list[Any]:
-    n, n_out, samples = 6, 2, hold + 3
-    draw = np.random.default_rng(0).standard_normal
+def _filter_arrays(dtype: np.dtype[Any]) -> list[Any]:
+    n, n_out, samples = 6, 2, 7
+    rng = np.random.default_rng(0)
+    state = np.zeros(_C.filter_slots)
+    state[0] = 1
     return [
-        np.eye(n, dtype=dtype), np.zeros((n_out, n), dtype),
-        draw((samples, n)).astype(dtype), draw((samples, n_out)).astype(dtype), *RULE, 1.0,
-        np.zeros((hold, n), dtype), np.array([1.0, 0.0, 0.0]),
+        np.eye(n, dtype=dtype), np.zeros((n_out, n), dtype), np.zeros((_C.filter_rows, n), dtype),
+        np.zeros(n), state, rng.standard_normal((samples, n)).astype(dtype),
+        rng.standard_normal((samples, n_out)).astype(dtype), np.zeros((samples, n_out), dtype),
+        rng.random(samples), np.full(samples, 0.9), np.zeros((samples, n_out, n), dtype), *RULE[:2],
+        -1.0,
     ]  # fmt: skip
 
 
+def _learn(kind: type, *arguments: Any) -> list[Any]:
+    """A filter over arrays, and all that it does."""
+    f = kind(*arguments[:5])
+    f.forgetting, f.gain, f.ridge = arguments[11:]
+    learnt = f.run(*arguments[5:11])
+    variance = f.variance(arguments[5])
+    f.update(arguments[5][0], arguments[6][0])
+    f.flush()
+    return [learnt, variance]
+
+
 def entry_points() -> dict[str, tuple[Callable[..., Any], Callable[[], list[Any]]]]:
-    """The functions of the module that NumPy arrays go to, and valid arguments of each."""
-    known = {
-        "rls_filter_run": lambda: _filter_arrays(np.float32, 4),
-        "rls_filter_flush": lambda: [
-            np.eye(6, dtype=np.float32), np.full((4, 6), 0.1, np.float32), np.array([1.0, 0.0, 2.0])
-        ],
-    }  # fmt: skip
-    functions = sorted(name for name in vars(_C) if callable(getattr(_C, name)))
-    assert functions == sorted(known), functions
-    return {name: (getattr(_C, name), arguments) for name, arguments in known.items()}
+    """The classes of the module that NumPy arrays go to, and valid arguments of each."""
+    kinds = {name: value for name, value in vars(_C).items() if callable(value)}
+    return {
+        name: (partial(_learn, kind), partial(_filter_arrays, np.dtype(name.split("_")[1])))
+        for name, kind in kinds.items()
+    }
 
 
 def doubled(value: Any) -> Any:

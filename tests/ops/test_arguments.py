@@ -9,7 +9,7 @@ from support.op_cases import VALID, health, registered
 from support.operators import factors_agree, nonfinite, weight_step_
 
 import rlscuda.functional as RF
-from rlscuda import _C, HeldMatrix, RLSFilter
+from rlscuda import _C, HeldMatrix
 
 ops = torch.ops.rlscuda
 X = torch.randn(2, 4, 8, 9, generator=torch.Generator().manual_seed(0))
@@ -236,30 +236,28 @@ def between(a):
     (lambda a: {"Y": between(a["Y"])}, "Y must be aligned, and its strides whole elements"),
     (lambda a: {"P": shifted(a["P"])}, "P must be aligned"),
     (lambda a: {"W": a["P"][:2]}, "W and P must not share memory, since one of them is written"),
-    (lambda a: {"X": a["W"][:1].repeat(3, 0), "held": a["P"][:2]}, "held and P must not share"),
-    (lambda a: {"Y": a["W"][:, :2].repeat(2, 0)[:3], "X": a["P"][:3]}, "P and X must not share"),
-    (lambda a: {"forgetting": math.nan}, r"forgetting must be in \(0, 1\], got nan"),
-    (lambda a: {"decay": math.inf}, "decay must be >= 0, got inf"),
-    (lambda a: {"initial_scale": 1e-60}, "initial_scale must be > 0, got 1e-60"),
-    (lambda a: {"forgetting": 1e-60}, "decay / forgetting must be finite, got 1 / 1e-60"),
-    (lambda a: {"state": np.zeros(2)}, r"state \[3\]"),
-    (lambda a: {"W": np.zeros((0, 4), "f4"), "Y": np.zeros((3, 0), "f4")}, "W must not be empty"),
+    (lambda a: {"X": a["W"][:1].repeat(3, 0), "V": a["P"][:1]}, r"shapes must be P \[n, n\]"),
+    (lambda a: {"Y": a["W"][:, :2].repeat(2, 0)[:3], "X": a["P"][:3]}, "X and P must not share"),
+    (lambda a: {"predictions": a["Y"]}, "predictions and Y must not share"),
+    (lambda a: {"gains": np.ones(2)}, r"gains and forgettings must be \[T\]"),
+    (lambda a: {"history": np.ones((3, 4, 2), "f4")}, r"history must be \[T, n_out, n\]"),
+    (lambda a: {"state": np.zeros(2)}, r"state \[40\]"),
+    (lambda a: {"state": np.full(40, np.nan)}, "state must be that of a filter"),
+    (lambda a: {"W": np.zeros((0, 4), "f4"), "Y": np.zeros((3, 0), "f4")}, "shapes must be P"),
 ])  # fmt: skip
 def test_arrays_of_the_filter(change, message):
+    state = np.zeros(_C.filter_slots)
+    state[0] = 1
     arrays = {
-        "P": np.eye(4, dtype="f4"), "W": np.zeros((2, 4), "f4"), "X": np.ones((3, 4), "f4"),
-        "Y": np.ones((3, 2), "f4"), "forgetting": 0.9, "gain": 1.0, "decay": 1.0, "diffusion": 0.0,
-        "initial_scale": 1.0, "held": np.zeros((2, 4), "f4"), "state": np.array([1.0, 0.0, 0.0]),
+        "P": np.eye(4, dtype="f4"), "W": np.zeros((2, 4), "f4"),
+        "V": np.zeros((_C.filter_rows, 4), "f4"), "squares": np.zeros(4), "state": state,
+        "X": np.ones((3, 4), "f4"), "Y": np.ones((3, 2), "f4"),
+        "predictions": np.zeros((3, 2), "f4"), "gains": None, "forgettings": None, "history": None,
     }  # fmt: skip
     arrays |= change(arrays)
     before = {k: np.array(v) for k, v in arrays.items()}
+    given = list(arrays.values())
     with pytest.raises(RuntimeError, match=message):
-        _C.rls_filter_run(*arrays.values())
-    assert all(np.array_equal(v, before[k], equal_nan=True) for k, v in arrays.items())
-
-
-def test_what_the_filter_cannot_hold_is_a_value_error():
-    f = RLSFilter(3, forgetting=1e-60, shrinkage=0.0, dtype=np.float32)
-    with pytest.raises(ValueError, match="decay / forgetting must be finite"):
-        f.update(np.ones(3, np.float32), 1.0)
-    assert f.updates == f.resets == 0
+        _C.Filter_float32(*given[:5]).run(*given[5:])
+    for k, v in arrays.items():
+        np.testing.assert_array_equal(np.array(v), before[k])

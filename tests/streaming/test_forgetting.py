@@ -8,9 +8,11 @@ from rlscuda import RLSFilter
 from rlscuda.reference.filter import RidgeTurn, raises
 
 # excess error over noise of the default before this one, which pulled P towards its start
-FORMER = {(4, 0.9): 0.742, (4, 0.99): 0.273, (4, 0.999): 0.0840, (4, 0.9999): 0.0289,
-          (64, 0.9): 1.184, (64, 0.99): 1.525, (64, 0.999): 1.071, (64, 0.9999): 0.435,
-          (256, 0.9): 1.851, (256, 0.99): 1.384, (256, 0.999): 1.624, (256, 0.9999): 1.234}  # fmt: skip
+FORMER = {
+    (4, 0.9): 0.742, (4, 0.99): 0.273, (4, 0.999): 0.0840, (4, 0.9999): 0.0289,
+    (64, 0.9): 1.184, (64, 0.99): 1.525, (64, 0.999): 1.071, (64, 0.9999): 0.435,
+    (256, 0.9): 1.851, (256, 0.99): 1.384, (256, 0.999): 1.624, (256, 0.9999): 1.234,
+}  # fmt: skip
 
 
 def excess(n, forgetting, scale=1.0, seed=0, **options):
