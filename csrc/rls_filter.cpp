@@ -96,9 +96,13 @@ class Filter {
     f.X = input.data();
     f.x_stride[1] = input.strides(0) / int64_t(sizeof(T));
     T number;
-    const bool scalar = PyFloat_Check(y.ptr()) && filter_.n_out == 1;
+    const bool scalar = filter_.n_out == 1 && !py::isinstance<py::array>(y);
     if (scalar) {
-      number = T(PyFloat_AS_DOUBLE(y.ptr()));
+      number = T(PyFloat_AsDouble(y.ptr()));
+      if (PyErr_Occurred()) {
+        PyErr_Clear();
+        return py::none();
+      }
       f.Y = &number;
     } else {
       if (!is_vector(y, filter_.n_out)) return py::none();

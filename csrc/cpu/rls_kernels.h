@@ -95,8 +95,9 @@ template <class T, int ROWS>
 ALWAYS_INLINE void update_band(Rows<T> M, Rows<const T> L, Rows<const T> R, int64_t r, T scale,
                                int64_t i, int64_t j0, int64_t j1) {
   constexpr int W = kLanes<T>;
+  constexpr int VECS = ROWS == 1 ? 4 : 2;  // sums that do not wait for one another
   int64_t j = j0;
-  for (; j + 2 * W <= j1; j += 2 * W) update_tile<T, ROWS, 2>(M, L, R, r, scale, i, j);
+  for (; j + VECS * W <= j1; j += VECS * W) update_tile<T, ROWS, VECS>(M, L, R, r, scale, i, j);
   for (; j + W <= j1; j += W) update_tile<T, ROWS, 1>(M, L, R, r, scale, i, j);
   for (; j < j1; ++j)
     for (int a = 0; a < ROWS; ++a) {
