@@ -8,6 +8,7 @@ is no update of a matrix are called by the optimizer alone.
 from rlscuda.functional.patches import patch_mean, patch_sample, patch_sketch
 from rlscuda.functional.updates import (
     rls_flush_,
+    rls_ridge_,
     rls_update_,
     rls_update_held_,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "patch_sample",
     "patch_sketch",
     "rls_flush_",
+    "rls_ridge_",
     "rls_update_",
     "rls_update_held_",
 ]

@@ -6,6 +6,14 @@ import torch
 from torch import Tensor
 
 from rlscuda.functional.calls import as_user_error, call, check_tensor, fake
+from rlscuda.functional.ridges import (
+    as_tensor,
+    check_count,
+    check_ridge,
+    raise_,
+    ridge_rows,
+    stabilise_,
+)
 
 _ops = torch.ops.rlscuda
 _rls_update = _ops.rls_update_.default
@@ -28,6 +36,8 @@ def rls_update_(
     power: Tensor | None = None,
     health: Tensor | None = None,
     found_inf: Tensor | None = None,
+    ridge: float | Tensor = 0.0,
+    turn: int | Tensor = 0,
 ) -> tuple[Tensor, Tensor]:
     r"""Updates inverse autocorrelation matrices in place by r rows, bit-symmetrically.
 
@@ -54,6 +64,14 @@ def rls_update_(
             dtype cannot hold that mean square, the update is refused.
         health: float64 counters [7], one for each of `rlscuda._C.health_slots`.
         found_inf: One bool; where it is true, the update is refused.
+        ridge: :math:`\rho`, what forgetting leaves at least of the information on a coordinate,
+            :math:`P^{-1} \ge \rho I`: a number, or a tensor that expands to [n] or [b, n]; 0 for
+            plain forgetting, under which `P` overflows where inputs stay 0. Each coordinate is
+            raised once in K updates, the most that forget no more than half, by
+            :math:`\rho (\lambda^{-K} - 1)`; no more than ceil(n / K) after any update, and none
+            where that is refused.
+        turn: Number of this update, an int >= 0 or an int64 tensor [], of which the device reads
+            whose turn it is. Only in a series from one number to the next the ridge is kept.
 
     Returns:
         `u`, of the shape of `s`, the rows P s before the update, and `h`, [] or [b], the mean of
@@ -72,6 +90,9 @@ def rls_update_(
         tensor([[ 1.6364, -0.7273],
                 [-0.7273,  0.5455]])
     """
+    ridged = isinstance(ridge, Tensor) or ridge != 0
+    if ridged:
+        _check_raise(P, ridge, "turn", turn)
     try:
         options = (forgetting, gain, decay, diffusion, initial_scale, power, health, found_inf)
         result = _rls_update(P, s.detach() if s.requires_grad else s, *options)
@@ -80,7 +101,74 @@ def rls_update_(
         check_tensor("s", s)
         raise as_user_error(error) from None
     _changed(P, power, health)
-    return result
+    if not ridged:
+        return result
+    u, h = result
+    return u, stabilise_(P, h, forgetting, ridge, turn, initial_scale, health)
+
+
+def rls_ridge_(
+    P: Tensor,
+    ridge: float | Tensor,
+    first: int | Tensor = 0,
+    count: int | None = None,
+    *,
+    initial_scale: float = 1.0,
+    found_inf: Tensor | None = None,
+) -> Tensor:
+    r"""Raises the information on some coordinates in place, bit-symmetrically.
+
+    .. math:: P \leftarrow \left(P^{-1} + \sum_j ridge_j\, e_j e_j^T\right)^{-1}
+
+    over `count` coordinates from `first` on, after the last of which comes the first. It is an
+    update by rows :math:`\sqrt{ridge_j}\, e_j` that forgets nothing; one by rows of zeros leaves
+    `P` as it is.
+
+    Args:
+        P: [n, n] or [b, n, n], float32 or float64, contiguous, symmetric positive definite.
+        ridge: A number >= 0, or a tensor that expands to [n] or [b, n], which is not looked at.
+        first: An int >= 0, or an int64 tensor [], which the device reads.
+        count: At most n; None for n.
+        initial_scale: Diagonal of the matrix after a reset, where `P` is not positive definite.
+        found_inf: One bool; where it is true, `P` is left as it is.
+
+    Returns:
+        `h`, [] or [b], the mean of :math:`1 + ridge_j P_{jj}`; NaN where `P` was refused or reset.
+
+    Raises:
+        ValueError: A shape, dtype, device or value is not as above.
+        TypeError: An argument is not of its type.
+
+    Example:
+        >>> P = torch.eye(2)
+        >>> float(rls_ridge_(P, 3.0, first=1, count=1))
+        4.0
+        >>> P
+        tensor([[1.0000, 0.0000],
+                [0.0000, 0.2500]])
+    """
+    n = _check_raise(P, ridge, "first", first)
+    count = n if count is None else count
+    check_count("count", count)
+    if not isinstance(count, int) or count > n:
+        raise ValueError(f"count must be at most n={n}, got {count}")
+    if not count:
+        return P.new_ones(P.shape[:-2])
+    try:
+        rows = ridge_rows(P, as_tensor(P, ridge), first, count, count)
+        return raise_(P, rows, initial_scale, found_inf)
+    except Exception as error:
+        raise as_user_error(error) from None
+
+
+def _check_raise(P: Tensor, ridge: float | Tensor, name: str, place: int | Tensor) -> int:
+    """Checks the arguments of a raise; returns n."""
+    check_tensor("P", P)
+    if P.dim() not in (2, 3) or P.shape[-1] != P.shape[-2]:
+        raise ValueError(f"P must be [n, n] or [b, n, n], got {list(P.shape)}")
+    check_ridge(P, ridge)
+    check_count(name, place)
+    return P.shape[-1]
 
 
 def rls_update_held_(

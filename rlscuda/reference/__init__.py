@@ -6,6 +6,7 @@ operators are tested against these functions, and a reader may take them as the 
 
 from rlscuda.reference.filter import rls_filter
 from rlscuda.reference.patches import patch_mean, patch_rows, patch_sample, patch_sketch
+from rlscuda.reference.ridge import HeldRidge, information_update
 from rlscuda.reference.updates import (
     AdaptiveStep,
     HeldBack,
@@ -22,9 +23,11 @@ from rlscuda.reference.updates import (
 __all__ = [
     "AdaptiveStep",
     "HeldBack",
+    "HeldRidge",
     "SpectralStep",
     "adaptive_weight_step",
     "block_rls_update",
+    "information_update",
     "patch_mean",
     "patch_rows",
     "patch_sample",

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from rlscuda.functional import rls_flush_, rls_update_, rls_update_held_
 from rlscuda.functional.calls import check_tensor
+from rlscuda.functional.ridges import check_ridge
+from rlscuda.streaming.ridge import Ridge
 
 _MOST_ROWS = 64  # that the operator holds
 _ENOUGH = 16  # updates that share a write of P
@@ -39,20 +41,31 @@ class HeldMatrix:
     later updates only once `P` is read, or `flush` called, again. Copies, pickles and `state_dict`
     carry what is held, and go on to the same bits.
 
+    Forgetting is stabilised: each time that it has halved what was known, every coordinate j has
+    once been given a ridge, :math:`R_{jj} \leftarrow R_{jj} + \rho_j` for :math:`R = P^{-1}`, so
+    that what the input no longer excites is bounded. Coordinates take turns, at least 16 updates
+    apart, and a captured graph has turns of its own, after each update. See `ridge`.
+
     Args:
         P: [n, n] or [b, n, n], float32 or float64, contiguous, symmetric positive definite. It is
             taken over, not copied.
         rank: Rows of one update.
         hold: K, at least 2 with K * rank <= 64; 0 applies each update at once; None chooses by size
             (16 where it pays).
+        ridge: :math:`\rho`, a number >= 0, what updates with forgetting < 1 leave at least of the
+            information on each coordinate; 0 for plain forgetting. None for a hundredth of the
+            running mean of :math:`\kappa x_j^2` over all of these updates, at least root epsilon
+            of its mean over the coordinates and 16 epsilon n / (1 - forgetting) of itself: then
+            the units of the input do not matter, and until one is not 0 updates are refused.
 
     Attributes:
         hold: K.
         rank: Rows of one update.
+        ridge: As given.
 
     Raises:
-        ValueError: `rank` or `hold` is out of its range, or `P` of another shape.
-        TypeError: `P` is no tensor.
+        ValueError: `rank`, `hold` or `ridge` is out of its range, or `P` of another shape.
+        TypeError: `P` is no tensor, or `ridge` no number.
 
     Example:
         >>> import torch
@@ -66,7 +79,9 @@ class HeldMatrix:
                 [-0.7273,  0.5455]])
     """
 
-    def __init__(self, P: Tensor, rank: int = 1, hold: int | None = None) -> None:
+    def __init__(
+        self, P: Tensor, rank: int = 1, hold: int | None = None, ridge: float | None = None
+    ) -> None:
         check_tensor("P", P)
         if P.dim() not in (2, 3):
             raise ValueError(f"P must be [n, n] or [b, n, n], got {list(P.shape)}")
@@ -79,8 +94,11 @@ class HeldMatrix:
                 f"hold must be 0, or at least 2 with hold * rank <= {_MOST_ROWS}, "
                 f"got {hold} for rank {rank}"
             )
-        self.rank, self.hold = rank, hold
+        if ridge is not None:
+            check_ridge(P, ridge)
+        self.rank, self.hold, self.ridge = rank, hold, ridge
         self._P = P
+        self._ridge = Ridge(P, ridge) if ridge != 0 else None
         self._held = P.new_zeros(*P.shape[:-2], hold, rank, P.shape[-1])
         self._state = torch.zeros(*P.shape[:-2], 3, dtype=torch.float64, device=P.device)
         self._state[..., 0] = 1
@@ -112,9 +130,18 @@ class HeldMatrix:
         rows = 1 if s.dim() < 2 else s.shape[-2]
         if rows != self.rank:
             raise ValueError(f"s must have {self.rank} rows, got {list(s.shape)}")
-        if not self.hold:
-            return rls_update_(self._P, s, forgetting, gain, **options)
-        return rls_update_held_(self._P, self._held, self._state, s, forgetting, gain, **options)
+        ridge = self._ridge if forgetting < 1 else None
+        if ridge is not None:
+            options["found_inf"] = ridge.notice(s, gain, options.get("found_inf"))
+        if self.hold:
+            own = (self._P, self._held, self._state)
+            u, h = rls_update_held_(*own, s, forgetting, gain, **options)
+        else:
+            u, h = rls_update_(self._P, s, forgetting, gain, **options)
+        due = 0 if ridge is None else ridge.due(h, forgetting)
+        if ridge is not None and due:
+            h = ridge.raise_(self.P, h, forgetting, due, **options)
+        return u, h
 
     def flush(self) -> None:
         """Applies what is held."""
@@ -122,11 +149,12 @@ class HeldMatrix:
             rls_flush_(self._P, self._held, self._state)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """P as it lies in memory, what is held, and its scalars: the tensors themselves."""
-        return {"P": self._P, "held": self._held, "state": self._state}
+        """P as it lies in memory, what is held, and all scalars: the tensors themselves."""
+        own = {"P": self._P, "held": self._held, "state": self._state}
+        return own if self._ridge is None else own | self._ridge.tensors
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Copies in what `state_dict` gave for a matrix of the same size, rank and hold.
+        """Copies in what `state_dict` gave for a matrix of the same size, rank, hold and ridge.
 
         Raises:
             ValueError: A tensor is missing, or of another shape or dtype.
