@@ -52,7 +52,9 @@ class RLSOptimizer(Joining, Optimizer):
         rank: Rows r of one input summary (spectral, adaptive 16, else 1).
         summary: ``"mean"``, ``"sketch"`` or ``"sample"``: how a minibatch enters ``P`` (paper mean,
             natural sketch, else sample).
-        shrinkage: Pull of ``P`` towards its start, 2 (1 - forgetting) by default, 0 for none.
+        ridge: Information on each input that a forgetting < 1 leaves, so that ``P`` stays bounded:
+            0 for none, or None for a hundredth of the input's running power times the gain.
+        shrinkage: Pull of ``P`` towards its start (0).
         drift: Random-walk drift of ``P`` (spectral, adaptive .3, else None).
         trust_ratio: No step moves a layer by more than this part of its norm (paper, natural .1,
             inf for exact least squares; the others normalise anyway).
@@ -102,6 +104,7 @@ class RLSOptimizer(Joining, Optimizer):
         weight_decay: float | None = None,
         rank: int | None = None,
         summary: str | None = None,
+        ridge: float | None = None,
         shrinkage: float | None = None,
         drift: float | None = None,
         trust_ratio: float | None = None,
@@ -121,10 +124,10 @@ class RLSOptimizer(Joining, Optimizer):
         self._processes = Processes(process_group, shard_matrices)
         self._given = {
             "lr": lr, "form": form, "forgetting": forgetting, "gain": gain, "momentum": momentum,
-            "weight_decay": weight_decay, "rank": rank, "summary": summary, "shrinkage": shrinkage,
-            "drift": drift, "trust_ratio": trust_ratio, "initial_scale": initial_scale,
-            "beta2": beta2, "eps": eps, "fallback_lr": fallback_lr, "dtype": dtype,
-            "max_fan_in": max_fan_in, "seed": seed,
+            "weight_decay": weight_decay, "rank": rank, "summary": summary, "ridge": ridge,
+            "shrinkage": shrinkage, "drift": drift, "trust_ratio": trust_ratio,
+            "initial_scale": initial_scale, "beta2": beta2, "eps": eps, "fallback_lr": fallback_lr,
+            "dtype": dtype, "max_fan_in": max_fan_in, "seed": seed,
         }  # fmt: skip
         defaults = forms.resolve_options(self._given)
         self._fallback = Fallback(fallback)
@@ -257,13 +260,10 @@ class RLSOptimizer(Joining, Optimizer):
         self._warn(advice.of_idle(self._registry.count_idle()))
         self.notify_join()
         with uninterrupted():
-            self._step()
+            forms.check_edited(self.param_groups, self._checked)
+            own = (self._registry, self._fallback, self._processes, self._workspace)
+            self._warn(take_step(self.param_groups, self.state, *own))
         return loss
-
-    def _step(self) -> None:
-        forms.check_edited(self.param_groups, self._checked)
-        own = (self._registry, self._fallback, self._processes, self._workspace)
-        self._warn(take_step(self.param_groups, self.state, *own))
 
     def restart(self, memory: int = 30) -> None:
         r"""Readies the optimizer for another schedule, once one has ended.

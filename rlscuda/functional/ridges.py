@@ -19,6 +19,8 @@ from rlscuda import _C
 
 _rls_update = torch.ops.rlscuda.rls_update_.default
 ROWS = 64  # of one update: more follow in others
+RIDGE = 1e-2  # of a coordinate's running power
+_ROUNDING = 16  # epsilon n / (1 - lambda) times this is the least of it
 _MOST_TURNS = 1 << 31  # so that a turn times n is an int64
 RESETS = _C.health_slots.index("resets")
 
@@ -32,6 +34,14 @@ def turns_of(forgetting: float) -> int:
 def ridge_weight(forgetting: float) -> float:
     """What a raise adds, of the rho that is kept at least: lambda^-K - 1."""
     return forgetting ** -turns_of(forgetting) - 1
+
+
+def share_of_power(forgetting: float, n: int, dtype: torch.dtype) -> float:
+    """What part of the running power of the input a ridge is that follows it.
+
+    None is so small that the condition of R is beyond the dtype.
+    """
+    return max(RIDGE, _ROUNDING * torch.finfo(dtype).eps * n / (1 - forgetting))
 
 
 def ridge_rows(P: Tensor, ridge: Tensor, first: int | Tensor, count: int | Tensor, most: int):

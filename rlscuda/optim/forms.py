@@ -44,8 +44,8 @@ FORMS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 _COMMON: dict[str, Any] = {
-    "shrinkage": None, "initial_scale": 1.0, "beta2": 0.99, "eps": 1e-8, "seed": 0, "dtype": None,
-    "max_fan_in": 8192,
+    "ridge": None, "shrinkage": 0.0, "initial_scale": 1.0, "beta2": 0.99, "eps": 1e-8, "seed": 0,
+    "dtype": None, "max_fan_in": 8192,
 }  # fmt: skip
 _IN: dict[str, Callable[[float], bool]] = {
     ">= 0 and finite": lambda x: 0 <= x < math.inf,
@@ -155,8 +155,6 @@ def resolve_options(given: dict[str, Any]) -> dict[str, Any]:
     o = {**_COMMON, **FORMS[form], **chosen, "form": form}
     if isinstance(o["lr"], Tensor) and o["lr"].numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, got {list(o['lr'].shape)}")
-    if o["shrinkage"] is None and 0 < _real(o["forgetting"]) <= 1:
-        o["shrinkage"] = min(1.0, 2 * (1 - o["forgetting"]))
     for name, expected in _RANGES.items():
         _require(_IN[expected](_real(o[name])), name, expected, o[name])
     if form in NORMALISED:
@@ -171,6 +169,8 @@ def resolve_options(given: dict[str, Any]) -> dict[str, Any]:
     _require(isinstance(o["seed"], int), "seed", "an int", o["seed"])
     _require(o["dtype"] in (None, torch.float32, torch.float64), "dtype",
              "None, torch.float32 or torch.float64", o["dtype"])  # fmt: skip
+    if o["ridge"] is not None:
+        _require(_IN[">= 0 and finite"](_real(o["ridge"])), "ridge", "None or >= 0", o["ridge"])
     if o["drift"] is not None:
         _require(_real(o["drift"]) >= 0, "drift", "None or >= 0", o["drift"])
         # P keeps the part 1 - gain * drift of itself; the first gain of an average is 1

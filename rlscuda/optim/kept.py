@@ -254,7 +254,7 @@ class KeptLayer:
                 new[name] = _select(_select(value, 0, self.rows), 1, self.columns[0])
             elif name == "second_moment":
                 new[name] = _select(value, 0, self.rows)
-            elif name == "power":
+            elif name in ("power", "ridge_power"):
                 new[name] = _select(value, 0, self.groups)
             elif name in ("health", "step"):
                 new[name] = value

@@ -28,11 +28,8 @@ _OF_FALLBACK = set().union(*ENTRIES.values())
 
 def _shapes(layer: Layer, form: str) -> dict[str, tuple[int, ...]]:
     """The tensors that every state of a layer holds, besides its counters."""
-    rows = layer.outputs
-    shapes: dict[str, tuple[int, ...]] = {
-        "P": layer.matrix_shape,
-        "health": (len(_C.health_slots),),
-    }
+    rows, slots = layer.outputs, len(_C.health_slots)
+    shapes: dict[str, tuple[int, ...]] = {"P": layer.matrix_shape, "health": (slots,)}
     if form in NORMALISED:
         shapes["power"] = (layer.groups,)
     if form == "spectral":
@@ -112,7 +109,7 @@ def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _of_input(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The entries that describe the input, which layers of one input have in common."""
-    return {name: state[name] for name in ("P", "power", "health") if name in state}
+    return {name: state[name] for name in ("P", "power", "ridge_power", "health") if name in state}
 
 
 def ready(
@@ -155,7 +152,7 @@ def ready(
 def forget(states: dict, layer: Layer, group: dict[str, Any]) -> None:
     """Takes back the entries of `initial_state`, from a state that may have others."""
     entries = states.get(layer.weight, {})
-    for name in ("step", "momentum_buffer", *_shapes(layer, group["form"])):
+    for name in ("step", "momentum_buffer", "ridge_power", *_shapes(layer, group["form"])):
         entries.pop(name, None)
     for parameter in layer.parameters():
         if parameter is not layer.weight and parameter in states:
@@ -333,6 +330,8 @@ def _check_layer(layer: Layer, form: str, entries: Mapping[str, Any]) -> None:
     shapes = _shapes(layer, form)
     if "momentum_buffer" in entries:
         shapes["momentum_buffer"] = (layer.outputs, layer.fan_in)
+    if "ridge_power" in entries:
+        shapes["ridge_power"] = (layer.groups,)
     for name, shape in shapes.items():
         value = entries.get(name)
         if not isinstance(value, Tensor) or value.shape != shape:

@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlscuda.functional.ridges import as_tensor, raise_where_, stabilise_
+from rlscuda.functional.ridges import as_tensor, raise_where_, share_of_power, stabilise_
 
-_RIDGE = 1e-2  # of a coordinate's running power
-_ROUNDING = 16  # epsilon n / (1 - lambda) times this is the least of it
 _WAIT = 16  # updates between two raises, which share a pass over P
 
 
@@ -98,13 +96,11 @@ class Ridge:
 
     def _relative(self, P: Tensor, forgetting: float) -> Tensor:
         """The ridge of each coordinate; where one matrix has seen nothing, of what others have."""
-        epsilon = torch.finfo(P.dtype).eps
         sums, samples = self.tensors["power"].split([self._n, 1], -1)
         power = sums / samples.clamp(min=1)
         mean = power.mean(-1, keepdim=True)
-        least = torch.where(mean > 0, mean, mean.mean()) * epsilon**0.5
-        share = max(_RIDGE, _ROUNDING * epsilon * self._n / (1 - forgetting))
-        return share * torch.maximum(power, least)
+        least = torch.where(mean > 0, mean, mean.mean()) * torch.finfo(P.dtype).eps ** 0.5
+        return share_of_power(forgetting, self._n, P.dtype) * torch.maximum(power, least)
 
 
 def _captured(h: Tensor) -> bool:

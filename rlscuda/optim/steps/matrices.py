@@ -11,6 +11,7 @@ from torch import Tensor
 from rlscuda import _C
 from rlscuda.optim.forms import NORMALISED
 from rlscuda.optim.moves import Move, first_of_each
+from rlscuda.optim.steps.ridges import has_ridge, raise_matrices
 
 _rls_update = torch.ops.rlscuda.foreach_rls_update_.default
 
@@ -29,12 +30,17 @@ def update_matrices(chunk: list[Move], group: dict[str, Any], found_inf: Tensor 
             for r, state in zip(rows, states)
         ]
         powers = []
+    for r, state in zip(rows, states) if has_ridge(group) else ():
+        if "ridge_power" in state:
+            follow_power(r, state["ridge_power"], state["health"], 0.0, found_inf)
     h = _rls_update(
         [state["P"] for state in states], [layer.split(r) for layer, r in zip(layers, rows)],
         powers, [state["health"] for state in states], found_inf, projection, projected, inputs,
         group["forgetting"], group["gain"], 1 - shrinkage, shrinkage * group["initial_scale"],
         group["drift"] or 0.0, group["initial_scale"], group["form"] in NORMALISED,
     )  # fmt: skip
+    if has_ridge(group):
+        raise_matrices(moves, group, h, projected, inputs)
     if not blocked and len(moves) == len(chunk):
         return h
     parts = list(h.split([layer.groups * layer.blocks for layer in layers]))
@@ -80,13 +86,35 @@ def normalised(
 
     Args:
         rows: [groups, r, n].
-        power: [groups], updated; see `rlscuda.reference.running_power`.
+        power: [groups], updated; see `follow_power`.
         health: The layer's counters.
         gain: Of an update, at least.
         found_inf: One bool; where it is true, `power` stays.
     """
     if not rows.shape[1]:
         return rows
+    now, fits = follow_power(rows, power, health, gain, found_inf)
+    scale = torch.where(fits, torch.where(now > 0, now.rsqrt(), 0.0), math.nan)
+    return (rows * scale[:, None, None]).to(rows.dtype)
+
+
+def follow_power(
+    rows: Tensor, power: Tensor, health: Tensor, gain: float, found_inf: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Lets a running power take in some rows; without any it stays.
+
+    Args:
+        rows: [groups, r, n].
+        power: [groups], updated; see `rlscuda.reference.running_power`.
+        health: The layer's counters.
+        gain: Of an update, at least.
+        found_inf: One bool; where it is true, `power` stays.
+
+    Returns:
+        The power that counts for these rows [groups], and whether the dtype can hold theirs.
+    """
+    if not rows.shape[1]:
+        return power, power.isfinite()
     seen, before = rows.double().square().mean((1, 2)), power.double()
     steps, earlier = (health[_C.health_slots.index(name)] for name in ("steps", "earlier"))
     kappa = (1 / (steps + earlier + 1)).clamp(min=gain)
@@ -96,8 +124,7 @@ def normalised(
     fits = seen <= torch.finfo(power.dtype).max
     enters = fits if found_inf is None else fits & ~found_inf
     power.copy_(torch.where(enters, kept, power))
-    scale = torch.where(fits, torch.where(now > 0, now.rsqrt(), 0.0), math.nan)
-    return (rows * scale[:, None, None]).to(rows.dtype)
+    return now, fits
 
 
 def products(chunk: list[Move], P: Tensor, copy: bool) -> list[Tensor]:

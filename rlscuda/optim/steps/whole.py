@@ -19,6 +19,7 @@ from rlscuda.optim.ranks.shards import local, rows_of
 from rlscuda.optim.ranks.sharing import Sharing
 from rlscuda.optim.state import check_fits, ensure_momentum, forget, ready
 from rlscuda.optim.steps.reduction import staged
+from rlscuda.optim.steps.ridges import ensure_powers
 from rlscuda.optim.steps.stepping import step_layers
 
 
@@ -63,6 +64,8 @@ def take_step(
     for move in moves:
         if id(move.group) in kept:
             ensure_momentum(move.state, move.layer, move.group["form"])
+    ensure_powers(moves)
+    for move in moves:
         if move.shard is not None:
             move.state = tree_map(local, move.state)
     try:

@@ -11,7 +11,9 @@ from torch import nn
 
 from rlscuda import RLSOptimizer, reference
 from rlscuda.closed_form.formulas import downdate
+from rlscuda.functional.ridges import share_of_power
 from rlscuda.pruning import RLSPruner, own_matrices
+from rlscuda.reference.ridge import coordinates_due, turns_of_cycle
 
 FORMS = ["paper", "natural", "adaptive"]
 OPTIONS = {
@@ -19,6 +21,9 @@ OPTIONS = {
     "paper_trusted": {"form": "paper", "gain": 0.3, "trust_ratio": 1e-2, "rank": 2},
     "natural": {"form": "natural", "gain": 0.3, "forgetting": 0.95, "summary": "sketch",
                 "rank": 3, "trust_ratio": math.inf},
+    "natural_absolute": {"form": "natural", "forgetting": 0.7, "ridge": 0.4},
+    "shrunk": {"form": "paper", "forgetting": 0.9, "ridge": 0.0, "shrinkage": 0.1},
+    "adaptive_forgets": {"form": "adaptive", "forgetting": 0.9},
     "natural_decay": {"form": "natural", "gain": 0.3, "weight_decay": 0.1, "trust_ratio": 1e-2},
     "adaptive": {"form": "adaptive", "summary": "mean", "rank": 2},
     "adaptive_sample": {"form": "adaptive"},
@@ -44,7 +49,22 @@ class Specified:
         self.size = -(-n // -(-n // most))
         self.P = [torch.eye(n).double() * group["initial_scale"]] * self.groups
         self.power, self.M = [0.0] * self.groups, torch.zeros_like(self.W)
+        self.seen = [0.0] * self.groups
         self.v, self.steps = torch.zeros(len(self.W)).double(), 0
+
+    def raised(self, P, power, turn):
+        """A matrix after its turn, for a ridge that follows the power of the rows, or does not."""
+        o, K = self.group, turns_of_cycle(self.group["forgetting"])
+        if o["ridge"] is None:
+            rho = share_of_power(o["forgetting"], self.size, P.dtype) * o["gain"] * power
+        else:
+            rho = o["ridge"]
+        R, n = torch.linalg.inv(P), len(P)
+        for first in range(0, n, self.size):
+            for j in coordinates_due(turn, self.size, o["forgetting"]):
+                if first + j < n:
+                    R[first + j, first + j] += rho * (o["forgetting"] ** -K - 1)
+        return torch.linalg.inv(R)
 
     @staticmethod
     def rows_of(layer, tensors):
@@ -67,6 +87,9 @@ class Specified:
                 rows = rows / now**0.5
             self.P[g], one = reference.block_rls_update(old[g], rows, self.size, **rule)
             h.append(one)
+            self.seen[g] += (rows.square().mean().item() - self.seen[g]) / (t + 1)
+            if o["forgetting"] < 1:
+                self.P[g] = self.raised(self.P[g], 1.0 if adaptive else self.seen[g], t + 1)
         parts = G.chunk(self.groups)
         D = torch.cat([p @ P for p, P in zip(parts, old if o["form"] == "paper" else self.P)])
         if adaptive:
