@@ -31,7 +31,7 @@ class EagerRLS(torch.optim.Optimizer):
         momentum: α, or β₁ of the adaptive form.
         beta2: β₂ of the squared row norm (adaptive form).
         weight_decay: Decoupled: W ← (1 - lr · weight_decay) W.
-        shrinkage: μ of P ← (1 - μ) P + μ P₀, by default 2 (1 - λ).
+        shrinkage: μ of P ← (1 - μ) P + μ P₀.
         drift: δ of P ← (1 - κδ) P + κ I (adaptive form).
         trust_ratio: τ of ‖ΔW‖ ≤ τ (1 - α) ‖W‖, where W is not 0 (paper and natural form).
         initial_scale: P₀ = initial_scale · I.
@@ -55,7 +55,7 @@ class EagerRLS(torch.optim.Optimizer):
         momentum: float = 0.9,
         beta2: float = 0.99,
         weight_decay: float = 0.05,
-        shrinkage: float | None = None,
+        shrinkage: float = 0.0,
         drift: float = 0.3,
         trust_ratio: float = 0.1,
         initial_scale: float = 1.0,
@@ -74,7 +74,7 @@ class EagerRLS(torch.optim.Optimizer):
         self.form, self.summary, self.forgetting, self.gain = form, summary, forgetting, gain
         self.rank = rank or (16 if form == "adaptive" else 1)
         self.momentum, self.beta2, self.weight_decay = momentum, beta2, weight_decay
-        self.shrinkage = 2 * (1 - forgetting) if shrinkage is None else shrinkage
+        self.shrinkage = shrinkage
         self.drift, self.initial_scale = drift, initial_scale
         self.longest = trust_ratio * (1 - momentum)
         self.generator = torch.Generator().manual_seed(seed)

@@ -23,7 +23,7 @@ TARGET = ROOT / "build" / "cuda_on_cpu"
 PATCHES, WEIGHTS = "tests/ops/patches/test_patch_ops.py", "tests/ops/test_weight_step.py"
 NONFINITE = "tests/ops/test_nonfinite.py"
 UPDATES, LAYERS = "tests/ops/test_rls_update.py", "tests/ops/test_foreach_ops.py"
-HELD = "tests/ops/test_rls_held.py"
+HELD, RIDGES = "tests/ops/test_rls_held.py", "tests/ops/ridges/test_rls_ridge.py"
 RUNS = [  # order of threads and blocks, pytest arguments
     ("ascending", [PATCHES, "-k", "equals or rows_of_a_linear or unbatched"]),
     ("descending", [PATCHES, "-k", "any_memory and (stride_uneven or one_image or circular_same)"]),
@@ -36,6 +36,7 @@ RUNS = [  # order of threads and blocks, pytest arguments
     ("shuffled", [HELD, "-k", "equals and shrinkage or reset_in or refused and None"]),
     ("descending", [LAYERS, "-k", "not float64"]),
     ("descending", [HELD, "-k", "float32_follows or holds"]),
+    ("shuffled", [RIDGES, "-k", "not dead and not 130 and not 200"]),
     ("shuffled", [LAYERS, "-k", "mixed_layers and not float16 or high_ranks or follows"]),
 ]
 

@@ -26,8 +26,12 @@ CNNS = [
     for form in ("spectral", "paper")
     for kind, rank in (("mean", 1), ("sketch", 4), ("sample", 16))
 ]
+FORGETTING = [
+    (mlp, 20, {"form": "paper", "forgetting": 0.9}),
+    (cnn, 10, {"form": "natural", "forgetting": 0.8, "micro": 3}),
+]
 SHARED = [(make, {"form": form}) for make in (mlp, cnn) for form in FORMS]
-EXACT = {2: MLPS + CNNS, 4: MLPS[::5] + CNNS[::2]}
+EXACT = {2: MLPS + CNNS + FORGETTING, 4: MLPS[::5] + CNNS[::2]}
 FIRST_STEP = [(mlp, 1, {"form": form, "summary": "sample", "rank": 16}) for form in FORMS]
 
 

@@ -16,6 +16,8 @@ CASES = {
     "paper": PLAIN | {"form": "paper", "lr": 0.3, "gain": 0.1, "momentum": 0.5},
     "natural-forgetting": PLAIN
     | {"form": "natural", "lr": 0.1, "gain": 0.2, "forgetting": 0.99, "momentum": 0.9},
+    "paper-shrinkage": PLAIN
+    | {"form": "paper", "lr": 0.3, "gain": 0.1, "forgetting": 0.95, "shrinkage": 0.1},
     "paper-unlimited": PLAIN
     | {"form": "paper", "lr": 0.3, "gain": 0.1, "momentum": 0.5, "trust_ratio": math.inf},
     "natural-rank4": PLAIN
@@ -39,7 +41,7 @@ def test_training_agrees_with_the_eager_oracle(settings):
     net = network()
     twin = copy.deepcopy(net)
     common = settings | {"summary": "mean", "fallback_lr": 1e-3}
-    pairs = [(net, RLSOptimizer(net, **common)), (twin, EagerRLS(twin, **common))]
+    pairs = [(net, RLSOptimizer(net, ridge=0, **common)), (twin, EagerRLS(twin, **common))]
     start = net[3].weight.detach().clone()
     for _ in range(12):
         x, y = torch.randn(16, 3, 9, 9, dtype=torch.float64), torch.randint(0, 4, (16,))

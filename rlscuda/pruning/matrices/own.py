@@ -24,9 +24,10 @@ def own_matrices(
 ) -> dict[str, Tensor]:
     """The inverse autocorrelation matrices that an optimizer has tracked while it trained.
 
-    Without drift and shrinkage (paper and natural form at forgetting 1) that is `P` as it is, up
-    to a common factor. With drift (adaptive form) or shrinkage `P` is near the root of it and is
-    turned back, see `adaptive_to_inverse` and `shrunk_to_inverse`.
+    Without drift and shrinkage (paper and natural form) that is `P` as it is, up to a common
+    factor and, where it forgets, the ridge. With drift (spectral and adaptive form) or shrinkage
+    `P` is near the root of it and is turned back, see `adaptive_to_inverse` and
+    `shrunk_to_inverse`.
 
     Args:
         optimizer: The optimizer; left as it is.

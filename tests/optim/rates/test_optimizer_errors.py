@@ -20,6 +20,7 @@ NUMBERS = {  # option -> what it must be, and values that it must not be
     "rank": ("an int >= 1 and at most 65536", [0, -1, 2.0, "4"]),
     "summary": ("mean | sketch | sample", ["median", 3]),
     "form": ("spectral | adaptive | paper | natural", ["adam", 0, None, ["paper"]]),
+    "ridge": ("None or >= 0", [-0.1, math.nan, math.inf, "1"]),
     "shrinkage": ("in [0, 1]", [-0.1, 1.1, math.nan]),
     "drift": ("None or >= 0", [-0.3, math.nan, "none"]),
     "trust_ratio": ("> 0, inf for none", [0.0, -0.1, math.nan, "0.1"]),

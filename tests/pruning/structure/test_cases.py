@@ -21,7 +21,7 @@ def normed():
 def test_matrices_with_shrinkage_are_turned_back():
     model = mlp(6, 8, 3)
     optimizer = RLSOptimizer(model, lr=1e-9, form="paper", forgetting=0.99, rank=16,
-                             summary="sketch")  # fmt: skip
+                             summary="sketch", shrinkage=0.02, ridge=0)  # fmt: skip
     mixing = torch.randn(6, 6, generator=torch.Generator().manual_seed(3)).double()
     for seed in range(600):
         optimizer.zero_grad()

@@ -1,26 +1,19 @@
-"""Stabilised forgetting of `rls_update_`, `rls_ridge_` and `HeldMatrix`, against explicit R."""
-
-import copy
-import io
+"""The ridge of `rls_update_`, and `rls_ridge_`: against explicit R, and in turns."""
 
 import pytest
 import torch
 from support.compare import assert_exact, random_spd
 
 import rlscuda.functional as RF
-from rlscuda import _C, HeldMatrix, reference
+from rlscuda import _C, reference
 from rlscuda.functional.ridges import turns_of
 from rlscuda.reference.ridge import coordinates_due
 
-EPS = torch.finfo(torch.float64).eps
 CASES = [(5, 0.9, 1), (7, 0.99, 2), (130, 0.3, 3), (9, 0.999, 1), (3, 0.6, 1), (200, 0.8, 2)]
 
 
 def counters():
     return torch.zeros(len(_C.health_slots)).double()
-
-
-# -- functions -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tensors", [False, True])
@@ -147,98 +140,3 @@ def test_errors_of_a_raise(call, kind, message):
     with pytest.raises(kind) as caught:
         call()
     assert message in str(caught.value)
-
-
-# -- HeldMatrix ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("ridge", [None, 0.2])
-@pytest.mark.parametrize("n, forgetting, rank, hold", [
-    (5, 0.9, 1, 0), (7, 0.99, 2, 4), (130, 0.3, 3, 0), (9, 0.999, 1, 16), (3, 0.6, 1, 2),
-    (70, 0.98, 2, 5),
-])  # fmt: skip
-def test_held_matrix_is_the_inverse_of_the_information(n, forgetting, rank, hold, ridge):
-    matrix = HeldMatrix(torch.eye(n).double(), rank, hold, ridge)
-    exact = reference.HeldRidge(torch.eye(n).double(), EPS, ridge)
-    for t in range(100):
-        S = torch.randn(rank, n).double()
-        S[:, n // 2 :] *= 1e-9
-        S *= t > 4  # at first, nothing at all
-        one = forgetting ** (1 + t % 2)
-        matrix.update(S, one, 0.7)
-        exact.update(S, one, 0.7)
-    assert_exact(matrix.P, torch.linalg.inv(exact.R), 1e-10)
-
-
-def test_matrices_of_a_batch_have_ridges_of_their_own():
-    scales = torch.tensor([1.0, 1e-4, 1e3]).double()
-    together = HeldMatrix(torch.eye(6).double().repeat(3, 1, 1), 2, 4)
-    alone = [HeldMatrix(torch.eye(6).double(), 2, 4) for _ in scales]
-    for t in range(50):
-        S = scales[:, None, None] * torch.randn(3, 2, 6).double()
-        if t == 20:
-            S[1, 0, 0] = torch.nan  # one of them refuses
-        together.update(S, 0.9)
-        for matrix, rows in zip(alone, S):
-            matrix.update(rows, 0.9)
-    assert_exact(together.P, torch.stack([matrix.P for matrix in alone]), 1e-10)
-
-
-def test_a_ridge_leaves_plain_updates_as_they_were():
-    matrices = [HeldMatrix(random_spd(6), hold=3, ridge=ridge) for ridge in (None, 0, 0.5)]
-    P = matrices[0].P.clone()
-    for matrix in matrices:
-        matrix.P.copy_(P)
-    for _ in range(7):
-        s = torch.randn(6).double()
-        for matrix in matrices:
-            matrix.update(s)
-    assert all(torch.equal(matrix.P, matrices[1].P) for matrix in matrices)
-    assert matrices[1].state_dict().keys() == {"P", "held", "state"}
-
-
-def saved(matrix):
-    file = io.BytesIO()
-    torch.save(matrix.state_dict(), file)
-    file.seek(0)
-    other = HeldMatrix(torch.zeros(9, 9), 2, 4, matrix.ridge)
-    other.load_state_dict(torch.load(file, weights_only=True))
-    return other
-
-
-@pytest.mark.parametrize("ridge", [None, 0.2])
-@pytest.mark.parametrize("clone", [copy.deepcopy, saved])
-def test_copies_have_the_turn_and_the_power(clone, ridge):
-    matrix = HeldMatrix(torch.eye(9), 2, 4, ridge)
-    for _ in range(21):
-        matrix.update(torch.randn(2, 9), 0.97)
-    twin = clone(matrix)
-    for _ in range(40):
-        S = torch.randn(2, 9)
-        results = [m.update(S, 0.97) for m in (matrix, twin)]
-        assert all(torch.equal(a, b) for a, b in zip(*results))
-    assert torch.equal(matrix.P, twin.P)
-
-
-def test_refused_updates_leave_a_held_matrix_as_it_is():
-    matrix = HeldMatrix(torch.eye(8), hold=4)
-    for _ in range(30):
-        matrix.update(torch.randn(8), 0.9)
-    before, power = matrix.P.clone(), matrix.state_dict()["power"].clone()
-    for _ in range(40):
-        matrix.update(torch.randn(8), 0.9, found_inf=torch.tensor(True))
-        matrix.update(torch.full((8,), torch.inf), 0.9)
-    assert torch.equal(matrix.P, before) and torch.equal(matrix.state_dict()["power"], power)
-
-
-@pytest.mark.parametrize("ridge, kind, message", [
-    (-1, ValueError, "ridge must be >= 0 and finite, got -1"),
-    ("1", TypeError, "ridge must be a number"),
-])  # fmt: skip
-def test_errors_of_the_ridge_of_a_matrix(ridge, kind, message):
-    with pytest.raises(kind) as caught:
-        HeldMatrix(torch.eye(2), ridge=ridge)
-    assert message in str(caught.value)
-    small = HeldMatrix(torch.eye(2), hold=2)
-    with pytest.raises(ValueError, match="turn must be"):
-        small.load_state_dict(HeldMatrix(torch.eye(2), hold=2, ridge=0).state_dict())
