@@ -37,12 +37,12 @@ def train(model, optimizer, steps, seed=0, dead=True):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("forgetting, ridge", [(0.9, None), (0.7, 0.3), (0.99, 0.5)])
+@pytest.mark.parametrize("forgetting, ridge", [(0.9, None), (0.7, 0.3), (0.99, 1.0)])
 def test_dead_inputs_wind_nothing_up(form, forgetting, ridge):
     model = network()
     model[0].bias = None
     optimizer = RLSOptimizer(model, 0.01, form=form, forgetting=forgetting, ridge=ridge, drift=0.0)
-    train(model, optimizer, 200)
+    train(model, optimizer, 130)
     for layer in (model[0], model[3], model[5]):
         state = optimizer.state[layer.weight]
         P = state["P"].double()
@@ -57,14 +57,14 @@ def test_dead_inputs_wind_nothing_up(form, forgetting, ridge):
             assert eigenvalues[0] > 0 and eigenvalues[-1] <= 1.5 / rho  # the power varies
     health = optimizer.health()
     assert all(row.resets == row.refused == 0 for row in health.values())
-    assert health["0"].updates == 2 * 200 and health["3"].updates == 200
+    assert health["0"].updates == 2 * 130 and health["3"].updates == 130
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_without_a_ridge_they_do(form):
     model = network()
-    optimizer = RLSOptimizer(model, 0.0, form=form, forgetting=0.7, ridge=0, drift=0.0)
-    train(model, optimizer, 300)
+    optimizer = RLSOptimizer(model, 0.0, form=form, forgetting=0.6, ridge=0, drift=0.0)
+    train(model, optimizer, 150)
     assert optimizer.health()["0"].resets > 0 or optimizer.health()["0"].trace > 1e15
 
 
