@@ -249,10 +249,11 @@ def test_state_moves_between_devices():
 
 
 @gpu_only
+@pytest.mark.parametrize("forgetting", [1.0, 0.9])
 @pytest.mark.parametrize("form", FORMS)
-def test_nothing_waits_for_the_device(form):
+def test_nothing_waits_for_the_device(form, forgetting):
     model = cnn().to(DEVICE)
-    optimizer = RLSOptimizer(model, form=form, momentum=0.5, lr=0.02)
+    optimizer = RLSOptimizer(model, form=form, momentum=0.5, lr=0.02, forgetting=forgetting)
     train(model, optimizer, 2)
     inputs = [batch(model, 8, seed).to(DEVICE) for seed in (7, 8)]
     optimizer.zero_grad()
@@ -267,9 +268,11 @@ def test_nothing_waits_for_the_device(form):
 
 
 @gpu_only
+@pytest.mark.parametrize("forgetting", [1.0, 0.9])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_captured_step_goes_on_counting(form):
-    first, second = pair(cnn, form=form, summary="mean", rank=1, momentum=0.5, lr=0.02)
+def test_a_captured_step_goes_on_counting(form, forgetting):
+    options = {"summary": "mean", "rank": 1, "momentum": 0.5, "forgetting": forgetting}
+    first, second = pair(cnn, form=form, lr=0.02, **options)
     model, optimizer = second
     x = batch(model).to(DEVICE)
 
@@ -297,10 +300,11 @@ def test_a_captured_step_goes_on_counting(form):
 
 
 @gpu_only
-def test_captured_held_updates_go_on_counting_and_wait_for_nothing():
+@pytest.mark.parametrize("ridge", [0, 0.5])
+def test_captured_held_updates_go_on_counting_and_wait_for_nothing(ridge):
     n, hold = 1000, 3
     P, s = random_spd(n), torch.randn(n, dtype=torch.float64)
-    plain, matrix = P.clone(), HeldMatrix(P.to(DEVICE), hold=hold)
+    plain, matrix = P.clone(), HeldMatrix(P.to(DEVICE), 1, hold, ridge)
     row = s.to(DEVICE)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -319,8 +323,10 @@ def test_captured_held_updates_go_on_counting_and_wait_for_nothing():
     for k in range(5):  # full at the first replay, and again at the fourth
         row.copy_(s * (k + 1))
         graph.replay()
-    for k in (1, 1, 1, 2, 3, 4, 5):
-        RF.rls_update_(plain, s * k, 0.99)
+    for _ in range(2):  # the host has no turn so early
+        RF.rls_update_(plain, s, 0.99)
+    for k in range(1, 6):  # the device has one at each replay
+        RF.rls_update_(plain, s * k, 0.99, ridge=ridge, turn=k)
     assert_close(matrix.P.cpu(), plain, 100)
 
 

@@ -18,7 +18,7 @@ from rlscuda.streaming.held import updates_to_hold
 def test_matrix_equals_plain_updates(hold, rank):
     P = random_spd(11)
     memory = P.clone()
-    matrix, plain = HeldMatrix(memory, rank, hold), P
+    matrix, plain = HeldMatrix(memory, rank, hold, ridge=0), P
     for step in range(12):
         S = torch.randn(rank, 11).double()
         options = {"decay": 0.99, "diffusion": 0.01}
@@ -107,7 +107,7 @@ def test_threads_change_nothing_of_a_large_matrix(rank):
 ], ids=["forgetting", "drift", "plain"])  # fmt: skip
 def test_float32_does_not_drift_in_10000_steps(options):
     n = 24
-    single = HeldMatrix(torch.eye(n), hold=16)
+    single = HeldMatrix(torch.eye(n), hold=16, ridge=0)
     double = torch.eye(n).double()
     for _ in range(10_000):
         s = torch.randn(n)
