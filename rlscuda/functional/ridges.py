@@ -18,6 +18,7 @@ from torch import Tensor
 from rlscuda import _C
 
 _rls_update = torch.ops.rlscuda.rls_update_.default
+WAIT = 16  # updates between two raises, where the host can count them, to share a pass over P
 ROWS = 64  # of one update: more follow in others
 RIDGE = 1e-2  # of a coordinate's running power
 _ROUNDING = 16  # epsilon n / (1 - lambda) times this is the least of it
@@ -25,15 +26,20 @@ _MOST_TURNS = 1 << 31  # so that a turn times n is an int64
 RESETS = _C.health_slots.index("resets")
 
 
-def turns_of(forgetting: float) -> int:
-    """K, the updates of a cycle, which forget at most half, or are one."""
-    turns = -1 / math.log2(forgetting) if forgetting < 1 else math.inf
-    return int(min(max(1, turns), _MOST_TURNS))
+def turns_of(forgetting: float, wait: int = 1) -> int:
+    """The raises of a cycle, one in `wait` updates: of K, which forget at most half, or are one."""
+    updates = -1 / math.log2(forgetting) if forgetting < 1 else math.inf
+    return max(1, int(min(updates, _MOST_TURNS)) // wait)
 
 
-def ridge_weight(forgetting: float) -> float:
+def ridge_weight(forgetting: float, wait: int = 1) -> float:
     """What a raise adds, of the rho that is kept at least: lambda^-K - 1."""
-    return forgetting ** -turns_of(forgetting) - 1
+    return forgetting ** -(wait * turns_of(forgetting, wait)) - 1
+
+
+def captured(x: Tensor) -> bool:
+    """Whether a CUDA graph takes in what is done, which the host will not count again."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def share_of_power(forgetting: float, n: int, dtype: torch.dtype) -> float:
@@ -62,10 +68,10 @@ def ridge_rows(P: Tensor, ridge: Tensor, first: int | Tensor, count: int | Tenso
 
 
 def turn_of(
-    turn: int | Tensor, n: int, forgetting: float
+    turn: int | Tensor, n: int, forgetting: float, wait: int = 1
 ) -> tuple[int | Tensor, int | Tensor, int]:
     """The first coordinate whose turn it is, how many they are, and how many they can be."""
-    turns = turns_of(forgetting)
+    turns = turns_of(forgetting, wait)
     place = turn % turns
     first = place * n // turns
     return first, (place + 1) * n // turns - first, -(-n // turns)

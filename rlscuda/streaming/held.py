@@ -70,7 +70,7 @@ class HeldMatrix:
     Example:
         >>> import torch
         >>> from rlscuda import HeldMatrix
-        >>> matrix = HeldMatrix(torch.eye(2), hold=4)
+        >>> matrix = HeldMatrix(torch.eye(2), hold=4, ridge=0)
         >>> u, h = matrix.update(torch.tensor([1.0, 2.0]), forgetting=0.5)
         >>> float(h)
         5.5

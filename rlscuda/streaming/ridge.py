@@ -12,9 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlscuda.functional.ridges import as_tensor, raise_where_, share_of_power, stabilise_
-
-_WAIT = 16  # updates between two raises, which share a pass over P
+from rlscuda.functional.ridges import (
+    WAIT,
+    as_tensor,
+    captured,
+    raise_where_,
+    share_of_power,
+    stabilise_,
+)
 
 
 class Ridge:
@@ -63,7 +68,7 @@ class Ridge:
             seen = torch.cat((self._seen, power[..., -1:] + 1), -1)
             power.copy_(torch.where((h == h).unsqueeze(-1), seen, power))
             del self._seen
-        if _captured(h):
+        if captured(h):
             self.tensors["captured"] += 1
             return self._n
         debt, waited, first = self.tensors["turn"].tolist()
@@ -71,7 +76,7 @@ class Ridge:
         due = 0
         if debt >= self._n:
             due, debt = self._n, 0.0
-        elif waited >= _WAIT and debt >= 1:
+        elif waited >= WAIT and debt >= 1:
             due = math.floor(debt)
             debt -= due
         self._first = int(first)
@@ -88,7 +93,7 @@ class Ridge:
         the fewest coordinates after each update.
         """
         rho = as_tensor(P, self._rho) if self._rho is not None else self._relative(P, forgetting)
-        if _captured(h):
+        if captured(h):
             turn = self.tensors["captured"]
             return stabilise_(P, h, forgetting, rho, turn, initial_scale, health)
         weight = max(1.0, 1 / forgetting - 1) * rho
@@ -101,7 +106,3 @@ class Ridge:
         mean = power.mean(-1, keepdim=True)
         least = torch.where(mean > 0, mean, mean.mean()) * torch.finfo(P.dtype).eps ** 0.5
         return share_of_power(forgetting, self._n, P.dtype) * torch.maximum(power, least)
-
-
-def _captured(h: Tensor) -> bool:
-    return h.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -31,6 +31,7 @@ FORGETTING = [
     (cnn, 10, {"form": "natural", "forgetting": 0.8, "micro": 3}),
 ]
 SHARED = [(make, {"form": form}) for make in (mlp, cnn) for form in FORMS]
+SHARED += [(mlp, {"form": "natural", "forgetting": 0.9})]
 EXACT = {2: MLPS + CNNS + FORGETTING, 4: MLPS[::5] + CNNS[::2]}
 FIRST_STEP = [(mlp, 1, {"form": form, "summary": "sample", "rank": 16}) for form in FORMS]
 

@@ -8,7 +8,8 @@ from distributed.training import distance, mlp, one_process, same, spread
 
 FORMS = ["spectral", "adaptive", "paper", "natural"]
 FSDP = [(make, {"form": form}) for make in (mlp, cases.wide, cases.conv) for form in FORMS] + [
-    (cases.wide, {"form": "paper", "momentum": 0.5})
+    (cases.wide, {"form": "paper", "momentum": 0.5}),
+    (cases.wide, {"form": "paper", "forgetting": 0.9}),
 ]
 HSDP = [(cases.wide, {"form": "spectral"}), (mlp, {"form": "natural"})]
 FLAT = "its weight is a part of a flat one, of FullyShardedDataParallel: use fully_shard"

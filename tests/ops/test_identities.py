@@ -29,7 +29,7 @@ def test_paper_form_is_weighted_ridge_regression(forgetting, bias):
     n, c, steps, scale = 5, 3, 40, 2.0
     layer = nn.Linear(n, c, bias=bias).double()
     optimizer = RLSOptimizer(
-        layer, form="paper", lr=1.0, gain=1.0, forgetting=forgetting, shrinkage=0,
+        layer, form="paper", lr=1.0, gain=1.0, forgetting=forgetting, ridge=0,
         initial_scale=scale, trust_ratio=math.inf,
     )  # fmt: skip
     start = [p.detach().clone() for p in layer.parameters()]
@@ -58,7 +58,7 @@ def test_paper_form_is_the_filter_of_padasip():
     layer = nn.Linear(n, 1, bias=False).double()
     nn.init.zeros_(layer.weight)
     optimizer = RLSOptimizer(
-        layer, form="paper", lr=1.0, gain=1.0, forgetting=mu, shrinkage=0, initial_scale=1 / eps,
+        layer, form="paper", lr=1.0, gain=1.0, forgetting=mu, ridge=0, initial_scale=1 / eps,
         trust_ratio=math.inf,
     )  # fmt: skip
     for x, y in zip(torch.randn(60, n).double(), torch.randn(60).double()):

@@ -1,8 +1,8 @@
 """The ridges of matrices that forget: whatever an input no longer excites stays bounded.
 
-The rule is that of `functional.rls_update_`, by turns that the device counts, so that a captured
-step goes on: after each update at most ceil(n / K) coordinates of a matrix are raised, all layers
-together. The ridge is absolute, or follows the running power of the layer's input.
+The rule is that of `functional.rls_update_`, but one step in 16 raises all that is due, of all
+layers together; in a captured graph, to which the host does not come back, each step does. The
+device counts whose turn it is. The ridge is absolute, or follows the running power of the input.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from rlscuda import _C
 from rlscuda.functional.ridges import (
     RESETS,
     ROWS,
+    WAIT,
+    captured,
     ridge_rows,
     ridge_weight,
     share_of_power,
     turn_of,
+    turns_of,
 )
 from rlscuda.optim.forms import NORMALISED
 from rlscuda.optim.moves import Move
@@ -61,8 +64,16 @@ def raise_matrices(
         projected: Rows X P, which become those of the new `P`; empty for none, see `products`.
         inputs: X.
     """
+    wait = 1 if captured(h) else min(WAIT, turns_of(group["forgetting"]))
+    # without an input there was no update, and nothing was forgotten
+    due = [m.summary is not None and (m.state["step"] + 1) % wait == 0 for m in moves]
+    if not any(due):
+        return
     counts = [move.layer.groups * move.layer.blocks for move in moves]
-    rows = [_rows(move, group, part) for move, part in zip(moves, h.split(counts))]
+    rows = [
+        _rows(move, group, part, wait) if now else move.state["P"][..., :0, :]
+        for move, part, now in zip(moves, h.split(counts), due)
+    ]
     slots = len(_C.health_slots)
     counted = torch.zeros(len(moves), slots, dtype=torch.float64, device=h.device)
     for start in range(0, max(part.shape[-2] for part in rows), ROWS):
@@ -77,15 +88,13 @@ def raise_matrices(
         move.state["health"][RESETS] += own[RESETS]
 
 
-def _rows(move: Move, group: dict[str, Any], h: Tensor) -> Tensor:
+def _rows(move: Move, group: dict[str, Any], h: Tensor, wait: int) -> Tensor:
     """The rows of the coordinates of a layer's matrices whose turn it is, zeros for the others."""
     P, forgetting = move.state["P"], group["forgetting"]
-    if move.summary is None:  # no update, and nothing was forgotten
-        return P[..., :0, :]
-    turn = (move.state["health"][_UPDATES] / len(h)).long()
-    weight = torch.where(h.isnan(), 0, _ridges(move, group) * ridge_weight(forgetting))
-    return ridge_rows(P, weight.unsqueeze(-1) if P.dim() == 3 else weight,
-                      *turn_of(turn, P.shape[-1], forgetting))  # fmt: skip
+    turn = (move.state["health"][_UPDATES] / (len(h) * wait)).long()
+    weight = torch.where(h.isnan(), 0, _ridges(move, group) * ridge_weight(forgetting, wait))
+    turn_now = turn_of(turn, P.shape[-1], forgetting, wait)
+    return ridge_rows(P, weight.unsqueeze(-1) if P.dim() == 3 else weight, *turn_now)
 
 
 def _ridges(move: Move, group: dict[str, Any]) -> Tensor:

@@ -12,7 +12,7 @@ from rlscuda.optim.kinds.recurrent import hides, input_of, weights_of
 LENGTHS = [3, 5, 2]  # of three sequences of up to five steps
 VALID = torch.arange(5) < torch.tensor(LENGTHS)[:, None]
 EXACT = {"form": "natural", "summary": "mean", "rank": 1, "gain": 0.5, "forgetting": 0.9,
-         "shrinkage": 0.0, "fallback": "sgd"}  # fmt: skip
+         "ridge": 0, "fallback": "sgd"}  # fmt: skip
 HIDDEN = "its input stays inside of the module"
 
 

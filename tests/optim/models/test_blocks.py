@@ -13,17 +13,17 @@ from rlscuda import RLSOptimizer, reference
 from rlscuda.closed_form.formulas import downdate
 from rlscuda.functional.ridges import share_of_power
 from rlscuda.pruning import RLSPruner, own_matrices
-from rlscuda.reference.ridge import coordinates_due, turns_of_cycle
+from rlscuda.reference.ridge import turns_of_cycle
 
 FORMS = ["paper", "natural", "adaptive"]
 OPTIONS = {
     "paper": {"form": "paper", "gain": 0.3, "momentum": 0.5, "trust_ratio": math.inf},
     "paper_trusted": {"form": "paper", "gain": 0.3, "trust_ratio": 1e-2, "rank": 2},
-    "natural": {"form": "natural", "gain": 0.3, "forgetting": 0.95, "summary": "sketch",
+    "natural": {"form": "natural", "gain": 0.3, "forgetting": 0.8, "summary": "sketch",
                 "rank": 3, "trust_ratio": math.inf},
     "natural_absolute": {"form": "natural", "forgetting": 0.7, "ridge": 0.4},
     "shrunk": {"form": "paper", "forgetting": 0.9, "ridge": 0.0, "shrinkage": 0.1},
-    "adaptive_forgets": {"form": "adaptive", "forgetting": 0.9},
+    "adaptive_forgets": {"form": "adaptive", "forgetting": 0.6},
     "natural_decay": {"form": "natural", "gain": 0.3, "weight_decay": 0.1, "trust_ratio": 1e-2},
     "adaptive": {"form": "adaptive", "summary": "mean", "rank": 2},
     "adaptive_sample": {"form": "adaptive"},
@@ -37,6 +37,10 @@ LAYERS = {  # the layer, its input, its columns with the bias
     "grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2), (4, 4, 5, 5), 19),
     "line": (lambda: nn.Conv1d(4, 6, 5, bias=False), (4, 4, 9), 20),
 }
+
+
+def eye(P):
+    return torch.eye(len(P), dtype=P.dtype)
 
 
 class Specified:
@@ -59,12 +63,9 @@ class Specified:
             rho = share_of_power(o["forgetting"], self.size, P.dtype) * o["gain"] * power
         else:
             rho = o["ridge"]
-        R, n = torch.linalg.inv(P), len(P)
-        for first in range(0, n, self.size):
-            for j in coordinates_due(turn, self.size, o["forgetting"]):
-                if first + j < n:
-                    R[first + j, first + j] += rho * (o["forgetting"] ** -K - 1)
-        return torch.linalg.inv(R)
+        if turn % K:  # fewer than 16: each cycle is raised at its end
+            return P
+        return torch.linalg.inv(torch.linalg.inv(P) + rho * (o["forgetting"] ** -K - 1) * eye(P))
 
     @staticmethod
     def rows_of(layer, tensors):

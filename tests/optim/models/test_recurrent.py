@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from rlscuda import RLSOptimizer
 
 EXACT = {"form": "natural", "summary": "mean", "rank": 1, "gain": 0.5, "forgetting": 0.9,
-         "shrinkage": 0.0, "fallback": "sgd"}  # fmt: skip
+         "ridge": 0, "fallback": "sgd"}  # fmt: skip
 HIDDEN = "its input stays inside of the module"
 
 

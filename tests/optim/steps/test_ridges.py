@@ -2,10 +2,11 @@
 
 import copy
 import io
+import math
 
 import pytest
 import torch
-from support.compare import differing, snapshot
+from support.compare import assert_exact, differing, snapshot
 from torch import nn
 
 from rlscuda import RLSOptimizer
@@ -58,6 +59,33 @@ def test_dead_inputs_wind_nothing_up(form, forgetting, ridge):
     health = optimizer.health()
     assert all(row.resets == row.refused == 0 for row in health.values())
     assert health["0"].updates == 2 * 130 and health["3"].updates == 130
+
+
+@pytest.mark.parametrize("ridge", [None, 0.3])
+@pytest.mark.parametrize("forgetting", [0.97, 0.985, 0.999])
+def test_coordinates_take_turns(forgetting, ridge):
+    """Against explicit R: one step in 16 raises those that are due, each once a cycle."""
+    n, cycle = 7, int(-1 / math.log2(forgetting)) // 16
+    layer = nn.Linear(n, 3, bias=False).double()
+    optimizer = RLSOptimizer(layer, 0.01, form="paper", forgetting=forgetting, ridge=ridge)
+    R, power = torch.eye(n).double(), 0.0
+    for t in range(1, 100):
+        x = torch.randn(5, n).double()
+        optimizer.zero_grad()
+        layer(x).sum().backward()
+        if t == 40:
+            layer.weight.grad[0, 0] = torch.inf  # void, but for the count of steps
+        else:
+            s = x.mean(0)
+            R = forgetting * R + 0.1 * torch.outer(s, s)
+            power += (s.square().mean().item() - power) / (t - (t > 40))
+        optimizer.step()
+        turn = (t - (t >= 40)) // 16 % cycle
+        rho = ridge or 0.1 * share_of_power(forgetting, n, torch.float64) * power
+        if t % 16 == 0:
+            for j in range(turn * n // cycle, (turn + 1) * n // cycle):
+                R[j, j] += rho * (forgetting ** (-16 * cycle) - 1)
+    assert_exact(optimizer.inverse_autocorrelation(""), torch.linalg.inv(R), 1e-10)
 
 
 @pytest.mark.parametrize("form", FORMS)

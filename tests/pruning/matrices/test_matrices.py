@@ -230,7 +230,7 @@ def test_a_bias_of_two_layers_is_in_neither_matrix():
 
 def test_own_matrix_of_the_paper_form_is_its_recursion():
     model = nn.Sequential(nn.Linear(3, 2).double(), nn.Tanh(), nn.Linear(2, 2, bias=False).double())
-    optimizer = RLSOptimizer(model, form="paper", forgetting=0.9, gain=0.5, shrinkage=0)
+    optimizer = RLSOptimizer(model, form="paper", forgetting=0.9, gain=0.5, ridge=0)
     R = torch.eye(4).double()
     for _ in range(5):
         x = torch.randn(6, 3).double()
