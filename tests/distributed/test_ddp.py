@@ -27,8 +27,8 @@ CNNS = [
     for kind, rank in (("mean", 1), ("sketch", 4), ("sample", 16))
 ]
 FORGETTING = [
-    (mlp, 20, {"form": "paper", "forgetting": 0.9}),
-    (cnn, 10, {"form": "natural", "forgetting": 0.8, "micro": 3}),
+    (mlp, 20, {"form": "paper", "forgetting": 0.99}),
+    (cnn, 17, {"form": "natural", "forgetting": 0.99}),
 ]
 SHARED = [(make, {"form": form}) for make in (mlp, cnn) for form in FORMS]
 SHARED += [(mlp, {"form": "natural", "forgetting": 0.9})]
