@@ -22,8 +22,7 @@ STEPS = 6
 OPTIONS: dict[str, dict[str, Any]] = {
     "momentum": {"momentum": 0.6, "weight_decay": 0.02},
     "forgetting": {"forgetting": 0.95, "gain": 0.05},
-    "shrinkage": {"forgetting": 0.95, "shrinkage": 0.1, "ridge": 0, "initial_scale": 0.5},
-    "ridge": {"forgetting": 0.9, "ridge": 0.5},
+    "shrinkage": {"forgetting": 0.95, "shrinkage": 0.1, "initial_scale": 0.5},
     "drift": {"drift": 0.1, "beta2": 0.9, "eps": 1e-3},
     "mean": {"summary": "mean"},
     "sketch": {"summary": "sketch", "rank": 3, "seed": 5},

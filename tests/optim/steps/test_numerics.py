@@ -83,7 +83,7 @@ def test_higher_ranks_stay_symmetric_and_definite(rank):
 
 
 def test_without_a_bound_dead_inputs_wind_up_and_are_reset():
-    """What the default shrinkage prevents: lambda^-t overflows, and the guard ends it."""
+    """What a ridge or shrinkage prevents: lambda^-t overflows, and the guard ends it."""
     P, health = torch.eye(8), torch.zeros(len(_C.health_slots)).double()
     s = torch.zeros(8)
     for _ in range(10_000):
