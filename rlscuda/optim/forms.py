@@ -90,6 +90,15 @@ def _real(value: Any) -> float:
         return math.nan  # several numbers, a complex one, or an int beyond every float
 
 
+def as_now(state_dict: Any) -> Any:
+    """A saved state, of before there were ridges, as one of groups without any."""
+    groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
+    if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
+        return state_dict
+    old = [{"ridge": 0.0, **group} if "shrinkage" in group else group for group in groups]
+    return {**state_dict, "param_groups": old}
+
+
 def check_names(group: dict[str, Any]) -> None:
     """Refuses options of other optimizers and misspelt ones; notes of frameworks may stay.
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from rlscuda import _C
 from rlscuda.optim.fallback import ENTRIES, IN_P, Fallback
-from rlscuda.optim.forms import NORMALISED, OPTIONS, check_complete
+from rlscuda.optim.forms import NORMALISED, OPTIONS, as_now, check_complete
 from rlscuda.optim.layers import Layer, state_dtype
 from rlscuda.optim.ranks.shards import like_rows, rows_of
 
@@ -381,17 +381,17 @@ def guarded_load(
     """
     given: dict[str, Any] = {}
 
-    def check(_: Optimizer, state_dict: dict[str, Any]) -> None:
+    def check(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        state_dict = as_now(state_dict)
         _check_state(state_dict, optimizer.param_groups, layers, fallback_entries)
         given.update(state_dict)
+        return state_dict
 
     def restore(_: Optimizer) -> None:
         _restore_dtypes(optimizer.state, given, optimizer.param_groups, layers)
 
-    hooks = (
-        optimizer.register_load_state_dict_pre_hook(check),
-        optimizer.register_load_state_dict_post_hook(restore, prepend=True),
-    )
+    hooks = [optimizer.register_load_state_dict_pre_hook(check)]
+    hooks.append(optimizer.register_load_state_dict_post_hook(restore, prepend=True))
     try:
         yield
     finally:

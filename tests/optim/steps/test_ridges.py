@@ -201,6 +201,24 @@ def test_pruning_follows(form):
         assert torch.isfinite(model[i].weight).all()
 
 
+@pytest.mark.parametrize("forgetting", [1.0, 0.9])
+def test_a_state_of_before_there_were_ridges_goes_on_without(forgetting):
+    options = {"form": "paper", "forgetting": forgetting}
+    model = network()
+    optimizer = RLSOptimizer(model, 0.01, shrinkage=0.1, ridge=0, **options)
+    train(model, optimizer, 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        del group["ridge"]
+    other = copy.deepcopy(model)
+    resumed = RLSOptimizer(other, **options)
+    resumed.load_state_dict(saved)
+    assert "ridge" not in saved["param_groups"][0] and resumed.param_groups[0]["ridge"] == 0
+    for m, o in ((model, optimizer), (other, resumed)):
+        train(m, o, 8)
+    assert not differing(snapshot(model, optimizer), snapshot(other, resumed))
+
+
 def test_a_state_with_a_power_of_another_shape_is_refused():
     model = network()
     optimizer = RLSOptimizer(model, form="paper", forgetting=0.9)
