@@ -27,7 +27,7 @@ if torch.__version__ < "2.10":
 
 ROOT = Path(__file__).parent.resolve()
 PATCHES = ["patch_mean", "patch_sample", "patch_sketch"]
-OPS = ["nonfinite", *PATCHES, "rls_held", "rls_update", "weight_step"]
+OPS = ["nonfinite", *PATCHES, "rls_bank", "rls_held", "rls_update", "weight_step"]
 FILES = [name for op in ["factors_agree", "rls_filter", *OPS] for name in (op, f"cpu/{op}_cpu")]
 CPU_SOURCES = [f"csrc/{name}.cpp" for name in ["library", *FILES]]
 CUDA_SOURCES = ["csrc/cuda_call.cpp", *(f"csrc/cuda/{op}.cu" for op in ["runtime", *OPS])]

@@ -58,7 +58,7 @@ RLSCUDA_CUDA=1 TORCH_CUDA_ARCH_LIST=$arch MAX_JOBS=$(nproc) \
 cpu=$!
 step "operators on the GPU" 110 env RLSCUDA_TEST_DEVICE=cuda "$python" -m pytest -q \
   -p no:cacheprovider -p no:benchmark tests/ops/test_rls_update.py tests/ops/test_weight_step.py tests/ops/test_nonfinite.py \
-  tests/ops/test_foreach_ops.py tests/ops/test_rls_held.py tests/streaming/test_held_matrix.py -k 'not (opcheck or compiles or threads or wrong or errors)'
+  tests/ops/test_foreach_ops.py tests/ops/test_rls_held.py tests/ops/filters tests/streaming/test_held_matrix.py -k 'not (opcheck or compiles or threads or wrong or errors)'
 step "tests on the GPU" 110 "$python" -m pytest -q -p no:cacheprovider -p no:benchmark tests/ops/test_cuda.py
 
 sanitizer=$(command -v compute-sanitizer || ls "$(dirname "$(readlink -f "$(command -v nvcc)")")"/compute-sanitizer \

@@ -4,8 +4,10 @@
 
 #include <cmath>
 #include <cstdint>
+#include <utility>
 
 #include "patch_geometry.h"
+#include "rls_bank.h"
 #include "rls_math.h"
 #include "rls_ridge.h"
 
@@ -193,6 +195,32 @@ void rls_filter_variance_cpu(const RlsFilter<T>& args, double* out);
 // The first row of [rows, cols] with a nan or inf in it, -1 where there is none.
 template <class T>
 int64_t nonfinite_row_cpu(const T* x, int64_t rows, int64_t cols, const int64_t stride[2]);
+
+// One sample for each of `rows` filters of a bank, or for some of them; see rls_bank.h.
+template <class T>
+struct RlsBank {
+  T* P;                  // [filters, n, n], updated in place
+  T* W;                  // [filters, n_out, n], likewise
+  BankState* state;      // [filters], likewise
+  double* squares;       // [filters, n]: sums of x_j^2, likewise
+  const BankRule* rule;  // [filters]
+  const T* x;            // [rows, n] by x_stride, which is 0 where all filters share one
+  const T* y;            // [rows, n_out]
+  const T* weights;      // [rows] or null
+  const bool* mask;      // [rows] or null: false where a filter is to learn nothing
+  const int64_t* index;  // [rows] or null: the filter of each row, none twice
+  T* predictions;        // [rows, n_out], out: W x before the update
+  int64_t filters, rows, n, n_out, x_stride;
+};
+// The first row with a fault, and which; those that learn nothing have none. The index is sound.
+template <class T>
+std::pair<int64_t, BankFault> rls_bank_fault_cpu(const RlsBank<T>& bank);
+// Takes rows without a fault.
+template <class T>
+void rls_bank_cpu(const RlsBank<T>& bank);
+// Refuses and counts rows with a fault. workspace: [rows, n].
+template <class T>
+void rls_bank_cuda(const RlsBank<T>& bank, T* workspace, CudaStream stream);
 
 // CUDART_VERSION of the toolkit that the CUDA half was built with.
 int cuda_runtime_version();

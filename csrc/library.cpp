@@ -39,6 +39,9 @@ STABLE_TORCH_LIBRARY(rlscuda, m) {
       "float forgetting, float gain, float decay, float diffusion, float initial_scale, "
       "Tensor(d!)? power, Tensor(e!)? health, Tensor? found_inf) -> (Tensor, Tensor)");
   m.def("rls_flush_(Tensor(a!) P, Tensor held, Tensor(b!) state) -> ()");
+  m.def(
+      "rls_filter_bank_(Tensor(a!) P, Tensor(b!) W, Tensor(c!) state, Tensor(d!) squares, "
+      "Tensor rule, Tensor x, Tensor y, Tensor? weights, Tensor? mask, Tensor? index) -> Tensor");
   m.def("factors_agree(Tensor grad, Tensor x, Tensor delta, Tensor? grad_bias) -> bool");
   m.def("nonfinite(Tensor[] tensors) -> Tensor");
   m.def(
@@ -70,6 +73,7 @@ STABLE_TORCH_LIBRARY_IMPL(rlscuda, CPU, m) {
   m.impl("foreach_rls_update_", TORCH_BOX(&rlscuda::foreach_rls_update_));
   m.impl("rls_update_held_", TORCH_BOX(&rlscuda::rls_update_held_));
   m.impl("rls_flush_", TORCH_BOX(&rlscuda::rls_flush_));
+  m.impl("rls_filter_bank_", TORCH_BOX(&rlscuda::rls_filter_bank_));
   m.impl("foreach_weight_step_", TORCH_BOX(&rlscuda::foreach_weight_step_));
   m.impl("factors_agree", TORCH_BOX(&rlscuda::factors_agree));
   m.impl("nonfinite", TORCH_BOX(&rlscuda::nonfinite));
@@ -86,6 +90,7 @@ STABLE_TORCH_LIBRARY_IMPL(rlscuda, CUDA, m) {
   m.impl("foreach_rls_update_", TORCH_BOX(&rlscuda::foreach_rls_update_));
   m.impl("rls_update_held_", TORCH_BOX(&rlscuda::rls_update_held_));
   m.impl("rls_flush_", TORCH_BOX(&rlscuda::rls_flush_));
+  m.impl("rls_filter_bank_", TORCH_BOX(&rlscuda::rls_filter_bank_));
   m.impl("weight_step_", TORCH_BOX(&rlscuda::weight_step_));
   m.impl("adaptive_weight_step_", TORCH_BOX(&rlscuda::adaptive_weight_step_));
   m.impl("foreach_weight_step_", TORCH_BOX(&rlscuda::foreach_weight_step_));

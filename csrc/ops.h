@@ -33,6 +33,10 @@ std::tuple<Tensor, Tensor> rls_update_held_(Tensor P, Tensor held, Tensor state,
 
 void rls_flush_(Tensor P, const Tensor& held, Tensor state);
 
+Tensor rls_filter_bank_(Tensor P, Tensor W, Tensor state, Tensor squares, const Tensor& rule,
+                        const Tensor& x, const Tensor& y, const std::optional<Tensor>& weights,
+                        const std::optional<Tensor>& mask, const std::optional<Tensor>& index);
+
 bool factors_agree(const Tensor& grad, const Tensor& x, const Tensor& delta,
                    const std::optional<Tensor>& grad_bias);
 

@@ -6,6 +6,7 @@ import torch  # noqa: F401  (its libraries must be loaded before the extension)
 
 from rlscuda import _C
 from rlscuda.optimizer import RLSOptimizer
+from rlscuda.streaming.bank import RLSFilterBank
 from rlscuda.streaming.filter import RLSFilter
 from rlscuda.streaming.held import HeldMatrix
 
@@ -13,7 +14,14 @@ if TYPE_CHECKING:
     from rlscuda.streaming.regressor import RLSRegressor
 
 __version__ = "0.1.0"
-__all__ = ["HeldMatrix", "RLSFilter", "RLSOptimizer", "RLSRegressor", "build_info"]
+__all__ = [
+    "HeldMatrix",
+    "RLSFilter",
+    "RLSFilterBank",
+    "RLSOptimizer",
+    "RLSRegressor",
+    "build_info",
+]
 
 
 def __getattr__(name: str) -> Any:

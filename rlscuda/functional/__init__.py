@@ -5,6 +5,7 @@ Nothing here records gradients: inputs are detached, matrices change in place. T
 is no update of a matrix are called by the optimizer alone.
 """
 
+from rlscuda.functional.banks import rls_filter_bank_
 from rlscuda.functional.patches import patch_mean, patch_sample, patch_sketch
 from rlscuda.functional.updates import (
     rls_flush_,
@@ -17,6 +18,7 @@ __all__ = [
     "patch_mean",
     "patch_sample",
     "patch_sketch",
+    "rls_filter_bank_",
     "rls_flush_",
     "rls_ridge_",
     "rls_update_",

@@ -4,6 +4,7 @@ Written for reading: explicit inverses and loops over groups, nothing in place. 
 operators are tested against these functions, and a reader may take them as the definition.
 """
 
+from rlscuda.reference.banks import rls_filter_bank
 from rlscuda.reference.filter import rls_filter
 from rlscuda.reference.patches import patch_mean, patch_rows, patch_sample, patch_sketch
 from rlscuda.reference.ridge import HeldRidge, information_update
@@ -33,6 +34,7 @@ __all__ = [
     "patch_sample",
     "patch_sketch",
     "rls_filter",
+    "rls_filter_bank",
     "rls_update",
     "running_power",
     "spectral_direction",

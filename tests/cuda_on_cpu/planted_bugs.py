@@ -28,6 +28,7 @@ LAYERS = [
     "update_of and True-forgetting and float32 or follows",
 ]
 HELD = ["tests/ops/test_rls_held.py", "-k", "equals and shrinkage or holds"]
+BANK = ["tests/ops/filters/test_rls_bank.py", "-k", "equals and 33 and ridges or resets"]
 ROWS = [
     "tests/ops/test_foreach_ops.py",
     "-k",
@@ -91,6 +92,11 @@ BUGS = [
         "t < held; ++t) taken += T(C", "t + 1 < held; ++t) taken += T(C", HELD),
     Bug("an update that is applied one too late", "csrc/cuda/rls_held.cu",
         "must_apply(next, call.hold) ?", "must_apply(next, call.hold + 1) ?", HELD),
+    Bug("a missing barrier before a column is subtracted", "csrc/cuda/rls_bank.cu",
+        "    __syncthreads();\n    subtract<THREADS>(P, v, T(1), n);",
+        "    subtract<THREADS>(P, v, T(1), n);", BANK),
+    Bug("off by one: the last part of a column", "csrc/cuda/rls_bank.cu",
+        "r < place.rows; ++r) sum", "r + 1 < place.rows; ++r) sum", BANK),
     Bug("a missing barrier in the sum of a row", "csrc/cuda/weight_step.cu",
         "sums[threadIdx.x / 32] = x;\n  __syncthreads();", "sums[threadIdx.x / 32] = x;", ROWS),
 ]  # fmt: skip

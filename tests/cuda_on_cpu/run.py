@@ -24,6 +24,7 @@ PATCHES, WEIGHTS = "tests/ops/patches/test_patch_ops.py", "tests/ops/test_weight
 NONFINITE = "tests/ops/test_nonfinite.py"
 UPDATES, LAYERS = "tests/ops/test_rls_update.py", "tests/ops/test_foreach_ops.py"
 HELD, RIDGES = "tests/ops/test_rls_held.py", "tests/ops/ridges/test_rls_ridge.py"
+BANK = "tests/ops/filters/test_rls_bank.py"
 RUNS = [  # order of threads and blocks, pytest arguments
     ("ascending", [PATCHES, "-k", "equals or rows_of_a_linear or unbatched"]),
     ("descending", [PATCHES, "-k", "any_memory and (stride_uneven or one_image or circular_same)"]),
@@ -33,6 +34,9 @@ RUNS = [  # order of threads and blocks, pytest arguments
         [UPDATES, WEIGHTS, NONFINITE, "-k", "not opcheck and not compiles and not threads"],
     ),
     ("ascending", [HELD, "-k", "not opcheck and not compiles and not follows"]),
+    ("ascending", [BANK, "-k", "not opcheck and not threads and not wrong"]),
+    ("shuffled", [BANK, "-k", "equals and forget and float64 or named or twice"]),
+    ("descending", [BANK, "-k", "equals and ridges or fault or resets"]),
     ("shuffled", [HELD, "-k", "equals and shrinkage or reset_in or refused and None"]),
     ("descending", [LAYERS, "-k", "not float64"]),
     ("descending", [HELD, "-k", "float32_follows or holds"]),

@@ -105,6 +105,10 @@ OF_TESTS = ["weight_step_", "adaptive_weight_step_", "nonfinite", "factors_agree
 def _functions():
     P, s = torch.eye(6), torch.randn(6)
     held, state = torch.zeros(4, 1, 6), torch.tensor([1.0, 0.0, 0.0]).double()
+    bank = (
+        torch.eye(6).repeat(2, 1, 1), torch.zeros(2, 1, 6), torch.zeros(2, 7).double(),
+        torch.zeros(2, 6).double(), torch.tensor([0.9, 1.0, -1.0, 1.0]).double().repeat(2, 1),
+    )  # fmt: skip
     W, D, M, v = torch.randn(3, 6), torch.randn(3, 6), torch.zeros(3, 6), torch.zeros(3)
     return {
         "adaptive_weight_step_": lambda: adaptive_weight_step_(W, D, D.clone(), M, v, 0.1, 1),
@@ -113,6 +117,7 @@ def _functions():
         "patch_mean": lambda: RF.patch_mean(X, 3, padding_mode="reflect", padding=1),
         "patch_sample": lambda: RF.patch_sample(X, 3, rank=2, seed=1),
         "patch_sketch": lambda: RF.patch_sketch(X, 3, rank=2, seed=1),
+        "rls_filter_bank_": lambda: RF.rls_filter_bank_(*bank, ROWS[:2], torch.ones(2, 1)),
         "rls_flush_": lambda: RF.rls_flush_(P, held, state),
         "rls_update_": lambda: RF.rls_update_(P, s),
         "rls_update_held_": lambda: RF.rls_update_held_(P, held, state, s),

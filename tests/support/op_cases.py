@@ -47,6 +47,14 @@ def _rls_flush() -> list[Any]:
     return [random_spd(6, dtype=torch.float32), 0.01 * torch.randn(4, 2, 6), state]
 
 
+def _rls_filter_bank() -> list[Any]:
+    P, W = random_spd(4, 5, dtype=torch.float32), torch.randn(4, 2, 5)
+    rule = torch.tensor([0.9, 0.5, -1.0, 1.0], dtype=torch.float64).repeat(4, 1)
+    state, squares = (torch.zeros(4, size, dtype=torch.float64) for size in (7, 5))
+    options = [torch.ones(3), torch.tensor([True, False, True]), torch.tensor([2, 0, 3])]
+    return [P, W, state, squares, rule, torch.randn(3, 5), torch.randn(3, 2), *options]
+
+
 def _foreach_rls_update() -> list[Any]:
     (P, s), (Q, t) = _update(), _update(5, 1, (2,))
     none = s[:0]
@@ -103,6 +111,7 @@ VALID: dict[str, Callable[[], list[Any]]] = {
     "patch_mean": _patches(),
     "patch_sample": _patches(2, 7, 3),
     "patch_sketch": _patches(2, 7, 3),
+    "rls_filter_bank_": _rls_filter_bank,
     "rls_flush_": _rls_flush,
     "rls_update_": _rls_update,
     "rls_update_held_": _rls_update_held,
