@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <complex>
 #include <cstdint>
 #include <utility>
 
@@ -17,14 +18,26 @@ namespace rlscuda {
 
 using CudaStream = CUstream_st*;  // cudaStream_t, without the headers of CUDA
 
+// The type of the real part of a number.
+template <class T>
+struct RealOf {
+  using type = T;
+};
+template <class R>
+struct RealOf<std::complex<R>> {
+  using type = R;
+};
+template <class T>
+using Real = typename RealOf<T>::type;
+
 // The update of the matrices of one layer: `batch` of them, the groups of a convolution.
 template <class T>
 struct RlsUpdate {
   T* P;                   // [batch, n, n], updated in place
   const T* S;             // [batch, rank, n]; of rank 0 where there is no summary: P stays
   T* U;                   // [batch, rank, n] or null, out: the rows P S^T
-  T* h;                   // [batch], out: mean of the diagonal of H, NaN where nothing may move
-  T* power;               // [batch] or null, updated in place
+  Real<T>* h;             // [batch], out: mean of the diagonal of H, NaN where nothing may move
+  Real<T>* power;         // [batch] or null, updated in place
   double* health;         // [kHealthSlots] or null, updated in place
   const bool* found_inf;  // [] or null: true where the step is void, which leaves P as it is
   const T* projection;    // [rank, n] or null: S P, where the caller knows it; CPU only
@@ -38,6 +51,9 @@ struct RlsUpdate {
 };
 template <class T>
 void rls_update_cpu(const RlsUpdate<T>* layers, int64_t count);
+// Of one layer, whose P is Hermitian; knows no projection, no projected rows and nothing held.
+template <class R>
+void rls_update_cpu(const RlsUpdate<std::complex<R>>& layer);
 // Takes no projection and no projected rows, and ranks up to 64.
 template <class T>
 void rls_update_cuda(const RlsUpdate<T>* layers, int64_t count, void* workspace, CudaStream stream);
@@ -157,7 +173,7 @@ void patch_sample_cuda(const T* x, const PatchGeometry& geometry, const PatchDra
 // The streaming filter: its state, and a series of samples in their order.
 constexpr int64_t kFilterRows = 32;  // of V: updates of P that wait, samples and raises of the ridge
 struct FilterState {
-  double scale, rows;        // P_true = scale (P - sum_j sign[j] V_j^T V_j) over so many rows
+  double scale, rows;        // P_true = scale (P - sum_j sign[j] V_j^H V_j) over so many rows
   RidgeTurn turn;            // of stabilised forgetting, see rls_ridge.h
   double samples, energy;    // that the running power is over; the sum of all squares
   double sign[kFilterRows];  // -1 for a sample that left
@@ -192,9 +208,20 @@ void rls_filter_flush_cpu(const RlsFilter<T>& args);
 template <class T>
 void rls_filter_variance_cpu(const RlsFilter<T>& args, double* out);
 
+// The same for complex signals: P is Hermitian, the inverse of the sum of x x^H.
+template <class R>
+int64_t rls_filter_cpu(const RlsFilter<std::complex<R>>& args);
+template <class R>
+void rls_filter_flush_cpu(const RlsFilter<std::complex<R>>& args);
+template <class R>
+void rls_filter_variance_cpu(const RlsFilter<std::complex<R>>& args, double* out);
+
 // The first row of [rows, cols] with a nan or inf in it, -1 where there is none.
 template <class T>
 int64_t nonfinite_row_cpu(const T* x, int64_t rows, int64_t cols, const int64_t stride[2]);
+template <class R>
+int64_t nonfinite_row_cpu(const std::complex<R>* x, int64_t rows, int64_t cols,
+                          const int64_t stride[2]);
 
 // One sample for each of `rows` filters of a bank, or for some of them; see rls_bank.h.
 template <class T>

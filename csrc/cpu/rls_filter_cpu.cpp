@@ -20,6 +20,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "filter_turns.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "rls_kernels.h"
@@ -84,20 +85,6 @@ ALWAYS_INLINE double scale_and_dot(T* u, const T* x, T scale, int64_t n) {
   return double(tail + sum(acc[0] + acc[1]));
 }
 
-// Adds the squares of a sample to the running power; returns whether there has been any energy.
-template <class T>
-ALWAYS_INLINE bool add_power(const RlsFilter<T>& f, const T* x) {
-  double energy = 0;
-  for (int64_t j = 0; j < f.n; ++j) {
-    const double square = double(x[j]) * double(x[j]);
-    f.squares[j] += square;
-    energy += square;
-  }
-  f.state->samples += 1;
-  f.state->energy += energy;
-  return f.state->energy > 0;
-}
-
 // u <- u - sum_j sign_j w_j (w_j x) over the rows that wait; leaves w_j x in the weights.
 template <class T>
 ALWAYS_INLINE void correct(const RlsFilter<T>& f, const FilterBlock<T>& block, int64_t rows,
@@ -117,9 +104,8 @@ ALWAYS_INLINE BlockEnd steps(const RlsFilter<T>& f, const FilterBlock<T>& block)
   const int64_t before = int64_t(state.rows);
   for (int64_t t = 0; t < block.count; ++t) {
     const int64_t sample = block.first + t, rows = int64_t(state.rows);
-    const double gain = f.gains ? f.gains[sample] : f.gain;
-    const double forgetting = f.forgettings ? f.forgettings[sample] : f.forgetting;
-    if (state.scale > kHeldGrowth || state.scale < 1 / kHeldGrowth) return {t, 0, Steps::kApply};
+    const double gain = gain_of(f, sample), forgetting = forgetting_of(f, sample);
+    if (scale_is_far(state)) return {t, 0, Steps::kApply};
     const T* x = block.X[t];
     T* u = block.U[t];
     T* prediction = f.predictions + sample * f.n_out;
@@ -138,17 +124,11 @@ ALWAYS_INLINE BlockEnd steps(const RlsFilter<T>& f, const FilterBlock<T>& block)
       zero += error[k] * T(0);
     }
     if (!(h > 0) || !std::isfinite(h) || zero != 0) return {t, 0, Steps::kFailed};
-    if (gain == 0) continue;
-    if (gain > 0 && f.ridge < 0 && !add_power(f, x)) continue;  // nothing seen yet to forget
+    if (!counts(f, gain, x)) continue;
     const T unit = T(root / back);
     T* v = f.V + rows * f.v_stride;
     for (int64_t j = 0; j < f.n; ++j) v[j] = unit * u[j];
-    state.sign[rows] = gain < 0 ? -1 : 1;
-    state.rows += 1;
-    state.scale /= forgetting;
-    if (forgetting < 1 && f.ridge != 0)
-      if (const int64_t due = ridge_due(state.turn, forgetting, h, f.n))
-        return {t + 1, due, Steps::kRaise};
+    if (const int64_t due = row_waits(f, gain, forgetting, h)) return {t + 1, due, Steps::kRaise};
   }
   return {block.count, 0, Steps::kAll};
 }
@@ -237,8 +217,7 @@ class FilterCall {
   // Whether what waits must be applied before another sample comes.
   bool is_full() const {
     const FilterState& state = *f_.state;
-    return int64_t(state.rows) >= samples_per_pass() || state.scale > kHeldGrowth ||
-           state.scale < 1 / kHeldGrowth;
+    return int64_t(state.rows) >= samples_per_pass() || scale_is_far(state);
   }
 
   // The samples [first, first + count) into the block.
@@ -295,18 +274,10 @@ class FilterCall {
 
   // Raises `due` coordinates, beginning with the one whose turn it is.
   void raise(int64_t due, double forgetting) {
-    FilterState& state = *f_.state;
-    const double mean = state.energy / std::max(state.samples, 1.0) / double(f_.n);
-    for (; due > 0; --due) {
-      const int64_t j = int64_t(state.turn.next);
-      double ridge = f_.ridge;
-      if (ridge < 0)
-        ridge = relative_ridge(f_.squares[j] / std::max(state.samples, 1.0), mean, forgetting,
-                               state.turn.leverage, f_.n, std::numeric_limits<T>::epsilon());
-      if (int64_t(state.rows) == kFilterRows) pass(true, 0);
-      filter_raise(f_, block_, j, ridge_weight(ridge, forgetting));
-      state.turn.next = double(j + 1 < f_.n ? j + 1 : 0);
-    }
+    take_turns(f_, due, forgetting, [&](int64_t j, double weight) {
+      if (int64_t(f_.state->rows) == kFilterRows) pass(true, 0);
+      filter_raise(f_, block_, j, weight);
+    });
   }
 
  private:
@@ -358,7 +329,7 @@ int64_t rls_filter_cpu(const RlsFilter<T>& f) {
     first += end.taken;
     if (end.why == Steps::kFailed) return first;
     if (end.why == Steps::kRaise)
-      call.raise(end.due, f.forgettings ? f.forgettings[first - 1] : f.forgetting);
+      call.raise(end.due, forgetting_of(f, first - 1));
   }
   return f.samples;
 }
