@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.resolve()
 PATCHES = ["patch_mean", "patch_sample", "patch_sketch"]
 OPS = ["nonfinite", *PATCHES, "rls_bank", "rls_held", "rls_update", "weight_step"]
 FILES = [name for op in ["factors_agree", "rls_filter", *OPS] for name in (op, f"cpu/{op}_cpu")]
+FILES += ["cpu/rls_complex_filter_cpu"]
 CPU_SOURCES = [f"csrc/{name}.cpp" for name in ["library", *FILES]]
 CUDA_SOURCES = ["csrc/cuda_call.cpp", *(f"csrc/cuda/{op}.cu" for op in ["runtime", *OPS])]
 ARCHS = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0 8.6 8.9 9.0+PTX")  # torch reads it

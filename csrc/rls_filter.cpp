@@ -1,6 +1,7 @@
 // The streaming filter as a Python object over NumPy arrays, without copies and without the GIL.
 #include "rls_filter.h"
 
+#include <pybind11/complex.h>
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
@@ -37,7 +38,7 @@ class Arrays {
   void add(const char* name, const py::array& array, bool written) {
     const auto item = array.itemsize();
     auto first = reinterpret_cast<intptr_t>(array.data()), last = first;
-    bool whole = first % std::min<py::ssize_t>(item, 8) == 0;
+    bool whole = first % array.dtype().alignment() == 0;
     for (py::ssize_t d = 0; d < array.ndim(); ++d) {
       const auto step = array.strides(d) * (array.shape(d) - 1);
       (step < 0 ? first : last) += step;
@@ -96,13 +97,8 @@ class Filter {
     f.X = input.data();
     f.x_stride[1] = input.strides(0) / int64_t(sizeof(T));
     T number;
-    const bool scalar = filter_.n_out == 1 && !py::isinstance<py::array>(y);
+    const bool scalar = filter_.n_out == 1 && is_number(y.ptr(), number);
     if (scalar) {
-      number = T(PyFloat_AsDouble(y.ptr()));
-      if (PyErr_Occurred()) {
-        PyErr_Clear();
-        return py::none();
-      }
       f.Y = &number;
     } else {
       if (!is_vector(y, filter_.n_out)) return py::none();
@@ -163,7 +159,7 @@ class Filter {
     return rls_filter_cpu(f);
   }
 
-  // x P x of every row.
+  // x^H P x of every row.
   py::array_t<double> variance(const Strided<T>& X) {
     RLS_CHECK(X.ndim() == 2 && X.shape(1) == filter_.n, "X must be [T, n]");
     Arrays arrays = arrays_;
@@ -206,6 +202,20 @@ class Filter {
     return f;
   }
 
+  // Whether it is a Python number of this kind or one of NumPy, which is then read.
+  bool is_number(PyObject* value, T& number) const {
+    const bool own = reinterpret_cast<PyObject*>(Py_TYPE(value)) == scalar_.ptr();
+    if constexpr (std::is_same_v<T, Real<T>>) {
+      if (!own && !PyFloat_Check(value)) return false;
+      number = T(PyFloat_AsDouble(value));
+    } else {
+      if (!own && !PyFloat_Check(value) && !PyComplex_Check(value)) return false;
+      const Py_complex parts = PyComplex_AsCComplex(value);
+      number = {Real<T>(parts.real), Real<T>(parts.imag)};
+    }
+    return true;
+  }
+
   static bool is_vector(py::handle value, int64_t size) {
     if (!py::isinstance<Strided<T>>(value)) return false;
     const auto array = py::reinterpret_borrow<py::array>(value);
@@ -217,6 +227,7 @@ class Filter {
   Dense<T> P_, W_, V_;
   Dense<double> squares_, state_;
   Arrays arrays_;
+  py::object scalar_ = py::dtype::of<T>().attr("type");
   RlsFilter<T> filter_{};
 };
 
@@ -244,6 +255,8 @@ void bind(py::module_& m, const char* name) {
 void bind_rls_filter(py::module_& m) {
   bind<float>(m, "Filter_float32");
   bind<double>(m, "Filter_float64");
+  bind<std::complex<float>>(m, "Filter_complex64");
+  bind<std::complex<double>>(m, "Filter_complex128");
   m.attr("filter_rows") = kFilterRows;
   m.attr("filter_slots") = kFilterSlots;
 }

@@ -13,7 +13,12 @@ from rlscuda.functional.calls import as_user_error
 from rlscuda.streaming.arrays import aligned, padded, read_only
 
 FORMS = {
-    "covariance": {"float32": _C.Filter_float32, "float64": _C.Filter_float64},
+    "covariance": {
+        "float32": _C.Filter_float32,
+        "float64": _C.Filter_float64,
+        "complex64": _C.Filter_complex64,
+        "complex128": _C.Filter_complex128,
+    },
 }
 _ARRAYS = ("P", "W", "waiting", "squares", "scalars")  # as the kernels take them
 
@@ -178,6 +183,6 @@ def overflows(
     with np.errstate(over="ignore", invalid="ignore"):
         wide = np.result_type(P.dtype, np.float64)
         x, y = x.astype(wide), y.astype(wide)
-        u = P.astype(wide) @ x.conj()
-        sizes = np.concatenate([np.abs(gain * (x @ u))[None], np.abs(y - W.astype(wide) @ x)])
+        u = P.astype(wide) @ x
+        sizes = np.concatenate([np.abs(gain * np.vdot(x, u))[None], np.abs(y - W.astype(wide) @ x)])
     return not (sizes <= largest).all()

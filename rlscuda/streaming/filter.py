@@ -33,8 +33,16 @@ class RLSFilter:
     would be lost as λ^t, until P overflows. Each time that forgetting has halved it, every
     coordinate j in turn gets a ridge: R_jj ← R_jj + ρ_j, where R is the inverse of P. So R is
     nowhere below diag(ρ), while W is not pulled anywhere. By default ρ_j is a hundredth of the mean
-    of x_j² over all samples so far, so that the filter does not depend on the units of its inputs
+    of |x_j|² over all samples so far, so that the filter does not depend on the units of its inputs
     and its noise floor is that of textbook recursive least squares. See `reference.rls_filter`.
+
+    **Complex signals.** With a complex dtype u = P x, h = λ + κ xᴴu, e = y − W x and::
+
+        W ← W + (κ/h) e uᴴ,   P ← (P − (κ/h) u uᴴ) / λ
+
+    so W minimises Σ κ λ^(t−i) ‖yᵢ − W xᵢ‖², and P, Hermitian, is the inverse of the forgetting sum
+    of κ x xᴴ. Nothing is conjugated in the output W x: a row of W is MATLAB's row w of y = w u, and
+    the wᴴ of textbooks that write y = wᴴu.
 
     **Samples that cannot be learnt.** Where rounding has made h negative, P is repaired: what is
     below the precision of its largest eigenvalue is raised to it, the rest stays. A P that has
@@ -52,7 +60,8 @@ class RLSFilter:
             none, which is the textbook's filter.
         form: "covariance", or "square-root", which keeps a root of P: at up to three times the cost
             P stays positive definite however badly the inputs are conditioned.
-        dtype: float32 or float64, of the state and of the results.
+        dtype: float32, float64, complex64 or complex128, of the state and of the results; the last
+            two for form="covariance".
         missing: What a NaN, an infinity or a masked element in a sample does: "raise" refuses the
             series, "skip" learns nothing from that sample, and its prediction is NaN if it is in x.
         window: Samples that stay: an older one is taken out again, exactly; None for all.
@@ -191,8 +200,8 @@ class RLSFilter:
         """The inverse autocorrelation matrix [n, n]: the state itself, not a copy, read-only.
 
         Samples wait to be entered in it together; reading enters them. An array from an earlier
-        reading shows them only from then on. A symmetric positive definite matrix may be assigned,
-        and is copied in.
+        reading shows them only from then on. A positive definite matrix, symmetric or Hermitian,
+        may be assigned, and is copied in.
         """
         return self._core.matrix()
 
@@ -203,8 +212,9 @@ class RLSFilter:
             raise ValueError(f"P must be [{self.n}, {self.n}], got {list(array.shape)}")
         check_finite("P", array)
         most = 1e3 * np.finfo(self.dtype).eps * np.abs(array).max()
-        if np.abs(array - array.T).max() > most or np.linalg.eigvalsh(array)[0] <= 0:
-            raise ValueError("P must be symmetric and positive definite")
+        if np.abs(array - array.conj().T).max() > most or np.linalg.eigvalsh(array)[0] <= 0:
+            kind = "Hermitian" if self.dtype.kind == "c" else "symmetric"
+            raise ValueError(f"P must be {kind} and positive definite")
         self._core.enter(array)
 
     @property
@@ -260,7 +270,7 @@ class RLSFilter:
         return self._inputs(x) @ self._core.W.T
 
     def variance(self, x: ArrayLike) -> Any:
-        """xᵀ P x: the variance of a prediction, in units of that of the noise over the gain.
+        """xᵀ P x, or xᴴ P x: the variance of a prediction, in units of the noise's over the gain.
 
         Its root is the width of the confidence bound of LinUCB. P is not brought up to date for it.
 
