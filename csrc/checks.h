@@ -47,6 +47,10 @@ inline std::string dtype_of(const Tensor& t) {
       return "float32";
     case ScalarType::Double:
       return "float64";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
     case ScalarType::Half:
       return "float16";
     case ScalarType::BFloat16:

@@ -14,7 +14,7 @@ constexpr int64_t kMostRank = 4096;  // rows of a summary: H [r, r] and its fact
 // The rule, of which everything that P is multiplied by or set to must be a number of type T.
 template <class T>
 void check_rule(const UpdateRule& rule) {
-  constexpr double kMost = std::numeric_limits<T>::max();
+  constexpr double kMost = std::numeric_limits<Real<T>>::max();
   RLS_CHECK(rule.forgetting > 0 && rule.forgetting <= 1, "forgetting must be in (0, 1], got ",
             rule.forgetting);
   const auto within = [](double value, double most) { return value >= 0 && value <= most; };
@@ -22,7 +22,7 @@ void check_rule(const UpdateRule& rule) {
   RLS_CHECK(within(rule.decay, kMost), "decay must be >= 0, got ", rule.decay);
   RLS_CHECK(within(rule.diffusion, kMost), "diffusion must be >= 0, got ", rule.diffusion);
   RLS_CHECK(within(rule.drift, kMost), "drift must be >= 0, got ", rule.drift);
-  RLS_CHECK(T(rule.initial_scale) > 0 && within(rule.initial_scale, kMost),
+  RLS_CHECK(Real<T>(rule.initial_scale) > 0 && within(rule.initial_scale, kMost),
             "initial_scale must be > 0, got ", rule.initial_scale);
   RLS_CHECK(rule.decay / rule.forgetting <= kMost, "decay / forgetting must be finite, got ",
             rule.decay, " / ", rule.forgetting);
@@ -51,6 +51,17 @@ RlsUpdate<T> layer_of(Arguments& arguments, const Tensor& P) {
   return layer;
 }
 
+inline bool is_complex(const Tensor& t) {
+  return t.scalar_type() == ScalarType::ComplexFloat ||
+         t.scalar_type() == ScalarType::ComplexDouble;
+}
+
+// The dtype of h and of power.
+inline ScalarType real_dtype(const Tensor& P) {
+  if (!is_complex(P)) return P.scalar_type();
+  return P.scalar_type() == ScalarType::ComplexFloat ? ScalarType::Float : ScalarType::Double;
+}
+
 // The update of one layer's P by rows S.
 template <class T>
 RlsUpdate<T> layer_update(Arguments& arguments, const Tensor& P, const Tensor& S,
@@ -68,8 +79,11 @@ RlsUpdate<T> layer_update(Arguments& arguments, const Tensor& P, const Tensor& S
   if (power) {
     RLS_CHECK(power->numel() == batch, "power must have ", batch, " elements, got ",
               shape_of(*power));
-    check_same_dtype("power", *power, "P", P);
-    args.power = arguments.write<T>("power", *power);
+    RLS_CHECK(power->scalar_type() == real_dtype(P), "power must have the ",
+              is_complex(P) ? "real " : "", "dtype of P, ",
+              real_dtype(P) == ScalarType::Float ? "float32" : "float64", ", got ",
+              dtype_of(*power));
+    args.power = arguments.write<Real<T>>("power", *power);
   }
   if (health) {
     check_shape("health", *health, {kHealthSlots});

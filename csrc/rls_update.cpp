@@ -23,6 +23,26 @@ void launch(const Tensor& P, const std::vector<RlsUpdate<T>>& layers) {
       });
 }
 
+template <class R>
+void launch(const Tensor& P, const std::vector<RlsUpdate<std::complex<R>>>& layers) {
+  run_on(
+      P, [&] { rls_update_cpu(layers[0]); },
+      [&](auto) {
+        RLS_CHECK(false, "P must be float32 or float64 on a GPU, got ", dtype_of(P),
+                  ", which is updated on the CPU alone");
+      });
+}
+
+// Calls f with a value of the dtype of P, which may be complex.
+template <class F>
+auto dispatch_field(const Tensor& P, const F& f) {
+  if (P.scalar_type() == ScalarType::ComplexFloat) return f(std::complex<float>{});
+  if (P.scalar_type() == ScalarType::ComplexDouble) return f(std::complex<double>{});
+  if (P.scalar_type() == ScalarType::Float) return f(float{});
+  check_dtype("P", P, ScalarType::Double, "float32, float64, complex64 or complex128");
+  return f(double{});
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> rls_update_(Tensor P, const Tensor& S, double forgetting, double gain,
@@ -30,7 +50,7 @@ std::tuple<Tensor, Tensor> rls_update_(Tensor P, const Tensor& S, double forgett
                                        const std::optional<Tensor>& power,
                                        const std::optional<Tensor>& health,
                                        const std::optional<Tensor>& found_inf) {
-  return dispatch_matrix(P, [&](auto zero) {
+  return dispatch_field(P, [&](auto zero) {
     using T = decltype(zero);
     Arguments arguments("P", P);
     auto args =
@@ -41,11 +61,11 @@ std::tuple<Tensor, Tensor> rls_update_(Tensor P, const Tensor& S, double forgett
     args.found_inf = found_inf_pointer(arguments, found_inf);
     arguments.check_apart();
     Tensor U = new_tensor(S, S.sizes(), S.scalar_type());
-    Tensor h = P.dim() == 3 ? new_tensor(P, {args.batch}, P.scalar_type())
-                            : new_tensor(P, {}, P.scalar_type());
+    Tensor h = P.dim() == 3 ? new_tensor(P, {args.batch}, real_dtype(P))
+                            : new_tensor(P, {}, real_dtype(P));
     args.U = static_cast<T*>(U.mutable_data_ptr());
-    args.h = static_cast<T*>(h.mutable_data_ptr());
-    launch<T>(P, {args});
+    args.h = static_cast<Real<T>*>(h.mutable_data_ptr());
+    launch(P, std::vector{args});
     return std::tuple(U, h);
   });
 }

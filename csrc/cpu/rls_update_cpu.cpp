@@ -7,12 +7,12 @@
 // X^T), X P_new = scale (X P - A^T V) + diffusion X. Where updates are held back, U is corrected by
 // those, V joins them, and the second pass waits until they are enough (held_rows.h).
 #include <algorithm>
-#include <limits>
 
 #include "held_rows.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "rls_kernels.h"
+#include "rls_layer.h"
 #include "rls_math.h"
 #include "rls_rows.h"
 #include "scratch.h"
@@ -96,27 +96,8 @@ void update_matrix(const RlsUpdate<T>& args, const UpdateRule& rule, int64_t b, 
   H.resize(r * r);
   T* V = scratch.data();
   T* U = args.U ? args.U + b * r * n : V + r * n;
-  args.h[b] = std::numeric_limits<T>::quiet_NaN();
-
-  const bool refuse = args.found_inf && *args.found_inf;
-  const double square = refuse ? 0 : dot_rows(S, S, r * n);
-  if (refuse || !rows_can_enter<T>(square, r * n, args.power)) {
-    std::fill_n(U, r * n, T(0));
-    health[kRefused] += 1;
-    return;
-  }
-  if (r == 0) {
-    args.h[b] = T(rule.forgetting);
-    return;
-  }
-
-  double gain = rule.gain / double(r);
-  if (args.power) {
-    const double seen = square / double(std::max<int64_t>(1, r * n));
-    const Power power = power_after(args.power[b], seen, rule.gain);
-    args.power[b] = T(power.kept);
-    gain = power.now > 0 ? gain / power.now : 0;
-  }
+  double gain = 0;
+  if (!rows_enter(args, rule, b, U, health, [&] { return dot_rows(S, S, r * n); }, gain)) return;
 
   const int64_t grain = std::max<int64_t>(8, 65536 / std::max<int64_t>(1, n * r) + 1);
   constexpr int64_t kNearCache = 1 << 20;  // bytes of P above which reading half of it pays
@@ -137,15 +118,11 @@ void update_matrix(const RlsUpdate<T>& args, const UpdateRule& rule, int64_t b, 
   double trace = 0;
   for (int64_t k = 0; k < r; ++k) trace += H[k * r + k];
   if (!cholesky(H.data(), r)) {
-    std::fill_n(P, n * n, T(0));
-    for (int64_t i = 0; i < n; ++i) P[i * n + i] = T(rule.initial_scale);
+    start_anew(P, n, rule, health);
     if (args.held) *held.state = kNothingHeld;
-    health[kResets] += 1;
     return;
   }
-  args.h[b] = T(trace / double(r));
-  health[kUpdates] += 1;
-  health[kLargestGain] = std::max(health[kLargestGain], trace / double(r) - rule.forgetting);
+  count_update(args, rule, b, trace, health);
 
   const double root = std::sqrt(gain);
   if (args.held) {
@@ -164,36 +141,12 @@ void update_matrix(const RlsUpdate<T>& args, const UpdateRule& rule, int64_t b, 
   if (args.projected) turn_projected(args, rule, H.data(), V, root);
 }
 
-// The matrices of one layer, shared among the threads where each is small.
-template <class T>
-void update_layer(const RlsUpdate<T>& args) {
-  const UpdateRule rule = rule_at(args.rule, steps_counted(args.health));
-  if (args.batch == 1) {
-    double unread[kHealthSlots] = {};
-    update_matrix(args, rule, 0, args.health ? args.health : unread);
-  } else {
-    Scratch<double> counts(args.batch * kHealthSlots, 0.0);
-    const int64_t work = args.n * args.n * args.rank;
-    parallel_for(0, args.batch, 65536 / (work + 1) + 1, [&](int64_t b0, int64_t b1) {
-      for (int64_t b = b0; b < b1; ++b)
-        update_matrix(args, rule, b, counts.data() + b * kHealthSlots);
-    });
-    for (int64_t b = 0; args.health && b < args.batch; ++b) {
-      const double* one = counts.data() + b * kHealthSlots;
-      for (int slot : {kUpdates, kRefused, kResets}) args.health[slot] += one[slot];
-      args.health[kLargestGain] = std::max(args.health[kLargestGain], one[kLargestGain]);
-    }
-  }
-  if (!args.health || (args.found_inf && *args.found_inf)) return;
-  args.health[kSteps] += 1;
-  if (args.rank == 0) args.health[kMissing] += 1;
-}
-
 }  // namespace
 
 template <class T>
 void rls_update_cpu(const RlsUpdate<T>* layers, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) update_layer(layers[i]);
+  for (int64_t i = 0; i < count; ++i)
+    update_layer(layers[i], [&](const auto&... matrix) { update_matrix(layers[i], matrix...); });
 }
 
 template void rls_update_cpu<float>(const RlsUpdate<float>*, int64_t);

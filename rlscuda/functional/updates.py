@@ -50,18 +50,23 @@ def rls_update_(
     (Sherman-Morrison-Woodbury). Where H is not positive definite or not finite, `P` is reset to
     ``initial_scale * I``; where `s` is not finite, `P` is left as it is.
 
+    Of a complex `P` every transpose is conjugated: U = P S^H, and P becomes the inverse of
+    :math:`\lambda P^{-1} + (\kappa/r) S^H S`, Hermitian to the bit. The rows of S are then x^H: a
+    sample x of `RLSFilter` enters the same P as the row ``x.conj()``.
+
     Args:
-        P: [n, n] or [b, n, n], float32 or float64, contiguous, symmetric positive definite.
+        P: [n, n] or [b, n, n], float32 or float64, contiguous, symmetric positive definite; on the
+            CPU complex64 or complex128 too, Hermitian.
         s: Rows [n] or [r, n]; [b, r, n] for batched `P`. Of the dtype of `P`.
         forgetting: Forgetting factor :math:`\lambda` in (0, 1].
         gain: Gain :math:`\kappa` > 0 of the new rows.
         decay: Factor on the updated matrix: 1 - mu for shrinkage mu, 1 - kappa delta for drift.
         diffusion: What is added to its diagonal: mu P_0 for shrinkage, kappa for drift.
         initial_scale: Diagonal of the matrix after a reset.
-        power: [b] running mean of the squared input; updated with `gain`, and the rows then count
-            as divided by its square root. What is kept of it takes no more than 100 times itself
-            for the mean square of `s`, which bounds what a wild batch leaves behind; where the
-            dtype cannot hold that mean square, the update is refused.
+        power: [b] running mean of the squared input, of the (real) dtype of `P`; updated with
+            `gain`, and the rows then count as divided by its square root. What is kept of it takes
+            no more than 100 times itself for the mean square of `s`, which bounds what a wild batch
+            leaves behind; where the dtype cannot hold that mean square, the update is refused.
         health: float64 counters [7], one for each of `rlscuda._C.health_slots`.
         found_inf: One bool; where it is true, the update is refused.
         ridge: :math:`\rho`, what forgetting leaves at least of the information on a coordinate,
@@ -74,8 +79,8 @@ def rls_update_(
             whose turn it is. Only in a series from one number to the next the ridge is kept.
 
     Returns:
-        `u`, of the shape of `s`, the rows P s before the update, and `h`, [] or [b], the mean of
-        the diagonal of H; NaN where `P` was refused or reset.
+        `u`, of the shape of `s`, the rows S P before the update, and `h`, [] or [b], the mean of
+        the diagonal of H, real; NaN where `P` was refused or reset.
 
     Raises:
         ValueError: A shape, dtype, device or value is not as above.
@@ -99,6 +104,8 @@ def rls_update_(
     except Exception as error:
         check_tensor("P", P)
         check_tensor("s", s)
+        if P.is_conj():
+            raise ValueError("P must be in memory as it is, got a conjugated view") from None
         raise as_user_error(error) from None
     _changed(P, power, health)
     if not ridged:
@@ -245,7 +252,7 @@ def rls_flush_(P: Tensor, held: Tensor, state: Tensor) -> None:
 
 @fake("rls_update_")
 def _(P, s, forgetting, gain, decay, diffusion, initial_scale, power, health, found_inf):
-    return s.new_empty(s.shape), P.new_empty(P.shape[:-2])
+    return s.new_empty(s.shape), P.new_empty(P.shape[:-2], dtype=P.dtype.to_real())
 
 
 @fake("rls_update_held_")

@@ -19,10 +19,10 @@ def rls_update(
     diffusion: float = 0.0,
     initial_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One update of one matrix.
+    """One update of one matrix, real or complex.
 
     Args:
-        P: [n, n].
+        P: [n, n], Hermitian.
         S: [r, n].
         forgetting: lambda.
         gain: kappa.
@@ -31,19 +31,19 @@ def rls_update(
         initial_scale: Diagonal after a reset.
 
     Returns:
-        The new P [n, n], U = S P [r, n], and h [], the mean of the diagonal of H.
+        The new P [n, n], U = S P [r, n], and h [], the mean of the diagonal of H, real.
     """
     r, n = S.shape
     identity = torch.eye(n, dtype=P.dtype)
-    nan = torch.tensor(float("nan"), dtype=P.dtype)
+    nan = torch.tensor(float("nan"), dtype=P.dtype.to_real())
     if not torch.isfinite(S).all():
         return P.clone(), torch.zeros_like(S), nan
     U = S @ P
-    H = forgetting * torch.eye(r, dtype=P.dtype) + gain / r * S @ U.T
+    H = forgetting * torch.eye(r, dtype=P.dtype) + gain / r * S @ U.mH
     if not torch.isfinite(H).all() or torch.linalg.cholesky_ex(H).info != 0:
         return initial_scale * identity, U, nan
-    updated = (P - gain / r * U.T @ torch.linalg.solve(H, U)) / forgetting
-    return decay * updated + diffusion * identity, U, H.diagonal().mean()
+    updated = (P - gain / r * U.mH @ torch.linalg.solve(H, U)) / forgetting
+    return decay * updated + diffusion * identity, U, H.diagonal().real.mean()
 
 
 def block_rls_update(P: Tensor, S: Tensor, size: int, **constants: float) -> tuple[Tensor, Tensor]:

@@ -376,3 +376,12 @@ def test_launches_of_a_step(form):
     names = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     launches = [name for name in names if not any(part in name.lower() for part in GEMM)]
     assert names and len(launches) <= 12, launches
+
+
+@gpu_only
+def test_complex_matrix_is_refused():
+    P = torch.eye(3, dtype=torch.complex64, device=DEVICE)
+    before = P.clone()
+    with pytest.raises(ValueError, match="P must be float32 or float64 on a GPU, got complex64"):
+        RF.rls_update_(P, torch.ones_like(P[0]))
+    assert torch.equal(P, before)

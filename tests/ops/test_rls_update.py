@@ -4,12 +4,15 @@ import math
 
 import pytest
 import torch
-from support.compare import assert_close, random_spd
+from support.compare import assert_close, random_spd, wide
 
 import rlscuda.functional as RF
-from rlscuda import _C, reference
+from rlscuda import _C, RLSFilter, reference
 
-DTYPES = [torch.float32, torch.float64]
+COMPLEX = [torch.complex64, torch.complex128]
+ON_CPU = torch.get_default_device().type == "cpu"
+DTYPES = [torch.float32, torch.float64, *(COMPLEX if ON_CPU else [])]
+only_on_cpu = pytest.mark.skipif(not ON_CPU, reason="complex matrices are on the CPU alone")
 OPTIONS = {
     "plain": {},
     "forgetting": {"forgetting": 0.95, "gain": 0.3},
@@ -29,12 +32,12 @@ def test_equals_the_specification(dtype, name, batch, rank):
         shape = (n,) if batch is None else (batch, n)
         P, S = random_spd(*shape, dtype=dtype), torch.randn(*shape[:-1], rank, n, dtype=dtype)
         exact = [
-            reference.rls_update(p.double(), s.double(), **OPTIONS[name])
+            reference.rls_update(wide(p), wide(s), **OPTIONS[name])
             for p, s in zip(P.reshape(-1, n, n), S.reshape(-1, rank, n))
         ]
         u, h = RF.rls_update_(P, S, **OPTIONS[name])
         assert u.shape == S.shape and h.shape == P.shape[:-2]
-        assert u.dtype == h.dtype == dtype
+        assert u.dtype == dtype and h.dtype == dtype.to_real()
         for index, value in enumerate((P, u, h)):
             assert_close(value, torch.stack([e[index] for e in exact]).view(value.shape), scale=20)
 
@@ -56,7 +59,7 @@ def test_symmetric_to_the_bit(dtype, rank):
         for _ in range(4):
             RF.rls_update_(P, torch.randn(2, rank, n, dtype=dtype), 0.97, 0.7, decay=0.99,
                            diffusion=0.01)  # fmt: skip
-            assert torch.equal(P, P.mT), n
+            assert torch.equal(P, P.mH), n
 
 
 @pytest.mark.parametrize("n", [300, 601])
@@ -165,15 +168,15 @@ def test_health_counts_updates_and_the_largest_gain():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_power_normalises_the_rows(dtype):
     n, rank, gain = 6, 3, 0.25
-    P, power = random_spd(2, n, dtype=dtype), torch.zeros(2, dtype=dtype)
-    exact, seen = P.double().clone(), [0.0, 0.0]
+    P, power = random_spd(2, n, dtype=dtype), torch.zeros(2, dtype=dtype.to_real())
+    exact, seen = wide(P).clone(), [0.0, 0.0]
     for step in range(3):
         S = torch.randn(2, rank, n, dtype=dtype) * 10 ** (step - 1)
         RF.rls_update_(P, S, gain=gain, power=power)
         for k in range(2):
-            square = S[k].double().square().mean().item()
+            square = wide(S[k]).abs().square().mean().item()
             now, seen[k] = reference.running_power(seen[k], square, gain)
-            exact[k] = reference.rls_update(exact[k], S[k].double() / now**0.5, gain=gain)[0]
+            exact[k] = reference.rls_update(exact[k], wide(S[k]) / now**0.5, gain=gain)[0]
     assert_close(power, torch.tensor(seen, dtype=torch.float64), scale=10)
     assert_close(P, exact, scale=100)
 
@@ -197,7 +200,7 @@ WRONG = {
         {"s": torch.ones(1, 1, 4)}),
     "s must be [b, r, n] for a batched P, got [3, 1, 4]": (ValueError,
         {"P": torch.eye(4).repeat(2, 1, 1), "s": torch.ones(3, 1, 4)}),
-    "P must be float32 or float64, got float16": (ValueError,
+    "P must be float32, float64, complex64 or complex128, got float16": (ValueError,
         {"P": torch.eye(4).half(), "s": torch.ones(4).half()}),
     "s must have the dtype of P, float32, got float64": (ValueError,
         {"s": torch.ones(4).double()}),
@@ -215,6 +218,12 @@ WRONG = {
     "initial_scale must be > 0, got 0": (ValueError, {"initial_scale": 0}),
     "power must have 1 elements, got [2]": (ValueError, {"power": torch.ones(2)}),
     "power must have the dtype of P": (ValueError, {"power": torch.ones(1).double()}),
+    "power must have the real dtype of P, float32, got complex64": (ValueError,
+        {"P": torch.eye(4).cfloat(), "s": torch.ones(4).cfloat(), "power": torch.ones(1).cfloat()}),
+    "s must have the dtype of P, complex64, got float32": (ValueError,
+        {"P": torch.eye(4).cfloat()}),
+    "P must be in memory as it is, got a conjugated view": (ValueError,
+        {"P": torch.eye(4).cfloat().conj(), "s": torch.ones(4).cfloat()}),
     "health must be [7], got [3]": (ValueError, {"health": torch.zeros(3).double()}),
     "health must be float64, got float32": (ValueError,
         {"health": torch.zeros(len(_C.health_slots))}),
@@ -237,10 +246,11 @@ def test_wrong_argument(message):
             assert torch.equal(value, before)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[::2], ids=str)
 @pytest.mark.parametrize("batched", [False, True])
-def test_opcheck(batched):
+def test_opcheck(batched, dtype):
     shape = (2, 5) if batched else (5,)
-    P, S = random_spd(*shape, dtype=torch.float32), torch.randn(*shape[:-1], 3, 5)
+    P, S = random_spd(*shape, dtype=dtype), torch.randn(*shape[:-1], 3, 5, dtype=dtype)
     names = [a.name for a in torch.ops.rlscuda.rls_update_.default._schema.arguments]
     given = {
         "P": P, "s": S, "forgetting": 0.9, "gain": 0.5, "decay": 1.0, "diffusion": 0.0,
@@ -274,3 +284,55 @@ def test_autograd_notices_the_change():
     RF.rls_update_(P, s)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         energy.backward()
+
+
+# -- complex matrices -----------------------------------------------------------------------------
+
+
+@only_on_cpu
+def test_complex_matrix_is_the_inverse_of_its_rows_gram_matrix():
+    P, S = random_spd(7, dtype=torch.complex128), torch.randn(3, 7, dtype=torch.complex128)
+    expected = torch.linalg.inv(0.9 * torch.linalg.inv(P) + 0.5 / 3 * S.mH @ S)
+    RF.rls_update_(P, S, 0.9, 0.5)
+    torch.testing.assert_close(P, expected, rtol=1e-11, atol=1e-12)
+
+
+@only_on_cpu
+def test_conjugated_rows_count_as_they_are_and_those_of_a_filter_are_conjugated():
+    x, f = torch.randn(6, dtype=torch.complex128), RLSFilter(6, dtype=complex)
+    P, other = torch.eye(6).to(x), torch.eye(6).to(x)
+    RF.rls_update_(P, x.conj())
+    RF.rls_update_(other, x.conj().resolve_conj())
+    f.update(x.numpy(), 1j)
+    assert torch.equal(P, other)
+    torch.testing.assert_close(P, torch.from_numpy(f.P.copy()))
+
+
+@only_on_cpu
+@pytest.mark.parametrize("part", [math.nan, complex(0, math.nan), complex(1, math.inf)])
+def test_complex_rows_that_are_not_finite_are_refused_and_an_indefinite_matrix_is_reset(part):
+    P, health = random_spd(4, dtype=torch.complex64), torch.zeros(len(_C.health_slots)).double()
+    before, s = P.clone(), torch.ones(4, dtype=torch.complex64)
+    s[2] = part
+    u, h = RF.rls_update_(P, s, health=health)
+    assert torch.equal(P, before) and h.isnan() and not u.any()
+    RF.rls_update_(P, torch.ones_like(s), found_inf=torch.tensor(True), health=health)
+    assert torch.equal(P, before)
+    bad = -10 * torch.eye(4, dtype=torch.complex64)
+    _, h = RF.rls_update_(bad, torch.ones_like(s), initial_scale=3.0, health=health)
+    assert torch.equal(bad, 3 * torch.eye(4, dtype=torch.complex64)) and h.isnan()
+    assert health[:3].tolist() == [0, 2, 1]
+
+
+def test_other_operators_refuse_complex_matrices():
+    ops, P, s = torch.ops.rlscuda, torch.eye(3).cfloat(), torch.ones(1, 3).cfloat()
+    counters, state = torch.zeros(len(_C.health_slots)).double(), torch.tensor([1.0, 0, 0]).double()
+    rule, held = (1.0, 1.0, 1.0, 0.0), torch.zeros(2, 1, 3).cfloat()
+    lists = ([P], [s], [], [counters], None, [], [], [])
+    for refused in (
+        lambda: ops.foreach_rls_update_(*lists, *rule, 0.0, 1.0, False),
+        lambda: ops.rls_update_held_(P, held, state, s, *rule, 1.0, None, None, None),
+        lambda: ops.rls_flush_(P, held, state),
+    ):
+        with pytest.raises(RuntimeError, match="P must be float32 or float64, got complex64"):
+            refused()

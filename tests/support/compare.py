@@ -13,11 +13,14 @@ TOLERANCE = {  # dtype: (relative, absolute), against a float64 specification
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, scale: float = 1.0) -> None:
-    """Compares in float64, within `scale` times the tolerance of the actual dtype."""
-    rtol, atol = TOLERANCE[actual.dtype]
-    torch.testing.assert_close(
-        actual.double(), expected.double(), rtol=rtol * scale, atol=atol * scale
-    )
+    """Compares in float64, within `scale` times the tolerance of the actual (real) dtype."""
+    rtol, atol = TOLERANCE[actual.dtype.to_real()]
+    torch.testing.assert_close(wide(actual), wide(expected), rtol=rtol * scale, atol=atol * scale)
+
+
+def wide(values: torch.Tensor) -> torch.Tensor:
+    """The same numbers in float64, or in complex128."""
+    return values.to(torch.complex128 if values.is_complex() else torch.float64)
 
 
 def assert_exact(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-12) -> None:
@@ -29,10 +32,10 @@ def assert_exact(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
 
 
 def random_spd(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Symmetric positive definite matrices [*shape, n, n], symmetric to the bit."""
-    A = torch.randn(*shape, shape[-1], dtype=torch.float64)
-    P = A @ A.mT / shape[-1] + 0.5 * torch.eye(shape[-1], dtype=torch.float64)
-    return ((P + P.mT) / 2).to(dtype)
+    """Symmetric (Hermitian) positive definite matrices [*shape, n, n], so to the bit."""
+    A = torch.randn(*shape, shape[-1], dtype=wide(torch.empty(0, dtype=dtype)).dtype)
+    P = A @ A.mH / shape[-1] + 0.5 * torch.eye(shape[-1], dtype=torch.float64)
+    return ((P + P.mH) / 2).to(dtype)
 
 
 def snapshot(model, optimizer) -> dict[str, torch.Tensor]:
