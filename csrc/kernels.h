@@ -183,8 +183,8 @@ template <class T>
 struct RlsFilter {
   T* P;               // [n, n], updated in place; of it the lower triangle counts
   T* W;               // [n_out, n], updated in place
-  T* V;               // [kFilterRows, n] by v_stride
-  double* squares;    // [n]: sums of x_j^2
+  T* V;               // [kFilterRows, n] by v_stride, of the square-root form [2 kFilterRows, n]
+  double* squares;    // [n]: sums of kappa |x_j|^2
   FilterState* state;
   int64_t n, n_out, v_stride;
   double forgetting, gain;
@@ -207,6 +207,13 @@ void rls_filter_flush_cpu(const RlsFilter<T>& args);
 // out [samples]: x P x of each row of X, from P and what waits.
 template <class T>
 void rls_filter_variance_cpu(const RlsFilter<T>& args, double* out);
+// The same with a root L in the place of P, P_true = L L^T, all of which counts.
+template <class T>
+int64_t rls_root_filter_cpu(const RlsFilter<T>& args);
+template <class T>
+void rls_root_filter_flush_cpu(const RlsFilter<T>& args);
+template <class T>
+void rls_root_filter_variance_cpu(const RlsFilter<T>& args, double* out);
 
 // The same for complex signals: P is Hermitian, the inverse of the sum of x x^H.
 template <class R>

@@ -61,19 +61,35 @@ class Arrays {
   std::vector<Use> uses_;
 };
 
-// A filter over arrays that it keeps alive; its coefficients are plain numbers that Python checks.
+// The forms: what P is in memory, and the kernels over it.
 template <class T>
+struct Covariance {
+  static constexpr int64_t kRows = kFilterRows;
+  static constexpr auto learn = rls_filter_cpu<T>;
+  static constexpr auto flush = rls_filter_flush_cpu<T>;
+  static constexpr auto variance = rls_filter_variance_cpu<T>;
+};
+template <class T>
+struct SquareRoot {
+  static constexpr int64_t kRows = 2 * kFilterRows;
+  static constexpr auto learn = rls_root_filter_cpu<T>;
+  static constexpr auto flush = rls_root_filter_flush_cpu<T>;
+  static constexpr auto variance = rls_root_filter_variance_cpu<T>;
+};
+
+// A filter over arrays that it keeps alive; its coefficients are plain numbers that Python checks.
+template <class T, class Form>
 class Filter {
  public:
   Filter(Dense<T> P, Dense<T> W, Dense<T> V, Dense<double> squares, Dense<double> state)
       : P_(P), W_(W), V_(V), squares_(squares), state_(state) {
     RLS_CHECK(P.ndim() == 2 && P.shape(0) == P.shape(1) && P.size() > 0 && W.ndim() == 2 &&
                   W.shape(1) == P.shape(0) && W.size() > 0 && V.ndim() == 2 &&
-                  V.shape(0) == kFilterRows && V.shape(1) >= P.shape(0) && squares.ndim() == 1 &&
+                  V.shape(0) == Form::kRows && V.shape(1) >= P.shape(0) && squares.ndim() == 1 &&
                   squares.shape(0) == P.shape(0) && state.ndim() == 1 &&
                   state.shape(0) == kFilterSlots,
-              "shapes must be P [n, n], W [n_out, n], V [", kFilterRows, ", n or more], squares [n], state [",
-              kFilterSlots, "]");
+              "shapes must be P [n, n], W [n_out, n], V [", Form::kRows,
+              ", n or more], squares [n], state [", kFilterSlots, "]");
     arrays_.add("P", P_, true), arrays_.add("W", W_, true), arrays_.add("V", V_, true);
     arrays_.add("squares", squares_, true), arrays_.add("state", state_, true);
     filter_.P = P_.mutable_data();
@@ -115,10 +131,10 @@ class Filter {
     f.predictions = prediction.mutable_data();
     int64_t learnt;
     if (f.n * f.n < kReleaseGil) {
-      learnt = rls_filter_cpu(f);
+      learnt = Form::learn(f);
     } else {
       py::gil_scoped_release release;
-      learnt = rls_filter_cpu(f);
+      learnt = Form::learn(f);
     }
     return learnt ? py::object(prediction) : py::none();
   }
@@ -156,7 +172,7 @@ class Filter {
     py::gil_scoped_release release;
     check_finite("X", f.X, f.samples, f.n, f.x_stride);
     check_finite("Y", f.Y, f.samples, f.n_out, f.y_stride);
-    return rls_filter_cpu(f);
+    return Form::learn(f);
   }
 
   // x^H P x of every row.
@@ -171,7 +187,7 @@ class Filter {
     py::array_t<double> out(X.shape(0));
     double* to = out.mutable_data();
     py::gil_scoped_release release;
-    rls_filter_variance_cpu(f, to);
+    Form::variance(f, to);
     return out;
   }
 
@@ -179,7 +195,7 @@ class Filter {
   void flush() {
     const RlsFilter<T> f = filter();
     py::gil_scoped_release release;
-    rls_filter_flush_cpu(f);
+    Form::flush(f);
   }
 
  private:
@@ -231,9 +247,9 @@ class Filter {
   RlsFilter<T> filter_{};
 };
 
-template <class T>
+template <class T, template <class> class Form>
 void bind(py::module_& m, const char* name) {
-  using F = Filter<T>;
+  using F = Filter<T, Form<T>>;
   py::class_<F>(m, name)
       .def(py::init<Dense<T>, Dense<T>, Dense<T>, Dense<double>, Dense<double>>(),
            py::arg("P").noconvert(), py::arg("W").noconvert(), py::arg("V").noconvert(),
@@ -247,16 +263,19 @@ void bind(py::module_& m, const char* name) {
            py::arg("forgettings").noconvert() = py::none(),
            py::arg("history").noconvert() = py::none())
       .def("variance", &F::variance, py::arg("X").noconvert())
-      .def("flush", &F::flush);
+      .def("flush", &F::flush)
+      .attr("rows") = Form<T>::kRows;
 }
 
 }  // namespace
 
 void bind_rls_filter(py::module_& m) {
-  bind<float>(m, "Filter_float32");
-  bind<double>(m, "Filter_float64");
-  bind<std::complex<float>>(m, "Filter_complex64");
-  bind<std::complex<double>>(m, "Filter_complex128");
+  bind<float, Covariance>(m, "Filter_float32");
+  bind<double, Covariance>(m, "Filter_float64");
+  bind<std::complex<float>, Covariance>(m, "Filter_complex64");
+  bind<std::complex<double>, Covariance>(m, "Filter_complex128");
+  bind<float, SquareRoot>(m, "RootFilter_float32");
+  bind<double, SquareRoot>(m, "RootFilter_float64");
   m.attr("filter_rows") = kFilterRows;
   m.attr("filter_slots") = kFilterSlots;
 }

@@ -6,7 +6,7 @@
 // rho_j. Then R is nowhere below diag(rho), and as a raise is a row sqrt(rho_j) e_j, for which P s is a
 // column of P, it costs no product. W is left alone, so that the ridge does not pull it to 0.
 //
-// rho_j is kRidge of the running power of coordinate j, the mean of x_j^2 over all samples so far:
+// rho_j is kRidge of the running power of coordinate j, the mean of kappa x_j^2 over all samples:
 // as if each coordinate had been seen once more, at a hundredth of its power. So the filter does not
 // depend on the units of its inputs. No coordinate counts for less than root epsilon of the mean
 // power, which bounds one that never fires, and no ridge is so small that the condition of R, about

@@ -8,10 +8,10 @@ cuda_runtime: int | None
 cuda_archs: str
 health_slots: tuple[str, ...]
 
-filter_rows: int
 filter_slots: int
 
 class Filter:
+    rows: int
     forgetting: float
     gain: float
     ridge: float
@@ -39,3 +39,7 @@ class Filter:
 
 class Filter_float32(Filter): ...
 class Filter_float64(Filter): ...
+class RootFilter_float32(Filter): ...
+class RootFilter_float64(Filter): ...
+class Filter_complex64(Filter): ...
+class Filter_complex128(Filter): ...

@@ -67,6 +67,27 @@ def test_update(race, n):
     )
 
 
+@pytest.mark.parametrize("call", ["run", "update"])
+@pytest.mark.parametrize("n", [64, 256])
+def test_square_root(race, n, call):
+    """The form by a root of P against P itself: 1000 samples, in one call or one a call."""
+    X, y = series(n, 1000)
+    root, whole = RLSFilter(n, 1, 0.999, form="square-root"), RLSFilter(n, 1, 0.999)
+
+    def learn(f):
+        f.run(X, y) if call == "run" else one_by_one(f.update, X, y)
+
+    learn(root), learn(whole)
+    np.testing.assert_allclose(root.P, whole.P, 0, 1e-8 * np.abs(whole.P).max())
+    race(
+        f"1000 × {call}, n = {n}, float64, λ = 0.999",
+        {"square-root": partial(learn, root), "covariance": partial(learn, whole)},
+        targets={"square-root / covariance": 3},
+        facts={"samples": 1000},
+        rounds=6,
+    )
+
+
 def _padasip(n, X, y):
     return padasip.filters.FilterRLS(n, mu=1.0, eps=1.0, w="zeros").run(y, X)
 

@@ -106,7 +106,7 @@ ALWAYS_INLINE void learn(const RlsBank<T>& bank, int64_t row, T* v, T* error) {
   double xu = 0, all = 0;
   for (int64_t i = 0; i < n; ++i) {
     xu += double(x[i]) * double(v[i]);
-    all += squares[i] + double(x[i]) * double(x[i]);
+    all += squares[i] + gain * double(x[i]) * double(x[i]);
   }
   const double h = rule.forgetting + gain * xu;
   if (all == 0 && rule.ridge < 0) {  // nothing seen yet that could be forgotten
@@ -121,7 +121,7 @@ ALWAYS_INLINE void learn(const RlsBank<T>& bank, int64_t row, T* v, T* error) {
   ++state.updates;
   const T root = T(std::sqrt(gain / h));
   for (int64_t i = 0; i < n; ++i) {
-    squares[i] += double(x[i]) * double(x[i]);
+    squares[i] += gain * double(x[i]) * double(x[i]);
     v[i] *= root;
   }
   for (int64_t k = 0; k < bank.n_out; ++k) error[k] = -root * error[k];

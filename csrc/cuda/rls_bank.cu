@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(THREADS, THREADS == 32 ? 16 : 1)
   double xu = 0, all = 0;
   for (int64_t i = threadIdx.x; i < n; i += THREADS) {
     xu += double(x[i]) * double(v[i]);
-    all += squares[i] + double(x[i]) * double(x[i]);
+    all += squares[i] + gain * double(x[i]) * double(x[i]);
   }
   xu = block_sum<THREADS>(xu);
   all = block_sum<THREADS>(all);
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(THREADS, THREADS == 32 ? 16 : 1)
     ++state.updates;
     const T root = T(std::sqrt(gain / h));
     for (int64_t i = threadIdx.x; i < n; i += THREADS) {
-      squares[i] += double(x[i]) * double(x[i]);
+      squares[i] += gain * double(x[i]) * double(x[i]);
       v[i] *= root;
     }
     __syncthreads();

@@ -26,7 +26,7 @@ class Stabilised:
         epsilon: Of the dtype whose rounding bounds the ridge from below.
 
     Attributes:
-        squares: Sums of x² [n] over the samples that entered.
+        squares: Sums of κx² [n] over the samples that entered.
         turn: Whose turn it is to gain a ridge.
         updates, resets: Samples that entered; those that would have broken P.
     """
@@ -54,7 +54,7 @@ class Stabilised:
         kappa = self.gain * weight
         if kappa == 0:
             return prediction
-        squares = self.squares + x**2
+        squares = self.squares + kappa * x**2
         if self.ridge is None and not squares.any():
             self.updates += 1
             return prediction

@@ -56,7 +56,7 @@ def raises(
     """What each coordinate of R is raised by in its turn.
 
     Args:
-        powers: Running mean square of each input [n].
+        powers: Running mean of κ x² of each input [n].
         forgetting: λ.
         leverage: Running mean of 1 - λ / h.
         epsilon: Of the filter's dtype.
@@ -92,7 +92,7 @@ def rls_filter(
         Y: Targets [T, n_out].
         forgetting: λ.
         gain: κ.
-        ridge: ρ; None for a hundredth of the running power of each input.
+        ridge: ρ; None for a hundredth of the running mean of κ x² of each input.
         weights: What each sample counts [T].
         epsilon: Of the dtype of the filter that is specified.
 
@@ -101,13 +101,14 @@ def rls_filter(
     """
     P, W, X, Y = (np.array(values, np.float64) for values in (P, W, X, Y))
     predictions = np.empty_like(Y)
-    turn, squares = RidgeTurn(len(P)), np.zeros(len(P))
+    turn, squares, learnt = RidgeTurn(len(P)), np.zeros(len(P)), 0
     for t, (x, y) in enumerate(zip(X, Y, strict=True)):
         predictions[t] = W @ x
         kappa = gain * (1.0 if weights is None else weights[t])
         if kappa == 0:
             continue
-        squares += x * x
+        squares += kappa * x * x
+        learnt += 1
         if ridge is None and not squares.any():
             continue  # nothing has been seen that could be forgotten
         u = P @ x
@@ -117,6 +118,6 @@ def rls_filter(
         if forgetting == 1 or ridge == 0:
             continue
         for j in turn.after(forgetting, h):
-            rho = raises(squares / (t + 1), forgetting, turn.leverage, epsilon, ridge)[j]
+            rho = raises(squares / learnt, forgetting, turn.leverage, epsilon, ridge)[j]
             P -= rho / (1 + rho * P[j, j]) * np.outer(P[j], P[j])
     return predictions, P, W

@@ -19,6 +19,7 @@ FORMS = {
         "complex64": _C.Filter_complex64,
         "complex128": _C.Filter_complex128,
     },
+    "square-root": {"float32": _C.RootFilter_float32, "float64": _C.RootFilter_float64},
 }
 _ARRAYS = ("P", "W", "waiting", "squares", "scalars")  # as the kernels take them
 
@@ -34,7 +35,7 @@ class Core:
 
     Attributes:
         W: [n_out, n], up to date between two calls.
-        squares: Sums of |x_j|² [n].
+        squares: Sums of κ |x_j|² [n].
         kernel: The compiled filter, whose `forgetting`, `gain` and `ridge` may be assigned.
         resets: What `recover` has counted.
     """
@@ -43,7 +44,8 @@ class Core:
         self.form = form
         self.P = np.zeros((n, n), dtype)
         self.W = np.zeros((n_out, n), dtype)
-        self.waiting = np.zeros((_C.filter_rows, padded(n, self.P.itemsize)), dtype)
+        rows = FORMS[form][dtype.name].rows
+        self.waiting = np.zeros((rows, padded(n, self.P.itemsize)), dtype)
         self.squares, self.scalars = np.zeros(n), np.zeros(_C.filter_slots)
         self.resets = 0
         self._forget_waiting()
@@ -73,7 +75,7 @@ class Core:
         """Puts another P in place of the present one; it must be positive definite."""
         self._forget_waiting()
         if self.form == "square-root":
-            P = np.linalg.cholesky(P.astype(np.result_type(P.dtype, np.float64)))
+            P = root(P)
         self.P[...] = P
 
     def take(self, smaller: Core, initial_scale: Any) -> None:
@@ -157,6 +159,16 @@ class Core:
         self.__dict__.update(state)
         self._connect()
         self.kernel.forgetting, self.kernel.gain, self.kernel.ridge = state["kernel"]
+
+
+def root(P: NDArray[Any]) -> NDArray[Any]:
+    """L [n, n] with L Lᴴ = P, float64 or wider; what rounding has made indefinite is repaired."""
+    wide = P.astype(np.result_type(P.dtype, np.float64))
+    try:
+        return np.linalg.cholesky(wide)
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(wide)
+        return vectors * np.sqrt(np.maximum(values, np.finfo(P.dtype).eps * values[-1]))
 
 
 def repaired(P: NDArray[Any]) -> NDArray[Any] | None:

@@ -28,13 +28,14 @@ REFUSALS = {
 }
 
 
-def _filter_arrays(dtype: np.dtype[Any]) -> list[Any]:
+def _filter_arrays(kind: Any) -> list[Any]:
+    dtype = np.dtype(kind.__name__.split("_")[1])
     n, n_out, samples = 6, 2, 7
     rng = np.random.default_rng(0)
     state = np.zeros(_C.filter_slots)
     state[0] = 1
     return [
-        np.eye(n, dtype=dtype), np.zeros((n_out, n), dtype), np.zeros((_C.filter_rows, n), dtype),
+        np.eye(n, dtype=dtype), np.zeros((n_out, n), dtype), np.zeros((kind.rows, n), dtype),
         np.zeros(n), state, rng.standard_normal((samples, n)).astype(dtype),
         rng.standard_normal((samples, n_out)).astype(dtype), np.zeros((samples, n_out), dtype),
         rng.random(samples), np.full(samples, 0.9), np.zeros((samples, n_out, n), dtype), *RULE[:2],
@@ -57,8 +58,7 @@ def entry_points() -> dict[str, tuple[Callable[..., Any], Callable[[], list[Any]
     """The classes of the module that NumPy arrays go to, and valid arguments of each."""
     kinds = {name: value for name, value in vars(_C).items() if callable(value)}
     return {
-        name: (partial(_learn, kind), partial(_filter_arrays, np.dtype(name.split("_")[1])))
-        for name, kind in kinds.items()
+        name: (partial(_learn, kind), partial(_filter_arrays, kind)) for name, kind in kinds.items()
     }
 
 

@@ -250,7 +250,7 @@ def test_arrays_of_the_filter(change, message):
     state[0] = 1
     arrays = {
         "P": np.eye(4, dtype="f4"), "W": np.zeros((2, 4), "f4"),
-        "V": np.zeros((_C.filter_rows, 4), "f4"), "squares": np.zeros(4), "state": state,
+        "V": np.zeros((_C.Filter_float32.rows, 4), "f4"), "squares": np.zeros(4), "state": state,
         "X": np.ones((3, 4), "f4"), "Y": np.ones((3, 2), "f4"),
         "predictions": np.zeros((3, 2), "f4"), "gains": None, "forgettings": None, "history": None,
     }  # fmt: skip

@@ -68,7 +68,7 @@ def explicit(X, Y, forgetting, gain, ridge, initial_scale, h):
     for t, (x, y) in enumerate(zip(X, Y)):
         R = forgetting * R + gain * np.outer(x, x)
         W += gain * np.outer(y - W @ x, np.linalg.solve(R, x))
-        squares += x * x
+        squares += gain * x * x
         eps = float(np.finfo(np.float64).eps)
         for j in turn.after(forgetting, h[t]):
             R[j, j] += raises(squares / (t + 1), forgetting, turn.leverage, eps, ridge)[j]
