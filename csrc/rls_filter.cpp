@@ -65,16 +65,16 @@ class Arrays {
 template <class T>
 struct Covariance {
   static constexpr int64_t kRows = kFilterRows;
-  static constexpr auto learn = rls_filter_cpu<T>;
-  static constexpr auto flush = rls_filter_flush_cpu<T>;
-  static constexpr auto variance = rls_filter_variance_cpu<T>;
+  static int64_t learn(const RlsFilter<T>& f) { return rls_filter_cpu(f); }
+  static void flush(const RlsFilter<T>& f) { rls_filter_flush_cpu(f); }
+  static void variance(const RlsFilter<T>& f, double* out) { rls_filter_variance_cpu(f, out); }
 };
 template <class T>
 struct SquareRoot {
   static constexpr int64_t kRows = 2 * kFilterRows;
-  static constexpr auto learn = rls_root_filter_cpu<T>;
-  static constexpr auto flush = rls_root_filter_flush_cpu<T>;
-  static constexpr auto variance = rls_root_filter_variance_cpu<T>;
+  static int64_t learn(const RlsFilter<T>& f) { return rls_root_filter_cpu(f); }
+  static void flush(const RlsFilter<T>& f) { rls_root_filter_flush_cpu(f); }
+  static void variance(const RlsFilter<T>& f, double* out) { rls_root_filter_variance_cpu(f, out); }
 };
 
 // A filter over arrays that it keeps alive; its coefficients are plain numbers that Python checks.

@@ -1,6 +1,6 @@
 """`RLSFilter` against other streaming filters, and against copy bandwidth where P leaves the cache.
 
-The bar of one sample a call is what a reader would write: five lines of SciPy's BLAS on one triangle
+The bar of one sample a call is what a reader would write: five lines of SciPy's BLAS on a triangle
 of P. That of a series is the fastest packaged filter; padasip is always there, river, reservoirpy,
 statsmodels and pyroomacoustics where they are installed. A slow one learns a part of the series and
 is scaled up. The floor is the 3 n² numbers that the plain formula reads and writes a sample: the
