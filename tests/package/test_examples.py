@@ -1,6 +1,7 @@
 """The examples run as a reader would run them, and do what their README says."""
 
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -63,3 +64,51 @@ def test_without_the_weights(faces, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="could not download facenet-pytorch==2.6.0"):
         faces.mtcnn_stages.wheel()
     assert not list((tmp_path / "hub").iterdir())
+
+
+@pytest.fixture
+def streaming(tmp_path, monkeypatch, capsys):
+    """Runs an example of `examples/streaming`; gives the figures that it prints by their names."""
+    pytest.importorskip("padasip", reason="a peer, in the extra [test]")
+    pytest.importorskip("sklearn", reason="a peer, in the extra [sklearn]")
+    monkeypatch.syspath_prepend(FOLDER / "streaming")
+
+    def figures(name):
+        picture = tmp_path / "picture.png"
+        run(importlib.import_module(name), monkeypatch, "--plot", str(picture))
+        assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size < 60_000
+        lines = capsys.readouterr().out.splitlines()[1:]
+        rows = [re.fullmatch(r"(.*?)((?: {2,}[\d.]+%?)+)", line).groups() for line in lines]
+        return {name.strip(): [float(v.rstrip("%")) for v in row.split()] for name, row in rows}
+
+    return figures
+
+
+def test_echo(streaming):
+    found = streaming("echo")
+    ours, rls, nlms = found["RLSFilter"], found["padasip RLS"], found["padasip NLMS"]
+    assert ours[:2] == rls[:2] and ours[0] > nlms[0] + 10 and ours[1] > nlms[1] + 20
+    assert ours[2] > rls[2] + 15  # after a tone, in which the textbook's matrix winds up
+    assert ours[3] == rls[3] < nlms[3]
+
+
+def test_force(streaming):
+    found = streaming("force")
+    assert max(found["RLSFilter"][0], found["NumPy"][0]) < 2e-3
+
+
+def test_bandit(streaming):
+    found = streaming("bandit")
+    ours = found.pop("LinUCB")
+    assert len(found) == 3
+    for regret, right in found.values():
+        assert ours[0] < 0.6 * regret and ours[1] > right
+
+
+def test_drift(streaming):
+    found = streaming("drift")
+    forgetting, window = found["forgetting=0.99"], found["window=100"]
+    plain, sgd = found["forgetting=1"], found["SGDRegressor"]
+    assert plain[0] < min(forgetting[0], window[0]) and plain[2] > 3 * max(forgetting[2], window[2])
+    assert window[1] < 0.2 * forgetting[1] < 0.2 * sgd[1]
+    assert forgetting[2] < sgd[2]
