@@ -112,7 +112,7 @@ def hard(kind, samples, n, rng):
 @pytest.mark.parametrize("forgetting", [0.9, 0.99, 0.999])
 @pytest.mark.parametrize("kind", ["dead", "never", "border", "narrow-band", "low-rank", "bursts"])
 def test_windup_is_bounded(kind, forgetting, dtype):
-    n, samples = 8, 50_000  # a million samples of each: benchmarks/operators/filter_windup.py
+    n, samples = 8, 50_000  # a million samples of each: benchmarks/streaming/filter_windup.py
     rng = np.random.default_rng(4)
     X = hard(kind, samples, n, rng).astype(dtype)
     y = (X @ rng.standard_normal(n)).astype(dtype)

@@ -1,0 +1,1 @@
+"""Streaming filters over long series."""
