@@ -1,4 +1,4 @@
-"""Every tutorial runs as it stands, from its first line to its last."""
+"""Every tutorial runs as it stands, from its first line to its last, and so do pages with code."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "tutorials"
+STREAMING = FOLDER.parent / "streaming.md"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="needs the source tree")
 
 
@@ -19,7 +20,9 @@ def code(path):
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.md")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [*sorted(FOLDER.glob("*.md")), STREAMING], ids=lambda path: path.stem
+)
 def test_a_tutorial_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code(path), str(path), "exec"), {"__name__": "tutorial"})
