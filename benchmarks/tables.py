@@ -116,6 +116,42 @@ def endurance(document: dict) -> str:
     return markdown(rows) + staleness({document["environment"]["source_hash"]})
 
 
+def filter_windup(document: dict) -> str:
+    """By input and λ the worst of ours, and forgetting without a ridge; then the noise floor."""
+    rows = [[
+        "input, λ", "NaNs, resets", "largest eigenvalue of P / its bound", "error at the end",
+        "`ridge=0`: resets", "largest eigenvalue", "padasip: first NaN",
+    ]]  # fmt: skip
+    for plain in document["textbook"]:
+        place = (plain["kind"], plain["forgetting"])
+        ours = [r for r in document["windup"] if (r["kind"], r["forgetting"]) == place]
+        errors = [r["error"] for r in ours if r["error"] is not None]
+        first = plain["padasip_first_nan"]
+        rows.append([
+            "{}, {:g}".format(*place),
+            ", ".join(str(sum(r[count] for r in ours)) for count in ("nans", "resets")),
+            f"{max(r['largest'] / r['bound'] for r in ours):.2f}",
+            f"{max(errors):.0e}" if errors else "", f"{plain['resets']:,}",
+            f"{plain['largest']:.0e}", "none" if first is None else f"sample {first:,}",
+        ])  # fmt: skip
+    floors = [["n, λ", "default", "float32", "`ridge=0`", "theory"]]
+    for r in document["noise_floor"]:
+        figures = [f"{r[name]:.4f}" for name in ("default", "float32", "ridge=0", "theory")]
+        floors.append([f"{r['n']}, {r['forgetting']:g}", *figures])
+    text = f"{markdown(rows)}\nThe noise floor of white inputs:\n\n{markdown(floors)}"
+    return text + staleness({document["environment"]["source_hash"]})
+
+
+def filter_numerics(document: dict) -> str:
+    """One row a series, one column a form of the filter, and the peer."""
+    names = [key for key in document["rows"][0] if key not in ("case", "dtype", "initial_scale")]
+    rows = [["inputs", "dtype, δ", *names]]
+    for r in document["rows"]:
+        setting = f"{r['dtype']}, {r['initial_scale']:.0e}"
+        rows.append([r["case"], setting, *(f"{r[name]:.2g}" for name in names)])
+    return markdown(rows) + staleness({document["environment"]["source_hash"]})
+
+
 def scaling(document: dict) -> str:
     """Bytes, traffic and time of a step by the number of processes."""
     return distributed.report(document) + staleness({document["environment"]["source_hash"]})
@@ -163,7 +199,13 @@ def grid_provenance(document: dict) -> str:
     return text + staleness(hashes)
 
 
-RUNS = {"soak": soak, "endurance": endurance, "scaling": scaling}  # not of a race, nor a grid
+RUNS = {  # not of a race, nor a grid
+    "soak": soak,
+    "endurance": endurance,
+    "scaling": scaling,
+    "filter_windup": filter_windup,
+    "filter_numerics": filter_numerics,
+}
 
 
 def render(name: str, results: Path) -> str:

@@ -65,7 +65,7 @@ def main():
         if name == "RLSFilter":
             lines[name] = (seconds[last], outputs[last], OURS)
     if file:
-        label = f"time in units of a neuron's (learns until {STEPS * DT:.0f}, then runs alone)"
+        label = f"time, in time constants of a neuron (learns until {STEPS * DT:.0f}, then alone)"
         draw(file, [errors, lines], label, ["rms error of 200 steps", "output"], logarithmic=[0])
 
 

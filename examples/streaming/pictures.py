@@ -29,7 +29,7 @@ def draw(file, rows, x_label, y_labels, logarithmic=()):
                 x, y, color=color, label=name, lw=3 if wide else 1.2, alpha=0.5 if wide else 1
             )
         axis.set(ylabel=y_labels[k], yscale="log" if k in logarithmic else "linear")
-        axis.margins(x=0)
+        axis.margins(x=0.01)
         axis.legend(fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
