@@ -11,7 +11,7 @@ from rlscuda.streaming.filter import RLSFilter
 from rlscuda.streaming.held import HeldMatrix
 
 if TYPE_CHECKING:
-    from rlscuda.streaming.regressor import RLSRegressor
+    from rlscuda.streaming.regression.regressor import RLSRegressor
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """RLSRegressor when it is asked for: it brings scikit-learn, as heavy as torch to import."""
     if name == "RLSRegressor":
-        from rlscuda.streaming.regressor import RLSRegressor
+        from rlscuda.streaming.regression.regressor import RLSRegressor
 
         return RLSRegressor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

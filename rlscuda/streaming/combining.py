@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-if TYPE_CHECKING:
-    from rlscuda.streaming.filter import RLSFilter
 
-
-def information(one: RLSFilter) -> tuple[NDArray[Any], NDArray[Any]]:
+def information(one: Any) -> tuple[NDArray[Any], NDArray[Any]]:
     """R = P⁻¹ [n, n] and W R [n_out, n], in float64 at least."""
     wide = np.result_type(one.dtype, np.float64)
     R = np.linalg.inv(one.P.astype(wide))
@@ -19,9 +16,7 @@ def information(one: RLSFilter) -> tuple[NDArray[Any], NDArray[Any]]:
     return R, one.W.astype(wide) @ R
 
 
-def merged(
-    one: RLSFilter, other: RLSFilter, base: RLSFilter | None
-) -> tuple[NDArray[Any], NDArray[Any]]:
+def merged(one: Any, other: Any, base: Any) -> tuple[NDArray[Any], NDArray[Any]]:
     """P [n, n] and W [n_out, n] of both, less what the other started from: information adds.
 
     Raises:
@@ -51,7 +46,7 @@ def merged(
     return P, (own[1] + theirs[1] - left * start[1]) @ P
 
 
-def grown(one: RLSFilter, count: int, initial_scale: ArrayLike) -> RLSFilter:
+def grown(one: Any, count: int, initial_scale: ArrayLike) -> Any:
     """A filter of `count` inputs more, of which nothing is known yet.
 
     Raises:

@@ -180,11 +180,13 @@ def repaired(P: NDArray[Any]) -> NDArray[Any] | None:
     if not np.isfinite(P).all():
         return None
     wide = P.astype(np.result_type(P.dtype, np.float64))
-    values, vectors = np.linalg.eigh((wide + wide.conj().T) / 2)
+    values, vectors = np.linalg.eigh(wide / 2 + wide.conj().T / 2)
     if not values[-1] > 0:
         return None
     values = np.maximum(values, max(np.finfo(P.dtype).eps * values[-1], -values[0]))
-    return ((vectors * values) @ vectors.conj().T).astype(P.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):  # of a P that was about to overflow
+        better = ((vectors * values) @ vectors.conj().T).astype(P.dtype)
+    return better if np.isfinite(better).all() else None
 
 
 def overflows(

@@ -14,8 +14,6 @@ from rlscuda.streaming.combining import grown, merged
 from rlscuda.streaming.core import FORMS, Core
 from rlscuda.streaming.window import Window
 
-_RELATIVE = -1.0  # as the kernels know it
-
 
 class RLSFilter:
     r"""Recursive-least-squares filter: y ≈ W x, one sample at a time or a series at once.
@@ -33,21 +31,19 @@ class RLSFilter:
     would be lost as λ^t, until P overflows. Each time that forgetting has halved it, every
     coordinate j in turn gets a ridge: R_jj ← R_jj + ρ_j, where R is the inverse of P. So R is
     nowhere below diag(ρ), while W is not pulled anywhere. By default ρ_j is a hundredth of the mean
-    of |x_j|² over all samples so far, so that the filter does not depend on the units of its inputs
-    and its noise floor is that of textbook recursive least squares. See `reference.rls_filter`.
+    of κ |x_j|² over all samples, so that units do not matter, and more only where the memory
+    1 / (1 − λ) is too short to determine W. The noise floor is the textbook's.
 
     **Complex signals.** With a complex dtype u = P x, h = λ + κ xᴴu, e = y − W x and::
 
         W ← W + (κ/h) e uᴴ,   P ← (P − (κ/h) u uᴴ) / λ
 
-    so W minimises Σ κ λ^(t−i) ‖yᵢ − W xᵢ‖², and P, Hermitian, is the inverse of the forgetting sum
-    of κ x xᴴ. Nothing is conjugated in the output W x: a row of W is MATLAB's row w of y = w u, and
-    the wᴴ of textbooks that write y = wᴴu.
+    P, Hermitian, is the inverse of the forgetting sum of κ x xᴴ. Nothing is conjugated in W x: a
+    row of W is MATLAB's row w of y = w u, and the wᴴ of textbooks that write y = wᴴu.
 
     **Samples that cannot be learnt.** Where rounding has made h negative, P is repaired: what is
-    below the precision of its largest eigenvalue is raised to it, the rest stays. A P that has
-    overflowed starts anew from P₀, and a sample that is itself too large is left out. Each is
-    counted in ``resets``, and the first one warns.
+    below its precision is raised to it. A P that has overflowed starts anew from P₀, and a sample
+    that is itself too large is left out. ``resets`` counts each, and the first one warns.
 
     Args:
         n: Inputs of the filter.
@@ -161,7 +157,7 @@ class RLSFilter:
     def ridge(self, value: float | None) -> None:
         if value is not None and not 0 <= value <= np.finfo(self.dtype).max:
             raise ValueError(f"ridge must be >= 0 and finite, or None, got {value}")
-        self._kernel.ridge = _RELATIVE if value is None else float(value)
+        self._kernel.ridge = -1.0 if value is None else float(value)
 
     @property
     def initial_scale(self) -> float | NDArray[np.float64]:
@@ -233,8 +229,7 @@ class RLSFilter:
     def merge(self, other: RLSFilter, base: RLSFilter | None = None) -> None:
         """Adds what another filter has learnt: as if its samples had been learnt here.
 
-        What both started from is taken off once. Exact at forgetting 1 without a window; with
-        forgetting the samples of both count by their own age.
+        Exact at forgetting 1; with less the samples of both count by their own age.
 
         Args:
             other: A filter of the same n and n_out; it stays as it is.

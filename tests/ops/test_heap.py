@@ -119,6 +119,7 @@ def _functions():
         "patch_sketch": lambda: RF.patch_sketch(X, 3, rank=2, seed=1),
         "rls_filter_bank_": lambda: RF.rls_filter_bank_(*bank, ROWS[:2], torch.ones(2, 1)),
         "rls_flush_": lambda: RF.rls_flush_(P, held, state),
+        "rls_ridge_": lambda: RF.rls_ridge_(P, 0.1, 2, 3),
         "rls_update_": lambda: RF.rls_update_(P, s),
         "rls_update_held_": lambda: RF.rls_update_held_(P, held, state, s),
         "weight_step_": lambda: weight_step_(W, D, 0.1),

@@ -5,7 +5,7 @@ import pytest
 from sklearn.linear_model import Ridge
 
 from rlscuda import RLSRegressor
-from rlscuda.streaming.centring import Means, longest
+from rlscuda.streaming.regression.centring import Means, longest
 
 STD = {"tame": [1, 2, 0.5, 1], "unix time": [1, 10, 0.1, 1e5]}
 

@@ -148,10 +148,10 @@ def without_scikit_learn(monkeypatch):
     """A RLSRegressor that was imported where there is no scikit-learn."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "sklearn"]:
         monkeypatch.setitem(sys.modules, name, None)
-    import rlscuda.streaming as package
+    import rlscuda.streaming.regression as package
 
     for name in ("estimator", "regressor"):
-        monkeypatch.delitem(sys.modules, f"rlscuda.streaming.{name}")
+        monkeypatch.delitem(sys.modules, f"rlscuda.streaming.regression.{name}")
         monkeypatch.setattr(package, name, None)
     from rlscuda import RLSRegressor as Alone
 

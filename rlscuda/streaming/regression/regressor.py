@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from rlscuda.streaming.centring import Means, longest
-from rlscuda.streaming.estimator import (
+from rlscuda.streaming.filter import RLSFilter
+from rlscuda.streaming.regression.centring import Means, longest
+from rlscuda.streaming.regression.estimator import (
     BaseEstimator,
     NotFittedError,
     RegressorMixin,
     validate_data,
 )
-from rlscuda.streaming.filter import RLSFilter
-from rlscuda.streaming.residuals import Residuals
+from rlscuda.streaming.regression.residuals import Residuals
 
 _LEAST, _MOST = 16, 256  # rows that are centred together
 _NUMBERS = 2**15  # of the weights after each of them, which stay in the cache

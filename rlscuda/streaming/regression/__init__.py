@@ -1,0 +1,1 @@
+"""Ridge regression, online, behind the interface of scikit-learn."""
