@@ -171,7 +171,8 @@ void patch_sample_cuda(const T* x, const PatchGeometry& geometry, const PatchDra
                        Accumulate<T>* out, int64_t* keys, CudaStream stream);
 
 // The streaming filter: its state, and a series of samples in their order.
-constexpr int64_t kFilterRows = 32;  // of V: updates of P that wait, samples and raises of the ridge
+constexpr int64_t kFilterRows =
+    32;  // of V: updates of P that wait, samples and raises of the ridge
 struct FilterState {
   double scale, rows;        // P_true = scale (P - sum_j sign[j] V_j^H V_j) over so many rows
   RidgeTurn turn;            // of stabilised forgetting, see rls_ridge.h
@@ -181,19 +182,19 @@ struct FilterState {
 constexpr int64_t kFilterSlots = sizeof(FilterState) / sizeof(double);
 template <class T>
 struct RlsFilter {
-  T* P;               // [n, n], updated in place; of it the lower triangle counts
-  T* W;               // [n_out, n], updated in place
-  T* V;               // [kFilterRows, n] by v_stride, of the square-root form [2 kFilterRows, n]
-  double* squares;    // [n]: sums of kappa |x_j|^2
+  T* P;             // [n, n], updated in place; of it the lower triangle counts
+  T* W;             // [n_out, n], updated in place
+  T* V;             // [kFilterRows, n] by v_stride, of the square-root form [2 kFilterRows, n]
+  double* squares;  // [n]: sums of kappa |x_j|^2
   FilterState* state;
   int64_t n, n_out, v_stride;
   double forgetting, gain;
-  double ridge;       // rho; negative for kRidge of the running power
-  const T* X;         // [samples, n] by x_stride
-  const T* Y;         // [samples, n_out] by y_stride
-  T* predictions;     // [samples, n_out], out: W x of each sample before its own update
-  T* history;         // [samples, n_out, n] or null, out: W after each sample
-  const double* gains;        // [samples] or null: gain of each; < 0 for one that leaves, 0 for none
+  double ridge;         // rho; negative for kRidge of the running power
+  const T* X;           // [samples, n] by x_stride
+  const T* Y;           // [samples, n_out] by y_stride
+  T* predictions;       // [samples, n_out], out: W x of each sample before its own update
+  T* history;           // [samples, n_out, n] or null, out: W after each sample
+  const double* gains;  // [samples] or null: gain of each; < 0 for one that leaves, 0 for none
   const double* forgettings;  // [samples] or null
   int64_t samples, x_stride[2], y_stride[2];
 };

@@ -41,8 +41,8 @@ RLS_HOST_DEVICE inline RidgeTurn sound_turn(RidgeTurn turn, int64_t n) {
   return turn;
 }
 
-// What R_jj gains by a raise, where `square` is the sum of kappa x_j^2 over the samples that entered, and
-// `all` the same over all coordinates.
+// What R_jj gains by a raise, where `square` is the sum of kappa x_j^2 over the samples that
+// entered, and `all` the same over all coordinates.
 RLS_HOST_DEVICE inline double bank_raise(const BankRule& rule, const BankState& state,
                                          double square, double all, int64_t n, double epsilon) {
   const double mean = all / (state.updates * double(n));

@@ -66,8 +66,7 @@ class FilterCall {
         std::copy_n(f_.W, f_.n_out * f_.n, f_.history + first * f_.n_out * f_.n);
       first += end.taken;
       if (end.why == Steps::kFailed) return first;
-      if (end.why == Steps::kRaise)
-        raise_next(end.due, forgetting_of(f_, first - 1));
+      if (end.why == Steps::kRaise) raise_next(end.due, forgetting_of(f_, first - 1));
     }
     return f_.samples;
   }

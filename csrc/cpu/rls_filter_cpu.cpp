@@ -7,15 +7,15 @@
 //   W_t = W_0 - sum_j E_j w_j^T,         E_j = -sqrt(s_j kappa / h_j) e_j,
 // so a block of K samples needs the products P_0 X^T and W_0 X^T, which are known before it starts,
 // thin corrections, and one rank-K update. That update and the products of the next block share a
-// pass over the lower triangle in tiles that stay in the cache: 4 n^2 / K bytes are read and written
-// a sample in float32, where the formula as it stands moves 12 n^2. The rows w_j may wait in V from
-// one call to the next, so that single samples share a pass too; W is always up to date.
+// pass over the lower triangle in tiles that stay in the cache: 4 n^2 / K bytes are read and
+// written a sample in float32, where the formula as it stands moves 12 n^2. The rows w_j may wait
+// in V from one call to the next, so that single samples share a pass too; W is always up to date.
 //
-// A raise of the ridge of coordinate j is a row of V as well, of the sample sqrt(rho) e_j, whose u is
-// a column of P; a sample that leaves a window is one of negative kappa, whose row is added.
+// A raise of the ridge of coordinate j is a row of V as well, of the sample sqrt(rho) e_j, whose u
+// is a column of P; a sample that leaves a window is one of negative kappa, whose row is added.
 //
-// Arithmetic is in T, the scalars h, s_t in float64. Work is shared by strips of rows, whose results
-// do not depend on the number of threads.
+// Arithmetic is in T, the scalars h, s_t in float64. Work is shared by strips of rows, whose
+// results do not depend on the number of threads.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -84,29 +84,29 @@ ALWAYS_INLINE bool raise(const RlsFilter<T>& f, const FilterBlock<T>& block, int
 
 }  // namespace
 
-#define FILTER_CLONES(T)                                                                          \
-  SIMD_CLONES void filter_rows(const TrianglePass<T>& p, Rows<T> U, int64_t i0, int64_t i1) {     \
-    triangle_rows(p, U, i0, i1);                                                                  \
-  }                                                                                               \
-  SIMD_CLONES void filter_one(const T* P, const T* s, T* u, int64_t n, int64_t i0, int64_t i1) {  \
-    symmetric_bands(P, s, u, n, i0, i1);                                                          \
-  }                                                                                               \
-  SIMD_CLONES BlockEnd filter_steps(const RlsFilter<T>& f, const FilterBlock<T>& block) {         \
-    return block_steps<Covariance>(f, block);                                                     \
-  }                                                                                               \
-  SIMD_CLONES bool filter_raise(const RlsFilter<T>& f, const FilterBlock<T>& block, int64_t j,    \
-                                double ridge) {                                                   \
-    return raise(f, block, j, ridge);                                                             \
-  }                                                                                               \
-  SIMD_CLONES void filter_weights(const WeightPass<T>& p, int64_t i0, int64_t i1) {               \
-    if (p.rank) update<T>(p.W, p.E, p.V, p.rank, T(1), i0, i1, 0, p.n);                           \
-    const Rows<const T> W{p.W.data, p.W.stride};                                                  \
-    if (p.count) project<T>(W, p.X, p.products, p.n, p.count, i0, i1);                            \
-  }                                                                                               \
-  SIMD_CLONES double filter_variance(const RlsFilter<T>& f, const FilterBlock<T>& block,          \
-                                     int64_t t) {                                                 \
-    Covariance::correct(f, block, int64_t(f.state->rows), block.X[t], block.U[t]);                \
-    return scale_and_dot(block.U[t], block.X[t], T(f.state->scale), f.n);                         \
+#define FILTER_CLONES(T)                                                                         \
+  SIMD_CLONES void filter_rows(const TrianglePass<T>& p, Rows<T> U, int64_t i0, int64_t i1) {    \
+    triangle_rows(p, U, i0, i1);                                                                 \
+  }                                                                                              \
+  SIMD_CLONES void filter_one(const T* P, const T* s, T* u, int64_t n, int64_t i0, int64_t i1) { \
+    symmetric_bands(P, s, u, n, i0, i1);                                                         \
+  }                                                                                              \
+  SIMD_CLONES BlockEnd filter_steps(const RlsFilter<T>& f, const FilterBlock<T>& block) {        \
+    return block_steps<Covariance>(f, block);                                                    \
+  }                                                                                              \
+  SIMD_CLONES bool filter_raise(const RlsFilter<T>& f, const FilterBlock<T>& block, int64_t j,   \
+                                double ridge) {                                                  \
+    return raise(f, block, j, ridge);                                                            \
+  }                                                                                              \
+  SIMD_CLONES void filter_weights(const WeightPass<T>& p, int64_t i0, int64_t i1) {              \
+    if (p.rank) update<T>(p.W, p.E, p.V, p.rank, T(1), i0, i1, 0, p.n);                          \
+    const Rows<const T> W{p.W.data, p.W.stride};                                                 \
+    if (p.count) project<T>(W, p.X, p.products, p.n, p.count, i0, i1);                           \
+  }                                                                                              \
+  SIMD_CLONES double filter_variance(const RlsFilter<T>& f, const FilterBlock<T>& block,         \
+                                     int64_t t) {                                                \
+    Covariance::correct(f, block, int64_t(f.state->rows), block.X[t], block.U[t]);               \
+    return scale_and_dot(block.U[t], block.X[t], T(f.state->scale), f.n);                        \
   }
 FILTER_CLONES(float)
 FILTER_CLONES(double)
@@ -161,7 +161,8 @@ class CovarianceCall final : public FilterCall<T> {
     if (std::all_of(sign, sign + rows, [](double s) { return s > 0; })) return {f_.V, f_.v_stride};
     signed_.resize(rows * f_.n);
     for (int64_t k = 0; k < rows; ++k)
-      for (int64_t j = 0; j < f_.n; ++j) signed_[k * f_.n + j] = T(sign[k]) * f_.V[k * f_.v_stride + j];
+      for (int64_t j = 0; j < f_.n; ++j)
+        signed_[k * f_.n + j] = T(sign[k]) * f_.V[k * f_.v_stride + j];
     return {signed_.data(), f_.n};
   }
 
@@ -197,10 +198,10 @@ int64_t nonfinite_row_cpu(const T* x, int64_t rows, int64_t cols, const int64_t 
   return -1;
 }
 
-#define FILTER_OF(T)                                                       \
-  template int64_t rls_filter_cpu<T>(const RlsFilter<T>&);                 \
-  template void rls_filter_flush_cpu<T>(const RlsFilter<T>&);              \
-  template void rls_filter_variance_cpu<T>(const RlsFilter<T>&, double*);  \
+#define FILTER_OF(T)                                                      \
+  template int64_t rls_filter_cpu<T>(const RlsFilter<T>&);                \
+  template void rls_filter_flush_cpu<T>(const RlsFilter<T>&);             \
+  template void rls_filter_variance_cpu<T>(const RlsFilter<T>&, double*); \
   template int64_t nonfinite_row_cpu<T>(const T*, int64_t, int64_t, const int64_t[2]);
 FILTER_OF(float)
 FILTER_OF(double)

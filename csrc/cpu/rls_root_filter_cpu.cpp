@@ -124,8 +124,8 @@ ALWAYS_INLINE void root_complete(const RlsFilter<T>& f, const FilterBlock<T>& bl
   const Rows<T> V{f.V, f.v_stride}, F = root_rows(f);
   for (int64_t k = first; k < int64_t(f.state->rows); ++k) {
     project<T>({F.data, F.stride}, {F[k], 0}, {block.weights, 0}, f.n, 1, 0, k);
-    update_band<T, 1>({V[k], 0}, {block.weights, 1}, {V.data, V.stride}, k, T(f.state->sign[k]),
-                      0, 0, f.n);
+    update_band<T, 1>({V[k], 0}, {block.weights, 1}, {V.data, V.stride}, k, T(f.state->sign[k]), 0,
+                      0, f.n);
   }
 }
 
@@ -148,30 +148,30 @@ ALWAYS_INLINE void root_raise(const RlsFilter<T>& f, const FilterBlock<T>& block
 
 }  // namespace
 
-#define ROOT_CLONES(T)                                                                            \
-  SIMD_CLONES void root_columns(const RootPass<T>& p, int64_t j0, int64_t j1) {                   \
-    root_pass(p, j0, j1);                                                                         \
-  }                                                                                               \
-  SIMD_CLONES void root_product(Rows<const T> L, Rows<const T> F, Rows<T> V, int64_t n,           \
-                                int64_t count, int64_t i0, int64_t i1) {                          \
-    project<T>(L, F, V, n, count, i0, i1);                                                        \
-  }                                                                                               \
-  SIMD_CLONES BlockEnd root_steps(const RlsFilter<T>& f, const FilterBlock<T>& block) {           \
-    return block_steps<SquareRoot>(f, block);                                                     \
-  }                                                                                               \
-  SIMD_CLONES void root_rows_complete(const RlsFilter<T>& f, const FilterBlock<T>& block,         \
-                                      int64_t first) {                                            \
-    root_complete(f, block, first);                                                               \
-  }                                                                                               \
-  SIMD_CLONES void root_row_raise(const RlsFilter<T>& f, const FilterBlock<T>& block, int64_t j,  \
-                                  double ridge) {                                                 \
-    root_raise(f, block, j, ridge);                                                               \
-  }                                                                                               \
-  SIMD_CLONES double root_variance(const RlsFilter<T>& f, const FilterBlock<T>& block,            \
-                                   int64_t t) {                                                   \
-    T* u = block.U[t];                                                                            \
-    SquareRoot::correct(f, block, int64_t(f.state->rows), u, u);                                  \
-    return SquareRoot::energy(f, u, u);                                                           \
+#define ROOT_CLONES(T)                                                                           \
+  SIMD_CLONES void root_columns(const RootPass<T>& p, int64_t j0, int64_t j1) {                  \
+    root_pass(p, j0, j1);                                                                        \
+  }                                                                                              \
+  SIMD_CLONES void root_product(Rows<const T> L, Rows<const T> F, Rows<T> V, int64_t n,          \
+                                int64_t count, int64_t i0, int64_t i1) {                         \
+    project<T>(L, F, V, n, count, i0, i1);                                                       \
+  }                                                                                              \
+  SIMD_CLONES BlockEnd root_steps(const RlsFilter<T>& f, const FilterBlock<T>& block) {          \
+    return block_steps<SquareRoot>(f, block);                                                    \
+  }                                                                                              \
+  SIMD_CLONES void root_rows_complete(const RlsFilter<T>& f, const FilterBlock<T>& block,        \
+                                      int64_t first) {                                           \
+    root_complete(f, block, first);                                                              \
+  }                                                                                              \
+  SIMD_CLONES void root_row_raise(const RlsFilter<T>& f, const FilterBlock<T>& block, int64_t j, \
+                                  double ridge) {                                                \
+    root_raise(f, block, j, ridge);                                                              \
+  }                                                                                              \
+  SIMD_CLONES double root_variance(const RlsFilter<T>& f, const FilterBlock<T>& block,           \
+                                   int64_t t) {                                                  \
+    T* u = block.U[t];                                                                           \
+    SquareRoot::correct(f, block, int64_t(f.state->rows), u, u);                                 \
+    return SquareRoot::energy(f, u, u);                                                          \
   }
 ROOT_CLONES(float)
 ROOT_CLONES(double)
@@ -206,9 +206,8 @@ class RootCall final : public FilterCall<T> {
     const int64_t count = int64_t(f_.state->rows) - first;
     const Rows<T> V{f_.V + first * f_.v_stride, f_.v_stride};
     const Rows<const T> F{root_rows(f_)[first], f_.v_stride};
-    share(kStripRows, count, [&](int64_t i0, int64_t i1) {
-      root_product({f_.P, f_.n}, F, V, f_.n, count, i0, i1);
-    });
+    share(kStripRows, count,
+          [&](int64_t i0, int64_t i1) { root_product({f_.P, f_.n}, F, V, f_.n, count, i0, i1); });
     root_rows_complete(f_, block_, first);
   }
 
@@ -245,8 +244,8 @@ void rls_root_filter_variance_cpu(const RlsFilter<T>& f, double* out) {
   RootCall<T>(f, f.samples).variance(out);
 }
 
-#define ROOT_FILTER_OF(T)                                        \
-  template int64_t rls_root_filter_cpu<T>(const RlsFilter<T>&);  \
+#define ROOT_FILTER_OF(T)                                          \
+  template int64_t rls_root_filter_cpu<T>(const RlsFilter<T>&);    \
   template void rls_root_filter_flush_cpu<T>(const RlsFilter<T>&); \
   template void rls_root_filter_variance_cpu<T>(const RlsFilter<T>&, double*);
 ROOT_FILTER_OF(float)

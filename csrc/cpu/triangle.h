@@ -27,8 +27,8 @@ struct TrianglePass {
   Rows<const T> L, R;
   int64_t rank;
   T scale;
-  Rows<const T> S;          // [next, n]
-  Rows<const T> minus;      // [n, next]: -S^T
+  Rows<const T> S;      // [next, n]
+  Rows<const T> minus;  // [n, next]: -S^T
   int64_t next;
 };
 
@@ -57,9 +57,9 @@ ALWAYS_INLINE void triangle_rows(const TrianglePass<T>& p, Rows<T> U, int64_t i0
     triangle_strip(p, U, i, std::min(i + kStripRows, i1));
 }
 
-// Calls rows(p, U, i0, i1), a SIMD clone of triangle_rows, over all of P. Chunks of about equal area,
-// whatever the number of threads, have a U each, which are added up in order: the result does not
-// depend on the threads.
+// Calls rows(p, U, i0, i1), a SIMD clone of triangle_rows, over all of P. Chunks of about equal
+// area, whatever the number of threads, have a U each, which are added up in order: the result does
+// not depend on the threads.
 template <class T, class RowsOf>
 void triangle_pass(const TrianglePass<T>& p, Rows<T> U, const RowsOf& rows) {
   if (p.n * p.n * int64_t(sizeof(T)) < kLeastShared) return rows(p, U, 0, p.n);
