@@ -104,7 +104,7 @@ def soak(document: dict) -> str:
     for r in document["rows"]:
         grown = f"{r['growth_mib']:.1f} MiB"
         rows.append([r["network"], r["optimizer"], f"{r['steps']:,}", grown])
-    return markdown(rows) + staleness({document["environment"]["source_hash"]})
+    return markdown(rows) + staleness({document["environment"]["source_hash"]}, timed=False)
 
 
 def endurance(document: dict) -> str:
@@ -113,7 +113,7 @@ def endurance(document: dict) -> str:
     for r in document["rows"]:
         figures = [f"{r['loss']:.3g}", f"{r['largest_weight']:.3g}", str(r["resets"])]
         rows.append([r["task"], r["form"], f"{r['steps']:,}", *figures])
-    return markdown(rows) + staleness({document["environment"]["source_hash"]})
+    return markdown(rows) + staleness({document["environment"]["source_hash"]}, timed=False)
 
 
 def filter_windup(document: dict) -> str:
@@ -154,7 +154,9 @@ def filter_numerics(document: dict) -> str:
 
 def scaling(document: dict) -> str:
     """Bytes, traffic and time of a step by the number of processes."""
-    return distributed.report(document) + staleness({document["environment"]["source_hash"]})
+    return distributed.report(document) + staleness(
+        {document["environment"]["source_hash"]}, timed=False
+    )
 
 
 def provenance(document: dict) -> str:
@@ -175,12 +177,17 @@ def provenance(document: dict) -> str:
     return text + staleness({document["source_hash"]})
 
 
-def staleness(hashes: set[str]) -> str:
-    """A warning where results are of other kernel sources than the tree's."""
+def staleness(hashes: set[str], timed: bool = True) -> str:
+    """A warning where results are of other kernel sources than the tree's.
+
+    Args:
+        hashes: Of the sources of the results.
+        timed: Whether they are times, rather than what was learnt.
+    """
     now = environment.tree_hash()
-    return (
-        "" if hashes == {now} else f" **Stale: the kernel sources have changed since, to {now}.**"
-    )
+    if hashes <= ({now} if timed else environment.trains_alike()):
+        return ""
+    return f" **Stale: the kernel sources have changed since, to {now}.**"
 
 
 def grid_provenance(document: dict) -> str:
@@ -196,7 +203,7 @@ def grid_provenance(document: dict) -> str:
         f"{len(document['runs'])} runs on {machine['cpu']}, {machine['cores']} cores, one thread a "
         f"run; {library}; kernels {', '.join(sorted(hashes))}; {machine['started'][:10]}."
     )
-    return text + staleness(hashes)
+    return text + staleness(hashes, timed=False)
 
 
 RUNS = {  # not of a race, nor a grid

@@ -1,6 +1,7 @@
 """Checks that seeded runs of this tree and of another revision are the same; see README.md.
 
     python tests/identical/run.py --base REV [--cross] [--out FOLDER] [SCENARIO ...]
+    python tests/identical/run.py --base FOLDER ...  # a checkout with an extension of its own
 
 Exits with 0 where they are the same, and only there.
 """
@@ -89,7 +90,9 @@ def report(base: Path, here: Path) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", required=True, metavar="REV", help="what to compare with")
+    parser.add_argument(
+        "--base", required=True, metavar="REV", help="a revision, or a checkout that is built"
+    )
     parser.add_argument("--cross", action="store_true", help="also go on from the base's files")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="a new one, for what is written")
     parser.add_argument("names", nargs="*", metavar="SCENARIO", help="all by default")
@@ -98,8 +101,11 @@ def main() -> int:
         parser.error(f"--out must be a new folder, got {given.out}")
     with tempfile.TemporaryDirectory() as temporary:
         out = (given.out or Path(temporary)).resolve()
-        with tree_of(git("rev-parse", "--verify", f"{given.base}^{{commit}}")) as tree:
-            good = run(tree, out / "base", *given.names)
+        if (own := Path(given.base)).is_dir():
+            good = run(own.resolve(), out / "base", *given.names)
+        else:
+            with tree_of(git("rev-parse", "--verify", f"{given.base}^{{commit}}")) as tree:
+                good = run(tree, out / "base", *given.names)
         good &= run(ROOT, out / "tree", *given.names)
         if given.cross:
             good &= run(ROOT, out / "cross", *given.names, "--begun", str(out / "base"))

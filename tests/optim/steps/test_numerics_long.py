@@ -40,11 +40,12 @@ def test_float32_stays_healthy(kind, forgetting):
     np.testing.assert_array_equal(f.P, f.P.T)
     eigenvalues = np.linalg.eigvalsh(f.P.astype(np.float64))
     assert eigenvalues[0] > 0
-    power = np.square(X).mean()
-    least = 1e-2 * power * (1 if kind != "half-dead" else np.finfo(np.float32).eps ** 0.5)
-    assert eigenvalues[-1] <= (1.001 if forgetting == 1 else 3 / least)
+    powers = np.square(X.astype(np.float64)).mean(0)
+    least = np.maximum(powers, np.sqrt(np.finfo(np.float32).eps) * powers.mean()).min()
+    assert eigenvalues[-1] <= (1.001 if forgetting == 1 else 1.01 / (1e-2 * least))
     twin, _, _ = run(kind, np.float64, forgetting=forgetting)
-    np.testing.assert_allclose(f.P, twin.P, rtol=0, atol=1e-3)
+    if kind in ("white", "relu") or forgetting == 1:  # else the ridge of a dtype is in P itself
+        np.testing.assert_allclose(f.P, twin.P, rtol=0, atol=1e-3)
     np.testing.assert_allclose(X[-1] @ f.W[0], X[-1] @ twin.W[0], atol=1e-2)
 
 
