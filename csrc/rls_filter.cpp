@@ -156,6 +156,8 @@ class Filter {
     Arrays arrays = arrays_;
     arrays.add("X", X, false), arrays.add("Y", Y, false);
     arrays.add("predictions", predictions, true);
+    if (gains) arrays.add("gains", *gains, false);
+    if (forgettings) arrays.add("forgettings", *forgettings, false);
     if (history) arrays.add("history", *history, true);
     RlsFilter<T> f = filter();
     f.X = X.data();

@@ -44,8 +44,11 @@ def changed(name, place, inner, change):
 def snapshot(value):
     if isinstance(value, list):
         return [snapshot(v) for v in value]
-    real = isinstance(value, torch.Tensor) and value.device.type == "cpu"
-    return value.clone() if real and value.untyped_storage().nbytes() else None
+    if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
+        return None
+    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride()))
+    reached = (value.storage_offset() + last + 1) * value.element_size()
+    return value.clone() if value.untyped_storage().nbytes() >= reached else None
 
 
 def refused(name, arguments, message):
@@ -239,6 +242,8 @@ def between(a):
     (lambda a: {"X": a["W"][:1].repeat(3, 0), "V": a["P"][:1]}, r"shapes must be P \[n, n\]"),
     (lambda a: {"Y": a["W"][:, :2].repeat(2, 0)[:3], "X": a["P"][:3]}, "X and P must not share"),
     (lambda a: {"predictions": a["Y"]}, "predictions and Y must not share"),
+    (lambda a: {"gains": shifted(np.ones(3))}, "gains must be aligned"),
+    (lambda a: {"forgettings": shifted(np.ones(3))}, "forgettings must be aligned"),
     (lambda a: {"gains": np.ones(2)}, r"gains and forgettings must be \[T\]"),
     (lambda a: {"history": np.ones((3, 4, 2), "f4")}, r"history must be \[T, n_out, n\]"),
     (lambda a: {"state": np.zeros(2)}, r"state \[40\]"),
