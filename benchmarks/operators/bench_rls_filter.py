@@ -124,10 +124,10 @@ PEERS = {
 PARTS = {"padasip": 0.05, "reservoirpy": 0.1, "statsmodels": 0.02, "pyroomacoustics": 0.1}
 
 
+@pytest.mark.parametrize("samples", [1000, 4000])
 @pytest.mark.parametrize("n", [4, 16, 64, 256])
-def test_run(race, n):
-    """A series in one call, float64, λ = 1."""
-    samples = 4000
+def test_run(race, n, samples):
+    """A series in one call, float64, λ = 1; river inverts once a call, and predicts nothing."""
     X, y = series(n, samples)
     wanted, _, _ = _padasip(n, X[:300], y[:300])
     np.testing.assert_allclose(RLSFilter(n).run(X[:300], y[:300]), wanted, 0, 1e-9)

@@ -15,8 +15,8 @@
 
 namespace rlscuda {
 
-constexpr int64_t kStripRows = 12;    // whole tiles of both kernels: 4 rows and 3 rows
-constexpr int64_t kTileBytes = 2048;  // of a row: 12 rows stay in the L1 cache between the kernels
+constexpr int64_t kStripRows = 24;    // whole tiles of both kernels: 4 rows and 3 rows
+constexpr int64_t kTileBytes = 1024;  // of a row: 24 rows stay in the L1 cache between the kernels
 constexpr int64_t kLeastShared = 1 << 20;  // bytes of P from which threads share a pass
 
 // P <- scale (P - L^T R) where rank > 0, then U = S P where next > 0.
