@@ -32,4 +32,10 @@ struct ScratchAllocator {
 template <class T>
 using Scratch = std::vector<T, ScratchAllocator<T>>;
 
+// What was cut from a workspace must lie in it.
+template <class T>
+void check_taken(const Scratch<T>& memory, const T* end) {
+  if (end > memory.data() + memory.size()) throw std::logic_error("a workspace is too small");
+}
+
 }  // namespace rlscuda

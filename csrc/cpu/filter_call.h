@@ -43,6 +43,7 @@ class FilterCall {
     block_.E = take(most_, padded(f.n_out));
     block_.minus = take(f.n, padded(most_));
     block_.weights = next;
+    check_taken(memory_, next + kFilterRows);
   }
   virtual ~FilterCall() = default;
 

@@ -193,7 +193,7 @@ ComplexFilter<R> complex_filter(const RlsFilter<std::complex<R>>& f) {
   const int64_t n = padded(f.n), width = padded(2 * f.n), most = 2 * kFilterRows;
   thread_local Scratch<R> memory;
   memory.resize(kLine + (7 + most) * width + (2 + most) * n + 2 * padded(f.n_out) +
-                2 * padded(most));
+                2 * padded(kFilterRows) + padded(most));
   R* next = memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) % 64) / sizeof(R);
   const auto take = [&](int64_t rows, int64_t cols) {
     const Rows<R> at{next, cols};
@@ -212,6 +212,7 @@ ComplexFilter<R> complex_filter(const RlsFilter<std::complex<R>>& f) {
   c.pairs = take(1, padded(most)).data;
   c.L = take(most, n);
   c.right = take(most, width);
+  check_taken(memory, next);
   return c;
 }
 
