@@ -304,6 +304,8 @@ class RLSFilterBank:
 
     def _values(self, name: str, values: Values) -> Tensor:
         """A tensor of the bank's dtype; numbers and lists are converted, arrays never."""
+        if np.ma.is_masked(values):
+            raise ValueError(f"{name} must have no masked elements: mask= leaves filters out")
         if not isinstance(values, (Tensor, np.ndarray)):
             values = np.asarray(values, _numpy(self._P.dtype))
         given = self._tensor(values)

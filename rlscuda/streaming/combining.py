@@ -22,22 +22,28 @@ def merged(one: Any, other: Any, base: Any) -> tuple[NDArray[Any], NDArray[Any]]
     Raises:
         ValueError: The sizes differ, or the base knows more than the other.
     """
-    for name, third in (("other", other), ("base", base)):
-        if third is not None and (third.n, third.n_out) != (one.n, one.n_out):
+    for name, third in (("self", one), ("other", other), ("base", base)):
+        if third is None and name == "base":
+            continue
+        if type(third) is not type(one):
+            raise TypeError(f"{name} must be a {type(one).__name__}, got {type(third).__name__}")
+        if (third.n, third.n_out) != (one.n, one.n_out):
             raise ValueError(
                 f"{name} must have n {one.n} and n_out {one.n_out}, got {third.n} and {third.n_out}"
             )
-    start: tuple[NDArray[Any], NDArray[Any]]
+        if third.window is not None:
+            raise ValueError("filters with a window cannot be merged: samples could not leave")
+    if base is None and other._start is None:
+        raise ValueError("base is needed: P or W of other was assigned")
+    if base is not None and base.updates > other.updates:
+        more = base.updates - other.updates
+        raise ValueError(f"base must be older than other, got {more} updates more")
     own, theirs = information(one), information(other)
-    if base is None:  # a fresh filter: R = I / δ, W = 0
-        scales = np.broadcast_to(other.initial_scale, other.n)
-        start = np.diag(1 / scales), np.zeros_like(own[1])
-        learnt = other.updates
+    if base is None:
+        R0 = np.diag(1 / np.broadcast_to(np.asarray(other._start[0]), other.n))
+        start, left = (R0, other._start[1] @ R0), other._decayed()
     else:
-        start, learnt = information(base), other.updates - base.updates
-    if learnt < 0:
-        raise ValueError(f"base must be older than other, got {-learnt} updates more")
-    left = other.forgetting**learnt
+        start, left = information(base), other._decayed() / base._decayed()
     R = own[0] + theirs[0] - left * start[0]
     if np.linalg.eigvalsh(R)[0] <= 0:
         raise ValueError("base must know less than other, but what remains is not positive")
@@ -56,12 +62,20 @@ def grown(one: Any, count: int, initial_scale: ArrayLike) -> Any:
         raise ValueError(f"count must be at least 1, got {count}")
     if one.window is not None:
         raise ValueError("a filter with a window cannot grow: its samples lack the new inputs")
-    scales = np.broadcast_to(np.asarray(initial_scale, np.float64), count)
+    scales = np.asarray(initial_scale, np.float64)
+    if scales.shape not in ((), (count,)):
+        raise ValueError(f"initial_scale must be a number or [{count}], got {list(scales.shape)}")
+    scales = np.broadcast_to(scales, count)
     all_scales = np.concatenate([np.broadcast_to(one.initial_scale, one.n), scales])
     larger = type(one)(
         one.n + count, one.n_out, one.forgetting, one.gain, all_scales, one.ridge, one.form,
         one.dtype, one.missing,
     )  # fmt: skip
     larger._core.take(one._core, scales)
-    larger.updates = one.updates
+    larger.updates = larger._since = one.updates
+    larger._decay = one._decayed()
+    if one._start is not None:
+        larger._start = all_scales, np.pad(one._start[1], ((0, 0), (0, count)))
+    else:
+        larger._start = None
     return larger

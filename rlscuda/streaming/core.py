@@ -21,6 +21,7 @@ FORMS = {
     },
     "square-root": {"float32": _C.RootFilter_float32, "float64": _C.RootFilter_float64},
 }
+_POWER = slice(6, 8)  # of the scalars: samples and energy
 _ARRAYS = ("P", "W", "waiting", "squares", "scalars")  # as the kernels take them
 
 
@@ -89,6 +90,19 @@ class Core:
         self.squares[:n] = smaller.squares
         self.scalars[...] = smaller.scalars
         self.resets = smaller.resets
+
+    def add_power(self, other: Core, sign: int) -> None:
+        """Adds the running power of another core, or takes it off."""
+        self.squares += sign * other.squares
+        self.scalars[_POWER] += sign * other.scalars[_POWER]
+
+    def learn_anew(self, X: NDArray[Any], Y: NDArray[Any], gains: Any, initial_scale: Any) -> None:
+        """Knows nothing but these samples [T, n], each by its gain; the running power stays."""
+        power = self.squares.copy(), self.scalars[2:].copy()
+        self.restart(initial_scale)
+        self.W[...] = 0
+        self.run(X, Y, gains, np.ones(len(X)), None, initial_scale)
+        self.squares[...], self.scalars[2:8] = power[0], power[1][:6]
 
     def _forget_waiting(self) -> None:
         self.scalars[:2] = 1.0, 0.0  # scale and rows

@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from rlscuda.streaming.arrays import as_array, as_gains, check_finite, read_only
+from rlscuda.streaming.coefficients import Coefficients
 from rlscuda.streaming.combining import grown, merged
 from rlscuda.streaming.core import FORMS, Core
 from rlscuda.streaming.window import Window
 
 
-class RLSFilter:
+class RLSFilter(Coefficients):
     r"""Recursive-least-squares filter: y ≈ W x, one sample at a time or a series at once.
 
     A sample (x, y) of weight w updates the weights ``W`` and the inverse autocorrelation matrix
@@ -85,10 +86,7 @@ class RLSFilter:
             infinity in it. The filter is then as it was before the call.
     """
 
-    __slots__ = (
-        "_core", "_initial_scale", "_kernel", "_window", "dtype", "form", "missing", "n", "n_out",
-        "updates", "window",
-    )  # fmt: skip
+    __slots__ = ("_core", "_start", "_window", "form", "n_out", "window")
 
     def __init__(
         self,
@@ -105,73 +103,23 @@ class RLSFilter:
     ) -> None:
         self.n = operator.index(n)
         self.n_out = operator.index(n_out)
-        self.dtype = np.dtype(dtype)
+        self.dtype = np.dtype(dtype).newbyteorder("=")
         if self.n < 1 or self.n_out < 1:
             raise ValueError(f"n and n_out must be at least 1, got {n} and {n_out}")
         if form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
         if self.dtype.name not in FORMS[form]:
             raise TypeError(f"dtype must be one of {', '.join(FORMS[form])}, got {self.dtype}")
-        if missing not in ("raise", "skip"):
-            raise ValueError(f"missing must be 'raise' or 'skip', got {missing!r}")
         self.form, self.missing = form, missing
         self.window = None if window is None else operator.index(window)
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1 or None, got {window}")
         self._core = Core(self.n, self.n_out, self.dtype, form)
         self._kernel = self._core.kernel
+        self.updates, self._since, self._decay = 0, 0, 1.0
         self.forgetting, self.gain, self.ridge = forgetting, gain, ridge
         self.initial_scale = initial_scale
         self.reset()
-
-    # -- coefficients ----------------------------------------------------------------------------
-
-    @property
-    def forgetting(self) -> float:
-        """λ in (0, 1]."""
-        return self._kernel.forgetting
-
-    @forgetting.setter
-    def forgetting(self, value: float) -> None:
-        if not 0 < value <= 1:
-            raise ValueError(f"forgetting must be in (0, 1], got {value}")
-        self._kernel.forgetting = float(value)
-
-    @property
-    def gain(self) -> float:
-        """κ > 0."""
-        return self._kernel.gain
-
-    @gain.setter
-    def gain(self, value: float) -> None:
-        if not 0 < value <= np.finfo(self.dtype).max:
-            raise ValueError(f"gain must be > 0 and finite, got {value}")
-        self._kernel.gain = float(value)
-
-    @property
-    def ridge(self) -> float | None:
-        """ρ, or None where it is relative to the input."""
-        return None if self._kernel.ridge < 0 else self._kernel.ridge
-
-    @ridge.setter
-    def ridge(self, value: float | None) -> None:
-        if value is not None and not 0 <= value <= np.finfo(self.dtype).max:
-            raise ValueError(f"ridge must be >= 0 and finite, or None, got {value}")
-        self._kernel.ridge = -1.0 if value is None else float(value)
-
-    @property
-    def initial_scale(self) -> float | NDArray[np.float64]:
-        """δ, a number or [n]; it counts from the next reset on."""
-        return self._initial_scale
-
-    @initial_scale.setter
-    def initial_scale(self, value: float | ArrayLike) -> None:
-        scales = np.array(value, np.float64)
-        if scales.shape not in ((), (self.n,)):
-            raise ValueError(f"initial_scale must be a number or [{self.n}], got {scales.shape}")
-        if not ((scales > 0) & (scales <= np.finfo(self.dtype).max)).all():
-            raise ValueError(f"initial_scale must be > 0 and finite, got {scales}")
-        self._initial_scale: float | NDArray[np.float64] = scales if scales.ndim else float(scales)
 
     # -- state -----------------------------------------------------------------------------------
 
@@ -182,7 +130,12 @@ class RLSFilter:
         if not keep_weights:
             core.W[...] = 0
         core.squares[...] = core.scalars[2:] = 0
-        core.resets = self.updates = 0
+        core.resets = self.updates = self._since = 0
+        self._decay = 1.0
+        self._start: tuple[Any, Any] | None = (self._initial_scale, core.W.copy())
+        self._empty_window()
+
+    def _empty_window(self) -> None:
         shape = (self.n, self.n_out, self.dtype)
         self._window = None if self.window is None else Window(self.window, *shape)
 
@@ -197,7 +150,7 @@ class RLSFilter:
 
         Samples wait to be entered in it together; reading enters them. An array from an earlier
         reading shows them only from then on. A positive definite matrix, symmetric or Hermitian,
-        may be assigned, and is copied in.
+        may be assigned, and is copied in; no sample of before then leaves a window any more.
         """
         return self._core.matrix()
 
@@ -212,6 +165,8 @@ class RLSFilter:
             kind = "Hermitian" if self.dtype.kind == "c" else "symmetric"
             raise ValueError(f"P must be {kind} and positive definite")
         self._core.enter(array)
+        self._start = None
+        self._empty_window()
 
     @property
     def W(self) -> NDArray[Any]:
@@ -225,22 +180,31 @@ class RLSFilter:
             raise ValueError(f"W must be [{self.n_out}, {self.n}], got {list(array.shape)}")
         check_finite("W", array)
         self._core.W[...] = array
+        fresh = self._start is not None and self.updates == 0
+        self._start = (self._initial_scale, array.copy()) if fresh else None
 
     def merge(self, other: RLSFilter, base: RLSFilter | None = None) -> None:
         """Adds what another filter has learnt: as if its samples had been learnt here.
 
-        Exact at forgetting 1; with less the samples of both count by their own age.
+        Exact at forgetting 1; with less the samples of both count by their own age. The running
+        power is merged, too; filters with a window are refused.
 
         Args:
             other: A filter of the same n and n_out; it stays as it is.
-            base: A copy of the filter that both are copies of; None for a fresh one like `other`.
+            base: A copy of the filter that both are copies of; None where both started anew.
 
         Raises:
-            ValueError: The sizes differ, or the base knows more than `other`.
+            TypeError: One of them is no filter.
+            ValueError: The sizes differ, the base knows more than `other`, or it is needed since P
+                or W of `other` was assigned.
         """
         P, W = merged(self, other, base)
         self.P, self.W = P, W
-        self.updates += other.updates - (base.updates if base else 0)
+        self._core.add_power(other._core, 1)
+        self.updates += other.updates
+        if base is not None:
+            self._core.add_power(base._core, -1)
+            self.updates -= base.updates
 
     def grow(self, count: int, initial_scale: float | ArrayLike = 1.0) -> None:
         """Appends inputs, of which nothing is known yet.
@@ -384,7 +348,8 @@ class RLSFilter:
         return copy.deepcopy(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__ if name != "_kernel"}
+        names = {*Coefficients.__slots__, *self.__slots__} - {"_kernel"}
+        return {name: getattr(self, name) for name in sorted(names)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():

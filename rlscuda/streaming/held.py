@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ class HeldMatrix:
         self, P: Tensor, rank: int = 1, hold: int | None = None, ridge: float | None = None
     ) -> None:
         check_tensor("P", P)
-        if P.dim() not in (2, 3):
+        if P.dim() not in (2, 3) or P.shape[-1] != P.shape[-2]:
             raise ValueError(f"P must be [n, n] or [b, n, n], got {list(P.shape)}")
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
@@ -130,6 +131,11 @@ class HeldMatrix:
         rows = 1 if s.dim() < 2 else s.shape[-2]
         if rows != self.rank:
             raise ValueError(f"s must have {self.rank} rows, got {list(s.shape)}")
+        if s.shape[-1:] != self._P.shape[-1:] or s.dtype != self._P.dtype:
+            n = self._P.shape[-1]
+            raise ValueError(
+                f"s must have n={n} columns of {self._P.dtype}, got {list(s.shape)} of {s.dtype}"
+            )
         ridge = self._ridge if forgetting < 1 else None
         if ridge is not None:
             options["found_inf"] = ridge.notice(s, gain, options.get("found_inf"))
@@ -142,6 +148,9 @@ class HeldMatrix:
         if ridge is not None and due:
             h = ridge.raise_(self.P, h, forgetting, due, **options)
         return u, h
+
+    def __copy__(self) -> HeldMatrix:
+        return copy.deepcopy(self)
 
     def flush(self) -> None:
         """Applies what is held."""

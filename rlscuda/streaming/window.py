@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from rlscuda.streaming.core import Core
 
+_MOST = 1e-2  # times 1 / root epsilon: the energy of one that leaves, over that of what stays
+
 
 @dataclass
 class Series:
@@ -30,8 +32,16 @@ class Series:
     places: NDArray[np.intp]
 
 
+def _energies(X: NDArray[Any]) -> NDArray[np.float64]:
+    wide = X.astype(np.result_type(X.dtype, np.float64))
+    return np.einsum("tn,tn->t", wide, wide.conj()).real
+
+
 class Window:
     """The last `length` samples, with what each still weighs.
+
+    They are learnt anew where P has been repaired or started anew, and so is no more the matrix of
+    the samples that will leave, and where one that left outweighed all that stay.
 
     Args:
         length: Samples that stay.
@@ -73,6 +83,7 @@ class Window:
         forgetting = core.kernel.forgetting
         step = 1 if path is not None else self.length  # so that none comes and goes in one call
         for first in range(0, len(X), step):
+            resets = core.resets
             part = slice(first, first + step)
             series = self.interleaved(X[part], Y[part], gains[part], forgetting)
             options = (series.gains, series.forgettings, None, initial_scale)
@@ -82,9 +93,19 @@ class Window:
                 left_out.append(first + int(place))
                 gains[first + place] = 0
             self.keep(X[part], Y[part], gains[part], forgetting)
+            if core.resets > resets or self._outweighed(series):
+                core.learn_anew(self.X, self.Y, self.gains, initial_scale)
             if path is not None:
                 path[first] = core.W
         return predictions, left_out
+
+    def _outweighed(self, series: Series) -> bool:
+        """Whether one that left was so large that, beside it, rounding has lost what stays."""
+        left = series.gains < 0
+        largest = np.max(-series.gains[left] * _energies(series.X[left]), initial=0.0)
+        return largest > _MOST / np.finfo(self.X.dtype).eps ** 0.5 * (
+            self.gains @ _energies(self.X)
+        )
 
     def interleaved(
         self, X: NDArray[Any], Y: NDArray[Any], gains: NDArray[np.float64], forgetting: float

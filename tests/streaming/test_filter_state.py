@@ -197,3 +197,100 @@ def test_good_data_warn_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         RLSFilter(8, forgetting=0.99).run(X, Y)
+
+
+@UNTOLD
+@pytest.mark.parametrize("form", ["covariance", "square-root"])
+@pytest.mark.parametrize("size", [1e3, 1e7, 1e12])
+def test_windows_outlive_an_outlier(size, form):
+    """Beside it rounding loses what stays: the window's own samples then rebuild P and W."""
+    rng = np.random.default_rng(0)
+    Z = rng.standard_normal((400, 3))
+    y = Z @ [1.0, 2.0, 3.0] + 0.1 * rng.standard_normal(400)
+    Z[100] *= size
+    f = RLSFilter(3, window=50, form=form)
+    for part in np.split(np.arange(400), [90, 120, 151, 260]):
+        f.run(Z[part], y[part])
+    R = np.eye(3) + Z[-50:].T @ Z[-50:]
+    np.testing.assert_allclose(f.P, np.linalg.inv(R), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(f.W[0], np.linalg.solve(R, Z[-50:].T @ y[-50:]), rtol=1e-6)
+    assert f.resets < 20
+
+
+@pytest.mark.parametrize("form", ["covariance", "square-root"])
+def test_an_assigned_P_empties_the_window(form):
+    X, Y = series(4, 60)
+    f, g = RLSFilter(4, window=6, form=form), RLSFilter(4, window=6, form=form)
+    f.run(X[:20], Y[:20])
+    f.P, f.W = np.eye(4), np.zeros((1, 4))
+    for one in (f, g):
+        one.run(X[20:], Y[20:])
+    assert f.resets == 0
+    np.testing.assert_allclose(f.P, g.P, rtol=1e-9)
+    np.testing.assert_allclose(f.W, g.W, rtol=1e-7)
+
+
+def test_merging_takes_off_what_the_other_really_started_from():
+    X, Y = series(3, 80)
+    whole = RLSFilter(3, initial_scale=2.0)
+    whole.run(X, Y)
+    one, two = RLSFilter(3, initial_scale=2.0), RLSFilter(3, initial_scale=5.0)
+    one.run(X[:30], Y[:30])
+    two.run(X[30:], Y[30:])
+    two.initial_scale = 100.0  # counts from the next reset on
+    one.merge(two)
+    assert_same(one, whole)
+    kept = RLSFilter(3)
+    kept.run(X, Y)
+    kept.reset(keep_weights=True)  # knows nothing, whatever its weights are
+    before = one.P.copy(), one.W.copy()
+    one.merge(kept)
+    np.testing.assert_allclose(one.P, before[0], rtol=1e-10)
+    np.testing.assert_allclose(one.W, before[1], rtol=1e-10)
+    aged = RLSFilter(3, forgetting=0.9, ridge=0)
+    aged.run(X, Y)
+    others = [copy.copy(one), copy.copy(one)]
+    others[0].merge(aged)
+    aged.forgetting = 1.0  # of samples to come
+    others[1].merge(aged)
+    np.testing.assert_array_equal(others[0].P, others[1].P)
+    two.P = two.P.copy()
+    with pytest.raises(ValueError, match="base is needed: P or W of other was assigned"):
+        one.merge(two)
+    with pytest.raises(ValueError, match="filters with a window cannot be merged"):
+        one.merge(RLSFilter(3, window=4))
+    with pytest.raises(TypeError, match="other must be a RLSFilter, got NoneType"):
+        one.merge(None)
+
+
+def test_merging_brings_the_running_power():
+    X, Y = series(3, 500)
+    one, two = RLSFilter(3, forgetting=0.99), RLSFilter(3, forgetting=0.99)
+    two.run(100 * X, Y)
+    one.merge(two)
+    for f in (one, two):
+        f.run(np.zeros((5000, 3)), np.zeros(5000))
+    ratio = np.diag(one.P) / np.diag(two.P)  # whose turn it was last is a factor of 2
+    assert (ratio > 0.45).all() and (ratio < 2.2).all()
+
+
+@pytest.mark.parametrize("dtype", [np.complex64, np.complex128])
+@pytest.mark.parametrize("n", [7, 28, 44, 60, 100, 116, 120])
+def test_raises_fill_every_row_that_waits(n, dtype):
+    rng = np.random.default_rng(n)
+    for forgetting in (0.9, 0.98, 0.99):
+        f = RLSFilter(n, forgetting=forgetting, dtype=dtype)
+        for x in rng.standard_normal((40, 2, n)):
+            f.update(x[0] + 1j * x[1], 1.0)
+        assert np.isfinite(f.P).all() and f.resets == 0
+
+
+def test_coefficients_that_the_dtype_cannot_hold_are_refused():
+    for options in ({"initial_scale": 1e-60}, {"gain": 1e-60}):
+        with pytest.raises(ValueError, match="must be > 0 and finite"):
+            RLSFilter(2, dtype=np.float32, **options)
+    f = RLSFilter(2, initial_scale=[1.0, 2.0])
+    f.initial_scale[0] = -5
+    assert f.initial_scale[0] == 1.0
+    with pytest.raises(ValueError, match="missing must be 'raise' or 'skip'"):
+        f.missing = "Skip"

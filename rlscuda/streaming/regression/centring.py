@@ -27,7 +27,8 @@ class Means(NamedTuple):
 
     Attributes:
         mass: N.
-        squares: Σ λ^(2(t−i)) gain wᵢ, so that mass² / squares counts the samples in the memory.
+        squares: Σ λ^(2(t−i)) gain² wᵢ, so that mass² / squares counts the samples in the memory,
+            one of weight 2 as two.
         mean: m [width] in float64.
         rest: What rounding left of m: a mean of 10⁹ costs rows of size 1 no digits.
     """
@@ -44,8 +45,8 @@ class Means(NamedTuple):
 
     @property
     def samples(self) -> float:
-        """How many equally weighted samples are as good: (Σ w)² / Σ w² over what is remembered."""
-        return self.mass**2 / self.squares
+        """How many samples of weight 1 are as good as those remembered; w counts as w of them."""
+        return self.mass * (self.mass / self.squares)
 
     def relative(self, Z: NDArray[Any]) -> NDArray[Any]:
         """Rows [T, width] less the means."""

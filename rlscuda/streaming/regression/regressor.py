@@ -189,7 +189,8 @@ class RLSRegressor(RegressorMixin, BaseEstimator):
     def predict(self, X: ArrayLike, return_std: bool = False) -> Any:
         r"""The predictions, and how far a new target is expected to be off.
 
-        The standard deviation is that of a target of weight 1 about its prediction::
+        The standard deviation is that of a target of weight 1 about its prediction, where weights
+        count samples: one of weight 2 is as two, so that inverses of variances are none::
 
             σ √(1 + κ (x − m)ᵀ P (x − m) + κ/N)
 
@@ -332,6 +333,11 @@ class RLSRegressor(RegressorMixin, BaseEstimator):
             raise ValueError(f"sample_weight must be [{count}], got {list(weights.shape)}")
         if (weights < 0).any():
             raise ValueError(f"sample_weight must be >= 0, got {weights.min()}")
+        if len(weights) and not self.gain * weights.max() <= np.finfo(dtype).max:
+            raise ValueError(
+                f"gain times sample_weight must be finite in {dtype}, got {self.gain} times "
+                f"{weights.max()}"
+            )
         return targets, weights
 
     def __copy__(self) -> RLSRegressor:
