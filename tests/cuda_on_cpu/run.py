@@ -25,13 +25,14 @@ NONFINITE = "tests/ops/test_nonfinite.py"
 UPDATES, LAYERS = "tests/ops/test_rls_update.py", "tests/ops/test_foreach_ops.py"
 HELD, RIDGES = "tests/ops/test_rls_held.py", "tests/ops/ridges/test_rls_ridge.py"
 BANK = "tests/ops/filters/test_rls_bank.py"
+REAL = "not opcheck and not compiles and not threads and not complex and not conjugated"
 RUNS = [  # order of threads and blocks, pytest arguments
     ("ascending", [PATCHES, "-k", "equals or rows_of_a_linear or unbatched"]),
     ("descending", [PATCHES, "-k", "any_memory and (stride_uneven or one_image or circular_same)"]),
     ("shuffled", [PATCHES, "-k", "equals and (3x3_valid or groups or pixel_batch or wide)"]),
     (
         "ascending",
-        [UPDATES, WEIGHTS, NONFINITE, "-k", "not opcheck and not compiles and not threads"],
+        [UPDATES, WEIGHTS, NONFINITE, "-k", REAL],
     ),
     ("ascending", [HELD, "-k", "not opcheck and not compiles and not follows"]),
     ("ascending", [BANK, "-k", "not opcheck and not threads and not wrong"]),
