@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from rlscuda.functional import rls_filter_bank_
+from rlscuda.streaming.states import copy_in
 
 Values = ArrayLike | Tensor
 _DTYPES = {np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
@@ -280,14 +281,7 @@ class RLSFilterBank:
         Raises:
             ValueError: A tensor is missing, or of another shape or dtype.
         """
-        own = self.state_dict()
-        for name, tensor in own.items():
-            value = state_dict.get(name)
-            if value is None or value.shape != tensor.shape or value.dtype != tensor.dtype:
-                came = "none" if value is None else f"{list(value.shape)}, {value.dtype}"
-                raise ValueError(f"{name} must be {list(tensor.shape)}, {tensor.dtype}, got {came}")
-        for name, tensor in own.items():
-            tensor.copy_(state_dict[name])
+        copy_in(self.state_dict(), state_dict)
 
     def _product(self, matrices: Tensor, x: Values, index: Values | None) -> tuple[Tensor, Tensor]:
         """The products of matrices [b, r, n], or of those of an index, and x; and x as a tensor."""

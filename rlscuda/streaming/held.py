@@ -12,6 +12,7 @@ from rlscuda.functional import rls_flush_, rls_update_, rls_update_held_
 from rlscuda.functional.calls import check_tensor
 from rlscuda.functional.ridges import check_ridge
 from rlscuda.streaming.ridge import Ridge
+from rlscuda.streaming.states import copy_in
 
 _MOST_ROWS = 64  # that the operator holds
 _ENOUGH = 16  # updates that share a write of P
@@ -168,15 +169,7 @@ class HeldMatrix:
         Raises:
             ValueError: A tensor is missing, or of another shape or dtype.
         """
-        own = self.state_dict()
-        for name, tensor in own.items():
-            value = state_dict.get(name)
-            if value is None or value.shape != tensor.shape or value.dtype != tensor.dtype:
-                came = "none" if value is None else f"{list(value.shape)}, {value.dtype}"
-                raise ValueError(f"{name} must be {list(tensor.shape)}, {tensor.dtype}, got {came}")
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(state_dict[name])
+        copy_in(self.state_dict(), state_dict)
 
     def __repr__(self) -> str:
         shape = list(self._P.shape)
