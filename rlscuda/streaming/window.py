@@ -40,8 +40,7 @@ def _energies(X: NDArray[Any]) -> NDArray[np.float64]:
 class Window:
     """The last `length` samples, with what each still weighs.
 
-    They are learnt anew where P has been repaired or started anew, and so is no more the matrix of
-    the samples that will leave, and where one that left outweighed all that stay.
+    They are learnt anew where one that left outweighed all that stay.
 
     Args:
         length: Samples that stay.
@@ -83,7 +82,6 @@ class Window:
         forgetting = core.kernel.forgetting
         step = 1 if path is not None else self.length  # so that none comes and goes in one call
         for first in range(0, len(X), step):
-            resets = core.resets
             part = slice(first, first + step)
             series = self.interleaved(X[part], Y[part], gains[part], forgetting)
             options = (series.gains, series.forgettings, None, initial_scale)
@@ -93,7 +91,7 @@ class Window:
                 left_out.append(first + int(place))
                 gains[first + place] = 0
             self.keep(X[part], Y[part], gains[part], forgetting)
-            if core.resets > resets or self._outweighed(series):
+            if self._outweighed(series):
                 core.learn_anew(self.X, self.Y, self.gains, initial_scale)
             if path is not None:
                 path[first] = core.W

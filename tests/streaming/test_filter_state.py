@@ -263,6 +263,19 @@ def test_merging_takes_off_what_the_other_really_started_from():
         one.merge(None)
 
 
+def test_merging_under_forgetting_takes_off_what_is_left_of_the_start():
+    X, Y = series(3, 50)
+    one, two = (RLSFilter(3, forgetting=0.95, ridge=0, initial_scale=2.0) for _ in range(2))
+    one.run(X[:30], Y[:30])
+    two.run(X[30:], Y[30:])
+    ages = np.concatenate([np.arange(29, -1, -1.0), np.arange(19, -1, -1.0)])
+    weighted = X * (0.95**ages)[:, None]
+    R = 0.95**30 / 2 * np.eye(3) + weighted.T @ X
+    one.merge(two)
+    np.testing.assert_allclose(one.P, np.linalg.inv(R), atol=1e-10)
+    np.testing.assert_allclose(one.W, np.linalg.solve(R, weighted.T @ Y).T, atol=1e-10)
+
+
 def test_merging_brings_the_running_power():
     X, Y = series(3, 500)
     one, two = RLSFilter(3, forgetting=0.99), RLSFilter(3, forgetting=0.99)
