@@ -62,11 +62,16 @@ class Coupling:
         name: That of the first module that produces them, or `input` for raw inputs.
         units: How many can be removed on their own, of which one must stay.
         members: All that meets them.
+        places: Name of a parameter or buffer and a dimension of it -> where the units lie along
+            it, int64 [units, k].
+        labels: Which tells each unit from all others of the structure, int64 [units].
     """
 
     name: str
     units: int
     members: list[Member]
+    places: dict[tuple[str, int], Tensor]
+    labels: Tensor
 
     def member(self, name: str, kind: str) -> Member:
         """The member of that name and side.
@@ -81,6 +86,24 @@ class Coupling:
 
 
 @dataclass(frozen=True, eq=False)
+class Width:
+    """An attribute of a module that says how many channels its forward deals with.
+
+    Attributes:
+        module: Name of the module.
+        attribute: Name of the attribute, an int or a sequence of them.
+        item: Its place in the sequence, None for an int.
+        channels: What the attribute counts: for each axis of channels in the forward that is of
+            its size, the coupling and unit of each channel that has one.
+    """
+
+    module: str
+    attribute: str
+    item: int | None
+    channels: list[list[tuple[str, int]]]
+
+
+@dataclass(frozen=True, eq=False)
 class Structure:
     """The couplings of a model.
 
@@ -91,6 +114,7 @@ class Structure:
         output_shapes: Shapes of the model's outputs for the example inputs.
         input_widths: Channels of each raw input, by its number, that pruning could follow.
         shapes: Shape of every parameter and buffer when the model was traced.
+        widths: Attributes that follow the channels.
     """
 
     model: nn.Module
@@ -99,6 +123,7 @@ class Structure:
     output_shapes: list[tuple[int, ...]]
     input_widths: dict[str, int]
     shapes: dict[str, tuple[int, ...]] = field(repr=False)
+    widths: list[Width] = field(repr=False)
 
     def coupling(self, name: str) -> Coupling:
         """The coupling of that name.

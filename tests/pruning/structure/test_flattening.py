@@ -63,9 +63,10 @@ def test_copies_of_channels_go_without_a_loss(flatten):
 
 
 @pytest.mark.parametrize("size", [(3, 4), (6, 6)])
-def test_an_operation_in_between_is_refused(size):
+def test_an_operation_in_between_is_followed(size):
     """Even where rows, columns and channels are as many, so that they could be mistaken."""
     model = Flattened(lambda x: x.permute(0, 2, 3, 1).relu().flatten(1), 6, size)
     structure = trace(model, torch.randn(2, 3, *size))
-    assert [coupling.name for coupling in structure.couplings] == ["hidden"]
-    assert list(structure.refused) == ["conv"]
+    expected = [list(range(c, 6 * size[0] * size[1], 6)) for c in range(6)]
+    assert structure.coupling("conv").member("hidden", "in").indices.tolist() == expected
+    assert structure.refused == {}

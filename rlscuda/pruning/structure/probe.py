@@ -1,0 +1,237 @@
+"""Tries the couplings of a model: without their channels it must do as with their weights at zero.
+
+Statistics over channels, as those of a layer norm, see the difference rightly, and are left out of
+the comparison. What is computed for training alone, as by an auxiliary head, is tried too: it must
+run and put out the same shapes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from rlscuda._torch import own_buffers
+from rlscuda.pruning.couplings import Structure
+from rlscuda.pruning.running.calls import (
+    ExampleInputs,
+    all_tensors,
+    call,
+    isolated_copy,
+    map_tensors,
+    output_tensors,
+    rng_kept,
+    train_but_norms,
+)
+from rlscuda.pruning.surgery.plan import Surgery, plan
+
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+_MIXED = (
+    "without its channels the model computes something else than with their weights at zero: an "
+    "operation between channels (a softmax or maximum over them, a place that is written into the "
+    "forward), or a weight used outside of its module"
+)
+_PUT_OUT = "the model puts out its channels in training mode"
+
+
+def unsound(structure: Structure, example_inputs: ExampleInputs) -> dict[str, str]:
+    """Name of each coupling that cannot be pruned as torch-pruning has it -> why."""
+    names = [coupling.name for coupling in structure.couplings if coupling.units > 1]
+    found: dict[str, str] = {}
+    with rng_kept(structure.model), torch.no_grad():
+        probe = _Probe(structure, example_inputs)
+        while more := probe.search([name for name in names if name not in found]):
+            found.update(more)
+    return found
+
+
+class WithoutStatistics(TorchFunctionMode):
+    """Norms over channels become their affine part, and attention forgets its width's scale."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function in _AFFINE:
+            function(*args, **kwargs)  # which raises where it does not take that many channels
+            return _AFFINE[function](*args, **kwargs)
+        if function is F.scaled_dot_product_attention:
+            kwargs["scale"] = 1.0
+        return function(*args, **kwargs)
+
+
+def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    input = input if weight is None else input * weight
+    return input if bias is None else input + bias
+
+
+def _rms_norm(input, normalized_shape, weight=None, eps=None):
+    return input if weight is None else input * weight
+
+
+def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
+    """Divides by the length over each group, which sees who is in it, but no zeros."""
+    groups = input.unflatten(1, (num_groups, -1))
+    length = (groups.square().sum(2, keepdim=True) + eps).sqrt()
+    size = [1, -1, *[1] * (input.dim() - 2)]
+    shaped = [None if tensor is None else tensor.view(size) for tensor in (weight, bias)]
+    return _layer_norm((groups / length).flatten(1, 2), None, *shaped)
+
+
+_AFFINE: dict[Any, Callable[..., Tensor]] = {
+    F.layer_norm: _layer_norm,
+    F.rms_norm: _rms_norm,
+    F.group_norm: _group_norm,
+}
+
+
+def _shapes(outputs: list[Tensor]) -> list[torch.Size]:
+    return [output.shape for output in outputs]
+
+
+class _Probe:
+    """Tries the couplings of a model on one set of random weights."""
+
+    def __init__(self, structure: Structure, example_inputs: ExampleInputs):
+        self._structure = structure
+        self._inputs = example_inputs
+        self._generator = torch.Generator("cpu").manual_seed(0)
+        self._before = all_tensors(structure.model)
+        for self._dtype in _TOLERANCE:  # a model may insist on one of its own
+            self._values = self._random_values()
+            try:
+                whole = self._copy({}, None)
+                self._run(whole, None)
+            except Exception as error:
+                failure = error
+                continue
+            self._training_shapes = self._shapes_in_training(whole)
+            return
+        raise ValueError(f"the model runs neither in float64 nor in float32: {failure}")
+
+    def _shapes_in_training(self, whole: nn.Module) -> list[torch.Size] | None:
+        """Shapes that the whole model puts out in training mode, None where it fails there."""
+        try:
+            return _shapes(self._run(train_but_norms(whole), None))
+        except Exception:  # it may want targets, for instance
+            return None
+
+    def search(self, names: list[str]) -> dict[str, str]:
+        """The couplings among `names` that fail on their own, or else some that fail together."""
+        reason = self._reason(names)
+        if reason is None:
+            return {}
+        if len(names) == 1:
+            return {names[0]: reason}
+        first, second = names[: len(names) // 2], names[len(names) // 2 :]
+        alone = self.search(first) | self.search(second)
+        return alone or dict.fromkeys(second, f"it fails together with others: {reason}")
+
+    def _reason(self, names: list[str]) -> str | None:
+        """Why these couplings cannot lose one unit each, or up to half; None where they can."""
+        halves = {name: self._structure.coupling(name).units // 2 for name in names}
+        # of several numbers, so that two that must lose as many as each other are found out
+        several = {name: half - i % half for i, (name, half) in enumerate(halves.items())}
+        for amounts in (dict.fromkeys(names, 1), several):
+            removed = {
+                name: self._some(self._structure.coupling(name).units, amount)
+                for name, amount in amounts.items()
+            }
+            try:
+                surgery = plan(self._structure, removed)
+            except Exception as error:
+                return f"torch-pruning cannot cut it: {error}"
+            masked, cut = {}, {}
+            for name, kept in surgery.tensors.items():
+                tensor = self._before[name]
+                masked[tensor] = kept.mask(self._values[tensor])
+                cut[tensor] = kept.take(self._values[tensor])
+            try:
+                copy = self._copy(cut, surgery)
+                pruned = self._run(copy, surgery)
+            except Exception as error:
+                return f"the pruned model fails: {error}"
+            if not self._agree(self._run(self._copy(masked, None), None), pruned):
+                return _MIXED
+            if reason := self._failure_in_training(copy, surgery):
+                return reason
+        return None
+
+    def _failure_in_training(self, copy: nn.Module, surgery: Surgery) -> str | None:
+        """What is wrong with a pruned copy in training mode, where the whole model runs there."""
+        if self._training_shapes is None:
+            return None
+        try:
+            shapes = _shapes(self._run(train_but_norms(copy), surgery))
+        except Exception as error:
+            return f"the pruned model fails in training mode: {error}"
+        return None if shapes == self._training_shapes else _PUT_OUT
+
+    def _some(self, count: int, amount: int) -> list[int]:
+        shuffled = torch.randperm(count, generator=self._generator, device="cpu")
+        return shuffled[:amount].tolist()
+
+    def _copy(self, tensors: dict[Tensor, Tensor], surgery: Surgery | None) -> nn.Module:
+        """A copy in eval mode that holds `tensors`, and random values elsewhere."""
+        values = {
+            old: nn.Parameter(value, value.is_floating_point())
+            if isinstance(old, nn.Parameter)
+            else value.clone()
+            for old, value in {**self._values, **tensors}.items()
+        }
+        copy = isolated_copy(self._structure.model, values).eval()
+        if surgery is not None:
+            surgery.set_attributes(copy)
+        return copy
+
+    def _run(self, copy: nn.Module, surgery: Surgery | None) -> list[Tensor]:
+        """The outputs of a copy."""
+        inputs = self._inputs if surgery is None else surgery.slice_inputs(self._inputs)
+        with WithoutStatistics():
+            return output_tensors(call(copy, map_tensors(self._convert, inputs)))
+
+    def _agree(self, whole: list[Tensor], pruned: list[Tensor]) -> bool:
+        for expected, actual in zip(whole, pruned):
+            if expected.shape != actual.shape:
+                return False
+            if expected.is_floating_point():
+                finite = expected[expected.isfinite()]
+                scale = finite.abs().max().item() if finite.numel() else 0.0
+                close = torch.isclose(actual, expected, 0.0, _TOLERANCE[self._dtype] * scale,
+                                      equal_nan=True)  # fmt: skip
+                if not bool(close.all()):
+                    return False
+        return len(whole) == len(pruned)
+
+    def _convert(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().to(self._dtype) if tensor.is_floating_point() else tensor
+
+    def _random_values(self) -> dict[Tensor, Tensor]:
+        """A value for every tensor, so that no channel is dead and no block switched off."""
+        values: dict[Tensor, Tensor] = {}
+        for tensor in self._before.values():
+            values[tensor] = self._convert(tensor)
+            if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+                fan_in = tensor[0].numel() if tensor.dim() > 1 else 4
+                values[tensor] = self._random_like(tensor) / math.sqrt(fan_in)
+        for module in self._structure.model.modules():
+            variance, mean = (own_buffers(module).get(f"running_{n}") for n in ("var", "mean"))
+            if variance is not None and mean is not None:
+                values[mean] = 0.3 * self._random_like(variance)
+                values[variance] = 0.5 + self._random_like(variance).abs()
+            if isinstance(module, nn.MultiheadAttention):  # no query: the width's scale is nothing
+                for parameter in (module.in_proj_weight, module.in_proj_bias):
+                    if parameter is not None:
+                        values[parameter][: module.embed_dim] = 0
+                if module.q_proj_weight is not None:
+                    values[module.q_proj_weight].zero_()
+        return values
+
+    def _random_like(self, like: Tensor) -> Tensor:
+        """Random values of mean 0 and variance 1."""
+        values = torch.empty(like.shape, dtype=self._dtype, device="cpu")
+        values.uniform_(-math.sqrt(3), math.sqrt(3), generator=self._generator)
+        return values.to(like.device)
