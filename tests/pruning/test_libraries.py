@@ -107,13 +107,18 @@ def test_both_branches_of_a_vision_transformer_go():
     assert model(x).shape == (2, 5)
 
 
-def test_fixed_reshapes_of_attention_are_refused():
+@pytest.mark.parametrize("heads", [False, True])
+def test_attention_shrinks_with_its_attributes(heads):
     model = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=12, num_heads=2
     )
-    structure = trace(model, torch.randn(2, 3, 32, 32))
-    assert "blocks.0.attn.qkv" in structure.refused
-    assert "blocks.0.mlp.fc1" in {coupling.name for coupling in structure.couplings}
+    x = torch.randn(2, 3, 32, 32)
+    structure = trace(model, x, heads=heads)
+    attention = model.blocks[0].attn
+    assert structure.refused == {}
+    operate(model, [], plan(structure, {"blocks.0.attn.qkv": [0]}), {}, x)
+    assert (attention.num_heads, attention.head_dim) == ((1, 6) if heads else (2, 5))
+    assert attention.qkv.out_features == 3 * attention.attn_dim == 3 * attention.proj.in_features
 
 
 def test_counts_of_a_vision_transformer():

@@ -76,8 +76,8 @@ class Follower(TorchDispatchMode):
         return self._planes.get(tensor, []) if isinstance(tensor, Tensor) else []
 
     def give(self, tensor: Tensor, planes: Iterable[Tensor]) -> None:
-        """Sets the planes of a tensor."""
-        self._planes[tensor] = simplified(planes)
+        """Sets the planes of a tensor; what is fixed from end to end is as good as without."""
+        self._planes[tensor] = [p for p in simplified(planes) if not self.labels.all_fixed(p)]
 
     def operand(self, tensor: Tensor) -> tuple[tuple[int, ...], Planes]:
         """Shape and planes, as `pointwise` takes them."""

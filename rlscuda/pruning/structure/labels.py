@@ -83,6 +83,13 @@ class Labels:
         """Why a set of labels cannot go, or ''."""
         return "it is of a fixed size" if root == FIXED else self.reasons.get(root, "")
 
+    def all_fixed(self, plane: Tensor) -> bool:
+        """Whether no label of a plane can go."""
+        first = int(plane[(0,) * plane.dim()])
+        if not self.fixed(self.find(first)):
+            return False
+        return all(self.fixed(self.find(label)) for label in torch.unique(plane).tolist())
+
     def derive(self, rows: Tensor) -> Tensor:
         """The derived label of each row of labels [count, any], int64 [count]."""
         kinds, places = torch.unique(rows, dim=0, return_inverse=True)
@@ -111,7 +118,9 @@ class Labels:
             for label in whole:
                 self.join(label, waiting.pop(label)[0])
         for label in waiting:
-            self.fix(torch.tensor([label]), "it goes with only a part of what it meets")
+            self.fix(
+                torch.tensor([label], device="cpu"), "it goes with only a part of what it meets"
+            )
 
     def copy(self) -> Labels:
         """The same labels, to be joined further."""

@@ -77,6 +77,19 @@ def _same(f, op, args, kwargs, output):
     return f.planes(args[0])
 
 
+@_rule("new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided")
+def _fresh(f, op, args, kwargs, output):
+    """Of the size of another tensor, where that is so along its channels."""
+    found = []
+    if output.dim() == args[0].dim():
+        for plane in f.planes(args[0]):
+            if all(own in (1, size) for own, size in zip(plane.shape, output.shape)):
+                found.append(plane)
+    f.give(output, found)
+    f.site(output)
+    return found
+
+
 def _apply(op: Any, full: Tensor, x: Tensor, args: tuple, kwargs: dict) -> Any:
     """A moving operation on labels."""
     name = op.overloadpacket.__name__
@@ -115,6 +128,7 @@ def _moved(f, op, args, kwargs, output):
             found.append(part)
             if len(varying(part)) > len(varying(plane)):
                 f.table(part)
+                f.site(x)
     if len(outputs) == 1 and op.overloadpacket.__name__ in ("view", "_unsafe_view"):
         f.give(output, made[0])
         f.site(output)
@@ -130,6 +144,15 @@ def _filled(f: Follower, plane: Tensor) -> Tensor:
         plane = plane.clone()
         plane[holes] = new
     return plane
+
+
+@_rule("as_strided")
+def _strided(f, op, args, kwargs, output):
+    fits = [all(s in (1, size) for s, size in zip(p.shape, args[1])) for p in f.planes(args[0])]
+    if len(args[1]) == output.dim() and all(fits):  # of another memory format
+        return f.planes(args[0])
+    f.fix_all(args[:1], f"its labels do not pass {f.where}")
+    return []
 
 
 @_rule("index")
@@ -159,6 +182,7 @@ def _split(f, op, args, kwargs, output):
         if dim in varying(plane) and len(output) > 1 and len(sizes) == 1 and name != "unbind":
             f.table(plane.unflatten(dim, (len(output), -1)))
     if name != "unbind":
+        f.site(x)
         for part, planes in zip(output, made):
             f.give(part, planes)
             f.site(part)

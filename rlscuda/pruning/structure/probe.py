@@ -8,7 +8,7 @@ run and put out the same shapes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,7 +51,20 @@ def unsound(structure: Structure, example_inputs: ExampleInputs) -> dict[str, st
 
 
 class WithoutStatistics(TorchFunctionMode):
-    """Norms over channels become their affine part, and attention forgets its width's scale."""
+    """Norms over channels become their affine part, and attention forgets its width's scale.
+
+    Means and variances of a forward that are written by hand are those that it would find if the
+    channels that are gone were there, and zero.
+
+    Args:
+        whole: Shapes of what means and variances are taken of in the whole model, in order, as
+            `shapes` of an earlier run has them; None where this is that run.
+    """
+
+    def __init__(self, whole: Sequence[torch.Size] | None = None):
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+        self._whole = whole
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -60,7 +73,35 @@ class WithoutStatistics(TorchFunctionMode):
             return _AFFINE[function](*args, **kwargs)
         if function is F.scaled_dot_product_attention:
             kwargs["scale"] = 1.0
+        if function in _MEANS or function in _VARIANCES:
+            return self._statistic(function, args, kwargs)
         return function(*args, **kwargs)
+
+    def _statistic(self, function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        found, shape = function(*args, **kwargs), args[0].shape
+        place = len(self.shapes)
+        self.shapes.append(shape)
+        whole = shape if self._whole is None or place >= len(self._whole) else self._whole[place]
+        if whole == shape or len(whole) != len(shape):
+            return found
+        dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        dims = range(len(shape)) if dims is None else [dims] if isinstance(dims, int) else dims
+        kept = math.prod(shape[dim] / whole[dim] for dim in dims)
+        if function in _MEANS:
+            return found * kept
+        count = math.prod(whole[dim] for dim in dims)
+        x, keepdim = args[0], bool(kwargs.get("keepdim", False))
+        mean = x.mean(tuple(dims), keepdim) * kept
+        square = x.square().mean(tuple(dims), keepdim) * kept
+        unbiased = kwargs.get("unbiased", kwargs.get("correction", 1))
+        variance = (square - mean.square()) * count / (count - int(unbiased))
+        spread = variance.sqrt() if function in _DEVIATIONS else variance
+        return (spread, mean) if isinstance(found, tuple) else spread
+
+
+_MEANS = (torch.mean, Tensor.mean)
+_DEVIATIONS = (torch.std, Tensor.std, torch.std_mean)
+_VARIANCES = (torch.var, Tensor.var, torch.var_mean, *_DEVIATIONS)
 
 
 def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
@@ -100,11 +141,12 @@ class _Probe:
         self._inputs = example_inputs
         self._generator = torch.Generator("cpu").manual_seed(0)
         self._before = all_tensors(structure.model)
+        self._statistics: list[torch.Size] | None = None  # which the whole model takes
         for self._dtype in _TOLERANCE:  # a model may insist on one of its own
             self._values = self._random_values()
             try:
                 whole = self._copy({}, None)
-                self._run(whole, None)
+                self._statistics = self._run(whole, None)[1]
             except Exception as error:
                 failure = error
                 continue
@@ -115,12 +157,14 @@ class _Probe:
     def _shapes_in_training(self, whole: nn.Module) -> list[torch.Size] | None:
         """Shapes that the whole model puts out in training mode, None where it fails there."""
         try:
-            return _shapes(self._run(train_but_norms(whole), None))
+            return _shapes(self._run(train_but_norms(whole), None)[0])
         except Exception:  # it may want targets, for instance
             return None
 
     def search(self, names: list[str]) -> dict[str, str]:
         """The couplings among `names` that fail on their own, or else some that fail together."""
+        if not names:
+            return {}
         reason = self._reason(names)
         if reason is None:
             return {}
@@ -151,10 +195,10 @@ class _Probe:
                 cut[tensor] = kept.take(self._values[tensor])
             try:
                 copy = self._copy(cut, surgery)
-                pruned = self._run(copy, surgery)
+                pruned, _ = self._run(copy, surgery)
             except Exception as error:
                 return f"the pruned model fails: {error}"
-            if not self._agree(self._run(self._copy(masked, None), None), pruned):
+            if not self._agree(self._run(self._copy(masked, None), None)[0], pruned):
                 return _MIXED
             if reason := self._failure_in_training(copy, surgery):
                 return reason
@@ -165,7 +209,7 @@ class _Probe:
         if self._training_shapes is None:
             return None
         try:
-            shapes = _shapes(self._run(train_but_norms(copy), surgery))
+            shapes = _shapes(self._run(train_but_norms(copy), surgery)[0])
         except Exception as error:
             return f"the pruned model fails in training mode: {error}"
         return None if shapes == self._training_shapes else _PUT_OUT
@@ -187,11 +231,15 @@ class _Probe:
             surgery.set_attributes(copy)
         return copy
 
-    def _run(self, copy: nn.Module, surgery: Surgery | None) -> list[Tensor]:
-        """The outputs of a copy."""
+    def _run(
+        self, copy: nn.Module, surgery: Surgery | None
+    ) -> tuple[list[Tensor], list[torch.Size]]:
+        """The outputs of a copy, and what it takes statistics of; each run by the same seed."""
         inputs = self._inputs if surgery is None else surgery.slice_inputs(self._inputs)
-        with WithoutStatistics():
-            return output_tensors(call(copy, map_tensors(self._convert, inputs)))
+        torch.manual_seed(0)
+        with WithoutStatistics(self._statistics) as mode:
+            outputs = output_tensors(call(copy, map_tensors(self._convert, inputs)))
+        return outputs, mode.shapes
 
     def _agree(self, whole: list[Tensor], pruned: list[Tensor]) -> bool:
         for expected, actual in zip(whole, pruned):

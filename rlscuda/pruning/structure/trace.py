@@ -22,7 +22,7 @@ from rlscuda.pruning.structure.probe import unsound
 from rlscuda.pruning.structure.units import Followed, Side, Unit, follow
 from rlscuda.pruning.structure.widths import widths_of
 
-_WAYS = 3  # in which a forward may lay channels out in an array: they are tried one after another
+_TRIES = 5  # of what a forward may mean by the sizes that it gives
 
 
 def trace(
@@ -60,16 +60,28 @@ def trace(
     axes = _axes(followed, heads)
     best: Structure | None = None
     wrong: dict[str, str] = {}
-    for _ in range(_WAYS):
+    for _ in range(_TRIES):
         found, labels = _structure(model, followed, axes, kept_names, include_inputs)
         failed = unsound(found, example_inputs)
-        if best is None or len(failed) < len(wrong):
+        if best is None or _removable(found, failed) > _removable(best, wrong):
             best, wrong = found, failed
-        if not failed or not _turn(followed, axes, labels, found, failed):
+        if not (
+            _take_for_one(model, followed, labels, found, failed)
+            or _turn(followed, axes, labels, found, failed)
+        ):
             break
     assert best is not None
     sound = [coupling for coupling in best.couplings if coupling.name not in wrong]
     return replace(best, couplings=sound, refused={**best.refused, **wrong})
+
+
+def _removable(structure: Structure, wrong: Mapping[str, str]) -> int:
+    """Channels that may go."""
+    return sum(
+        (coupling.units - 1) * coupling.members[0].indices.shape[1]
+        for coupling in structure.couplings
+        if coupling.name not in wrong
+    )
 
 
 def _axes(followed: Followed, heads: bool) -> dict[int, int]:
@@ -79,6 +91,37 @@ def _axes(followed: Followed, heads: bool) -> dict[int, int]:
         for number, table in enumerate(followed.tables)
         if table.axis is None
     }
+
+
+def _take_for_one(
+    model: nn.Module,
+    followed: Followed,
+    labels: Labels,
+    found: Structure,
+    wrong: Mapping[str, str],
+) -> bool:
+    """Joins widths that a forward takes for one; whether there are any.
+
+    Where it gives channels that cannot go the width of what comes in, as in `reshape(B, N, C)` with
+    the C of its input, both must shrink alike.
+    """
+    unit_of = {label: c.name for c in found.couplings for label in c.labels.tolist()}
+    joined = False
+    for site in followed.sites:
+        names = {unit_of.get(root) for root in labels.roots(site.labels)}
+        if len(names) != 1 or not names <= wrong.keys() or not site.line:
+            continue
+        for name, _ in model.get_submodule(site.module).named_modules():
+            full = ".".join(part for part in (site.module, name) if part)
+            own = followed.tensors.get((f"{full}.weight", 1))
+            if own is None or len(own) != site.size:
+                continue
+            other = {unit_of.get(root) for root in labels.roots(own)}
+            if len(other) == 1 and other != names and None not in other:
+                followed.labels.join_all(own, site.labels)
+                joined = True
+                break
+    return joined
 
 
 def _turn(

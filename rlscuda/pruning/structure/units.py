@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -126,9 +127,14 @@ def follow(model: nn.Module, example_inputs: ExampleInputs) -> Followed:
     except Exception as error:
         raise ValueError(f"the model cannot be deep-copied: {error}") from error
     follower = Follower(copy)
+    for module in copy.modules():
+        if not any(True for _ in module.children()) and not any(True for _ in module.parameters()):
+            module.register_forward_hook(
+                lambda m, args, y: [follower.site(t) for t in leaves(y)] and None
+            )
     tensors, sides = _labelled(copy, follower)
     widths: dict[str, int] = {}
-    numbers = iter(range(1_000_000))
+    numbers = itertools.count()
 
     def taken(tensor: Tensor) -> Tensor:
         """An input, whose dimension 1 has labels where that can be of channels."""

@@ -197,9 +197,15 @@ class TiedAutoencoder(nn.Module):
         return self.head(torch.relu(self.encoder(x)) @ self.encoder.weight)
 
 
-def test_weight_used_outside_of_its_module_is_refused():
-    structure = trace(TiedAutoencoder(), torch.randn(3, 4))
-    assert structure.couplings == [] and "encoder" in structure.refused
+def test_weight_used_outside_of_its_module_is_followed():
+    model, x = TiedAutoencoder(), torch.randn(3, 4)
+    structure = trace(model, x)
+    with torch.no_grad():
+        model.encoder.weight[2], model.encoder.bias[2] = 0, 0
+    before = model(x)
+    operate(model, [], plan(structure, {"encoder": [2]}), {}, x)
+    assert model.encoder.weight.shape == (5, 4) and structure.refused == {}
+    torch.testing.assert_close(model(x), before)
 
 
 def test_memory_format_stays():
