@@ -157,6 +157,10 @@ def follow(model: nn.Module, example_inputs: ExampleInputs) -> Followed:
         raise ValueError(f"the model cannot be traced on the example inputs: {error}") from error
     for name, module in copy.named_modules():
         _tie_module(follower.labels, name, module, tensors)
+        if obstacle := _obstacle(module, name):
+            for (tensor, _), labels in tensors.items():
+                if tensor.startswith(f"{name}." if name else ""):
+                    follower.labels.fix(labels, obstacle)
     put_out = {
         label
         for output in outputs
@@ -220,10 +224,7 @@ def _labelled(
         if isinstance(module, nn.MultiheadAttention)
         for part in module.modules()
     }
-    obstacles: dict[str, str] = {}
     for prefix, module in model.named_modules():
-        if obstacle := _obstacle(module, prefix) or obstacles.get(prefix.rpartition(".")[0], ""):
-            obstacles[prefix] = obstacle
         for own in (own_parameters(module), own_buffers(module)):
             for name, tensor in own.items():
                 if tensor is None or tensor.numel() <= 1:
@@ -235,8 +236,6 @@ def _labelled(
                     if labels is None:
                         continue
                     tensors[full, axis] = labels
-                    if obstacle:
-                        follower.labels.fix(labels, obstacle)
                     if id(module) in attention and not isinstance(module, nn.MultiheadAttention):
                         continue
                     side = _side(module, prefix, full, name, tensor, axis)
