@@ -82,11 +82,19 @@ class Layer:
             padding = [(t // 2, t - t // 2) for t in total]
         else:
             padding = [(p, p) for p in m.padding]
-        axes = list(zip(m.kernel_size, m.stride, m.dilation, padding))
+        mode = 0 if self.pads else PADDING_MODES.index(m.padding_mode)
+        self.set_axes(list(zip(m.kernel_size, m.stride, m.dilation, padding)), mode)
+
+    def set_axes(self, axes: list[tuple], mode: int) -> None:
+        """Sets the geometry.
+
+        Args:
+            axes: Kernel size, stride, dilation and padding (before, after) along each dimension.
+            mode: Index of `PADDING_MODES`.
+        """
         self.depth, *plane = [self.depth] * (3 - len(axes)) + axes
         kernel, stride, dilation, (rows, columns) = map(list, zip(*plane))
-        mode = 0 if self.pads else PADDING_MODES.index(m.padding_mode)
-        self.geometry = (kernel, stride, [*columns, *rows], dilation, m.groups, mode)
+        self.geometry = (kernel, stride, [*columns, *rows], dilation, self.module.groups, mode)
 
     def factors_pay(self, x: Tensor, dtype: torch.dtype | None) -> bool:
         """Whether the factored product (P X^T) delta is possible and cheaper than G P.
@@ -116,6 +124,10 @@ class Layer:
     def as_rows(self, like_weight: Tensor) -> Tensor:
         """A tensor of the weight's shape as [c, columns]."""
         return like_weight.t() if self.transposed else like_weight.flatten(1)
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """What `as_rows` gives, in the weight's shape again."""
+        return rows.t() if self.transposed else rows.reshape(self.weight.shape)
 
     def alike(self, other: Layer) -> bool:
         """Whether both make the same rows of one input, for one matrix that describes it."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from rlscuda.optim.kinds.modules import COVERED
+from rlscuda.optim.kinds.modules import is_consumer
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class Member:
         """The columns of the im2col matrix that the units take on the input side.
 
         Args:
-            module: The Linear or convolution of that name.
+            module: The Linear or convolution of that name, see `is_consumer`.
 
         Returns:
             [units, columns] int64, ascending, in `F.unfold` order; for a grouped convolution within
@@ -41,16 +41,14 @@ class Member:
         Raises:
             ValueError: The units are not on the input side of a Linear or convolution.
         """
-        if self.kind != "in" or not isinstance(module, COVERED):
+        if self.kind != "in" or not is_consumer(module):
             raise ValueError(
                 f"columns are those of the input side of a Linear or convolution, got side "
                 f"{self.kind!r} of {type(module).__name__} {self.name!r}"
             )
-        if isinstance(module, nn.Linear):
-            return self.indices
-        area = math.prod(module.kernel_size)
+        area = math.prod(getattr(module, "kernel_size", ()))
         # the units hold the same positions of every group, and the first comes first
-        first = self.indices[:, : self.indices.shape[1] // module.groups]
+        first = self.indices[:, : self.indices.shape[1] // getattr(module, "groups", 1)]
         return (first[:, :, None] * area + torch.arange(area, device="cpu")).flatten(1)
 
 

@@ -1,4 +1,4 @@
-"""The classes of modules whose forward the RLS rule knows."""
+"""The classes of modules whose forward the RLS rule knows, and those that pruning knows."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 from rlscuda.optim.kinds.recurrent import RECURRENT
 
 COVERED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+SPREADING = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def base_of(module: nn.Module) -> type[nn.Module] | None:
@@ -20,6 +21,19 @@ def base_of(module: nn.Module) -> type[nn.Module] | None:
 def is_transposed(module: nn.Module) -> bool:
     """Whether the weight of a module is [n, c]."""
     return isinstance(module, _transposed())
+
+
+def is_consumer(module: nn.Module) -> bool:
+    """Whether a module multiplies rows of its input by its weight, as a matrix can describe them.
+
+    A Linear or convolution, also a transposed one, or the Conv1D of transformers.
+    """
+    return isinstance(module, (*COVERED, *SPREADING, *_transposed()))
+
+
+def has_inputs_first(module: nn.Module) -> bool:
+    """Whether the first dimension of a consumer's weight is that of its inputs."""
+    return isinstance(module, (*SPREADING, *_transposed()))
 
 
 def _transposed() -> tuple[type[nn.Module], ...]:

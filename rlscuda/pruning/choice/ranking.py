@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlscuda._torch import BatchNorm, Convolution
+from rlscuda._torch import BatchNorm
 from rlscuda.closed_form import formulas
 from rlscuda.closed_form.greedy import Consumer, greedy_path
-from rlscuda.optim.kinds.modules import COVERED
+from rlscuda.optim.kinds.modules import has_inputs_first, is_consumer
 from rlscuda.pruning.couplings import Coupling, Structure
 from rlscuda.pruning.matrices.calibration import Matrices
+from rlscuda.pruning.matrices.layers import layer_of, layer_weight
 
 _NO_MATRIX = "no layer that takes its channels has an inverse autocorrelation matrix"
 
@@ -149,18 +150,9 @@ def units_gone(original: dict[str, int], couplings: list[Coupling]) -> dict[str,
     return {c.name: original.setdefault(c.name, c.units) - c.units for c in couplings}
 
 
-def layer_weight(module: Any, P: Tensor) -> Tensor:
-    """The weight as [groups, c / groups, n] float64, with the bias' column where `P` has it."""
-    weight = module.weight.detach().double().flatten(1)
-    if P.shape[-1] > weight.shape[1]:
-        assert module.bias is not None
-        weight = torch.cat([weight, module.bias.detach().double()[:, None]], 1)
-    return weight.unflatten(0, (P.shape[0], -1)).to(P.device)
-
-
 def layer_energy(module: Any, P: Tensor) -> list[float]:
     """What losing all its inputs would cost a layer: the variance of its outputs, once a group."""
-    inputs = torch.arange(module.weight[0].numel(), device=P.device)
+    inputs = torch.arange(layer_of(module).columns, device=P.device)
     parts = [formulas.output_energy(p, w, inputs) for p, w in zip(P, layer_weight(module, P))]
     return [sum(parts)] * len(parts)
 
@@ -195,9 +187,9 @@ def feeds_one_layer(coupling: Coupling, modules: Mapping[str, Any]) -> bool:
     if len(consumers) != 1:
         return False
     module = modules[consumers[0].name]
-    if not isinstance(module, COVERED) or getattr(module, "groups", 1) > 1:
+    if not is_consumer(module) or getattr(module, "groups", 1) > 1:
         return False
-    return consumers[0].indices.numel() == module.weight.shape[1]
+    return consumers[0].columns(module).numel() == layer_of(module).columns
 
 
 def _filters(subject: Subject) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -209,11 +201,11 @@ def _filters(subject: Subject) -> Iterator[tuple[Tensor, Tensor | None]]:
     members = subject.coupling.members
     producers = [m for m in members if m.kind == "out"]
     for member in producers or [m for m in members if m.kind == "in"]:
-        module = subject.modules.get(member.name)
+        module: Any = subject.modules.get(member.name)
         weight = getattr(module, "weight", None)
-        if not isinstance(module, (nn.Linear, Convolution)) or weight is None:
+        if not is_consumer(module) or weight is None:
             continue
-        axis = int((member.kind == "in") != bool(getattr(module, "transposed", False)))
+        axis = int((member.kind == "in") != has_inputs_first(module))
         if axis == 1 and getattr(module, "groups", 1) > 1:
             continue  # its units lie in all groups at once
 

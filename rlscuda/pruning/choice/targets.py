@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from rlscuda._torch import own_parameters
 from rlscuda.closed_form.formulas import compensate
-from rlscuda.optim.kinds.modules import COVERED
-from rlscuda.pruning.choice.ranking import Candidate, layer_weight
+from rlscuda.optim.kinds.modules import is_consumer
+from rlscuda.pruning.choice.ranking import Candidate
 from rlscuda.pruning.couplings import Coupling, Member, Structure
 from rlscuda.pruning.matrices.calibration import Matrices
+from rlscuda.pruning.matrices.layers import layer_values, layer_weight
+from rlscuda.pruning.matrices.proven import NotProven
 from rlscuda.pruning.report import CouplingChange
 from rlscuda.pruning.running.measure import count_flops, count_parameters
 from rlscuda.pruning.surgery.plan import Surgery, plan
@@ -268,11 +270,11 @@ def lost_columns(
     modules: Mapping[str, nn.Module],
     removed: Mapping[str, Sequence[int]],
 ) -> dict[str, Tensor]:
-    """The im2col columns that Linears and convolutions lose, of each group; int64, ascending."""
+    """The im2col columns of each group that consumers lose; int64, ascending; see `is_consumer`."""
     lost: dict[str, list[Tensor]] = {}
     for member, units in _losing(couplings, removed):
-        module = modules.get(member.name)
-        if member.kind == "in" and isinstance(module, COVERED):
+        module: Any = modules.get(member.name)
+        if member.kind == "in" and is_consumer(module):
             lost.setdefault(member.name, []).append(member.columns(module)[units].flatten())
     return {name: torch.cat(parts).sort().values for name, parts in lost.items()}
 
@@ -285,9 +287,9 @@ def without_rule(
     """Layers of other kinds that lose inputs too, and why nothing makes up for them."""
     reasons = {}
     for member, _ in _losing(couplings, removed):
-        module = modules.get(member.name)
+        module: Any = modules.get(member.name)
         mixes = member.kind == "in" or isinstance(module, nn.MultiheadAttention)
-        if mixes and not isinstance(module, COVERED):
+        if mixes and not is_consumer(module):
             reasons[member.name] = f"there is no rule for {type(module).__name__}"
     return reasons
 
@@ -335,11 +337,11 @@ def compensate_layers(
         W = torch.stack([
             compensate(p, w, columns.to(P.device))
             for p, w in zip(P, layer_weight(module, P))
-        ]).flatten(0, 1)  # fmt: skip
-        inputs = module.weight[0].numel()
-        values[f"{name}.weight"] = W[:, :inputs].reshape(module.weight.shape).to(module.weight)
-        if W.shape[1] > inputs:
-            values[f"{name}.bias"] = W[:, inputs].to(module.bias)
+        ])  # fmt: skip
+        try:
+            values |= {f"{name}.{own}": new for own, new in layer_values(module, W).items()}
+        except NotProven as error:
+            reasons[name] = str(error)
     return values, reasons
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rlscuda._torch import (
     compiler_is_loaded,
+    has_own_forward,
     is_masked,
     own_parameters,
     plain_or_masked,
@@ -24,8 +25,11 @@ from rlscuda._torch import (
 )
 from rlscuda.closed_form.formulas import damped_inverse, downdate
 from rlscuda.optim.discovery import Match, discover, modules_named
-from rlscuda.optim.kinds.modules import COVERED
+from rlscuda.optim.kinds.modules import COVERED, SPREADING, is_consumer
+from rlscuda.optim.kinds.padded import pads_itself
 from rlscuda.optim.layers import Layer
+from rlscuda.pruning.matrices.layers import SpreadLayer, layer_of
+from rlscuda.pruning.matrices.proven import NotProven
 from rlscuda.pruning.options import check_number
 from rlscuda.pruning.running.calls import feed, inference
 from rlscuda.reference import patch_rows
@@ -44,15 +48,18 @@ def calibrate(
 ) -> Matrices:
     """The inverse of the exact autocorrelation of each layer's input over a loader.
 
-    The model runs in eval mode without gradients, and as it was written where it is compiled; its
-    training flags and the random state are put back, also after an error. All rows weigh the same.
+    The model runs in eval mode without gradients, as it was written where it is compiled, and
+    without the fused operators of transformer layers; its training flags and the random state are
+    put back, also after an error. All rows weigh the same.
 
     Args:
         model: The model; batches are moved to the device of its first parameter.
         loader: Batches: a tensor; a tuple or list whose first item is the input; or a mapping, of
             which the model's forward gets the items it names.
         layers: Names (shell patterns) or modules to which this is limited; by default every Linear
-            and convolution that an RLS rule could cover, with a mask or without.
+            and convolution, with a mask or without: also a transposed one, see `SpreadLayer`, the
+            Conv1D of transformers, and a Conv2d with a forward of its own that each input shows to
+            be a convolution of its padded self, see `ProvenLayer`.
         damping: Relative to the mean of the autocorrelation's diagonal, see `damped_inverse`.
         max_batches: How many batches to take; all by default.
 
@@ -68,22 +75,50 @@ def calibrate(
     check_number("damping", damping, 0)
     if max_batches is not None:
         check_number("max_batches", max_batches, 1, whole=True)
-    found = pruning_layers(model, layers)
-    sums = {layer.name: _Autocorrelation(layer) for layer in found}
-    batches = 0
-    with inference(model), observing(found, lambda layer, x: sums[layer.name].add(x)):
+    sums = accumulated(model, loader, pruning_layers(model, layers, others=True), max_batches)
+    unseen = {name: one.refusal for name, one in sums.items() if not one.rows}
+    if layers is not None and unseen:
+        raise ValueError(f"layers {list(unseen)} saw no input in eval mode{_why(unseen)}")
+    if len(unseen) == len(sums):
+        raise ValueError(f"none of the layers {list(unseen)} saw input in eval mode{_why(unseen)}")
+    return inverses(sums, damping)
+
+
+def _why(reasons: Mapping[str, str]) -> str:
+    return "".join(f"; {name!r}: {reason}" for name, reason in reasons.items() if reason)
+
+
+def accumulated(
+    model: nn.Module, loader: Iterable, layers: Iterable[Layer], max_batches: int | None = None
+) -> dict[str, Autocorrelation]:
+    """The autocorrelations of layers' inputs over a loader, by name, see `calibrate`.
+
+    Raises:
+        TypeError: A batch is none that `feed` takes.
+        ValueError: The loader is empty.
+    """
+    sums = {layer.name: Autocorrelation(layer) for layer in layers}
+    found, batches = [one.layer for one in sums.values()], 0
+    seeing = observing(found, lambda layer, x: sums[layer.name].add(x))
+    with inference(model), seeing:
         for batch in islice(loader, max_batches):
             feed(model, batch)
             batches += 1
     if not batches:
         raise ValueError("loader must give at least one batch, got none")
-    unseen = [name for name, one in sums.items() if not one.rows]
-    if layers is not None and unseen:
-        raise ValueError(f"layers {unseen} saw no input in eval mode")
-    if len(unseen) == len(sums):
-        raise ValueError(f"none of the layers {unseen} saw input in eval mode")
-    # one at a time, so that no more than one layer's autocorrelation and inverse are there together
-    return {name: sums.pop(name).inverse(damping) for name in list(sums) if name not in unseen}
+    return sums
+
+
+def inverses(sums: dict[str, Autocorrelation], damping: float) -> Matrices:
+    """The damped inverses of those that have rows; `sums` is empty then.
+
+    One at a time, so that no more than one autocorrelation and its inverse are there together.
+    """
+    found = {}
+    for name in list(sums):
+        if (one := sums.pop(name)).rows:
+            found[name] = one.inverse(damping)
+    return found
 
 
 def disagreement(own: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
@@ -131,12 +166,15 @@ def disagreement(own: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict
     return result
 
 
-def pruning_layers(model: nn.Module, layers: Iterable[str | nn.Module] | None) -> list[Layer]:
+def pruning_layers(
+    model: nn.Module, layers: Iterable[str | nn.Module] | None, others: bool = False
+) -> list[Layer]:
     """The Linears and convolutions of a model, each bias in its matrix that is of its layer alone.
 
     Args:
         model: The model.
         layers: Names (shell patterns) or modules to which this is limited.
+        others: Whether those are among them that no RLS rule trains, see `layer_of`.
 
     Raises:
         TypeError: `model` is no module, or `layers` holds what is neither a name nor a module.
@@ -149,11 +187,12 @@ def pruning_layers(model: nn.Module, layers: Iterable[str | nn.Module] | None) -
     found: dict[nn.Module, Layer] = {}
     reasons: dict[nn.Module, str] = {}
     for index, match in enumerate(discover(model, None, None)):
-        if not isinstance(match.module, COVERED) and not match.reason:
+        known = is_consumer(match.module) if others else isinstance(match.module, COVERED)
+        if not known and not match.reason:
             match.layer, match.reason = None, f"{type(match.module).__name__} cannot be pruned"
         if match.layer is not None:
             match.layer.bias = match.bias_fits
-        layer = match.layer or _masked_layer(match, index, model)
+        layer = match.layer or _uncovered_layer(match, index, model, others)
         if layer is None:
             reasons.setdefault(match.module, match.reason)
         else:
@@ -170,33 +209,57 @@ def pruning_layers(model: nn.Module, layers: Iterable[str | nn.Module] | None) -
     return [layer for module, layer in found.items() if module in wanted]
 
 
-def _masked_layer(match: Match, index: int, model: nn.Module) -> Layer | None:
-    """The layer of a module that would be covered without its mask, else None."""
+def _uncovered_layer(match: Match, index: int, model: nn.Module, others: bool) -> Layer | None:
+    """The layer of a module that has a mask or, of others, that no RLS rule trains; else None."""
     module: Any = match.module
-    if type(module) not in COVERED or not is_masked(module):
+    masked = type(module) in COVERED and is_masked(module)
+    if not masked and not (others and _is_other(module)):
         return None
     bias = plain_or_masked(module, "bias")
     holders = [m for m in model.modules() if any(p is bias for p in own_parameters(m).values())]
-    return Layer(match.name, module, index, bias is not None and holders == [module])
+    try:
+        return layer_of(module, match.name, index, bias is not None and holders == [module])
+    except NotProven as error:
+        match.reason = _own_forward(module, error)
+        return None
 
 
-class _Autocorrelation:
+def _own_forward(module: nn.Module, error: NotProven) -> str:
+    return f"{type(module).__name__} has a forward of its own, and {error}"
+
+
+def _is_other(module: nn.Module) -> bool:
+    """Whether a module is a transposed convolution, or a Conv2d with a forward of its own."""
+    weight = plain_or_masked(module, "weight")
+    if weight is None or not weight.numel() or not weight.is_floating_point():
+        return False
+    plain = any(isinstance(module, k) and not has_own_forward(module, k) for k in SPREADING)
+    return plain or pads_itself(module)
+
+
+class Autocorrelation:
     """The sum of x x^T over the im2col rows of one layer.
 
     Attributes:
+        layer: The layer.
         rows: How many rows it has seen, of each group.
+        refusal: Why it is not what `layer` says, or ''; it has no rows then.
     """
 
     def __init__(self, layer: Layer):
-        self.layer, self.rows = layer, 0
+        self.layer, self.rows, self.refusal = layer, 0, ""
         shape = (layer.groups, layer.fan_in, layer.fan_in)
         self._sum = torch.zeros(shape, dtype=torch.float64, device=layer.weight.device)
 
     def add(self, x: Tensor) -> None:
         """Takes in one input of the layer, a few images' rows at a time."""
-        if not x.numel():
+        if not x.numel() or self.refusal:
             return
-        images, geometry = self.layer.images(x.detach()), self.layer.geometry
+        try:
+            images, geometry = self.layer.images(x.detach()), self.layer.geometry
+        except NotProven as error:
+            self.rows, self.refusal = 0, _own_forward(self.layer.module, error)
+            return
         size = self.layer.groups * self.layer.fan_in * self.layer.positions(images) * 8
         for part in images.split(max(1, _UNFOLD_BYTES // size)):
             images = part.to(self._sum.device, torch.float64)
@@ -215,11 +278,17 @@ class _Autocorrelation:
 
 
 @contextmanager
-def observing(layers: list[Layer], see: Callable[[Layer, Tensor], None]) -> Iterator[None]:
+def observing(layers: Iterable[Layer], see: Callable[[Layer, Tensor], None]) -> Iterator[None]:
     """Shows `see` every input of the layers, also where the model is compiled."""
 
     def hook(layer: Layer) -> Callable:
-        return lambda module, args, kwargs: see(layer, args[0] if args else kwargs["input"])
+        def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            x, *rest = args or (kwargs["input"],)
+            if isinstance(layer, SpreadLayer):
+                layer.set_output(x, kwargs.get("output_size", *rest))
+            see(layer, x)
+
+        return before
 
     handles = [
         layer.module.register_forward_pre_hook(hook(layer), with_kwargs=True) for layer in layers

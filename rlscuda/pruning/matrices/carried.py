@@ -34,6 +34,7 @@ class CarriedMatrices(SketchTracker):
     """
 
     kind = "carried"
+    _others = True
 
     def __init__(self, model: nn.Module, matrices: Mapping[str, Tensor]):
         if not matrices:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rlscuda.closed_form.redundancy import redundancy
+from rlscuda.optim.kinds.modules import is_consumer
+from rlscuda.pruning.matrices.layers import layer_of
 
 
 def redundancies(model: nn.Module, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -38,13 +41,15 @@ def redundancies(model: nn.Module, matrices: Mapping[str, Tensor]) -> dict[str, 
     modules = dict(model.named_modules())
     found = {}
     for name, P in matrices.items():
-        weight: Any = getattr(modules.get(name), "weight", None)
-        columns = weight[0].numel() if isinstance(weight, Tensor) and weight.dim() > 1 else 0
+        module: Any = modules.get(name)
+        layer = layer_of(module) if is_consumer(module) else None
+        columns = layer.columns if layer else 0
         if not columns or P.dim() != 3 or P.shape[1] not in (columns, columns + 1):
             raise ValueError(
                 f"{name!r} must be a layer with the inputs of its matrix {list(P.shape)}, got "
                 f"{columns} columns"
             )
-        channels = torch.arange(columns, device=P.device).view(weight.shape[1], -1)
+        area = math.prod(getattr(module, "kernel_size", ()))
+        channels = torch.arange(columns, device=P.device).view(-1, area)
         found[name] = torch.cat([redundancy(part, channels) for part in P])
     return found

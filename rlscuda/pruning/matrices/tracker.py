@@ -70,6 +70,7 @@ class SketchTracker:
     """
 
     kind = "sketch"  # of the matrices, in reports
+    _others = False  # whether layers may be tracked that no RLS rule trains
 
     def __init__(
         self,
@@ -91,7 +92,8 @@ class SketchTracker:
             raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
         self.rank, self.forgetting, self.damping = rank, forgetting, damping
         self.seed, self.dtype = seed, dtype
-        self._layers = {layer.name: layer for layer in pruning_layers(model, layers)}
+        found = pruning_layers(model, layers, others=self._others)
+        self._layers = {layer.name: layer for layer in found}
         self._tracks: dict[str, Track] = {}
         self._finalizer = hooks.attach(self, self._layers.values(), self._observe)
         hooks.forget_compiled(model)
@@ -193,7 +195,7 @@ class SketchTracker:
             raise ValueError(f"kept names {unknown}, which are not tracked")
         fresh: dict[str, Track] = {}
         for name, layer in self._layers.items():
-            now = Layer(name, layer.module, layer.index, layer.bias)
+            now = type(layer)(name, layer.module, layer.index, layer.bias)
             track = self._tracks.get(name)
             if track is None:
                 continue

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rlscuda._torch import own_parameters
 from rlscuda.closed_form.formulas import downdate
 from rlscuda.optim.kinds.modules import COVERED
+from rlscuda.optim.layers import Layer
 from rlscuda.pruning.adaptive.penalties.by_scale import multiply
 from rlscuda.pruning.adaptive.penalties.ledger import BLOCK, Ledger
 from rlscuda.pruning.adaptive.penalties.proximal import Metric, output_penalty, shrink_
@@ -22,9 +23,10 @@ from rlscuda.pruning.adaptive.penalties.scales import (
     with_random_values,
 )
 from rlscuda.pruning.blocks.finding import Block
-from rlscuda.pruning.choice.ranking import layer_energy, layer_weight
+from rlscuda.pruning.choice.ranking import layer_energy
 from rlscuda.pruning.couplings import Structure
 from rlscuda.pruning.matrices.calibration import Matrices
+from rlscuda.pruning.matrices.layers import layer_of, layer_weight
 from rlscuda.pruning.running.calls import ExampleInputs, rng_kept
 from rlscuda.pruning.surgery.plan import Surgery
 
@@ -118,8 +120,7 @@ class OutputPenalty:
     def refit(self) -> None:
         """Measures the energies of the layers as they are, with the matrices that there are."""
         modules: dict[str, Any] = dict(self._model.named_modules())
-        kinds = {name for name, module in modules.items() if isinstance(module, COVERED)}
-        self.matrices = {n: P for n, P in self.matrices.items() if n in kinds}
+        self.matrices = {n: P for n, P in self.matrices.items() if _is_plain(modules.get(n))}
         self.energies = {
             name: layer_energy(modules[name], P)[0] for name, P in self.matrices.items()
         }
@@ -137,7 +138,7 @@ class OutputPenalty:
             takers = [member for member in coupling.members if member.kind == "in"]
             known = [
                 m for m in takers
-                if m.name in self.matrices and isinstance(modules[m.name], COVERED)
+                if m.name in self.matrices and _is_plain(modules[m.name])
                 and holders[id(modules[m.name].weight)] == 1
             ]  # fmt: skip
             if not known or len(known) < len(takers):
@@ -266,3 +267,8 @@ class OutputPenalty:
         }
         self.energies, self.losses = dict(state["energies"]), dict(state["losses"])
         self._fit()
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether a module's weight, flattened, is what multiplies the rows of its input."""
+    return isinstance(module, COVERED) and type(layer_of(module)) is Layer
