@@ -32,6 +32,7 @@ from rlscuda.pruning.matrices.layers import SpreadLayer, layer_of
 from rlscuda.pruning.matrices.proven import NotProven
 from rlscuda.pruning.options import check_number
 from rlscuda.pruning.running.calls import feed, inference
+from rlscuda.pruning.running.measure import _plain_attention
 from rlscuda.reference import patch_rows
 
 Matrices = dict[str, Tensor]
@@ -100,7 +101,7 @@ def accumulated(
     sums = {layer.name: Autocorrelation(layer) for layer in layers}
     found, batches = [one.layer for one in sums.values()], 0
     seeing = observing(found, lambda layer, x: sums[layer.name].add(x))
-    with inference(model), seeing:
+    with inference(model), _plain_attention(), seeing:
         for batch in islice(loader, max_batches):
             feed(model, batch)
             batches += 1

@@ -347,3 +347,29 @@ def test_input_that_is_changed_is_not_proven_by_zeros():
     assert [layer.name for layer in pruning_layers(model, None, others=True)] == ["0"]
     with pytest.raises(ValueError, match="is not its own with zeros around it"):
         calibrate(model, [x])
+
+
+def test_transformer_encoder_with_a_padding_mask():
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+            self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(8, 2)
+
+        def forward(self, x, mask):
+            return self.head(self.encoder(x, src_key_padding_mask=mask).mean(1))
+
+    model, x = Classifier(), torch.randn(6, 5, 8)
+    mask = torch.arange(5) >= torch.tensor([5, 3, 4, 2, 5, 1])[:, None]
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    found = calibrate(model, [{"x": x, "mask": mask}])
+    assert torch.backends.mha.get_fastpath_enabled() == enabled
+    assert found["encoder.layers.0.linear1"].shape == (1, 9, 9)
+    model.encoder.enable_nested_tensor = False
+    again = calibrate(model, [{"x": x, "mask": mask}])
+    assert all(torch.equal(P, again[name]) for name, P in found.items())
+    report = RLSPruner(
+        model, None, {"x": x, "mask": mask}, ratio=0.5, loader=[{"x": x, "mask": mask}]
+    ).step()
+    assert model.encoder.layers[0].linear1.out_features == 6
+    assert "encoder.layers.0.linear2" not in report.uncompensated
