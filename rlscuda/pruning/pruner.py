@@ -20,10 +20,11 @@ from rlscuda.optimizer import RLSOptimizer
 from rlscuda.optional import optional
 from rlscuda.pruning.blocks.choosing import Distortion
 from rlscuda.pruning.blocks.shortening import shortening_of
-from rlscuda.pruning.choice.ranking import IMPORTANCES, WITHOUT_MATRIX, rank, units_gone
+from rlscuda.pruning.choice.ranking import IMPORTANCES, WITHOUT_MATRIX, rank, targeted, units_gone
 from rlscuda.pruning.choice.targets import TARGETS, Cut, Ladder, Search, changes_of, checked_target
 from rlscuda.pruning.jointly import SIZES, best_mix
-from rlscuda.pruning.matrices.calibration import calibrate, disagreement
+from rlscuda.pruning.matrices.calibration import disagreement
+from rlscuda.pruning.matrices.needed import calibrate_some, fed_layers
 from rlscuda.pruning.matrices.own import of_model
 from rlscuda.pruning.matrices.tracker import SketchTracker
 from rlscuda.pruning.options import (
@@ -250,7 +251,7 @@ class RLSPruner:
 
     def _cut(self, kind: str, value: Any, progress: Callable[[str], None]) -> PruneReport:
         """Removes channels."""
-        search, ladder, unscored = self._ranked(progress)
+        search, ladder, unscored = self._ranked(progress, value)
         structure, matrices = search.structure, search.matrices
         cut = search.find(ladder, kind, value, self._loss)
         values, uncompensated = search.compensated(cut)
@@ -299,17 +300,17 @@ class RLSPruner:
             yield pruned
 
     def _ranked(
-        self, progress: Callable[[str], None] = lambda name: None
+        self, progress: Callable[[str], None] = lambda name: None, value: Any = None
     ) -> tuple[Search, Ladder, dict[str, str]]:
         """What finds a cut, the order of removals, and the couplings that have none, and why."""
         structure = trace(self.model, self.example_inputs, self.ignored, self.include_inputs)
-        matrices, modules = self._matrices(), dict(self.model.named_modules())
+        modules, wanted = dict(self.model.named_modules()), targeted(structure.couplings, value)
+        matrices = self._matrices(fed_layers(wanted.values(), modules))
         gone = units_gone(self._original, structure.couplings)
-        candidates, unscored = rank(
-            structure, modules, matrices, self.importance, self.selection, gone, self.seed, progress
-        )
-        settings = structure, self.example_inputs, matrices, self.compensate, self._settle
-        search = Search(self.model, *settings)
+        settings = self.importance, self.selection, gone, self.seed, progress
+        candidates, unscored = rank(structure, modules, matrices, *settings, wanted)
+        where = self.model, structure, self.example_inputs
+        search = Search(*where, matrices, self.compensate, self._settle)
         return search, Ladder(candidates, self.scope, self.round_to), unscored
 
     def state_dict(self) -> dict[str, Any]:
@@ -334,8 +335,8 @@ class RLSPruner:
         self._snapshots.add(snapshot)
         return snapshot
 
-    def _matrices(self) -> dict[str, Tensor]:
-        """The inverse autocorrelation matrices of all layers that have one."""
+    def _matrices(self, fed: set[str]) -> dict[str, Tensor]:
+        """The inverse autocorrelation matrices of the layers `fed`, or of all that have one."""
         if self.source == "sketch":
             assert self.tracker is not None
             tracked = self.tracker.matrices()
@@ -344,7 +345,7 @@ class RLSPruner:
             return tracked
         if self.source == "calibration":
             assert self.loader is not None
-            return calibrate(self.model, self.loader, damping=self.damping)
+            return calibrate_some(self.model, self.loader, fed, self.damping)
         if self.source == "own":
             return of_model(self.model, self.optimizers, self.damping)
         return {}
@@ -353,9 +354,8 @@ class RLSPruner:
         """How far matrices that were tracked are from a calibration, where there is a loader."""
         if self.loader is None or self.source not in ("own", "sketch"):
             return None
-        exact = calibrate(self.model, self.loader, damping=self.damping)
-        common = [name for name in matrices if name in exact]
-        return disagreement({n: matrices[n] for n in common}, {n: exact[n] for n in common})
+        exact = calibrate_some(self.model, self.loader, matrices, self.damping)
+        return disagreement({name: matrices[name] for name in exact}, exact)
 
     def _loss(self, pruned: nn.Module) -> float:
         """What `evaluate` gives."""

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
 
@@ -85,6 +86,7 @@ def rank(
     gone: Mapping[str, int],
     seed: int,
     progress: Callable[[str], None],
+    wanted: Container[str] | None = None,
 ) -> tuple[dict[str, Candidate], dict[str, str]]:
     """Ranks the units of every coupling.
 
@@ -97,6 +99,8 @@ def rank(
         gone: Units that each coupling has lost before.
         seed: Of random importances.
         progress: Called with the name of each coupling before it is ranked.
+        wanted: The couplings that may lose units; all by default. Others, whose layers then may
+            have no matrices, are candidates without an order.
 
     Returns:
         The candidates by coupling, and the couplings that the importance does not apply to, with
@@ -121,8 +125,10 @@ def rank(
             else:
                 order, cost = _once(subject, importance)
         except Unscored as error:
-            refused[coupling.name] = str(error)
-            continue
+            if wanted is None or coupling.name in wanted:
+                refused[coupling.name] = str(error)
+                continue
+            order = cost = torch.empty(0)
         last = coupling.units - 1  # which stays
         candidates[coupling.name] = Candidate(
             order[:last], cost[:last], coupling.units, gone.get(coupling.name, 0)
@@ -148,6 +154,19 @@ def _once(subject: Subject, importance: str) -> tuple[torch.Tensor, torch.Tensor
 def units_gone(original: dict[str, int], couplings: list[Coupling]) -> dict[str, int]:
     """Units that each coupling has lost since it was first seen, which is noted in `original`."""
     return {c.name: original.setdefault(c.name, c.units) - c.units for c in couplings}
+
+
+def share_of(name: str, ratio: Mapping[str, float]) -> float:
+    """That of the first pattern which matches, 0 where none does."""
+    return next((float(share) for one, share in ratio.items() if fnmatchcase(name, one)), 0.0)
+
+
+def targeted(couplings: Sequence[Coupling], value: Any) -> dict[str, Coupling]:
+    """The couplings by name that a target of this value may cut: all, or those a mapping names."""
+    every = {coupling.name: coupling for coupling in couplings}
+    if not isinstance(value, Mapping):
+        return every
+    return {name: coupling for name, coupling in every.items() if share_of(name, value) > 0}
 
 
 def layer_energy(module: Any, P: Tensor) -> list[float]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rlscuda._torch import own_parameters
 from rlscuda.closed_form.formulas import compensate
 from rlscuda.optim.kinds.modules import is_consumer
-from rlscuda.pruning.choice.ranking import Candidate
+from rlscuda.pruning.choice.ranking import Candidate, share_of
 from rlscuda.pruning.couplings import Coupling, Member, Structure
 from rlscuda.pruning.matrices.calibration import Matrices
 from rlscuda.pruning.matrices.layers import layer_values, layer_weight
@@ -63,11 +63,10 @@ class Ladder:
             if not any(fnmatchcase(name, pattern) for name in self.candidates):
                 raise ValueError(f"ratio names {pattern!r}, which matches no coupling of "
                                  f"{sorted(self.candidates)}")  # fmt: skip
-        shares = {  # of the first pattern that matches
-            name: next((float(v) for p, v in ratio.items() if fnmatchcase(name, p)), 0.0)
-            for name in self.candidates
+        return {
+            name: candidate.removable(share_of(name, ratio), self.round_to)
+            for name, candidate in self.candidates.items()
         }
-        return {n: c.removable(shares[n], self.round_to) for n, c in self.candidates.items()}
 
     def at(self, height: float) -> Counts:
         """The counts when `height` of the original units are gone."""

@@ -1,0 +1,52 @@
+"""The matrices that a pruning needs, and what they take."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Container, Iterable, Mapping
+
+from torch import nn
+
+from rlscuda.optim.kinds.modules import is_consumer
+from rlscuda.optim.layers import Layer
+from rlscuda.pruning.couplings import Coupling
+from rlscuda.pruning.matrices.calibration import Matrices, accumulated, inverses, pruning_layers
+
+_ANNOUNCED = 1e9  # bytes
+
+
+def fed_layers(couplings: Iterable[Coupling], modules: Mapping[str, nn.Module]) -> set[str]:
+    """The layers that take channels of some couplings, and may have a matrix."""
+    return {
+        member.name
+        for coupling in couplings
+        for member in coupling.members
+        if member.kind == "in" and member.name in modules and is_consumer(modules[member.name])
+    }
+
+
+def calibrate_some(
+    model: nn.Module, loader: Iterable, names: Container[str], damping: float
+) -> Matrices:
+    """A calibration of the layers of some names, but those that cannot have one, see `calibrate`.
+
+    Raises:
+        TypeError, ValueError: See `calibrate`.
+    """
+    layers = [one for one in pruning_layers(model, None, others=True) if one.name in names]
+    if not layers:
+        return {}
+    _announce(layers)
+    return inverses(accumulated(model, loader, layers), damping)
+
+
+def _announce(layers: list[Layer]) -> None:
+    """Warns of matrices that take a gigabyte and more, the largest of them by name."""
+    sizes = {layer.name: 8 * layer.groups * layer.fan_in**2 for layer in layers}
+    if (total := sum(sizes.values())) >= _ANNOUNCED:
+        largest = max(sizes, key=lambda name: sizes[name])
+        warnings.warn(
+            f"the matrices of {len(sizes)} layers take {total / 1e9:.1f} GB, that of {largest!r} "
+            f"{sizes[largest] / 1e9:.1f} GB: to do without, leave what feeds it whole by `ignored`",
+            stacklevel=7,
+        )
