@@ -22,9 +22,14 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
+from functools import singledispatch
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from rlscuda.closed_form.few_rows import FewRows
 
 # Relative to the block's diagonal. Below the first, a pivot is rounding noise; beyond the last,
 # the matrix is no inverse autocorrelation matrix.
@@ -33,11 +38,12 @@ _LEAF = 768  # below it LAPACK inverts as fast as products do
 _PIVOT = 1e-14  # least squared pivot, times the size of the block, that is taken as it is
 
 
-def block_saliency(P: Tensor, W: Tensor, blocks: Tensor) -> Tensor:
+@singledispatch
+def block_saliency(P: Tensor | FewRows, W: Tensor, blocks: Tensor) -> Tensor:
     r"""What removing each block alone costs, the rest compensated: tr(W_g P_gg^-1 W_g^T).
 
     Args:
-        P: Inverse autocorrelation matrix [n, n].
+        P: Inverse autocorrelation matrix [n, n], or the `FewRows` of it.
         W: Weight [c, n].
         blocks: Columns of each block, int64 [m, b].
 
@@ -55,11 +61,12 @@ def block_saliency(P: Tensor, W: Tensor, blocks: Tensor) -> Tensor:
     return solve_lower(factors, W.mT[blocks]).square().sum((1, 2))
 
 
-def compensate(P: Tensor, W: Tensor, removed: Tensor) -> Tensor:
+@singledispatch
+def compensate(P: Tensor | FewRows, W: Tensor, removed: Tensor) -> Tensor:
     r"""The weight after removing columns: W - W_g P_gg^-1 P_g,: with zeros where they were.
 
     Args:
-        P: Inverse autocorrelation matrix [n, n].
+        P: Inverse autocorrelation matrix [n, n], or the `FewRows` of it.
         W: Weight [c, n].
         removed: Columns g, int64 [k].
 
@@ -74,6 +81,22 @@ def compensate(P: Tensor, W: Tensor, removed: Tensor) -> Tensor:
     result = torch.addmm(W, share.mT, P[removed], alpha=-1)
     result[:, removed] = 0
     return result
+
+
+def block_costs(D: Tensor, G: Tensor, scale: Tensor) -> Tensor:
+    """What removing each block costs: tr(D^-1 G) of its P_gg and W_g^T W_g.
+
+    Args:
+        D: P_gg [m, b, b].
+        G: W_g^T W_g [m, b, b].
+        scale: [m, b], see `factor`.
+
+    Returns:
+        float64 [m].
+    """
+    identity = torch.eye(D.shape[1], dtype=torch.float64, device=D.device)
+    inverse = solve_lower(factor(D, scale), identity.expand_as(D))
+    return ((inverse @ G) * inverse).sum((1, 2)).clamp(min=0)
 
 
 def downdate(P: Tensor, removed: Tensor) -> Tensor:
@@ -98,14 +121,15 @@ def downdate(P: Tensor, removed: Tensor) -> Tensor:
     return symmetrise_(result)
 
 
-def output_energy(P: Tensor, W: Tensor, columns: Tensor) -> float:
+@singledispatch
+def output_energy(P: Tensor | FewRows, W: Tensor, columns: Tensor) -> float:
     """What removing all `columns` at once costs, the rest (a bias) compensated.
 
     It is the part of the layer's mean squared output that they carry, so saliencies divided by it
     compare between layers.
 
     Args:
-        P: Inverse autocorrelation matrix [n, n].
+        P: Inverse autocorrelation matrix [n, n], or the `FewRows` of it.
         W: Weight [c, n].
         columns: All columns that could be removed, int64 [k].
 
@@ -242,7 +266,7 @@ def symmetrise_(A: Tensor) -> Tensor:
     return A
 
 
-def check_matrix(name: str, A: Tensor) -> Tensor:
+def check_matrix(name: str, A: Any) -> Tensor:
     """A as float64 [n, n], n >= 1, finite."""
     _check_floating(name, A)
     if A.dim() != 2 or A.shape[0] != A.shape[1] or not A.shape[0]:

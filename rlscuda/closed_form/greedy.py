@@ -19,12 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlscuda.closed_form.few_rows import FewRows, RowsState
 from rlscuda.closed_form.formulas import (
+    block_costs,
     check_blocks,
     check_matrix,
     check_weight,
     factor,
-    solve_lower,
 )
 
 _WINDOW = 192  # columns held back: enough for the products to run at full rate
@@ -35,13 +36,13 @@ class Consumer:
     """One layer, or one group of a grouped convolution, that reads the units.
 
     Attributes:
-        P: Its inverse autocorrelation matrix [n, n].
+        P: Its inverse autocorrelation matrix [n, n], or the few rows of it.
         W: Its weight [c, n], with a bias as the last column where P has one.
         blocks: Its columns of each unit, int64 [m, b]; b may differ between consumers.
         weight: What its saliencies count in the sum over consumers, >= 0.
     """
 
-    P: Tensor
+    P: Tensor | FewRows
     W: Tensor
     blocks: Tensor
     weight: float = 1.0
@@ -90,7 +91,10 @@ def greedy_path(consumers: Sequence[Consumer], count: int) -> Path:
     device = consumers[0].P.device
     order, cost = torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.float64)
     window = max(1, _WINDOW // max(consumer.blocks.shape[1] for consumer in consumers))
-    states = [_State(consumer, window) for consumer in consumers]
+    states = [
+        RowsState(consumer) if isinstance(consumer.P, FewRows) else _State(consumer, window)
+        for consumer in consumers
+    ]
     alive = torch.arange(units, device=device)
     gone = torch.zeros(units, dtype=torch.bool, device=device)
     for step in range(count):
@@ -110,7 +114,8 @@ def greedy_path(consumers: Sequence[Consumer], count: int) -> Path:
 
 
 def _check(consumer: Consumer, units: int) -> None:
-    check_matrix("P", consumer.P)
+    if not isinstance(consumer.P, FewRows):
+        check_matrix("P", consumer.P)
     n = consumer.P.shape[0]
     check_weight(consumer.W, n)
     if check_blocks(consumer.blocks, n).shape[0] != units:
@@ -133,6 +138,7 @@ class _State:
     """
 
     def __init__(self, consumer: Consumer, window: int):
+        assert isinstance(consumer.P, Tensor)
         n, (self.m, self.b) = consumer.P.shape[0], consumer.blocks.shape
         others = torch.ones(n, dtype=torch.bool, device=consumer.P.device)
         own = consumer.blocks.flatten()
@@ -158,9 +164,7 @@ class _State:
 
     def scores(self) -> Tensor:
         """The weighted saliency of each unit [m]; of removed ones meaningless but finite."""
-        identity = torch.eye(self.b, dtype=torch.float64, device=self.D.device)
-        inverse = solve_lower(factor(self.D, self.scale), identity.expand_as(self.D))
-        return self.weight * ((inverse @ self.G) * inverse).sum((1, 2)).clamp(min=0)
+        return self.weight * block_costs(self.D, self.G, self.scale)
 
     def remove(self, unit: int) -> None:
         """Takes the columns of a unit out of everything, the factor rows kept for `flush`."""

@@ -335,7 +335,7 @@ class RLSPruner:
         self._snapshots.add(snapshot)
         return snapshot
 
-    def _matrices(self, fed: set[str]) -> dict[str, Tensor]:
+    def _matrices(self, fed: set[str]) -> dict[str, Any]:
         """The inverse autocorrelation matrices of the layers `fed`, or of all that have one."""
         if self.source == "sketch":
             assert self.tracker is not None
@@ -345,7 +345,7 @@ class RLSPruner:
             return tracked
         if self.source == "calibration":
             assert self.loader is not None
-            return calibrate_some(self.model, self.loader, fed, self.damping)
+            return calibrate_some(self.model, self.loader, fed, self.damping, few=True)
         if self.source == "own":
             return of_model(self.model, self.optimizers, self.damping)
         return {}

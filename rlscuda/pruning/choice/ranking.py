@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from rlscuda._torch import BatchNorm
 from rlscuda.closed_form import formulas
+from rlscuda.closed_form.few_rows import FewRows
 from rlscuda.closed_form.greedy import Consumer, greedy_path
 from rlscuda.optim.kinds.modules import has_inputs_first, is_consumer
 from rlscuda.pruning.couplings import Coupling, Structure
-from rlscuda.pruning.matrices.calibration import Matrices
+from rlscuda.pruning.matrices.calibration import Known
 from rlscuda.pruning.matrices.layers import layer_of, layer_weight
 
 _NO_MATRIX = "no layer that takes its channels has an inverse autocorrelation matrix"
@@ -80,7 +81,7 @@ class Unscored(Exception):
 def rank(
     structure: Structure,
     modules: Mapping[str, nn.Module],
-    matrices: Matrices,
+    matrices: Known,
     importance: str,
     selection: str,
     gone: Mapping[str, int],
@@ -169,7 +170,7 @@ def targeted(couplings: Sequence[Coupling], value: Any) -> dict[str, Coupling]:
     return {name: coupling for name, coupling in every.items() if share_of(name, value) > 0}
 
 
-def layer_energy(module: Any, P: Tensor) -> list[float]:
+def layer_energy(module: Any, P: Tensor | FewRows) -> list[float]:
     """What losing all its inputs would cost a layer: the variance of its outputs, once a group."""
     inputs = torch.arange(layer_of(module).columns, device=P.device)
     parts = [formulas.output_energy(p, w, inputs) for p, w in zip(P, layer_weight(module, P))]
@@ -179,7 +180,7 @@ def layer_energy(module: Any, P: Tensor) -> list[float]:
 def consumers_of(
     coupling: Coupling,
     modules: Mapping[str, Any],
-    matrices: Matrices,
+    matrices: Known,
     energy: Callable[[str], list[float]],
 ) -> list[Consumer]:
     """The consumers of one coupling whose matrix is known, each in units of its output's energy.

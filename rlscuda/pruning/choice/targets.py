@@ -22,7 +22,7 @@ from rlscuda.closed_form.formulas import compensate
 from rlscuda.optim.kinds.modules import is_consumer
 from rlscuda.pruning.choice.ranking import Candidate, share_of
 from rlscuda.pruning.couplings import Coupling, Member, Structure
-from rlscuda.pruning.matrices.calibration import Matrices
+from rlscuda.pruning.matrices.calibration import Known
 from rlscuda.pruning.matrices.layers import layer_values, layer_weight
 from rlscuda.pruning.matrices.proven import NotProven
 from rlscuda.pruning.report import CouplingChange
@@ -187,7 +187,7 @@ class Search:
         model: nn.Module,
         structure: Structure,
         example_inputs: Any,
-        matrices: Matrices,
+        matrices: dict[str, Any],
         compensate: bool,
         settle: Callable[[nn.Module, Surgery], Any],
     ):
@@ -304,7 +304,7 @@ def _losing(
 
 
 def compensate_layers(
-    model: nn.Module, matrices: Matrices, lost: Mapping[str, Tensor]
+    model: nn.Module, matrices: Known, lost: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The weights and biases that make up best for the lost inputs, in their full shapes.
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from rlscuda._torch import (
     plain_or_masked,
     unwrapped,
 )
+from rlscuda.closed_form.few_rows import FewRows
 from rlscuda.closed_form.formulas import damped_inverse, downdate
 from rlscuda.optim.discovery import Match, discover, modules_named
 from rlscuda.optim.kinds.modules import COVERED, SPREADING, is_consumer
@@ -36,8 +37,11 @@ from rlscuda.pruning.running.measure import _plain_attention
 from rlscuda.reference import patch_rows
 
 Matrices = dict[str, Tensor]
+Known = Mapping[str, Tensor | FewRows]  # what ranks, and compensates
 
 _UNFOLD_BYTES = 64 << 20  # of im2col rows in memory at a time
+_WIDE = 4096  # columns from which on rows may be kept in place of their autocorrelation
+_LEAST_DAMPING = 1e-8  # by which few rows have an inverse
 
 
 def calibrate(
@@ -82,7 +86,7 @@ def calibrate(
         raise ValueError(f"layers {list(unseen)} saw no input in eval mode{_why(unseen)}")
     if len(unseen) == len(sums):
         raise ValueError(f"none of the layers {list(unseen)} saw input in eval mode{_why(unseen)}")
-    return inverses(sums, damping)
+    return cast(Matrices, inverses(sums, damping))
 
 
 def _why(reasons: Mapping[str, str]) -> str:
@@ -90,15 +94,26 @@ def _why(reasons: Mapping[str, str]) -> str:
 
 
 def accumulated(
-    model: nn.Module, loader: Iterable, layers: Iterable[Layer], max_batches: int | None = None
+    model: nn.Module,
+    loader: Iterable,
+    layers: Iterable[Layer],
+    max_batches: int | None = None,
+    few: bool = False,
 ) -> dict[str, Autocorrelation]:
     """The autocorrelations of layers' inputs over a loader, by name, see `calibrate`.
+
+    Args:
+        model: The model.
+        loader: Batches.
+        layers: The layers.
+        max_batches: How many batches to take; all by default.
+        few: Whether few rows of wide layers stay as they are.
 
     Raises:
         TypeError: A batch is none that `feed` takes.
         ValueError: The loader is empty.
     """
-    sums = {layer.name: Autocorrelation(layer) for layer in layers}
+    sums = {layer.name: Autocorrelation(layer, few) for layer in layers}
     found, batches = [one.layer for one in sums.values()], 0
     seeing = observing(found, lambda layer, x: sums[layer.name].add(x))
     with inference(model), _plain_attention(), seeing:
@@ -110,7 +125,7 @@ def accumulated(
     return sums
 
 
-def inverses(sums: dict[str, Autocorrelation], damping: float) -> Matrices:
+def inverses(sums: dict[str, Autocorrelation], damping: float) -> dict[str, Any]:
     """The damped inverses of those that have rows; `sums` is empty then.
 
     One at a time, so that no more than one autocorrelation and its inverse are there together.
@@ -239,7 +254,7 @@ def _is_other(module: nn.Module) -> bool:
 
 
 class Autocorrelation:
-    """The sum of x x^T over the im2col rows of one layer.
+    """The sum of x x^T over the im2col rows of one layer, or these rows as long as they are few.
 
     Attributes:
         layer: The layer.
@@ -247,10 +262,11 @@ class Autocorrelation:
         refusal: Why it is not what `layer` says, or ''; it has no rows then.
     """
 
-    def __init__(self, layer: Layer):
+    def __init__(self, layer: Layer, few: bool = False):
+        """Keeps the rows of a wide layer themselves where there are `few`."""
         self.layer, self.rows, self.refusal = layer, 0, ""
-        shape = (layer.groups, layer.fan_in, layer.fan_in)
-        self._sum = torch.zeros(shape, dtype=torch.float64, device=layer.weight.device)
+        self._few: list[Tensor] | None = [] if few and layer.fan_in >= _WIDE else None
+        self._sum: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
         """Takes in one input of the layer, a few images' rows at a time."""
@@ -263,19 +279,45 @@ class Autocorrelation:
             return
         size = self.layer.groups * self.layer.fan_in * self.layer.positions(images) * 8
         for part in images.split(max(1, _UNFOLD_BYTES // size)):
-            images = part.to(self._sum.device, torch.float64)
+            images = part.to(self.layer.weight.device, torch.float64)
             rows = patch_rows(images, *geometry, ones=self.layer.bias)  # type: ignore[misc]
-            self._sum.baddbmm_(rows.mT, rows)
             self.rows += rows.shape[1]
+            if self._few is None:
+                self._accumulate(rows)
+                continue
+            self._few.append(rows)
+            if 2 * self.rows > self.layer.fan_in:
+                self._make_dense()
 
-    def inverse(self, damping: float) -> Tensor:
-        """The damped inverse of the mean; the sum is gone then."""
+    def _accumulate(self, rows: Tensor) -> None:
+        if self._sum is None:
+            self._sum = rows.new_zeros(len(rows), rows.shape[2], rows.shape[2])
+        self._sum.baddbmm_(rows.mT, rows)
+
+    def _make_dense(self) -> None:
+        """Sums the rows that were few."""
+        few, self._few = self._few or [], None
+        while few:
+            self._accumulate(few.pop(0))
+
+    def inverse(self, damping: float) -> Tensor | FewRows:
+        """The damped inverse of the mean; what it was made of is gone then."""
+        if self._few is not None and damping >= _LEAST_DAMPING:
+            rows = torch.cat(self._few, 1).div_(self.rows**0.5)
+            mean = rows.square().sum((1, 2)) / rows.shape[2]
+            self._check(mean)
+            return FewRows(rows, damping * mean.where(mean > 0, 1.0))
+        self._make_dense()
+        assert self._sum is not None
         self._sum /= self.rows
-        if not torch.isfinite(self._sum).all():
-            raise ValueError(f"layer {self.layer.name!r} saw NaN or infinite input")
+        self._check(self._sum)
         for group in self._sum:
             group.copy_(damped_inverse(group, damping))
         return self._sum
+
+    def _check(self, values: Tensor) -> None:
+        if not torch.isfinite(values).all():
+            raise ValueError(f"layer {self.layer.name!r} saw NaN or infinite input")
 
 
 @contextmanager

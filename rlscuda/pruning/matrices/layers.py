@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from rlscuda.closed_form.few_rows import FewRows
 from rlscuda.optim.kinds.modules import SPREADING
 from rlscuda.optim.kinds.padded import is_padded_convolution, pads_itself
 from rlscuda.optim.layers import Layer
@@ -136,7 +137,7 @@ def layer_of(module: Any, name: str = "", index: int = 0, bias: bool = False) ->
     return kind(name, module, index, bias)
 
 
-def layer_weight(module: Any, P: Tensor) -> Tensor:
+def layer_weight(module: Any, P: Tensor | FewRows) -> Tensor:
     """The weight as [groups, c / groups, n] float64, with the bias' column where `P` has it."""
     layer = layer_of(module)
     weight = layer.as_rows(layer.weight.detach().double())

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Container, Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
 from rlscuda.optim.kinds.modules import is_consumer
 from rlscuda.optim.layers import Layer
 from rlscuda.pruning.couplings import Coupling
-from rlscuda.pruning.matrices.calibration import Matrices, accumulated, inverses, pruning_layers
+from rlscuda.pruning.matrices.calibration import accumulated, inverses, pruning_layers
 
 _ANNOUNCED = 1e9  # bytes
 
@@ -26,9 +27,16 @@ def fed_layers(couplings: Iterable[Coupling], modules: Mapping[str, nn.Module]) 
 
 
 def calibrate_some(
-    model: nn.Module, loader: Iterable, names: Container[str], damping: float
-) -> Matrices:
+    model: nn.Module, loader: Iterable, names: Container[str], damping: float, few: bool = False
+) -> dict[str, Any]:
     """A calibration of the layers of some names, but those that cannot have one, see `calibrate`.
+
+    Args:
+        model: The model.
+        loader: Batches.
+        names: Of the layers.
+        damping: See `calibrate`.
+        few: Whether a wide layer that sees few rows has them, as `FewRows`, in place of a matrix.
 
     Raises:
         TypeError, ValueError: See `calibrate`.
@@ -37,7 +45,7 @@ def calibrate_some(
     if not layers:
         return {}
     _announce(layers)
-    return inverses(accumulated(model, loader, layers), damping)
+    return inverses(accumulated(model, loader, layers, few=few), damping)
 
 
 def _announce(layers: list[Layer]) -> None:
@@ -46,7 +54,8 @@ def _announce(layers: list[Layer]) -> None:
     if (total := sum(sizes.values())) >= _ANNOUNCED:
         largest = max(sizes, key=lambda name: sizes[name])
         warnings.warn(
-            f"the matrices of {len(sizes)} layers take {total / 1e9:.1f} GB, that of {largest!r} "
-            f"{sizes[largest] / 1e9:.1f} GB: to do without, leave what feeds it whole by `ignored`",
+            f"the matrices of {len(sizes)} layers take up to {total / 1e9:.1f} GB, that of "
+            f"{largest!r} {sizes[largest] / 1e9:.1f} GB: less where it sees few rows, none where "
+            "what feeds it is ignored",
             stacklevel=7,
         )
