@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -49,7 +49,27 @@ def checked_optimizers(optimizer: Any, model: nn.Module) -> tuple[Optimizer, ...
     return optimizers
 
 
-def checked_source(source: str | None, there: Mapping[str, bool], needed: bool) -> str:
+def checked_ranking(
+    importance: str, known: Iterable[str], selection: str | None, scope: str
+) -> str:
+    """How units are chosen one after the other: `selection`, or what goes with the importance.
+
+    Raises:
+        ValueError: One of them is unknown, or they do not go together.
+    """
+    if importance not in known:
+        raise ValueError(f"importance must be {' | '.join(known)}, got {importance!r}")
+    selection = selection or ("greedy" if importance == "saliency" else "one-shot")
+    if selection not in ("greedy", "one-shot"):
+        raise ValueError(f"selection must be greedy | one-shot, got {selection!r}")
+    if selection == "greedy" and importance != "saliency":
+        raise ValueError(f"selection 'greedy' is for importance 'saliency', got {importance!r}")
+    if scope not in ("layer", "global"):
+        raise ValueError(f"scope must be layer | global, got {scope!r}")
+    return selection
+
+
+def checked_source(source: str | None, there: Mapping[str, bool], needed: bool | str) -> str:
     """Where the matrices come from: `source`, or by default the first that is there.
 
     Args:
@@ -72,6 +92,19 @@ def checked_source(source: str | None, there: Mapping[str, bool], needed: bool) 
         needs = {"sketch": "tracker=", "own": "an RLSOptimizer", "calibration": "loader="}
         raise ValueError(f"source {source!r} needs {needs[source]}, which is missing")
     return source
+
+
+def checked_compensation(compensate: bool | str, loader: object) -> bool | str:
+    """How the remaining weights make up for what goes: True, False or ``in turn``.
+
+    Raises:
+        ValueError: It is something else, or a loader is missing.
+    """
+    if compensate not in (True, False, "in turn"):
+        raise ValueError(f"compensate must be True, False or 'in turn', got {compensate!r}")
+    if compensate == "in turn" and loader is None:
+        raise ValueError("compensate='in turn' needs loader=, which is missing")
+    return compensate
 
 
 def checked_what(what: str | Sequence[str], source: str, include_inputs: bool) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from rlscuda.optional import optional
 from rlscuda.pruning.blocks.choosing import Distortion
 from rlscuda.pruning.blocks.shortening import shortening_of
 from rlscuda.pruning.choice.ranking import IMPORTANCES, WITHOUT_MATRIX, rank, targeted, units_gone
+from rlscuda.pruning.choice.refitting import refit
 from rlscuda.pruning.choice.targets import TARGETS, Cut, Ladder, Search, changes_of, checked_target
 from rlscuda.pruning.jointly import SIZES, best_mix
 from rlscuda.pruning.matrices.calibration import disagreement
@@ -30,8 +31,10 @@ from rlscuda.pruning.matrices.tracker import SketchTracker
 from rlscuda.pruning.options import (
     check_number,
     check_repeatable,
+    checked_compensation,
     checked_loss,
     checked_optimizers,
+    checked_ranking,
     checked_source,
     checked_what,
 )
@@ -85,7 +88,8 @@ class RLSPruner:
             which the model's forward gets the items it names; gone through several times. They
             calibrate, where that is asked for, and show batch norms what the cut changed.
         evaluate: The validation loss of a model, for `max_loss`.
-        compensate: Whether the remaining weights change to make up for what went.
+        compensate: Whether the remaining weights change to make up for what went; ``in turn`` then
+            fits each layer over `loader` to the whole model's, on what the pruned ones give it.
         adapt_norms: Whether the running statistics of batch norms follow the cut, where there is a
             `loader`: by the difference between what they are given before and after it. A warning
             says where it gives fewer than 16 samples.
@@ -132,7 +136,7 @@ class RLSPruner:
         tracker: SketchTracker | None = None,
         loader: Iterable | None = None,
         evaluate: Callable[[nn.Module], float] | None = None,
-        compensate: bool = True,
+        compensate: bool | str = True,
         adapt_norms: bool = True,
         round_to: int = 1,
         ignored: str | nn.Module | Iterable[str | nn.Module] = (),
@@ -164,15 +168,7 @@ class RLSPruner:
         if self.target[0] == "max_loss" and include_inputs:
             raise ValueError("max_loss cannot be combined with include_inputs: evaluate would not "
                              "know which inputs are left")  # fmt: skip
-        if importance not in IMPORTANCES:
-            raise ValueError(f"importance must be {' | '.join(IMPORTANCES)}, got {importance!r}")
-        selection = selection or ("greedy" if importance == "saliency" else "one-shot")
-        if selection not in ("greedy", "one-shot"):
-            raise ValueError(f"selection must be greedy | one-shot, got {selection!r}")
-        if selection == "greedy" and importance != "saliency":
-            raise ValueError(f"selection 'greedy' is for importance 'saliency', got {importance!r}")
-        if scope not in ("layer", "global"):
-            raise ValueError(f"scope must be layer | global, got {scope!r}")
+        selection = checked_ranking(importance, IMPORTANCES, selection, scope)
         check_number("round_to", round_to, 1, whole=True)
         check_number("damping", damping, 0)
         check_number("seed", seed, whole=True)
@@ -180,8 +176,8 @@ class RLSPruner:
         self.tracker, self.loader, self.evaluate = tracker, loader, evaluate
         own = any(isinstance(one, RLSOptimizer) for one in self.optimizers)
         there = {"sketch": tracker is not None, "own": own, "calibration": loader is not None}
+        self.compensate, self.adapt_norms = checked_compensation(compensate, loader), adapt_norms
         self.source = checked_source(source, there, compensate or importance not in WITHOUT_MATRIX)
-        self.compensate, self.adapt_norms = compensate, adapt_norms
         self.round_to, self.damping = round_to, damping
         chosen = modules_named(cast(Iterable, ignored), "ignored", model)
         inside = {module for _, modules in chosen for module in modules}
@@ -191,8 +187,6 @@ class RLSPruner:
         self._original: dict[str, int] = {}
         self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
         self._order = itertools.count()
-
-    # -- one step ---------------------------------------------------------------------------------
 
     def step(
         self,
@@ -309,8 +303,9 @@ class RLSPruner:
         gone = units_gone(self._original, structure.couplings)
         settings = self.importance, self.selection, gone, self.seed, progress
         candidates, unscored = rank(structure, modules, matrices, *settings, wanted)
-        where = self.model, structure, self.example_inputs
-        search = Search(*where, matrices, self.compensate, self._settle)
+        where = self.model, structure, self.example_inputs, matrices, bool(self.compensate)
+        fit = partial(refit, self.model, self._pairs, self.damping)
+        search = Search(*where, self._settle, fit if self.compensate == "in turn" else None)
         return search, Ladder(candidates, self.scope, self.round_to), unscored
 
     def state_dict(self) -> dict[str, Any]:
@@ -366,9 +361,13 @@ class RLSPruner:
         """Lets the batch norms of a pruned copy follow the cut where there is a loader."""
         if self.loader is None or not self.adapt_norms:
             return Settled({}, 0)
+        return settle(self.model, pruned, surgery.tensors, self._pairs(surgery))
+
+    def _pairs(self, surgery: Surgery) -> Iterator[tuple[Any, Any]]:
+        """Each batch of the loader, as the model takes it and as it does after a surgery."""
+        assert self.loader is not None
         sliced = self._sliced_loader(surgery).slice if surgery.inputs else lambda batch: batch
-        pairs = ((batch, sliced(batch)) for batch in self.loader)
-        return settle(self.model, pruned, surgery.tensors, pairs)
+        return ((batch, sliced(batch)) for batch in self.loader)
 
     def _sliced_loader(self, surgery: Surgery) -> Any:
         """The loader as the model takes its batches after a surgery."""

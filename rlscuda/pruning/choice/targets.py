@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -180,6 +181,8 @@ class Search:
         matrices: Inverse autocorrelation matrices by layer.
         compensate: Whether the remaining weights make up for what goes.
         settle: Called with a pruned copy and its surgery before it is evaluated.
+        refit: Makes of a surgery and compensated values those of layers fitted in turn, see
+            `rlscuda.pruning.choice.refitting`; None where nothing is.
     """
 
     def __init__(
@@ -190,9 +193,11 @@ class Search:
         matrices: dict[str, Any],
         compensate: bool,
         settle: Callable[[nn.Module, Surgery], Any],
+        refit: Callable[[Surgery, Mapping[str, Tensor]], dict[str, Tensor]] | None = None,
     ):
         self.model, self.structure, self.inputs = model, structure, example_inputs
         self.matrices, self.compensate, self.settle = matrices, compensate, settle
+        self.refit = refit
 
     def find(
         self,
@@ -247,6 +252,8 @@ class Search:
         if not self.compensate:
             return {}, {}
         values, reasons = compensate_layers(self.model, self.matrices, cut.lost)
+        if self.refit is not None and cut.removed:
+            values = self.refit(cut.surgery, values)
         modules = dict(self.model.named_modules())
         return values, reasons | without_rule(self.structure.couplings, modules, cut.removed)
 
@@ -318,10 +325,7 @@ def compensate_layers(
         could not be compensated, with the reason.
     """
     modules = dict(model.named_modules())
-    holders: dict[int, int] = {}
-    for module in modules.values():
-        for parameter in own_parameters(module).values():
-            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    holders = parameter_holders(model)
     values: dict[str, Tensor] = {}
     reasons: dict[str, str] = {}
     for name, columns in lost.items():
@@ -342,6 +346,11 @@ def compensate_layers(
         except NotProven as error:
             reasons[name] = str(error)
     return values, reasons
+
+
+def parameter_holders(model: nn.Module) -> Counter[int]:
+    """How many modules hold each parameter, by its id."""
+    return Counter(id(p) for m in model.modules() for p in own_parameters(m).values())
 
 
 def changes_of(

@@ -253,6 +253,19 @@ def _is_other(module: nn.Module) -> bool:
     return plain or pads_itself(module)
 
 
+def row_parts(layer: Layer, x: Tensor) -> Iterator[Tensor]:
+    """The im2col rows of one input of a layer, a few images' at a time: float64 [groups, N, n].
+
+    Raises:
+        NotProven: The layer is none for this input.
+    """
+    images = layer.images(x.detach())
+    size = layer.groups * layer.fan_in * layer.positions(images) * 8
+    for part in images.split(max(1, _UNFOLD_BYTES // size)):
+        part = part.to(layer.weight.device, torch.float64)
+        yield patch_rows(part, *layer.geometry, ones=layer.bias)  # type: ignore[misc]
+
+
 class Autocorrelation:
     """The sum of x x^T over the im2col rows of one layer, or these rows as long as they are few.
 
@@ -269,25 +282,23 @@ class Autocorrelation:
         self._sum: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
-        """Takes in one input of the layer, a few images' rows at a time."""
+        """Takes in one input of the layer."""
         if not x.numel() or self.refusal:
             return
         try:
-            images, geometry = self.layer.images(x.detach()), self.layer.geometry
+            for rows in row_parts(self.layer, x):
+                self._take(rows)
         except NotProven as error:
             self.rows, self.refusal = 0, _own_forward(self.layer.module, error)
+
+    def _take(self, rows: Tensor) -> None:
+        self.rows += rows.shape[1]
+        if self._few is None:
+            self._accumulate(rows)
             return
-        size = self.layer.groups * self.layer.fan_in * self.layer.positions(images) * 8
-        for part in images.split(max(1, _UNFOLD_BYTES // size)):
-            images = part.to(self.layer.weight.device, torch.float64)
-            rows = patch_rows(images, *geometry, ones=self.layer.bias)  # type: ignore[misc]
-            self.rows += rows.shape[1]
-            if self._few is None:
-                self._accumulate(rows)
-                continue
-            self._few.append(rows)
-            if 2 * self.rows > self.layer.fan_in:
-                self._make_dense()
+        self._few.append(rows)
+        if 2 * self.rows > self.layer.fan_in:
+            self._make_dense()
 
     def _accumulate(self, rows: Tensor) -> None:
         if self._sum is None:
