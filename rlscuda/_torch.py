@@ -30,11 +30,16 @@ cpu_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 cudnn_rnn = torch.ops.aten._cudnn_rnn
 
 FORWARD_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs")
+CALL_HOOKS = {  # of a call of a module, and their flags: where the hooks are that they are of
+    "_forward_hooks": "_forward_hooks",
+    "_forward_hooks_with_kwargs": "_forward_hooks",
+    "_forward_hooks_always_called": "_forward_hooks",
+    "_forward_pre_hooks": "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs": "_forward_pre_hooks",
+}
 HOOKS = (
-    *FORWARD_HOOKS, "_forward_hooks_always_called", "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
-    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
+    *CALL_HOOKS, "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
+    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
 
 

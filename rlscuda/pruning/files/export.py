@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import io
 import os
@@ -19,22 +18,14 @@ from torch.nn.utils import prune
 from rlscuda._torch import masked_name, pre_hooks, tree_map, unwrapped
 from rlscuda.files.atomic import write_atomically
 from rlscuda.optional import optional
-from rlscuda.pruning.running.calls import Call, call_of, inference, output_tensors
+from rlscuda.pruning.running.calls import Call, call_of, inference, isolated_copy, output_tensors
 
 TOLERANCE = 1e-5  # of an exported output, as a share of the largest one or of 1
 
 
 def _inference_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode, masks made permanent; an optimizer's hooks are inert in it."""
-    model = unwrapped(model)
-    computed = [  # a masked weight is the result of a forward, which deepcopy refuses
-        value
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    ]
-    memo = {id(value): value.detach().clone() for value in computed}
-    whole = copy.deepcopy(model, memo).eval()
+    """A copy in eval mode, masks made permanent; an optimizer's hooks are not in it."""
+    whole = isolated_copy(unwrapped(model)).eval()
     for module in whole.modules():
         for hook in list(pre_hooks(module).values()):
             if isinstance(hook, prune.BasePruningMethod):

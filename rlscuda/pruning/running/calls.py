@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,28 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlscuda._torch import HOOKS, BatchNorm, tree_leaves, tree_map, unwrapped
+from rlscuda._torch import BatchNorm, tree_map, unwrapped
+from rlscuda.pruning.running.hooks import copy_with_hooks
+from rlscuda.pruning.running.nested import leaves
 
 ExampleInputs = Tensor | tuple | list | Mapping[str, Any]
-
-
-def leaves(value: Any) -> Iterator[Any]:
-    """What a value is nested of, also in dataclasses and in subclasses of mappings and sequences.
-
-    Pytrees, which torch goes by, know neither unless they are registered.
-    """
-    for leaf in tree_leaves(value):
-        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            inside: Iterable[Any] = [getattr(leaf, f.name) for f in dataclasses.fields(leaf)]
-        elif isinstance(leaf, Mapping):
-            inside = leaf.values()
-        elif isinstance(leaf, (list, tuple)):
-            inside = leaf
-        else:
-            yield leaf
-            continue
-        for part in inside:
-            yield from leaves(part)
 
 
 def output_tensors(output: Any) -> list[Tensor]:
@@ -56,29 +37,19 @@ def all_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def isolated_copy(model: nn.Module, tensors: Mapping[Tensor, Tensor] | None = None) -> nn.Module:
-    """A deep copy of `model` without the hooks that others have put on it.
+    """A deep copy of `model` that has nothing in common with it.
 
-    Masks and weight norms are hooks too, and part of what the model computes: they stay.
+    Hooks of forwards are part of what the model computes: they stay, and what they hold is copied
+    with it, see `copy_with_hooks`; those of optimizers and trackers of this package do not.
 
     Args:
         model: The model.
         tensors: What the copy is to hold in place of a parameter or buffer; others are cloned.
+
+    Raises:
+        ValueError: A hook holds something of the model that cannot be copied.
     """
-    memo: dict[int, Any] = {id(old): new for old, new in (tensors or {}).items()}
-    for module in model.modules():
-        for name in HOOKS:
-            hooks = module.__dict__.get(name)
-            if hooks:
-                kept = [(k, v) for k, v in hooks.items() if _belongs_to_torch(v)]
-                memo[id(hooks)] = OrderedDict((k, copy.deepcopy(v)) for k, v in kept)
-        for value in module.__dict__.values():  # computed and left there: deepcopy would refuse it
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo.setdefault(id(value), value.detach().clone())
-    return copy.deepcopy(model, memo)
-
-
-def _belongs_to_torch(hook: Any) -> bool:
-    return type(hook).__module__.startswith("torch.nn.utils.")
+    return copy_with_hooks(model, {id(old): new for old, new in (tensors or {}).items()})
 
 
 def train_but_norms(copy: nn.Module) -> nn.Module:

@@ -81,13 +81,22 @@ def test_evaluation_leaves_the_model_alone():
 
 def test_hooks_of_the_user_do_not_see_the_measurement():
     model, optimizer = trained(6, 8, 3)
+    seen = []
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    report = RLSPruner(model, optimizer, rows(2), ratio=0.5).step()
+    assert widths(model) == [4, 3] and report.gains.after.parameters < 59 and not seen
+
+
+def test_a_hook_that_fails_on_the_pruned_model_is_found_before_it_is_cut():
+    model, optimizer = trained(6, 8, 3)
 
     def fixed(module, args, output):
         assert output.shape[-1] == 8, "planted"
 
     model[0].register_forward_hook(fixed)
     report = RLSPruner(model, optimizer, rows(2), ratio=0.5).step()
-    assert widths(model) == [4, 3] and report.gains.after.parameters < 59
+    assert "planted" in report.refused["0"] and widths(model) == [8, 3]
+    model(rows(2))
 
 
 def test_a_tracker_of_some_layers_follows():

@@ -1,0 +1,72 @@
+"""What values are nested of: tuples, mappings, dataclasses and, where asked, other objects."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from numbers import Number
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlscuda._torch import tree_leaves
+
+_CODE = (type, ModuleType, FunctionType, BuiltinFunctionType, MethodType, nn.Module)
+_TRANSPARENT = (Tensor, Number, str, bytes, type(None), torch.dtype, torch.device)  # hide no tensor
+
+
+def leaves(value: Any, objects: set[int] | None = None) -> Iterator[Any]:
+    """What a value is nested of, also in dataclasses and in subclasses of mappings and sequences.
+
+    Pytrees, which torch goes by, know neither unless they are registered.
+
+    Args:
+        value: The value.
+        objects: Where given, what other objects have as attributes comes in their stead, once: ids
+            of those that were looked into, modules apart.
+    """
+    for leaf in tree_leaves(value):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            inside: Iterable[Any] = [getattr(leaf, f.name, None) for f in dataclasses.fields(leaf)]
+        elif isinstance(leaf, Mapping):
+            inside = leaf.values()
+        elif isinstance(leaf, (list, tuple)):
+            inside = leaf
+        elif objects is None or isinstance(leaf, (*_TRANSPARENT, *_CODE)):
+            yield leaf
+            continue
+        elif id(leaf) not in objects:
+            objects.add(id(leaf))
+            inside = list(getattr(leaf, "__dict__", {}).values())
+        else:
+            continue
+        for part in inside:
+            yield from leaves(part, objects)
+
+
+def checked_outputs(output: Any) -> list[Tensor]:
+    """The tensors that a model puts out, whose channels are to stay.
+
+    The cache of keys and values of a Hugging Face language model is none of them: it goes back into
+    the model, whatever its width.
+
+    Raises:
+        ValueError: There may be some where they cannot be looked for, or no gradient reaches any.
+    """
+    found = [leaf for leaf in leaves(output) if not _is_cache(leaf)]
+    opaque = {type(leaf).__name__ for leaf in found if not isinstance(leaf, _TRANSPARENT)}
+    if opaque:
+        raise ValueError("the model must put out tensors in tuples, lists, mappings or dataclasses,"
+                         f" got {', '.join(sorted(opaque))}")  # fmt: skip
+    tensors = [leaf for leaf in found if isinstance(leaf, Tensor)]
+    if not any(tensor.requires_grad for tensor in tensors):
+        raise ValueError("the model must put out a tensor that a gradient reaches, which the "
+                         f"couplings are found by, got {len(tensors)} without")  # fmt: skip
+    return tensors
+
+
+def _is_cache(value: Any) -> bool:
+    kinds = type(value).__mro__
+    return any(k.__name__ == "Cache" and k.__module__ == "transformers.cache_utils" for k in kinds)
