@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,10 +36,10 @@ def _inference_copy(model: nn.Module) -> nn.Module:
 
 def _program(model: nn.Module, call: Call) -> ExportedProgram:
     """The exported program, of any batch size."""
-    call = call.resized(max(2, call.batch))  # a batch of 1 would be taken for a constant
     batch = Dim("batch")
     arguments = inspect.signature(model.forward).bind(*call.args, **call.kwargs).arguments
     shapes = tree_map(lambda value: {0: batch} if call.batched(value) else None, dict(arguments))
+    call = call.resized(max(2, call.batch))  # a batch of 1 would be taken for a constant
     with torch.no_grad():
         return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=shapes)
 
@@ -114,10 +115,21 @@ def _in_onnxruntime() -> Iterator[None]:
         ) from error
 
 
+def _name_batch(graph: Any) -> None:
+    """Gives the one symbol among the shapes of the inputs, the batch's, a name to read."""
+    values = (*graph.input, *graph.output, *graph.value_info)
+    sizes = [size for value in values for size in value.type.tensor_type.shape.dim]
+    for symbol in {s.dim_param for v in graph.input for s in v.type.tensor_type.shape.dim}:
+        for size in sizes if symbol else ():
+            if size.dim_param:  # as 2*s17 of what joins two batches
+                size.dim_param = re.sub(rf"\b{re.escape(symbol)}\b", "batch", size.dim_param)
+
+
 def export_onnx(model: nn.Module, example_inputs: Any, path: str | os.PathLike[str]) -> None:
     """Writes the model in eval mode as ONNX for any batch size, as `export_program` does.
 
-    The check runs in onnxruntime on the CPU. The model must fit into one file of 2 GB.
+    The dimension of the batch is named `batch`. The check runs in onnxruntime on the CPU. The model
+    must fit into one file of 2 GB.
 
     Args:
         model: The model; it stays as it is. Masks are made permanent in the file.
@@ -136,7 +148,9 @@ def export_onnx(model: nn.Module, example_inputs: Any, path: str | os.PathLike[s
     call, whole = call_of(example_inputs).to("cpu"), _inference_copy(model).cpu()
     converted = torch.onnx.export(_program(whole, call), dynamo=True, verbose=False)
     assert converted is not None  # it was given no file
-    data = converted.model_proto.SerializeToString()
+    proto = converted.model_proto
+    _name_batch(proto.graph)
+    data = proto.SerializeToString()
     with _in_onnxruntime():
         session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
 

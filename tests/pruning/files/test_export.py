@@ -71,6 +71,29 @@ def test_named_inputs_and_several_outputs(tmp_path):
     torch.testing.assert_close(found, model(**inputs))
 
 
+class Joined(nn.Module):
+    """Puts out the batch, twice the batch, and a number; one input has no batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x, scale, others=None, double=False):
+        y = self.layer(x) * scale
+        return y, torch.cat((x, others["more"])) * (2 if double else 1), y.mean()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("named", [True, False])
+def test_the_batch_of_onnx_is_named(size, named, tmp_path):
+    values = torch.randn(size, 4), torch.tensor([2.0, 3.0]), {"more": torch.randn(size, 4)}, True
+    inputs = dict(zip(("x", "scale", "others", "double"), values)) if named else values
+    export_onnx(Joined(), inputs, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert [v.shape for v in session.get_inputs()] == [["batch", 4], [2], ["batch", 4]]
+    assert [v.shape for v in session.get_outputs()] == [["batch", 2], ["2*batch", 4], []]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_difference_leaves_no_file(kind, tmp_path, monkeypatch):
     path = tmp_path / "model"
