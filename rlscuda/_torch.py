@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = ["TorchDispatchMode", "tree_leaves", "tree_map"]
@@ -177,6 +177,11 @@ def is_dtensor(tensor: Any) -> bool:
     """Whether a tensor is distributed."""
     kind = dtensor()
     return kind is not None and isinstance(tensor, kind)
+
+
+def is_wrapper(tensor: Any) -> bool:
+    """Whether a tensor stands for others, as a quantised or a distributed one."""
+    return is_traceable_wrapper_subclass(tensor)
 
 
 def flattened(mesh: Any) -> Any:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
+
+from rlscuda._torch import Convolution, is_wrapper, unwrapped
 
 
 def check_number(
@@ -28,6 +32,50 @@ def check_number(
         what = "an integer" if whole else "a finite number"
         bound = "" if least == -math.inf else f" >= {least}"
         raise ValueError(f"{name} must be {what}{bound}, got {value!r}")
+
+
+def checked_model(model: Any) -> nn.Module:
+    """A model whose weights can be cut, also of a compiled one.
+
+    Raises:
+        TypeError: It is no module.
+        ValueError: A part of it is compiled by TorchScript, quantised, or of tensors that stand for
+            others.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, got {type(model).__name__}")
+    model = unwrapped(model)
+    for name, module in model.named_modules():
+        where = f"{name!r}, a {type(module).__name__}," if name else "the model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f"{where} is a ScriptModule, whose code is fixed: prune the module "
+                             "that it was made of, and script or trace it again")  # fmt: skip
+        weights = dict(module.named_parameters(recurse=False)).values()
+        layer = isinstance(module, (nn.Linear, Convolution))
+        packed = ".quantized" in type(module).__module__ and type(module).__module__[:5] == "torch"
+        if packed or layer and any(not w.is_floating_point() | w.is_complex() for w in weights):
+            raise ValueError(f"{where} is quantised: prune the network first, then quantise it")
+        for weight in filter(is_wrapper, weights):
+            raise ValueError(f"{where} must hold plain tensors, got a {type(weight).__name__}: "
+                             "prune it before it is quantised or distributed")  # fmt: skip
+    return model
+
+
+@contextmanager
+def tracing() -> Iterator[None]:
+    """Raises ValueError for whatever is raised in the block where a model is traced.
+
+    A model's code, and torch-pruning on it, raise anything at all.
+    """
+    try:
+        yield
+    except (ValueError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"the model cannot be traced: {type(error).__name__}: {error}; the layers around what "
+            "it is about may be named in ignored"
+        ) from error
 
 
 def checked_optimizers(optimizer: Any, model: nn.Module) -> tuple[Optimizer, ...]:

@@ -13,7 +13,6 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rlscuda._torch import unwrapped
 from rlscuda.optim.discovery import modules_named
 from rlscuda.optim.kept import Change
 from rlscuda.optimizer import RLSOptimizer
@@ -33,10 +32,12 @@ from rlscuda.pruning.options import (
     check_repeatable,
     checked_compensation,
     checked_loss,
+    checked_model,
     checked_optimizers,
     checked_ranking,
     checked_source,
     checked_what,
+    tracing,
 )
 from rlscuda.pruning.report import PruneReport
 from rlscuda.pruning.running.batch_norms import FEWEST_SAMPLES, Settled, check_finite, settle
@@ -145,10 +146,8 @@ class RLSPruner:
         seed: int = 0,
         what: str | Sequence[str] = "channels",
     ):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a module, got {type(model).__name__}")
+        model = checked_model(model)
         optional("torch_pruning", "pruning")
-        model = unwrapped(model)
         self.optimizers = checked_optimizers(optimizer, model)
         if tracker is not None and not isinstance(tracker, SketchTracker):
             raise TypeError(f"tracker must be a SketchTracker, got {type(tracker).__name__}")
@@ -297,7 +296,8 @@ class RLSPruner:
         self, progress: Callable[[str], None] = lambda name: None, value: Any = None
     ) -> tuple[Search, Ladder, dict[str, str]]:
         """What finds a cut, the order of removals, and the couplings that have none, and why."""
-        structure = trace(self.model, self.example_inputs, self.ignored, self.include_inputs)
+        with tracing():
+            structure = trace(self.model, self.example_inputs, self.ignored, self.include_inputs)
         modules, wanted = dict(self.model.named_modules()), targeted(structure.couplings, value)
         matrices = self._matrices(fed_layers(wanted.values(), modules))
         gone = units_gone(self._original, structure.couplings)

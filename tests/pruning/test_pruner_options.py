@@ -1,7 +1,10 @@
 """What `RLSPruner` refuses, and how it says so."""
 
 import pytest
+import torch
 from support.pruning_nets import mlp, rows, trained, widths
+from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from rlscuda import RLSOptimizer
 from rlscuda.pruning import RLSPruner, SketchTracker
@@ -90,3 +93,58 @@ def test_untrained_optimizer_has_no_matrix():
     with pytest.raises(ValueError, match="it has made no step yet"):
         RLSPruner(model, RLSOptimizer(model), rows(2), ratio=0.5).step()
     assert widths(model) == [8, 3]
+
+
+def scripted():
+    return torch.jit.script(mlp(6, 8, 3))
+
+
+def scripted_inside():
+    return nn.Sequential(scripted(), nn.Linear(3, 3))
+
+
+def packed():
+    return torch.ao.quantization.quantize_dynamic(mlp(6, 8, 3), {nn.Linear})
+
+
+def of_integers():
+    model = mlp(6, 8, 3)
+    weight = torch.zeros(8, 6, dtype=torch.int8)
+    model[0].weight = nn.Parameter(weight, requires_grad=False)
+    return model
+
+
+def of_other_tensors():
+    model = mlp(6, 8, 3)
+    weight = model[2].weight.detach()
+    model[2].weight = nn.Parameter(TwoTensor(weight, weight.clone()))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (scripted, "^the model is a ScriptModule, whose code is fixed: prune the module"),
+        (scripted_inside, "^'0', a RecursiveScriptModule, is a ScriptModule"),
+        (packed, "^'0', a Linear, is quantised: prune the network first"),
+        (of_integers, "^'0', a Linear, is quantised"),
+        (of_other_tensors, "^'2', a Linear, must hold plain tensors, got a TwoTensor: prune it"),
+    ],
+)
+def test_models_whose_weights_cannot_be_cut(make, message):
+    with pytest.raises(ValueError, match=message):
+        RLSPruner(make(), None, rows(2), ratio=0.5, loader=[rows()])
+
+
+@pytest.mark.parametrize("error", [IndexError, RecursionError, ZeroDivisionError, RuntimeError])
+def test_whatever_tracing_raises_is_one_kind_of_error(error, monkeypatch):
+    def trace(*_):
+        raise error("list index out of range")
+
+    monkeypatch.setattr("rlscuda.pruning.pruner.trace", trace)
+    model = mlp(6, 8, 3)
+    message = f"the model cannot be traced: {error.__name__}: list index out of range"
+    with pytest.raises(ValueError, match=message) as caught:
+        RLSPruner(model, None, rows(2), ratio=0.5, loader=[rows()]).step()
+    assert isinstance(caught.value.__cause__, error) and widths(model) == [8, 3]
