@@ -43,12 +43,14 @@ from rlscuda.pruning.report import PruneReport
 from rlscuda.pruning.running.batch_norms import FEWEST_SAMPLES, Settled, check_finite, settle
 from rlscuda.pruning.running.calls import SlicedBatches, all_tensors, isolated_copy
 from rlscuda.pruning.running.measure import compare, measure
+from rlscuda.pruning.running.watching import unreached
 from rlscuda.pruning.structure.trace import trace
 from rlscuda.pruning.surgery.plan import Surgery
 from rlscuda.pruning.surgery.snapshot import Snapshot
 from rlscuda.pruning.surgery.transaction import operate, pruned_copy, revert
 
 _REPEATS = 5  # forwards timed for the report
+_MISSED = "the example inputs never reach it"
 _PASSED_ON = (
     "importance", "selection", "scope", "source", "loader", "compensate", "adapt_norms",
     "round_to", "include_inputs", "damping", "seed", "ignored",
@@ -69,7 +71,7 @@ class RLSPruner:
         optimizer: What trains it: an `RLSOptimizer`, any other torch optimizer, a list of all
             that train it, or None.
         example_inputs: What the model can be called with: a tensor, a tuple of arguments, or a
-            mapping of named ones; a batch of one or two will do.
+            mapping of named ones; one or two samples will do, where they take every branch.
         ratio: Share of each coupling's original units that is gone after the step, in [0, 1); or
             such shares by name or shell pattern, 0 where none matches. In scope ``global`` the
             share of all units.
@@ -252,11 +254,11 @@ class RLSPruner:
         matrices.clear()  # most of the memory, and the downdates of P are still to come
         whole = isolated_copy(self.model)  # so that nobody's hooks see the forwards
         before = measure(whole, self.example_inputs, repeats=_REPEATS)
+        missed = dict.fromkeys(unreached(whole, self.example_inputs), _MISSED)
         del whole
         pruned = pruned_copy(self.model, cut.surgery, values)
         settled = self._settle(pruned, cut.surgery) if cut.removed else Settled({}, 0)
-        inputs = cut.surgery.slice_inputs(self.example_inputs)
-        after = measure(pruned, inputs, repeats=_REPEATS)
+        after = measure(pruned, cut.surgery.slice_inputs(self.example_inputs), repeats=_REPEATS)
         del pruned
         if settled.statistics:
             check_finite(settled.statistics)
@@ -274,7 +276,7 @@ class RLSPruner:
             source=self.tracker.kind if self.source == "sketch" and self.tracker else self.source,
             disagreement=off,
             uncompensated=uncompensated,
-            refused={**structure.refused, **unscored},
+            refused={**structure.refused, **unscored, **missed},
             kept_inputs={name: kept.tolist() for name, kept in cut.surgery.inputs.items()},
             gains=compare(before, after),
         )
@@ -364,10 +366,9 @@ class RLSPruner:
         return settle(self.model, pruned, surgery.tensors, self._pairs(surgery))
 
     def _pairs(self, surgery: Surgery) -> Iterator[tuple[Any, Any]]:
-        """Each batch of the loader, as the model takes it and as it does after a surgery."""
-        assert self.loader is not None
+        """Batches of the loader, each as the whole model and as the pruned one takes it."""
         sliced = self._sliced_loader(surgery).slice if surgery.inputs else lambda batch: batch
-        return ((batch, sliced(batch)) for batch in self.loader)
+        yield from ((batch, sliced(batch)) for batch in self.loader or ())
 
     def _sliced_loader(self, surgery: Surgery) -> Any:
         """The loader as the model takes its batches after a surgery."""
@@ -384,16 +385,16 @@ class RLSPruner:
         done: list[Change] = []  # which a snapshot knows of before there is anything to take back
         for snapshot in self._snapshots:
             snapshot.changes.append(done)
-        operate(self.model, self.optimizers, surgery, values, self.example_inputs, done)
+        batches = itertools.islice(self._pairs(surgery), 1)
+        operate(self.model, self.optimizers, surgery, values, self.example_inputs, done, batches)
         if self.tracker is not None:
             try:
                 self.tracker.follow(columns)
             except BaseException:
                 revert(done)
                 raise
-        for name, buffer in self.model.named_buffers():
-            if name in statistics:
-                buffer.copy_(statistics[name])
+        for name, new in statistics.items():
+            self.model.get_buffer(name).copy_(new)
         if surgery.inputs:
             self.loader = self._sliced_loader(surgery)
             self.example_inputs = surgery.slice_inputs(self.example_inputs)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rlscuda._torch import BatchNorm
 from rlscuda.optim.kept import Kept
 from rlscuda.pruning.running.calls import feed, isolated_copy, rng_kept
+from rlscuda.pruning.running.watching import branched
 
 FEWEST_SAMPLES = 16  # below which what a batch shows is as much chance as the cut
 
@@ -64,7 +65,7 @@ def settle(
 
     Raises:
         TypeError: A batch is none that `feed` takes.
-        ValueError: There is no batch.
+        ValueError: There is no batch, or the pruned copy fails on one.
     """
     norms = _norms(pruned)
     if not norms:
@@ -79,7 +80,10 @@ def settle(
                 hooks.callback(norm.register_forward_pre_hook(_showing(see)).remove)
         for of_whole, of_pruned in batches:
             feed(whole, of_whole)
-            feed(pruned, of_pruned)
+            try:
+                feed(pruned, of_pruned)
+            except Exception as error:  # the whole model has run
+                raise branched(error) from error
             count += 1
     if not count:
         raise ValueError("loader must give at least one batch, got none")

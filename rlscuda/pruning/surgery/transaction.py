@@ -21,13 +21,11 @@ from rlscuda.optimizer import RLSOptimizer
 from rlscuda.pruning.running.calls import (
     ExampleInputs,
     all_tensors,
-    call,
     isolated_copy,
     output_tensors,
-    rng_kept,
-    train_but_norms,
 )
 from rlscuda.pruning.surgery.plan import Surgery
+from rlscuda.pruning.surgery.trial import prove
 
 _ABSENT = object()
 
@@ -40,6 +38,7 @@ def operate(
     values: Mapping[str, Tensor],
     example_inputs: ExampleInputs,
     done: list[Change],
+    batches: Iterable[tuple[Any, Any]] = (),
 ) -> None:
     """Carries out a surgery on a model and its optimizers; completes, or leaves all as it was.
 
@@ -50,11 +49,13 @@ def operate(
         values: Name of a parameter -> its new value in its old shape, as compensation has it.
         example_inputs: What the model could be called with so far.
         done: Is given what takes the surgery back, see `revert`.
+        batches: What the pruned model has to run on, too: each as the whole model takes it and as
+            the pruned one does.
 
     Raises:
         ValueError: The model is not that of the surgery, a value is of another shape or not
             finite, an optimizer keeps what cannot follow, or the pruned model fails on the example
-            inputs.
+            inputs or a batch.
     """
     before = all_tensors(model)
     replaced, valued = _new_tensors(before, surgery, values)
@@ -68,7 +69,7 @@ def operate(
         changes += [(modules[name], key, value) for key, value in attributes.items()]
     for optimizer in optimizers:
         changes += optimizer_changes(optimizer, replaced)
-    _try(model, surgery, pruned_copy(model, surgery, values), example_inputs)
+    prove(model, surgery, pruned_copy(model, surgery, values), example_inputs, batches)
     commit(changes, done)
 
 
@@ -145,44 +146,6 @@ def _successor(tensor: Tensor, kept: Kept, value: Tensor | None) -> Tensor:
         new.grad = kept.take(tensor.grad)
     share_hooks(new, tensor)
     return new
-
-
-def _try(model: nn.Module, surgery: Surgery, pruned: nn.Module, example_inputs: Any) -> None:
-    """Runs a copy of the pruned model, and once more in training mode.
-
-    Raises:
-        ValueError: It fails, in training mode where the whole model does not, or what it puts out
-            has another shape.
-    """
-    inputs = surgery.slice_inputs(example_inputs)
-    try:
-        with rng_kept(model):
-            output = call(pruned, inputs)
-    except Exception as error:
-        raise ValueError(
-            f"the pruned model fails on the example inputs: {error}; is a number of channels "
-            "written into its forward? What produces them can be named in ignored"
-        ) from error
-    shapes = [tuple(tensor.shape) for tensor in output_tensors(output)]
-    if shapes != surgery.output_shapes:
-        raise ValueError(f"the pruned model must put out {surgery.output_shapes} on the example "
-                         f"inputs, got {shapes}")  # fmt: skip
-    with rng_kept(model):
-        _try_in_training(model, pruned, inputs, example_inputs)
-
-
-def _try_in_training(model: nn.Module, pruned: nn.Module, inputs: Any, example_inputs: Any) -> None:
-    try:
-        call(train_but_norms(pruned), inputs)
-    except Exception as error:
-        try:
-            call(train_but_norms(isolated_copy(model)), example_inputs)
-        except Exception:
-            return  # the whole model wants something else there
-        raise ValueError(
-            f"the pruned model fails in training mode on the example inputs: {error}; what "
-            "produces the channels can be named in ignored"
-        ) from error
 
 
 def transfer_state(optimizer: Optimizer, replaced: Replaced) -> None:

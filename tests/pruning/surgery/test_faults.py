@@ -77,7 +77,7 @@ def test_a_fault_at_any_point_of_the_commit_changes_nothing(make, after):
 @pytest.mark.parametrize(
     "where",
     ["rlscuda.optim.kept.Kept.take", "rlscuda.optim.kept.downdate",
-     "rlscuda.optim.kept.KeptLayer.stage", "rlscuda.pruning.surgery.transaction.call",
+     "rlscuda.optim.kept.KeptLayer.stage", "rlscuda.pruning.surgery.trial.call",
      "rlscuda.pruning.surgery.transaction.isolated_copy"],
 )  # fmt: skip
 def test_a_fault_before_the_commit_changes_nothing(where):
