@@ -159,14 +159,19 @@ class Pruning:
             try:
                 self.report = self._pruner().step(progress=progress)
             except ValueError as error:
-                raise UserError(f"{self.trainer.config.model} was not pruned: {error}") from None
+                model = self.trainer.config.model
+                raise UserError(one_line(f"{model} was not pruned: {error}")) from None
         for warning in said:
             self.console.print(f"warning: {warning.message}", markup=False, highlight=False)
         whole = all(change.before == change.after for change in self.report.couplings)
         if whole and not self.report.blocks:
-            raise UserError(
-                "nothing was removed: the target is reached already, or nothing may go within it"
-            )
+            for name, why in self.report.refused.items():
+                self.console.print(f"not pruned: {one_line(name)}: {one_line(why)}",
+                                   markup=False, highlight=False, soft_wrap=True)  # fmt: skip
+            raise UserError("nothing was removed: " + (
+                "the target is reached already, or nothing may go within it"
+                if self.report.couplings else "no channels may go, for the reasons above"
+            ))  # fmt: skip
         self._look("pruned")
 
     def finish(self, folder: Path, title: str, whole_test_accuracy: float) -> PruneRecord:

@@ -68,5 +68,5 @@ def checked_outputs(output: Any) -> list[Tensor]:
 
 
 def _is_cache(value: Any) -> bool:
-    kinds = type(value).__mro__
-    return any(k.__name__ == "Cache" and k.__module__ == "transformers.cache_utils" for k in kinds)
+    kinds = ((kind.__module__.partition(".")[0], kind.__name__) for kind in type(value).__mro__)
+    return any(library == "transformers" and name.endswith("Cache") for library, name in kinds)

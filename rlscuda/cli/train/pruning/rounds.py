@@ -15,6 +15,7 @@ from rlscuda.cli.train.pruning.specs import ScheduleSpec
 from rlscuda.files.documents import check
 from rlscuda.optional import optional
 from rlscuda.pruning.files.manifest import Described, describe, rebuild
+from rlscuda.pruning.options import tracing
 from rlscuda.pruning.pruner import RLSPruner
 from rlscuda.pruning.report import PruneReport
 from rlscuda.pruning.schedule import PruneSchedule, Round
@@ -108,14 +109,16 @@ class Rounds(Pruning):
         self.before: Point | None = None
         self.pruner = self._pruner()
         try:
-            couplings = trace(training.model, self.example).couplings
+            with tracing():
+                found = trace(training.model, self.example)
         except ValueError as error:
             raise self.refused(error) from None
-        if not couplings:
+        if not found.couplings:
+            reasons = "".join(f"; {name}: {why}" for name, why in found.refused.items())
             raise UserError(
-                f"{self.flag}: {training.config.model} has no channels that can be removed"
+                f"{self.flag}: {training.config.model} has no channels that can be removed{reasons}"
             )
-        self.units = {coupling.name: coupling.units for coupling in couplings}
+        self.units = {coupling.name: coupling.units for coupling in found.couplings}
 
     def _pruner(self) -> RLSPruner:
         return RLSPruner(self.training.model, self.training.optimizer, self.example, ratio=0.0)
