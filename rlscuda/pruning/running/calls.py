@@ -169,8 +169,21 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 
 def feed(model: nn.Module, batch: Any) -> Any:
-    """Calls a model with one batch of a loader, see `inputs_of`."""
-    return call(model, inputs_of(model, batch))
+    """Calls a model with one batch of a loader, see `inputs_of`.
+
+    Raises:
+        TypeError: The batch is none that can be fed, or lacks an argument that the model needs.
+    """
+    inputs = inputs_of(model, batch)
+    try:
+        return call(model, inputs)
+    except TypeError as error:
+        named = inputs if isinstance(inputs, Mapping) else {}
+        try:
+            inspect.signature(unwrapped(model).forward).bind(*([] if named else [inputs]), **named)
+        except TypeError as reason:
+            raise _unfit(model, batch, f"; {reason}") from error
+        raise
 
 
 def inputs_of(model: nn.Module, batch: Any) -> Tensor | dict[str, Any]:
@@ -190,14 +203,28 @@ def inputs_of(model: nn.Module, batch: Any) -> Tensor | dict[str, Any]:
         parameters = _forward_parameters(model)
         every = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         named = {k: v for k, v in batch.items() if every or k in parameters}
+        if not named:
+            raise _unfit(model, batch)
         return map_tensors(lambda tensor: tensor.to(device=device), named)
     x = _first(batch)
     if not isinstance(x, Tensor):
-        raise TypeError(
-            "loader must give tensors, tuples that begin with one, or dicts, got "
-            f"{type(batch).__name__}" + (f" of {type(x).__name__}" if x is not batch else "")
-        )
+        raise _unfit(model, batch)
     return x.to(device=device)
+
+
+def _unfit(model: nn.Module, batch: Any, reason: str = "") -> TypeError:
+    """What to raise of a batch that a model cannot be fed."""
+    if isinstance(batch, Mapping):
+        got = f"a mapping of {', '.join(map(repr, batch))}"
+    elif isinstance(batch, (tuple, list)):
+        got = f"a {type(batch).__name__} of {', '.join(type(one).__name__ for one in batch[:4])}"
+    else:
+        got = type(batch).__name__
+    return TypeError(
+        "loader must give tensors, tuples or lists that begin with one, or mappings that hold the "
+        f"arguments of the model's forward by name ({', '.join(_forward_parameters(model))}); got "
+        f"{got}{reason}"
+    )
 
 
 def _forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
