@@ -10,6 +10,8 @@ import torch
 from support.training import cnn
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.flop_counter import FlopCounterMode
 
 from rlscuda.cli.report.record import gains_of, size_of
 from rlscuda.pruning import RLSPruner, SketchTracker
@@ -105,6 +107,32 @@ def test_counts_of_a_recurrent_layer(layer, gates):
     model = layer(8, 16, num_layers=2, bidirectional=True)
     inputs = 2 * gates * 16 * (8 + 16) + 2 * gates * 16 * (32 + 16)  # both ways of each layer
     assert count_flops(model, torch.randn(5, 3, 8)) == 2 * 5 * 3 * inputs
+
+
+class Packed(nn.Module):
+    """A recurrent layer on sequences of several lengths."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(pack_padded_sequence(x, [5, 4, 2]))[0].data
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_layers": 2, "bidirectional": True}, {"batch_first": True, "bias": False}]
+)
+def test_a_recurrent_layer_counts_the_same_fused_or_not(layer, options):
+    model, x = layer(8, 16, **options), torch.randn(5, 3, 8)
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    assert count_flops(model, x) == 2 * 15 * matrices  # in one operator of oneDNN, for an LSTM
+    with FlopCounterMode(display=False) as counter:
+        model.double()(x.double())
+    assert counter.get_total_flops() == count_flops(model, x.double()) == 2 * 15 * matrices
+    if not options.get("batch_first"):
+        assert count_flops(Packed(model.float()), x) == 2 * 11 * matrices
 
 
 def test_counts_of_the_recurrent_operator_of_cuda():
