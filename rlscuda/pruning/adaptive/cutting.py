@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -94,7 +95,8 @@ class Patient:
             check_finite(statistics)
         columns = {} if self.tracker is None else self.tracker.kept_columns(surgery.tensors)
         try:
-            operate(self.model, self.optimizers, surgery, values, self.inputs, done)
+            first = ((batch, batch) for batch in islice(self.loader or (), 1))
+            operate(self.model, self.optimizers, surgery, values, self.inputs, done, first)
             buffers = dict(self.model.named_buffers())
             commit([(buffers[n], "data", statistics[n].clone()) for n in statistics], done)
             if self.tracker is not None:

@@ -17,11 +17,11 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset
 
 from rlscuda._torch import CALL_HOOKS, HOOKS
 from rlscuda.optim.hooks import ForwardHook, Private
-from rlscuda.pruning.running.nested import leaves
 
 _OTHERS = (nn.Module, Optimizer, DataLoader, Dataset)  # never copied, where no part of the model
 _CONSTANT = (int, float, str, bytes, type, type(None))
@@ -42,7 +42,6 @@ def copy_with_hooks(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """
     hooks: list[tuple[str, dict, dict]] = []  # of a module by name: those to keep, and the copy's
     functions: list[FunctionType] = []
-    seen: set[int] = set()
     for name, module in model.named_modules():
         own = vars(module)
         for kind in HOOKS:
@@ -50,12 +49,12 @@ def copy_with_hooks(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
                 memo[id(own[kind])] = OrderedDict()
                 hooks.append((name, _kept(own, kind), memo[id(own[kind])]))
         functions += [f for f in own.values() if isinstance(f, FunctionType) and _holds(f)]
-        _detach(list(own.values()), memo, seen)
     if functions or any(_holds(hook) for _, kept, _ in hooks for hook in kept.values()):
         for value in _named_in_code(model):
             memo.setdefault(id(value), value)
     shells = [_shell(function, memo) for function in functions]
-    made = copy.deepcopy(model, memo)
+    with _Detaching():
+        made = copy.deepcopy(model, memo)
     for function, shell in zip(functions, shells):
         _fill(shell, function, memo)
     for name, kept, new in hooks:
@@ -86,17 +85,15 @@ def _belongs_to_torch(hook: Any) -> bool:
     return type(hook).__module__.startswith("torch.nn.utils.")
 
 
-def _detach(value: Any, memo: dict[int, Any], seen: set[int]) -> None:
-    """Sees to tensors that were computed and kept somewhere, which deepcopy would refuse."""
-    for leaf in leaves(value, seen):
-        if isinstance(leaf, Tensor) and not leaf.is_leaf and id(leaf) not in memo:
-            memo[id(leaf)] = leaf.detach().clone()
-            _keep(leaf, memo)
+class _Detaching(TorchFunctionMode):
+    """Copies tensors that were computed and kept somewhere, too, which deepcopy refuses."""
 
-
-def _keep(value: Any, memo: dict[int, Any]) -> None:
-    """Lets a value live as long as the memo, so that its id stays its own; as deepcopy does."""
-    memo.setdefault(id(memo), []).append(value)
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            memo[id(tensor)] = tensor.detach().clone()
+            return memo[id(tensor)]
+        return function(*args, **(kwargs or {}))
 
 
 def _holds(hook: Any) -> bool:
@@ -179,13 +176,13 @@ def _follow(value: Any, memo: dict[int, Any]) -> Any:
         return value
     trial = dict(memo)
     try:
-        _detach(value, trial, set())
-        made = copy.deepcopy(value, trial)
+        with _Detaching():
+            made = copy.deepcopy(value, trial)
     except Exception:
         held = vars(value).values() if hasattr(value, "__dict__") else ()
         if any(id(one) in memo for one in held if isinstance(one, (nn.Module, Tensor))):
             raise
         return value  # a file or a lock, of somebody who only looks on
     memo.update(trial)
-    _keep(trial, memo)
+    memo.setdefault(id(memo), []).append(trial)  # whose id is in it, and has to stay its own
     return made

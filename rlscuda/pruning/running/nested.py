@@ -1,49 +1,37 @@
-"""What values are nested of: tuples, mappings, dataclasses and, where asked, other objects."""
+"""What values are nested of: tuples, mappings and dataclasses."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from numbers import Number
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlscuda._torch import tree_leaves
 
-_CODE = (type, ModuleType, FunctionType, BuiltinFunctionType, MethodType, nn.Module)
 _TRANSPARENT = (Tensor, Number, str, bytes, type(None), torch.dtype, torch.device)  # hide no tensor
 
 
-def leaves(value: Any, objects: set[int] | None = None) -> Iterator[Any]:
+def leaves(value: Any) -> Iterator[Any]:
     """What a value is nested of, also in dataclasses and in subclasses of mappings and sequences.
 
     Pytrees, which torch goes by, know neither unless they are registered.
-
-    Args:
-        value: The value.
-        objects: Where given, what other objects have as attributes comes in their stead, once: ids
-            of those that were looked into, modules apart.
     """
     for leaf in tree_leaves(value):
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            inside: Iterable[Any] = [getattr(leaf, f.name, None) for f in dataclasses.fields(leaf)]
+            inside: Iterable[Any] = [getattr(leaf, f.name) for f in dataclasses.fields(leaf)]
         elif isinstance(leaf, Mapping):
             inside = leaf.values()
         elif isinstance(leaf, (list, tuple)):
             inside = leaf
-        elif objects is None or isinstance(leaf, (*_TRANSPARENT, *_CODE)):
+        else:
             yield leaf
             continue
-        elif id(leaf) not in objects:
-            objects.add(id(leaf))
-            inside = list(getattr(leaf, "__dict__", {}).values())
-        else:
-            continue
         for part in inside:
-            yield from leaves(part, objects)
+            yield from leaves(part)
 
 
 def checked_outputs(output: Any) -> list[Tensor]:

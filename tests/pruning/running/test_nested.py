@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.libraries.importing import importable
 
-from rlscuda.pruning.running.nested import checked_outputs, leaves
+from rlscuda.pruning.running.nested import checked_outputs
 
 with importable():
     from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
@@ -61,9 +61,3 @@ def test_the_cache_of_a_language_model_is_no_output(decoder):
     assert output.past_key_values.get_seq_length() == 5
     assert checked_outputs(output)[0] is output[0]
     assert all(tensor.shape[-1] in (8, 9) for tensor in checked_outputs(output))
-
-
-def test_objects_are_looked_into_once():
-    inner = Bag(Y)
-    assert list(leaves((inner, Bag(inner, 5), inner), set())) == [Y, 5]
-    assert list(leaves((inner, 5))) == [inner, 5]
