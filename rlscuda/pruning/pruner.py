@@ -45,12 +45,12 @@ from rlscuda.pruning.running.calls import SlicedBatches, all_tensors, isolated_c
 from rlscuda.pruning.running.measure import compare, measure
 from rlscuda.pruning.running.watching import unreached
 from rlscuda.pruning.structure.trace import trace
+from rlscuda.pruning.surgery.metadata import outdated
 from rlscuda.pruning.surgery.plan import Surgery
 from rlscuda.pruning.surgery.snapshot import Snapshot
 from rlscuda.pruning.surgery.transaction import operate, pruned_copy, revert
 
 _REPEATS = 5  # forwards timed for the report
-_MISSED = "the example inputs never reach it"
 _PASSED_ON = (
     "importance", "selection", "scope", "source", "loader", "compensate", "adapt_norms",
     "round_to", "include_inputs", "damping", "seed", "ignored",
@@ -180,8 +180,7 @@ class RLSPruner:
         self.compensate, self.adapt_norms = checked_compensation(compensate, loader), adapt_norms
         self.source = checked_source(source, there, compensate or importance not in WITHOUT_MATRIX)
         self.round_to, self.damping = round_to, damping
-        chosen = modules_named(cast(Iterable, ignored), "ignored", model)
-        inside = {module for _, modules in chosen for module in modules}
+        inside = {m for _, ms in modules_named(cast(Any, ignored), "ignored", model) for m in ms}
         self.ignored = [name for name, module in model.named_modules() if module in inside]
         self.include_inputs, self.seed = include_inputs, seed
         self.what = checked_what(what, self.source, include_inputs)
@@ -254,7 +253,7 @@ class RLSPruner:
         matrices.clear()  # most of the memory, and the downdates of P are still to come
         whole = isolated_copy(self.model)  # so that nobody's hooks see the forwards
         before = measure(whole, self.example_inputs, repeats=_REPEATS)
-        missed = dict.fromkeys(unreached(whole, self.example_inputs), _MISSED)
+        missed = unreached(whole, self.example_inputs)
         del whole
         pruned = pruned_copy(self.model, cut.surgery, values)
         settled = self._settle(pruned, cut.surgery) if cut.removed else Settled({}, 0)
@@ -279,6 +278,7 @@ class RLSPruner:
             refused={**structure.refused, **unscored, **missed},
             kept_inputs={name: kept.tolist() for name, kept in cut.surgery.inputs.items()},
             gains=compare(before, after),
+            outdated=outdated(self.model, cut.surgery),
         )
 
     def copies(self, ratios: Iterable[float]) -> Iterator[nn.Module]:

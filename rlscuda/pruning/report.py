@@ -50,6 +50,9 @@ class PruneReport:
             of the example inputs, with those that the model still takes.
         gains: Parameters, FLOPs, memory and latency before and after.
         blocks: Residual branches that went, in the order of their removal.
+        outdated: Numbers beside the layers that still give the width from before, with the one of
+            now: `num_features` of timm, `config.intermediate_size` of transformers. Set those that
+            something reads, as before a new head is made or the config is saved.
     """
 
     couplings: list[CouplingChange]
@@ -62,6 +65,7 @@ class PruneReport:
     kept_inputs: dict[str, list[int]]
     gains: Gains
     blocks: list[BlockChange] = field(default_factory=list)
+    outdated: dict[str, str] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -79,7 +83,9 @@ class PruneReport:
         gains = Gains(*(Measurement(**values["gains"][when]) for when in ("before", "after")))
         couplings = [CouplingChange(**change) for change in values["couplings"]]
         blocks = [BlockChange(**change) for change in values.get("blocks", [])]  # older have none
-        own = {one.name: values[one.name] for one in fields(cls) if one.name != "blocks"}
+        later = {"blocks", "outdated"}
+        own = {one.name: values[one.name] for one in fields(cls) if one.name not in later}
+        own["outdated"] = values.get("outdated", {})
         return cls(**{**own, "gains": gains, "couplings": couplings, "blocks": blocks})
 
     def __str__(self):
@@ -95,7 +101,8 @@ class PruneReport:
         ]
         lines.append(f"chosen by {self.importance} ({self.selection}), matrices: {self.source}")
         for title, reasons in (
-            ("not compensated", self.uncompensated), ("not a candidate", self.refused)
+            ("not compensated", self.uncompensated), ("not a candidate", self.refused),
+            ("still as before", self.outdated),
         ):  # fmt: skip
             lines += [f"{title}: {name}: {reason}" for name, reason in reasons.items()]
         if self.disagreement:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -41,17 +43,17 @@ def _watched(model: nn.Module, example_inputs: ExampleInputs) -> _Operators:
     return operators
 
 
-def unreached(model: nn.Module, example_inputs: ExampleInputs) -> list[str]:
-    """The modules with parameters of which a forward in eval mode uses none, by name.
+def unreached(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, str]:
+    """The modules with parameters of which a forward in eval mode uses none, and that it does not.
 
     A parameter counts as used where an operator takes it, or a view of it, whoever calls that.
     """
     used = _watched(model, example_inputs).storages
-    found = []
+    found = {}
     for name, module in model.named_modules():
         own = [p for p in own_parameters(module).values() if p is not None and p.numel()]
         if own and all(storage_key(parameter) not in used for parameter in own):
-            found.append(name)
+            found[name] = "the example inputs never reach it"
     return found
 
 
@@ -63,14 +65,15 @@ def sized_by_values(model: nn.Module, example_inputs: ExampleInputs) -> bool:
     return _watched(model, example_inputs).by_values
 
 
-def branched(error: Exception, missed: list[str] | None = None) -> ValueError:
+def branched(error: Exception, missed: Iterable[str] = ()) -> ValueError:
     """What to raise where a pruned model fails on a batch, and not on the example inputs.
 
     Args:
         error: What it raised.
         missed: The modules that the example inputs do not reach.
     """
-    never = f", as into {', '.join(map(repr, missed))}" if missed else ""
+    names = ", ".join(map(repr, missed))
+    never = f", as into {names}" if names else ""
     return ValueError(
         f"the pruned model fails on a batch of loader: {error}; the batch may take a branch that "
         f"the example inputs do not{never}: give example_inputs that reach all of the model"
