@@ -62,10 +62,13 @@ def checked_model(model: Any) -> nn.Module:
 
 
 @contextmanager
-def tracing() -> Iterator[None]:
-    """Raises ValueError for whatever is raised in the block where a model is traced.
+def running(problem: str) -> Iterator[None]:
+    """Raises ValueError for whatever is raised in the block where a model is run or traced.
 
     A model's code, and torch-pruning on it, raise anything at all.
+
+    Args:
+        problem: What it means; the error is put behind it.
     """
     try:
         yield
@@ -73,8 +76,8 @@ def tracing() -> Iterator[None]:
         raise
     except Exception as error:
         raise ValueError(
-            f"the model cannot be traced: {type(error).__name__}: {error}; the layers around what "
-            "it is about may be named in ignored"
+            f"{problem}: {type(error).__name__}: {error}; the layers around what it is about may "
+            "be named in ignored"
         ) from error
 
 

@@ -37,7 +37,7 @@ from rlscuda.pruning.options import (
     checked_ranking,
     checked_source,
     checked_what,
-    tracing,
+    running,
 )
 from rlscuda.pruning.report import PruneReport
 from rlscuda.pruning.running.batch_norms import FEWEST_SAMPLES, Settled, check_finite, settle
@@ -254,11 +254,11 @@ class RLSPruner:
         whole = isolated_copy(self.model)  # so that nobody's hooks see the forwards
         before = measure(whole, self.example_inputs, repeats=_REPEATS)
         missed = unreached(whole, self.example_inputs)
-        del whole
         pruned = pruned_copy(self.model, cut.surgery, values)
         settled = self._settle(pruned, cut.surgery) if cut.removed else Settled({}, 0)
-        after = measure(pruned, cut.surgery.slice_inputs(self.example_inputs), repeats=_REPEATS)
-        del pruned
+        with running("the pruned model fails on the example inputs"):
+            after = measure(pruned, cut.surgery.slice_inputs(self.example_inputs), repeats=_REPEATS)
+        del whole, pruned
         if settled.statistics:
             check_finite(settled.statistics)
             if settled.samples < FEWEST_SAMPLES:
@@ -298,7 +298,7 @@ class RLSPruner:
         self, progress: Callable[[str], None] = lambda name: None, value: Any = None
     ) -> tuple[Search, Ladder, dict[str, str]]:
         """What finds a cut, the order of removals, and the couplings that have none, and why."""
-        with tracing():
+        with running("the model cannot be traced"):
             structure = trace(self.model, self.example_inputs, self.ignored, self.include_inputs)
         modules, wanted = dict(self.model.named_modules()), targeted(structure.couplings, value)
         matrices = self._matrices(fed_layers(wanted.values(), modules))
@@ -367,8 +367,8 @@ class RLSPruner:
 
     def _pairs(self, surgery: Surgery) -> Iterator[tuple[Any, Any]]:
         """Batches of the loader, each as the whole model and as the pruned one takes it."""
-        sliced = self._sliced_loader(surgery).slice if surgery.inputs else lambda batch: batch
-        yield from ((batch, sliced(batch)) for batch in self.loader or ())
+        for batch in () if self.loader is None else self.loader:  # it may have no length to ask for
+            yield batch, self._sliced_loader(surgery).slice(batch) if surgery.inputs else batch
 
     def _sliced_loader(self, surgery: Surgery) -> Any:
         """The loader as the model takes its batches after a surgery."""

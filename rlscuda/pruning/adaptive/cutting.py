@@ -95,7 +95,8 @@ class Patient:
             check_finite(statistics)
         columns = {} if self.tracker is None else self.tracker.kept_columns(surgery.tensors)
         try:
-            first = ((batch, batch) for batch in islice(self.loader or (), 1))
+            batches = () if self.loader is None else islice(self.loader, 1)
+            first = ((batch, batch) for batch in batches)
             operate(self.model, self.optimizers, surgery, values, self.inputs, done, first)
             buffers = dict(self.model.named_buffers())
             commit([(buffers[n], "data", statistics[n].clone()) for n in statistics], done)

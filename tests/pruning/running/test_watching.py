@@ -129,3 +129,48 @@ def test_sizes_that_follow_from_values(forward, by_values):
     model = nn.Identity()
     model.forward = forward
     assert sized_by_values(model, ROWS) == by_values
+
+
+class ByValue(nn.Module):
+    """What the weights make of the example decides about the branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.limit = 0.0
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return self.last(self.second(x) if x.double().sum() < self.limit else x)
+
+
+def test_a_branch_that_the_cut_itself_leads_into_is_found():
+    torch.manual_seed(0)
+    model = ByValue().eval()
+    with torch.no_grad():
+        model.first.weight.mul_(
+            1e-3
+        )  # so that with others, by which couplings are tried, it is far
+        model.first.bias.mul_(1e-3)
+        model.limit = 0.9 * float(model.first(ROWS[:2]).relu().double().sum())
+    pruner = RLSPruner(model, None, ROWS[:2], ratio=0.5, importance="l2", compensate=False)
+    with pytest.raises(ValueError, match="the pruned model fails on the example inputs: Runtime"):
+        pruner.step()
+    assert model.first.out_features == 8
+
+
+class Endless(torch.utils.data.IterableDataset):
+    """Which has no length."""
+
+    def __iter__(self):
+        return iter(ROWS)
+
+
+def test_a_loader_without_a_length():
+    model = Routed()
+    loader = torch.utils.data.DataLoader(Endless(), batch_size=8)
+    with pytest.raises(TypeError, match="len"):
+        len(loader)
+    model.experts[1] = model.experts[0]
+    RLSPruner(model, None, ROWS[:2], ratio=0.5, loader=loader).step()
+    assert model.first.out_features == 4

@@ -15,7 +15,7 @@ from rlscuda.cli.train.pruning.specs import ScheduleSpec
 from rlscuda.files.documents import check
 from rlscuda.optional import optional
 from rlscuda.pruning.files.manifest import Described, describe, rebuild
-from rlscuda.pruning.options import tracing
+from rlscuda.pruning.options import running
 from rlscuda.pruning.pruner import RLSPruner
 from rlscuda.pruning.report import PruneReport
 from rlscuda.pruning.schedule import PruneSchedule, Round
@@ -109,7 +109,7 @@ class Rounds(Pruning):
         self.before: Point | None = None
         self.pruner = self._pruner()
         try:
-            with tracing():
+            with running("the model cannot be traced"):
                 found = trace(training.model, self.example)
         except ValueError as error:
             raise self.refused(error) from None
