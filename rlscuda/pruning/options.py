@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,26 +58,6 @@ def checked_model(model: Any) -> nn.Module:
             raise ValueError(f"{where} must hold plain tensors, got a {type(weight).__name__}: "
                              "prune it before it is quantised or distributed")  # fmt: skip
     return model
-
-
-@contextmanager
-def running(problem: str) -> Iterator[None]:
-    """Raises ValueError for whatever is raised in the block where a model is run or traced.
-
-    A model's code, and torch-pruning on it, raise anything at all.
-
-    Args:
-        problem: What it means; the error is put behind it.
-    """
-    try:
-        yield
-    except (ValueError, ImportError, MemoryError):
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"{problem}: {type(error).__name__}: {error}; the layers around what it is about may "
-            "be named in ignored"
-        ) from error
 
 
 def checked_optimizers(optimizer: Any, model: nn.Module) -> tuple[Optimizer, ...]:

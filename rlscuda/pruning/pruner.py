@@ -37,11 +37,10 @@ from rlscuda.pruning.options import (
     checked_ranking,
     checked_source,
     checked_what,
-    running,
 )
 from rlscuda.pruning.report import PruneReport
 from rlscuda.pruning.running.batch_norms import FEWEST_SAMPLES, Settled, check_finite, settle
-from rlscuda.pruning.running.calls import SlicedBatches, all_tensors, isolated_copy
+from rlscuda.pruning.running.calls import SlicedBatches, all_tensors, isolated_copy, running
 from rlscuda.pruning.running.measure import compare, measure
 from rlscuda.pruning.running.watching import unreached
 from rlscuda.pruning.structure.trace import trace

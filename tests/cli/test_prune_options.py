@@ -1,4 +1,4 @@
-"""The options of pruning: what they mean, one clear error for each mistake, and why nothing goes."""
+"""The options of pruning: what they mean, one clear error for each mistake, why nothing goes."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_a_schedule_needs_rls():
         RunConfig(optimizer="sgd,adam", prune_schedule="cubic:0.7:4")
 
 
-# -- networks of which nothing can be removed --------------------------------------------------------
+# -- networks of which nothing can be removed ------------------------------------------------------
 
 FACTORIES = """
 from torch import nn

@@ -6,21 +6,67 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Number
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlscuda._torch import BatchNorm, tree_map, unwrapped
+from rlscuda._torch import BatchNorm, tree_leaves, tree_map, unwrapped
 from rlscuda.pruning.running.hooks import copy_with_hooks
-from rlscuda.pruning.running.nested import leaves
 
 ExampleInputs = Tensor | tuple | list | Mapping[str, Any]
+_TRANSPARENT = (Tensor, Number, str, bytes, type(None), torch.dtype, torch.device)  # hide no tensor
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """What a value is nested of, also in dataclasses and in subclasses of mappings and sequences.
+
+    Pytrees, which torch goes by, know neither unless they are registered.
+    """
+    for leaf in tree_leaves(value):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            inside: Iterable[Any] = [getattr(leaf, f.name) for f in dataclasses.fields(leaf)]
+        elif isinstance(leaf, Mapping):
+            inside = leaf.values()
+        elif isinstance(leaf, (list, tuple)):
+            inside = leaf
+        else:
+            yield leaf
+            continue
+        for part in inside:
+            yield from leaves(part)
 
 
 def output_tensors(output: Any) -> list[Tensor]:
     """The tensors of a model's output, whatever it is nested in."""
     return [leaf for leaf in leaves(output) if isinstance(leaf, Tensor)]
+
+
+def checked_outputs(output: Any) -> list[Tensor]:
+    """The tensors that a model puts out, whose channels are to stay.
+
+    The cache of keys and values of a Hugging Face language model is none of them: it goes back into
+    the model, whatever its width.
+
+    Raises:
+        ValueError: There may be some where they cannot be looked for, or no gradient reaches any.
+    """
+    found = [leaf for leaf in leaves(output) if not _is_cache(leaf)]
+    opaque = {type(leaf).__name__ for leaf in found if not isinstance(leaf, _TRANSPARENT)}
+    if opaque:
+        raise ValueError("the model must put out tensors in tuples, lists, mappings or dataclasses,"
+                         f" got {', '.join(sorted(opaque))}")  # fmt: skip
+    tensors = [leaf for leaf in found if isinstance(leaf, Tensor)]
+    if not any(tensor.requires_grad for tensor in tensors):
+        raise ValueError("the model must put out a tensor that a gradient reaches, which the "
+                         f"couplings are found by, got {len(tensors)} without")  # fmt: skip
+    return tensors
+
+
+def _is_cache(value: Any) -> bool:
+    kinds = ((kind.__module__.partition(".")[0], kind.__name__) for kind in type(value).__mro__)
+    return any(library == "transformers" and name.endswith("Cache") for library, name in kinds)
 
 
 def map_tensors(change: Any, example_inputs: ExampleInputs) -> Any:
@@ -68,6 +114,26 @@ def rng_kept(model: nn.Module) -> Iterator[None]:
     gpus = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
     with torch.random.fork_rng(devices=gpus):
         yield
+
+
+@contextmanager
+def running(problem: str) -> Iterator[None]:
+    """Raises ValueError for whatever is raised in the block where a model is run or traced.
+
+    A model's code, and torch-pruning on it, raise anything at all.
+
+    Args:
+        problem: What it means; the error is put behind it.
+    """
+    try:
+        yield
+    except (ValueError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{problem}: {type(error).__name__}: {error}; the layers around what it is about may "
+            "be named in ignored"
+        ) from error
 
 
 def call(model: nn.Module, example_inputs: ExampleInputs) -> Any:

@@ -15,9 +15,9 @@ from rlscuda.cli.train.pruning.specs import ScheduleSpec
 from rlscuda.files.documents import check
 from rlscuda.optional import optional
 from rlscuda.pruning.files.manifest import Described, describe, rebuild
-from rlscuda.pruning.options import running
 from rlscuda.pruning.pruner import RLSPruner
 from rlscuda.pruning.report import PruneReport
+from rlscuda.pruning.running.calls import running
 from rlscuda.pruning.schedule import PruneSchedule, Round
 from rlscuda.pruning.structure.trace import trace
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.libraries.importing import importable
 
-from rlscuda.pruning.running.nested import checked_outputs
+from rlscuda.pruning.running.calls import checked_outputs
 
 with importable():
     from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
