@@ -11,7 +11,7 @@ from support.pruning_surgery import every_other, operate
 
 from rlscuda import RLSOptimizer
 from rlscuda.cli.report.record import size_of
-from rlscuda.pruning import export_program, find_blocks, remove_blocks
+from rlscuda.pruning import RLSPruner, export_program, find_blocks, remove_blocks
 from rlscuda.pruning.running.measure import count_flops
 from rlscuda.pruning.structure.trace import trace
 from rlscuda.pruning.surgery.plan import plan
@@ -19,6 +19,7 @@ from rlscuda.pruning.surgery.plan import plan
 with importable():
     import timm
     import torchvision
+    from transformers import LlamaConfig, LlamaForCausalLM
 
 MODELS = {
     "torchvision mobilenet_v2": lambda: torchvision.models.MobileNetV2(
@@ -134,3 +135,19 @@ def test_counts_of_a_vision_transformer():
             RLSOptimizer(model)
         assert count_flops(model, torch.randn(1, 3, 16, 16)) == expected
         assert size_of(model, torch.randn(1, 3, 16, 16))["flops"] == expected
+
+
+def test_a_language_model_puts_out_its_cache_and_generates():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, eos_token_id=None,
+    )  # fmt: skip
+    model, words = LlamaForCausalLM(config).eval(), torch.randint(3, 20, (4, 6))
+    assert model(words).past_key_values.get_seq_length() == 6
+    loader = [{"input_ids": words, "labels": words}]
+    report = RLSPruner(model, None, {"input_ids": words[:2]}, ratio=0.5, loader=loader).step()
+    assert report.gains.after.parameters < report.gains.before.parameters
+    whole = model.generate(words, max_new_tokens=4, do_sample=False)
+    alone = model.generate(words, max_new_tokens=4, do_sample=False, use_cache=False)
+    assert whole.shape == (4, 10) and torch.equal(whole, alone)

@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from numbers import Number
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from rlscuda._torch import BatchNorm, tree_leaves, tree_map, unwrapped
 from rlscuda.pruning.running.hooks import copy_with_hooks
 
 ExampleInputs = Tensor | tuple | list | Mapping[str, Any]
-_TRANSPARENT = (Tensor, Number, str, bytes, type(None), torch.dtype, torch.device)  # hide no tensor
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -41,32 +39,6 @@ def leaves(value: Any) -> Iterator[Any]:
 def output_tensors(output: Any) -> list[Tensor]:
     """The tensors of a model's output, whatever it is nested in."""
     return [leaf for leaf in leaves(output) if isinstance(leaf, Tensor)]
-
-
-def checked_outputs(output: Any) -> list[Tensor]:
-    """The tensors that a model puts out, whose channels are to stay.
-
-    The cache of keys and values of a Hugging Face language model is none of them: it goes back into
-    the model, whatever its width.
-
-    Raises:
-        ValueError: There may be some where they cannot be looked for, or no gradient reaches any.
-    """
-    found = [leaf for leaf in leaves(output) if not _is_cache(leaf)]
-    opaque = {type(leaf).__name__ for leaf in found if not isinstance(leaf, _TRANSPARENT)}
-    if opaque:
-        raise ValueError("the model must put out tensors in tuples, lists, mappings or dataclasses,"
-                         f" got {', '.join(sorted(opaque))}")  # fmt: skip
-    tensors = [leaf for leaf in found if isinstance(leaf, Tensor)]
-    if not any(tensor.requires_grad for tensor in tensors):
-        raise ValueError("the model must put out a tensor that a gradient reaches, which the "
-                         f"couplings are found by, got {len(tensors)} without")  # fmt: skip
-    return tensors
-
-
-def _is_cache(value: Any) -> bool:
-    kinds = ((kind.__module__.partition(".")[0], kind.__name__) for kind in type(value).__mro__)
-    return any(library == "transformers" and name.endswith("Cache") for library, name in kinds)
 
 
 def map_tensors(change: Any, example_inputs: ExampleInputs) -> Any:
