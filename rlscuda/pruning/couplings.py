@@ -68,8 +68,8 @@ class Coupling:
     name: str
     units: int
     members: list[Member]
-    places: dict[tuple[str, int], Tensor]
-    labels: Tensor
+    places: dict[tuple[str, int], Tensor] = field(default_factory=dict, repr=False)
+    labels: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
 
     def member(self, name: str, kind: str) -> Member:
         """The member of that name and side.
@@ -121,7 +121,7 @@ class Structure:
     output_shapes: list[tuple[int, ...]]
     input_widths: dict[str, int]
     shapes: dict[str, tuple[int, ...]] = field(repr=False)
-    widths: list[Width] = field(repr=False)
+    widths: list[Width] = field(default_factory=list, repr=False)
 
     def coupling(self, name: str) -> Coupling:
         """The coupling of that name.

@@ -276,6 +276,7 @@ class Plan:
     def fates(self) -> list[Fate]:
         """What became of every coupling and block so far."""
         measures, units = self.penalty.measures(), self._ledger.entries
+        modules = dict(self._structure.model.named_modules())
         found = []
         for name, before in sorted(self._original.items(), key=lambda i: i[0].startswith(BLOCK)):
             kind, short = "block" if name.startswith(BLOCK) else "channels", name
@@ -283,7 +284,9 @@ class Plan:
                 continue
             short = name.removeprefix(BLOCK)
             own = measures.get(name, torch.full((1,), math.nan))
-            after = len(units[name]["held"]) if name in units else 0
+            # the last unit of a layer that is still there is no coupling any more
+            last = kind == "channels" and name.partition(" (")[0] in modules
+            after = len(units[name]["held"]) if name in units else int(last)
             why = self._why.get(name) or self._refused.get(short, "")
             found.append(Fate(short, kind, before, after, float(own.min()), float(own.max()), why))
         return found
