@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rlscuda._torch import Convolution
 from rlscuda.optim.kept import Change
 from rlscuda.pruning.adaptive.cutting import Patient
 from rlscuda.pruning.adaptive.listing import (
@@ -276,7 +277,11 @@ class Plan:
     def fates(self) -> list[Fate]:
         """What became of every coupling and block so far."""
         measures, units = self.penalty.measures(), self._ledger.entries
-        modules = dict(self._structure.model.named_modules())
+        layers = {
+            name
+            for name, module in self._structure.model.named_modules()
+            if isinstance(module, (nn.Linear, Convolution))
+        }
         found = []
         for name, before in sorted(self._original.items(), key=lambda i: i[0].startswith(BLOCK)):
             kind, short = "block" if name.startswith(BLOCK) else "channels", name
@@ -285,7 +290,7 @@ class Plan:
             short = name.removeprefix(BLOCK)
             own = measures.get(name, torch.full((1,), math.nan))
             # the last unit of a layer that is still there is no coupling any more
-            last = kind == "channels" and name.partition(" (")[0] in modules
+            last = kind == "channels" and name.partition(" (")[0] in layers
             after = len(units[name]["held"]) if name in units else int(last)
             why = self._why.get(name) or self._refused.get(short, "")
             found.append(Fate(short, kind, before, after, float(own.min()), float(own.max()), why))
