@@ -158,7 +158,7 @@ def test_shared_and_unused_layers():
         ({"max_batches": 1.5}, ValueError, "max_batches must be an integer >= 1, got 1.5"),
         ({"loader": []}, ValueError, "at least one batch"),
         ({"loader": ["text"]}, TypeError, "got str"),
-        ({"loader": [("text", 1)]}, TypeError, "got a tuple of str"),
+        ({"loader": [("text", 1)]}, TypeError, "got a tuple of str, int"),
         ({"loader": [torch.full((2, 3), float("inf"))]}, ValueError, "'0' saw NaN or infinite"),
         ({"layers": ["9"]}, ValueError, "layers names '9', which the model does not have"),
         ({"layers": [9]}, TypeError, "layers takes names and modules, got int"),
