@@ -101,10 +101,12 @@ class PruneReport:
         ]
         lines.append(f"chosen by {self.importance} ({self.selection}), matrices: {self.source}")
         for title, reasons in (
-            ("not compensated", self.uncompensated), ("not a candidate", self.refused),
-            ("still as before", self.outdated),
+            ("not compensated", self.uncompensated), ("not a candidate", self.refused)
         ):  # fmt: skip
             lines += [f"{title}: {name}: {reason}" for name, reason in reasons.items()]
+        if self.outdated:
+            names = sorted({name.rpartition(".")[2] for name in self.outdated})
+            lines.append(f"give a width from before: {', '.join(names)}, see outdated")
         if self.disagreement:
             worst = max(self.disagreement, key=self.disagreement.__getitem__)
             lines.append(f"largest disagreement with the calibration: {worst}, "

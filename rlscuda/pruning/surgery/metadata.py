@@ -47,7 +47,8 @@ def outdated(model: nn.Module, surgery: Surgery) -> dict[str, str]:
 
 def _numbers(module: nn.Module, configs: set[int]) -> Iterator[tuple[str, int]]:
     """The widths among the attributes of a module, and of its config where it is the first's."""
-    held = dict(vars(module))
+    # torchvision's blocks of layers in a row all say what their last layer says
+    held = {} if isinstance(module, nn.Sequential) else dict(vars(module))
     config = held.get("config")
     if hasattr(config, "__dict__") and id(config) not in configs:
         configs.add(id(config))
