@@ -102,6 +102,32 @@ class Width:
 
 
 @dataclass(frozen=True, eq=False)
+class Family:
+    """Dimensions of one head that are multiplied by one another, or passed on, and no more.
+
+    Of a product (queries and keys) both sides are rows of layers that make them; of values the
+    right side is columns of layers that take what is made of them.
+
+    Attributes:
+        coupling: Name of the coupling that has them.
+        units: The unit of each dimension, int64 [d].
+        left: By layer its rows, int64 [d], of each head that shares the dimensions.
+        right: Likewise, of values by layer its columns.
+        product: Whether both sides are rows.
+        scaled: Whether the product is divided by the root of d.
+        free: Whether nothing else meets them, so that another basis of them would do as well.
+    """
+
+    coupling: str
+    units: Tensor
+    left: dict[str, list[Tensor]]
+    right: dict[str, list[Tensor]]
+    product: bool
+    scaled: bool
+    free: bool
+
+
+@dataclass(frozen=True, eq=False)
 class Structure:
     """The couplings of a model.
 
@@ -113,6 +139,7 @@ class Structure:
         input_widths: Channels of each raw input, by its number, that pruning could follow.
         shapes: Shape of every parameter and buffer when the model was traced.
         widths: Attributes that follow the channels.
+        families: Dimensions of heads.
     """
 
     model: nn.Module
@@ -122,6 +149,7 @@ class Structure:
     input_widths: dict[str, int]
     shapes: dict[str, tuple[int, ...]] = field(repr=False)
     widths: list[Width] = field(default_factory=list, repr=False)
+    families: list[Family] = field(default_factory=list, repr=False)
 
     def coupling(self, name: str) -> Coupling:
         """The coupling of that name.

@@ -17,14 +17,16 @@ from rlscuda.optim.discovery import modules_named
 from rlscuda.optim.kept import Change
 from rlscuda.optimizer import RLSOptimizer
 from rlscuda.optional import optional
+from rlscuda.pruning.attention.basis import turned
 from rlscuda.pruning.blocks.choosing import Distortion
 from rlscuda.pruning.blocks.shortening import shortening_of
 from rlscuda.pruning.choice.ranking import IMPORTANCES, WITHOUT_MATRIX, rank, targeted, units_gone
 from rlscuda.pruning.choice.refitting import refit
 from rlscuda.pruning.choice.targets import TARGETS, Cut, Ladder, Search, changes_of, checked_target
+from rlscuda.pruning.couplings import Structure
 from rlscuda.pruning.jointly import SIZES, best_mix
 from rlscuda.pruning.matrices.calibration import disagreement
-from rlscuda.pruning.matrices.needed import calibrate_some, fed_layers
+from rlscuda.pruning.matrices.needed import calibrate_some, needed_layers
 from rlscuda.pruning.matrices.own import of_model
 from rlscuda.pruning.matrices.tracker import SketchTracker
 from rlscuda.pruning.options import (
@@ -299,15 +301,30 @@ class RLSPruner:
         """What finds a cut, the order of removals, and the couplings that have none, and why."""
         with running("the model cannot be traced"):
             structure = trace(self.model, self.example_inputs, self.ignored, self.include_inputs)
-        modules, wanted = dict(self.model.named_modules()), targeted(structure.couplings, value)
-        matrices = self._matrices(fed_layers(wanted.values(), modules))
+        wanted = targeted(structure.couplings, value)
+        matrices = self._matrices(needed_layers(structure, wanted))
+        structure, turned = self._turned(structure, matrices)
+        modules = dict(structure.model.named_modules())
         gone = units_gone(self._original, structure.couplings)
         settings = self.importance, self.selection, gone, self.seed, progress
         candidates, unscored = rank(structure, modules, matrices, *settings, wanted)
-        where = self.model, structure, self.example_inputs, matrices, bool(self.compensate)
+        where = structure.model, structure, self.example_inputs, matrices, bool(self.compensate)
         fit = partial(refit, self.model, self._pairs, self.damping)
-        search = Search(*where, self._settle, fit if self.compensate == "in turn" else None)
+        search = Search(*where, self._settle, fit if self.compensate == "in turn" else None,
+                        turned)  # fmt: skip
         return search, Ladder(candidates, self.scope, self.round_to), unscored
+
+    def _turned(
+        self, structure: Structure, matrices: dict[str, Any]
+    ) -> tuple[Structure, dict[str, Tensor]]:
+        """The structure of a copy whose heads are in the basis to prune them in, and its values."""
+        own = any(isinstance(one, RLSOptimizer) for one in self.optimizers)  # P in the basis of now
+        if not structure.families or own or not self.compensate or self.importance != "saliency":
+            return structure, {}
+        values = turned(self.model, structure, matrices, self.example_inputs)
+        parameters = dict(self.model.named_parameters())
+        held: dict[Tensor, Tensor] = {parameters[n]: nn.Parameter(v) for n, v in values.items()}
+        return replace(structure, model=isolated_copy(self.model, held)), values
 
     def state_dict(self) -> dict[str, Any]:
         """What a pruner of the pruned model must know of the whole one: units by coupling."""

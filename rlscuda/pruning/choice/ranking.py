@@ -20,7 +20,8 @@ from rlscuda.closed_form import formulas
 from rlscuda.closed_form.few_rows import FewRows
 from rlscuda.closed_form.greedy import Consumer, greedy_path
 from rlscuda.optim.kinds.modules import has_inputs_first, is_consumer
-from rlscuda.pruning.couplings import Coupling, Structure
+from rlscuda.pruning.attention.moments import product_consumers
+from rlscuda.pruning.couplings import Coupling, Family, Structure
 from rlscuda.pruning.matrices.calibration import Known
 from rlscuda.pruning.matrices.layers import layer_of, layer_weight
 
@@ -109,14 +110,21 @@ def rank(
     """
     generator = torch.Generator().manual_seed(seed)
     energy = cache(lambda name: layer_energy(modules[name], matrices[name]))
+    families: dict[str, list[Family]] = {}
+    for family in structure.families:
+        families.setdefault(family.coupling, []).append(family)
     candidates: dict[str, Candidate] = {}
     refused: dict[str, str] = {}
     for coupling in structure.couplings:
         progress(coupling.name)
         # the energy of a layer that takes nothing else is the sum of what the removals cost
         summed = selection == "greedy" and feeds_one_layer(coupling, modules)
+        summed = summed and coupling.name not in families
         consumers = consumers_of(
             coupling, modules, matrices, (lambda _: [1.0]) if summed else energy
+        )
+        consumers += product_consumers(
+            families.get(coupling.name, []), coupling.units, modules, matrices
         )
         subject = Subject(coupling, modules, consumers, generator)
         try:

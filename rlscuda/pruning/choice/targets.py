@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from rlscuda._torch import own_parameters
 from rlscuda.closed_form.formulas import compensate
 from rlscuda.optim.kinds.modules import is_consumer
+from rlscuda.pruning.attention.scale import rescaled
 from rlscuda.pruning.choice.ranking import Candidate, share_of
 from rlscuda.pruning.couplings import Coupling, Member, Structure
 from rlscuda.pruning.matrices.calibration import Known
@@ -183,6 +184,7 @@ class Search:
         settle: Called with a pruned copy and its surgery before it is evaluated.
         refit: Makes of a surgery and compensated values those of layers fitted in turn, see
             `rlscuda.pruning.choice.refitting`; None where nothing is.
+        turned: Values of the model's parameters by name that differ from those it is to be given.
     """
 
     def __init__(
@@ -194,10 +196,11 @@ class Search:
         compensate: bool,
         settle: Callable[[nn.Module, Surgery], Any],
         refit: Callable[[Surgery, Mapping[str, Tensor]], dict[str, Tensor]] | None = None,
+        turned: Mapping[str, Tensor] | None = None,
     ):
         self.model, self.structure, self.inputs = model, structure, example_inputs
         self.matrices, self.compensate, self.settle = matrices, compensate, settle
-        self.refit = refit
+        self.refit, self.turned = refit, turned or {}
 
     def find(
         self,
@@ -252,6 +255,9 @@ class Search:
         if not self.compensate:
             return {}, {}
         values, reasons = compensate_layers(self.model, self.matrices, cut.lost)
+        values = rescaled(
+            self.model, self.structure.families, cut.removed, {**self.turned, **values}
+        )
         if self.refit is not None and cut.removed:
             values = self.refit(cut.surgery, values)
         modules = dict(self.model.named_modules())

@@ -10,10 +10,22 @@ from torch import nn
 
 from rlscuda.optim.kinds.modules import is_consumer
 from rlscuda.optim.layers import Layer
-from rlscuda.pruning.couplings import Coupling
+from rlscuda.pruning.couplings import Coupling, Structure
 from rlscuda.pruning.matrices.calibration import accumulated, inverses, pruning_layers
 
 _ANNOUNCED = 1e9  # bytes
+
+
+def needed_layers(structure: Structure, wanted: Mapping[str, Coupling]) -> set[str]:
+    """The layers whose matrices cutting some couplings of a model takes."""
+    modules = dict(structure.model.named_modules())
+    heads = {
+        name
+        for family in structure.families
+        if family.coupling in wanted
+        for name in (*family.left, *family.right)
+    }
+    return fed_layers(wanted.values(), modules) | heads
 
 
 def fed_layers(couplings: Iterable[Coupling], modules: Mapping[str, nn.Module]) -> set[str]:

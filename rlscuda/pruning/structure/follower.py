@@ -13,7 +13,9 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from rlscuda._torch import Operator, TorchDispatchMode
@@ -51,6 +53,39 @@ class Table:
     axis: int | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Product:
+    """Inner products of activations, as those of queries and keys.
+
+    Attributes:
+        left: Labels of the one, int64 [rows, d].
+        right: Of the other, likewise.
+        scaled: Whether what is made of them is divided by the root of their d.
+    """
+
+    left: Tensor
+    right: Tensor
+    scaled: bool
+
+
+class Scales(TorchFunctionMode):
+    """Tells a follower when attention scales its logits by its own width."""
+
+    def __init__(self, follower: Follower):
+        super().__init__()
+        self._follower = follower
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        self._follower.scaled = kwargs.get("scale") is None
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self._follower.scaled = False
+
+
 class Follower(TorchDispatchMode):
     """Follows the labels of a model's parameters, buffers and inputs while it is entered.
 
@@ -63,6 +98,8 @@ class Follower(TorchDispatchMode):
         self.labels = Labels()
         self.tables: list[Table] = []
         self.sites: list[Site] = []
+        self.products: list[Product] = []
+        self.scaled = False  # whether the attention that runs divides by the root of its width
         self.met: set[int] = set()  # ids of parameters and buffers that an operation took
         self._names = {id(module): name for name, module in model.named_modules()}
         self._planes: Any = WeakIdKeyDictionary()
@@ -125,6 +162,16 @@ class Follower(TorchDispatchMode):
                 others = [a for a in range(plane.dim()) if a != axis]
                 flat = plane.permute(axis, *others).reshape(plane.shape[axis], -1)
                 self.sites.append(Site(module, line, plane.shape[axis], self.labels.derive(flat)))
+
+    def product(self, left: Planes, right: Planes) -> None:
+        """Notes planes along whose last axes two activations are multiplied and summed."""
+        for one in left:
+            for other in right:
+                size = one.shape[-1]
+                if size > 1 and other.shape[-1] == size:
+                    both = [t.reshape(-1, size) for t in torch.broadcast_tensors(one, other)]
+                    rows = torch.unique(torch.cat(both, 1), dim=0)
+                    self.products.append(Product(rows[:, :size], rows[:, size:], self.scaled))
 
     # -- the dispatch -------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ it takes, by name, so that nothing is cut that is not understood.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -288,7 +287,7 @@ def _contract(f: Follower, operands: Sequence[tuple[Any, Planes]], axes: Sequenc
 
 
 def _matmul(f: Follower, a: Tensor, b: Tensor) -> Planes:
-    """a [..., m, k] times b [..., k, n]."""
+    """A [..., m, k] times b [..., k, n]."""
     left = ((*a.shape, 1), [p[..., None] for p in f.planes(a)])
     right = ((*b.shape[:-2], 1, *b.shape[-2:]), [p.unsqueeze(-3) for p in f.planes(b)])
     dims = max(a.dim(), b.dim()) + 1
@@ -297,6 +296,8 @@ def _matmul(f: Follower, a: Tensor, b: Tensor) -> Planes:
 
 @_rule("mm", "bmm", "matmul")
 def _product(f, op, args, kwargs, output):
+    if op.overloadpacket.__name__ == "bmm":
+        f.product(f.planes(args[0]), [p.mT for p in f.planes(args[1])])
     return _matmul(f, args[0], args[1])
 
 
@@ -351,6 +352,7 @@ def _embedding(f, op, args, kwargs, output):
        "_scaled_dot_product_cudnn_attention")  # fmt: skip
 def _attention(f, op, args, kwargs, output):
     q, k, v = args[:3]
+    f.product(f.planes(q), f.planes(k))
     logits = _contract(
         f,
         [((*q.shape[:-1], 1, q.shape[-1]), [p.unsqueeze(-2) for p in f.planes(q)]),

@@ -17,6 +17,7 @@ from rlscuda._torch import unwrapped
 from rlscuda.optim.discovery import modules_named
 from rlscuda.pruning.couplings import Coupling, Member, Structure
 from rlscuda.pruning.running.calls import ExampleInputs, all_tensors
+from rlscuda.pruning.structure.families import families_of
 from rlscuda.pruning.structure.labels import Labels
 from rlscuda.pruning.structure.probe import unsound
 from rlscuda.pruning.structure.units import Followed, Side, Unit, follow
@@ -171,8 +172,9 @@ def _structure(
     shapes = {name: tuple(tensor.shape) for name, tensor in all_tensors(model).items()}
     sites = [(site, labels.roots(site.labels)) for site in followed.sites]
     widths = widths_of(model, sites, couplings)
+    families = families_of(model, followed, couplings)
     structure = Structure(model, couplings, refused, followed.output_shapes,
-                          followed.input_widths, shapes, widths)  # fmt: skip
+                          followed.input_widths, shapes, widths, families)  # fmt: skip
     return structure, labels
 
 

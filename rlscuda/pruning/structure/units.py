@@ -24,7 +24,7 @@ from rlscuda.pruning.running.calls import (
     map_tensors,
     rng_kept,
 )
-from rlscuda.pruning.structure.follower import Follower, Site, Table
+from rlscuda.pruning.structure.follower import Follower, Product, Scales, Site, Table
 from rlscuda.pruning.structure.labels import Labels
 
 Side = tuple[str, str]  # name of a module, parameter or input, and `in`, `out`, `both` or `input`
@@ -62,6 +62,7 @@ class Followed:
         sides: The side of each, and its channels by place; for inputs, that of the input.
         tables: Arrays that must stay arrays.
         sites: Where sizes are given.
+        products: Inner products of activations.
         put_out: Labels that reach the model's outputs.
         output_shapes: Shape of each output.
         input_widths: Channels of each raw input that could be followed, by its number.
@@ -72,6 +73,7 @@ class Followed:
     sides: list[tuple[Side, Tensor, Tensor]]
     tables: list[Table]
     sites: list[Site]
+    products: list[Product]
     put_out: set[int]
     output_shapes: list[tuple[int, ...]]
     input_widths: dict[str, int]
@@ -149,7 +151,7 @@ def follow(model: nn.Module, example_inputs: ExampleInputs) -> Followed:
 
     inputs = map_tensors(taken, example_inputs)
     try:
-        with rng_kept(model), torch.no_grad(), _plain_operations(), follower:
+        with rng_kept(model), torch.no_grad(), _plain_operations(), Scales(follower), follower:
             outputs = _checked_outputs(call(copy, inputs))
     except ValueError:
         raise
@@ -174,6 +176,7 @@ def follow(model: nn.Module, example_inputs: ExampleInputs) -> Followed:
         [side for name, *side in sides if name in met or side[0][1] == "input"],
         _distinct(follower.tables),
         follower.sites,
+        follower.products,
         put_out,
         [tuple(output.shape) for output in outputs],
         widths,
