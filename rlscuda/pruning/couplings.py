@@ -91,6 +91,7 @@ class Width:
         module: Name of the module.
         attribute: Name of the attribute, an int or a sequence of them.
         item: Its place in the sequence, None for an int.
+        size: What it is now.
         channels: What the attribute counts: for each axis of channels in the forward that is of
             its size, the coupling and unit of each channel that has one.
     """
@@ -98,6 +99,7 @@ class Width:
     module: str
     attribute: str
     item: int | None
+    size: int
     channels: list[list[tuple[str, int]]]
 
 

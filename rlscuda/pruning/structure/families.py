@@ -61,7 +61,7 @@ def families_of(
                 found[roots] = Family(*units, *sides, True, product.scaled, _free(met, roots))
     around = {name.rpartition(".")[0] for name in (family.coupling for family in found.values())}
     for roots in _rows(followed):
-        if roots in found or len(set(roots)) < len(roots):
+        if roots in found:
             continue
         places = [met.places.get(root, []) for root in roots]
         sides = [_grouped([[p for p in own if p[1] == out] for own in places]) for out in (1, 0)]
@@ -94,7 +94,8 @@ def _met(model: nn.Module, followed: Followed) -> _Met:
 
 
 def _free(met: _Met, roots: Sequence[int]) -> bool:
-    return not met.else_met.intersection(roots)
+    """Whether nothing but layers meets some dimensions, each of which may go alone."""
+    return len(set(roots)) == len(roots) and not met.else_met.intersection(roots)
 
 
 def _rows(followed: Followed) -> Iterator[tuple[int, ...]]:

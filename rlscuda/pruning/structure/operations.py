@@ -179,7 +179,8 @@ def _split(f, op, args, kwargs, output):
     sizes = {part.shape[dim] for part in output} if name != "unbind" else set()
     for plane in f.planes(x):
         if dim in varying(plane) and len(output) > 1 and len(sizes) == 1 and name != "unbind":
-            f.table(plane.unflatten(dim, (len(output), -1)))
+            parts = plane.unflatten(dim, (len(output), -1)).movedim(dim, 0)
+            f.table(parts.movedim(dim + 1, -1).flatten(1, -2) if plane.dim() > 1 else parts, -1)
     if name != "unbind":
         f.site(x)
         for part, planes in zip(output, made):
@@ -346,17 +347,27 @@ def _embedding(f, op, args, kwargs, output):
     return found
 
 
+def _for_each_head(planes: Planes, q: Tensor) -> Planes:
+    """Planes of keys or values of which several heads may share one."""
+    return [
+        p.repeat_interleave(q.shape[-3] // p.shape[-3], -3) if p.dim() > 3 and p.shape[-3] > 1 else p
+        for p in planes
+    ]
+
+
 @_rule("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math",
        "_scaled_dot_product_fused_attention_overrideable", "scaled_dot_product_attention",
        "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
        "_scaled_dot_product_cudnn_attention")  # fmt: skip
 def _attention(f, op, args, kwargs, output):
     q, k, v = args[:3]
-    f.product(f.planes(q), f.planes(k))
+    keys, values = (_for_each_head(f.planes(t), q) for t in (k, v))
+    f.product(f.planes(q), keys)
+    heads = q.shape[:-2]
     logits = _contract(
         f,
         [((*q.shape[:-1], 1, q.shape[-1]), [p.unsqueeze(-2) for p in f.planes(q)]),
-         ((*k.shape[:-2], 1, *k.shape[-2:]), [p.unsqueeze(-3) for p in f.planes(k)])],
+         ((*heads, 1, *k.shape[-2:]), [p.unsqueeze(-3) for p in keys])],
         [q.dim()],
     )  # fmt: skip
     shape = (*q.shape[:-1], k.shape[-2])
@@ -365,7 +376,7 @@ def _attention(f, op, args, kwargs, output):
     made = _contract(
         f,
         [((*shape, 1), [p[..., None] for p in logits]),
-         ((*v.shape[:-2], 1, *v.shape[-2:]), [p.unsqueeze(-3) for p in f.planes(v)])],
+         ((*heads, 1, *v.shape[-2:]), [p.unsqueeze(-3) for p in values])],
         [q.dim() - 1],
     )  # fmt: skip
     outputs = output if isinstance(output, (list, tuple)) else [output]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlscuda._torch import unwrapped
 from rlscuda.optim.discovery import modules_named
@@ -63,6 +63,8 @@ def trace(
     wrong: dict[str, str] = {}
     for _ in range(_TRIES):
         found, labels = _structure(model, followed, axes, kept_names, include_inputs)
+        if _share(followed, labels, found):
+            found, labels = _structure(model, followed, axes, kept_names, include_inputs)
         failed = unsound(found, example_inputs)
         if best is None or _removable(found, failed) > _removable(best, wrong):
             best, wrong = found, failed
@@ -92,6 +94,23 @@ def _axes(followed: Followed, heads: bool) -> dict[int, int]:
         for number, table in enumerate(followed.tables)
         if table.axis is None
     }
+
+
+def _share(followed: Followed, labels: Labels, found: Structure) -> bool:
+    """Joins channels of several couplings that one attribute counts; whether there are any."""
+    roots = {label for c in found.couplings for label in c.labels.tolist()}
+    counted: dict[tuple[str, int], Tensor] = {}
+    shared = {(w.module, w.size) for w in found.widths if len(w.channels) > 1}
+    joined = False
+    for site in followed.sites:
+        key = (site.module, site.size)
+        if key not in shared or not roots.issuperset(labels.roots(site.labels)):
+            continue
+        first = counted.setdefault(key, site.labels)
+        if labels.roots(first) != labels.roots(site.labels):
+            followed.labels.join_all(first, site.labels)
+            joined = True
+    return joined
 
 
 def _take_for_one(
@@ -242,7 +261,7 @@ def _named(alike: list[list[Unit]], order: dict[str, int]) -> Iterator[tuple[str
 
 
 def _coupling(name: str, same: list[Unit], order: dict[str, int]) -> Coupling:
-    def indices(places: Iterable[list[int]]) -> torch.Tensor:
+    def indices(places: Iterable[list[int]]) -> Tensor:
         return torch.tensor(list(places), device="cpu")
 
     members = [

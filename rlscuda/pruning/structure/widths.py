@@ -14,6 +14,7 @@ from torch import nn
 
 from rlscuda.pruning.couplings import Coupling, Width
 from rlscuda.pruning.structure.follower import Site
+from rlscuda.pruning.surgery.attributes import by_tensors
 
 
 def widths_of(
@@ -37,7 +38,7 @@ def widths_of(
         channels = [unit_of[label] for label in labels if label in unit_of]
         for attribute, item in _of_value(modules[site.module], site.size) if channels else ():
             key = (site.module, attribute, item)
-            width = found.setdefault(key, Width(*key, []))
+            width = found.setdefault(key, Width(*key, site.size, []))
             if channels not in width.channels:
                 width.channels.append(channels)
     return list(found.values())
@@ -45,7 +46,10 @@ def widths_of(
 
 def _of_value(module: nn.Module, size: int) -> Iterator[tuple[str, int | None]]:
     """Attributes of a module, and places in them, that are a number."""
+    known = by_tensors(module)
     for name, value in vars(module).items():
+        if name in known:
+            continue
         if _is(value, size):
             yield name, None
         elif isinstance(value, (list, tuple)):

@@ -34,8 +34,6 @@ def attributes_of(
     modules = dict(model.named_modules())
     for width in widths:
         module = modules[width.module]
-        if any(name in _own(module) for name in (width.attribute,)):
-            continue
         value = getattr(module, width.attribute)
         old = value if width.item is None else value[width.item]
         gone = {
@@ -72,13 +70,10 @@ def _own_tensors(module: nn.Module) -> list[str]:
                                  *module.named_buffers("", False, False))]  # fmt: skip
 
 
-def _own(module: nn.Module) -> tuple[str, ...]:
-    """Attributes of a kind of torch's that go by its tensors."""
-    if isinstance(module, nn.MultiheadAttention):
-        return ("embed_dim", "kdim", "vdim", "head_dim", "num_heads")
-    return tuple(
-        _of_shapes(module, {n: tuple(t.shape) for n, t in module.named_parameters("", False)})
-    )
+def by_tensors(module: nn.Module) -> set[str]:
+    """Attributes of a module of torch's that go by the shapes of its tensors."""
+    tensors = (*module.named_parameters("", False), *module.named_buffers("", False))
+    return set(_of_shapes(module, {name: tuple(tensor.shape) for name, tensor in tensors}))
 
 
 def _of_shapes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
