@@ -1,6 +1,6 @@
-"""Every private name of torch and of torch-pruning that is used, in one place.
+"""Every private name of torch that is used, in one place.
 
-Checked with torch 2.10 to 2.13 and torch-pruning 1.6. Nothing else in the package spells one, so
+Checked with torch 2.10 to 2.13. Nothing else in the package spells one, so
 that what a new version moves is mended here.
 """
 
@@ -203,8 +203,3 @@ def storage_key(tensor: Tensor) -> int:
 def arguments_of(operator: Operator) -> Any:
     """The arguments in an operator's schema."""
     return operator._schema.arguments
-
-
-def channel_index(torch_pruning: Any) -> Any:
-    """The class by which torch-pruning's graph numbers channels: `idx` and `root_idx`."""
-    return torch_pruning._helpers._HybridIndex

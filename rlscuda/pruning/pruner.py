@@ -16,14 +16,12 @@ from torch.optim import Optimizer
 from rlscuda.optim.discovery import modules_named
 from rlscuda.optim.kept import Change
 from rlscuda.optimizer import RLSOptimizer
-from rlscuda.optional import optional
-from rlscuda.pruning.attention.basis import turned
+from rlscuda.pruning.attention.basis import in_basis
 from rlscuda.pruning.blocks.choosing import Distortion
 from rlscuda.pruning.blocks.shortening import shortening_of
 from rlscuda.pruning.choice.ranking import IMPORTANCES, WITHOUT_MATRIX, rank, targeted, units_gone
 from rlscuda.pruning.choice.refitting import refit
 from rlscuda.pruning.choice.targets import TARGETS, Cut, Ladder, Search, changes_of, checked_target
-from rlscuda.pruning.couplings import Structure
 from rlscuda.pruning.jointly import SIZES, best_mix
 from rlscuda.pruning.matrices.calibration import disagreement
 from rlscuda.pruning.matrices.needed import calibrate_some, needed_layers
@@ -54,7 +52,7 @@ from rlscuda.pruning.surgery.transaction import operate, pruned_copy, revert
 _REPEATS = 5  # forwards timed for the report
 _PASSED_ON = (
     "importance", "selection", "scope", "source", "loader", "compensate", "adapt_norms",
-    "round_to", "include_inputs", "damping", "seed", "ignored",
+    "round_to", "include_inputs", "damping", "seed", "ignored", "heads",
 )  # fmt: skip
 
 
@@ -109,12 +107,13 @@ class RLSPruner:
             price, channels meet the rest of the target; what then has the least loss (`evaluate`,
             or how far the outputs over `loader` are from before) is done. It takes one of the
             targets of size, a `loader` and ``source="calibration"``.
+        heads: Whether attention loses whole heads, with the keys they share; by default each head
+            loses dimensions, in the basis where that costs least.
 
     Raises:
         ValueError: An option is out of its range, or one needs another that is missing.
         TypeError: `model` is no module, `optimizer` no torch optimizer, or another option not of
             the type above.
-        ImportError: torch-pruning is not installed.
 
     Example:
         >>> pruner = RLSPruner(model, opt, torch.randn(1, 3, 32, 32), ratio=0.5)  # doctest: +SKIP
@@ -148,9 +147,9 @@ class RLSPruner:
         damping: float = 1e-3,
         seed: int = 0,
         what: str | Sequence[str] = "channels",
+        heads: bool = False,
     ):
         model = checked_model(model)
-        optional("torch_pruning", "pruning")
         self.optimizers = checked_optimizers(optimizer, model)
         if tracker is not None and not isinstance(tracker, SketchTracker):
             raise TypeError(f"tracker must be a SketchTracker, got {type(tracker).__name__}")
@@ -176,14 +175,17 @@ class RLSPruner:
         check_number("seed", seed, whole=True)
         self.importance, self.selection, self.scope = importance, selection, scope
         self.tracker, self.loader, self.evaluate = tracker, loader, evaluate
-        own = any(isinstance(one, RLSOptimizer) for one in self.optimizers)
-        there = {"sketch": tracker is not None, "own": own, "calibration": loader is not None}
+        there = {
+            "sketch": tracker is not None,
+            "own": self._own(),
+            "calibration": loader is not None,
+        }
         self.compensate, self.adapt_norms = checked_compensation(compensate, loader), adapt_norms
         self.source = checked_source(source, there, compensate or importance not in WITHOUT_MATRIX)
         self.round_to, self.damping = round_to, damping
         inside = {m for _, ms in modules_named(cast(Any, ignored), "ignored", model) for m in ms}
         self.ignored = [name for name, module in model.named_modules() if module in inside]
-        self.include_inputs, self.seed = include_inputs, seed
+        self.include_inputs, self.seed, self.heads = include_inputs, seed, bool(heads)
         self.what = checked_what(what, self.source, include_inputs)
         self._original: dict[str, int] = {}
         self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
@@ -300,10 +302,13 @@ class RLSPruner:
     ) -> tuple[Search, Ladder, dict[str, str]]:
         """What finds a cut, the order of removals, and the couplings that have none, and why."""
         with running("the model cannot be traced"):
-            structure = trace(self.model, self.example_inputs, self.ignored, self.include_inputs)
+            settings = self.ignored, self.include_inputs, self.heads
+            structure = trace(self.model, self.example_inputs, *settings)
         wanted = targeted(structure.couplings, value)
         matrices = self._matrices(needed_layers(structure, wanted))
-        structure, turned = self._turned(structure, matrices)
+        turned: dict[str, Tensor] = {}
+        if self.compensate and self.importance == "saliency" and not self._own():
+            structure, turned = in_basis(structure, matrices, self.example_inputs)
         modules = dict(structure.model.named_modules())
         gone = units_gone(self._original, structure.couplings)
         settings = self.importance, self.selection, gone, self.seed, progress
@@ -313,18 +318,6 @@ class RLSPruner:
         search = Search(*where, self._settle, fit if self.compensate == "in turn" else None,
                         turned)  # fmt: skip
         return search, Ladder(candidates, self.scope, self.round_to), unscored
-
-    def _turned(
-        self, structure: Structure, matrices: dict[str, Any]
-    ) -> tuple[Structure, dict[str, Tensor]]:
-        """The structure of a copy whose heads are in the basis to prune them in, and its values."""
-        own = any(isinstance(one, RLSOptimizer) for one in self.optimizers)  # P in the basis of now
-        if not structure.families or own or not self.compensate or self.importance != "saliency":
-            return structure, {}
-        values = turned(self.model, structure, matrices, self.example_inputs)
-        parameters = dict(self.model.named_parameters())
-        held: dict[Tensor, Tensor] = {parameters[n]: nn.Parameter(v) for n, v in values.items()}
-        return replace(structure, model=isolated_copy(self.model, held)), values
 
     def state_dict(self) -> dict[str, Any]:
         """What a pruner of the pruned model must know of the whole one: units by coupling."""
@@ -347,6 +340,10 @@ class RLSPruner:
         snapshot = Snapshot(self.model, self.optimizers, self.tracker, back, order)
         self._snapshots.add(snapshot)
         return snapshot
+
+    def _own(self) -> bool:
+        """Whether an optimizer keeps matrices, in the basis that the weights are in."""
+        return any(isinstance(one, RLSOptimizer) for one in self.optimizers)
 
     def _matrices(self, fed: set[str]) -> dict[str, Any]:
         """The inverse autocorrelation matrices of the layers `fed`, or of all that have one."""

@@ -346,8 +346,7 @@ def test_other_data_are_refused(folder, finished, capsys):
 
 
 @pytest.mark.parametrize(
-    ("package", "extra"), [("torch_pruning", "pruning"), ("safetensors", "pruning"),
-                           ("onnxruntime", "export")]
+    ("package", "extra"), [("safetensors", "pruning"), ("onnxruntime", "export")]
 )  # fmt: skip
 def test_a_missing_extra_is_named(folder, capsys, monkeypatch, package, extra):
     for name in list(sys.modules):

@@ -98,7 +98,7 @@ def prune(
 
 def _require_packages(exports: Iterable[str]) -> None:
     """What is used at the end is looked for at the start."""
-    needed = {"torch_pruning": "pruning", "safetensors": "pruning", "matplotlib": "cli"}
+    needed = {"safetensors": "pruning", "matplotlib": "cli"}
     if "onnx" in exports:
         needed |= dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export")
     for package, extra in needed.items():

@@ -26,7 +26,7 @@ from rlscuda.studies.report import HEADS, Study
 from rlscuda.studies.runner import pretraining
 
 _VALIDATION = 0.2  # of the training images
-_NEEDED = {"torch_pruning": "pruning", "safetensors": "pruning", "matplotlib": "cli"}
+_NEEDED = {"safetensors": "pruning", "matplotlib": "cli"}
 
 
 def start(

@@ -11,7 +11,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rlscuda.optim.kept import Change
-from rlscuda.optional import optional
 from rlscuda.pruning.adaptive.listing import Selection
 from rlscuda.pruning.adaptive.options import WHAT, checked
 from rlscuda.pruning.adaptive.plan import Plan
@@ -87,7 +86,6 @@ class AdaptivePruner:
         ValueError: An option is out of its range, one needs another that is missing, or the model
             cannot be traced or has nothing that may go.
         TypeError: An argument is not of the type above.
-        ImportError: torch-pruning is not installed.
 
     Example:
         >>> pruner = AdaptivePruner(model, optimizer, images, epochs=4)  # doctest: +SKIP
@@ -132,7 +130,6 @@ class AdaptivePruner:
         loader: Iterable | None = None,
         damping: float = 1e-3,
     ):
-        optional("torch_pruning", "pruning")
         numbers = {
             "rho": rho, "gain": gain, "warmup": warmup, "epochs": epochs, "patience": patience,
             "every": every, "lr": lr, "momentum": momentum, "round_to": round_to,

@@ -14,6 +14,7 @@ copy.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,19 +35,28 @@ _LEAST = 1e-10  # of moments, relative to the largest: what is less has no direc
 _SAME = 1e-3  # of the largest output, what may differ where the basis does not matter
 
 
-def turned(
-    model: nn.Module, structure: Structure, matrices: dict[str, Any], example_inputs: ExampleInputs
-) -> dict[str, Tensor]:
-    """New values of weights and biases, by name, in whose basis heads are best pruned.
-
-    The matrices of layers that read the heads are turned with them, in place of the old ones.
+def in_basis(
+    structure: Structure, matrices: dict[str, Any], example_inputs: ExampleInputs
+) -> tuple[Structure, dict[str, Tensor]]:
+    """The structure of a copy whose heads are in the basis to prune them in, and its new values.
 
     Args:
-        model: The model, which is only read.
-        structure: Its couplings and the families of their dimensions.
-        matrices: Inverse autocorrelation matrices by layer.
+        structure: The couplings of a model, which is only read.
+        matrices: Inverse autocorrelation matrices by layer; those of layers that read the heads
+            are turned with them.
         example_inputs: What the model can be called with.
     """
+    model = structure.model
+    values = _turned(model, structure, matrices, example_inputs) if structure.families else {}
+    own = dict(model.named_parameters())
+    held: dict[Tensor, Tensor] = {own[name]: nn.Parameter(v) for name, v in values.items()}
+    return replace(structure, model=isolated_copy(model, held)) if values else structure, values
+
+
+def _turned(
+    model: nn.Module, structure: Structure, matrices: dict[str, Any], example_inputs: ExampleInputs
+) -> dict[str, Tensor]:
+    """New values of weights and biases, by name."""
     by_coupling: dict[str, list[Family]] = {}
     for family in structure.families:
         by_coupling.setdefault(family.coupling, []).append(family)

@@ -15,7 +15,6 @@ from rlscuda._torch import own_parameters, unwrapped
 from rlscuda.closed_form.formulas import output_energy
 from rlscuda.closed_form.single_weights import refit
 from rlscuda.optim.layers import Layer
-from rlscuda.optional import optional
 from rlscuda.pruning.masks.activity import NORMS, Activity, strongest
 from rlscuda.pruning.masks.addends import Additions
 from rlscuda.pruning.masks.layers import MaskLayer, mask_layer, undo_of, write_mask
@@ -127,7 +126,6 @@ def prune_relief(
             input, or one saw input that is not finite; a layer or matrix that `prune_weights` would
             refuse; the model cannot be traced.
         TypeError: A batch, the model, a layer or an optimizer is of another type.
-        ImportError: `backward`, and torch-pruning is not installed.
 
     Example:
         >>> model = torch.nn.Sequential(
@@ -146,8 +144,6 @@ def prune_relief(
             raise ValueError(f"{name} must be above 0 and below 1, got {value}")
     if norm not in NORMS:
         raise ValueError(f"norm must be {' | '.join(NORMS)}, got {norm!r}")
-    if backward:
-        optional("torch_pruning", "pruning")
     found = pruning_layers(model, layers)
     model = unwrapped(model)
     followers = checked_optimizers(optimizers, model)

@@ -37,7 +37,6 @@ def structure_of(model: nn.Module, example_inputs: ExampleInputs) -> Structure:
     """The couplings of a model, its masked layers included.
 
     Raises:
-        ImportError: torch-pruning is not installed.
         ValueError: The model cannot be copied, run on the example inputs, or traced.
     """
     copy = isolated_copy(model)
@@ -121,7 +120,6 @@ def remove_unread(
         The units removed, by the name of their coupling; of each one unit stays.
 
     Raises:
-        ImportError: torch-pruning is not installed.
         ValueError: The model cannot be traced, or an optimizer keeps what cannot follow.
         TypeError: An optimizer is no torch optimizer.
 

@@ -92,7 +92,7 @@ def rng_kept(model: nn.Module) -> Iterator[None]:
 def running(problem: str) -> Iterator[None]:
     """Raises ValueError for whatever is raised in the block where a model is run or traced.
 
-    A model's code, and torch-pruning on it, raise anything at all.
+    A model's code raises anything at all.
 
     Args:
         problem: What it means; the error is put behind it.

@@ -350,7 +350,9 @@ def _embedding(f, op, args, kwargs, output):
 def _for_each_head(planes: Planes, q: Tensor) -> Planes:
     """Planes of keys or values of which several heads may share one."""
     return [
-        p.repeat_interleave(q.shape[-3] // p.shape[-3], -3) if p.dim() > 3 and p.shape[-3] > 1 else p
+        p.repeat_interleave(q.shape[-3] // p.shape[-3], -3)
+        if p.dim() > 3 and p.shape[-3] > 1
+        else p
         for p in planes
     ]
 

@@ -40,7 +40,7 @@ _PUT_OUT = "the model puts out its channels in training mode"
 
 
 def unsound(structure: Structure, example_inputs: ExampleInputs) -> dict[str, str]:
-    """Name of each coupling that cannot be pruned as torch-pruning has it -> why."""
+    """Name of each coupling that cannot be pruned -> why."""
     names = [coupling.name for coupling in structure.couplings if coupling.units > 1]
     found: dict[str, str] = {}
     with rng_kept(structure.model), torch.no_grad():
@@ -216,7 +216,7 @@ class _Probe:
             try:
                 surgery = plan(self._structure, removed)
             except Exception as error:
-                return f"torch-pruning cannot cut it: {error}"
+                return f"it cannot be cut: {error}"
             masked, cut = {}, {}
             for name, kept in surgery.tensors.items():
                 tensor = self._before[name]

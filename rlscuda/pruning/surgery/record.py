@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from rlscuda.optim.kept import Kept
-from rlscuda.optional import optional
 from rlscuda.pruning.running.calls import ExampleInputs, call, isolated_copy, rng_kept
 from rlscuda.pruning.surgery.plan import kept_tensors, number
 
@@ -41,7 +40,8 @@ class PruningRecord:
             ImportError: torch-pruning is not installed.
             ValueError: The model is not what the history leads to.
         """
-        tp = optional("torch_pruning", "pruning")
+        import torch_pruning as tp
+
         shadow = copy.deepcopy(self._shadow)
         for parameter in shadow.parameters():
             parameter.requires_grad_(parameter.is_floating_point())

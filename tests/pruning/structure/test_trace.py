@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from rlscuda import RLSOptimizer
-from rlscuda.pruning import RLSPruner
 from rlscuda.pruning.structure.trace import trace
 
 
@@ -302,12 +301,6 @@ def test_outputs_that_cannot_be_followed(output, message):
 def test_unknown_coupling():
     with pytest.raises(KeyError, match="no coupling 'x'"):
         trace(lenet(), inputs()).coupling("x")
-
-
-def test_without_torch_pruning(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torch_pruning", None)
-    with pytest.raises(ImportError, match=r"rlscuda\[pruning\]"):
-        RLSPruner(lenet(), None, inputs(), ratio=0.5, loader=[inputs()])
 
 
 def test_masked_layer_is_refused():

@@ -13,7 +13,6 @@ from rlscuda.cli.report.record import Stage
 from rlscuda.cli.train.pruning.base import Pruning, Training, Validate, stage_of
 from rlscuda.cli.train.pruning.specs import ScheduleSpec
 from rlscuda.files.documents import check
-from rlscuda.optional import optional
 from rlscuda.pruning.files.manifest import Described, describe, rebuild
 from rlscuda.pruning.pruner import RLSPruner
 from rlscuda.pruning.report import PruneReport
@@ -102,7 +101,6 @@ class Rounds(Pruning):
     flag = "--prune-schedule"
 
     def __init__(self, training: Training, spec: ScheduleSpec):
-        optional("torch_pruning", "pruning")
         super().__init__(training)
         options = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
         self.schedule = PruneSchedule(self, **options)
