@@ -314,7 +314,7 @@ class RLSPruner:
         settings = self.importance, self.selection, gone, self.seed, progress
         candidates, unscored = rank(structure, modules, matrices, *settings, wanted)
         where = structure.model, structure, self.example_inputs, matrices, bool(self.compensate)
-        fit = partial(refit, self.model, self._pairs, self.damping)
+        fit = partial(refit, self.model, self._pairs, self._settle, self.damping)
         search = Search(*where, self._settle, fit if self.compensate == "in turn" else None,
                         turned)  # fmt: skip
         return search, Ladder(candidates, self.scope, self.round_to), unscored

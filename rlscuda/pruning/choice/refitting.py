@@ -45,6 +45,7 @@ _WIDEST = 8192  # columns of a layer that is fitted
 def refit(
     model: nn.Module,
     pairs: Callable[[Surgery], Iterable[tuple[Any, Any]]],
+    settle: Callable[[nn.Module, Surgery], Any],
     damping: float,
     surgery: Surgery,
     values: Mapping[str, Tensor],
@@ -58,6 +59,7 @@ def refit(
     Args:
         model: The whole model; copies of it are run, in eval mode.
         pairs: Gives what whole and pruned model are fed, batch by batch, each time from the start.
+        settle: Lets the batch norms of a pruned copy follow, before anything is fitted to them.
         damping: Relative to the mean of the autocorrelation's diagonal.
         surgery: What is to be removed.
         values: Compensated weights and biases by name, in their full shapes.
@@ -71,6 +73,7 @@ def refit(
     """
     whole, pruned = isolated_copy(model), pruned_copy(model, surgery, values)
     batches = partial(pairs, surgery)
+    settle(pruned, surgery)
     full = dict(model.named_parameters(remove_duplicate=False))
     found = dict(values)
     for layer in _in_order(pruned, batches, surgery):
