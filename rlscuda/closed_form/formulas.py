@@ -23,13 +23,10 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from functools import singledispatch
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from rlscuda.closed_form.few_rows import FewRows
 
 # Relative to the block's diagonal. Below the first, a pivot is rounding noise; beyond the last,
 # the matrix is no inverse autocorrelation matrix.
@@ -39,7 +36,7 @@ _PIVOT = 1e-14  # least squared pivot, times the size of the block, that is take
 
 
 @singledispatch
-def block_saliency(P: Tensor | FewRows, W: Tensor, blocks: Tensor) -> Tensor:
+def block_saliency(P: Any, W: Tensor, blocks: Tensor) -> Tensor:
     r"""What removing each block alone costs, the rest compensated: tr(W_g P_gg^-1 W_g^T).
 
     Args:
@@ -62,7 +59,7 @@ def block_saliency(P: Tensor | FewRows, W: Tensor, blocks: Tensor) -> Tensor:
 
 
 @singledispatch
-def compensate(P: Tensor | FewRows, W: Tensor, removed: Tensor) -> Tensor:
+def compensate(P: Any, W: Tensor, removed: Tensor) -> Tensor:
     r"""The weight after removing columns: W - W_g P_gg^-1 P_g,: with zeros where they were.
 
     Args:
@@ -122,7 +119,7 @@ def downdate(P: Tensor, removed: Tensor) -> Tensor:
 
 
 @singledispatch
-def output_energy(P: Tensor | FewRows, W: Tensor, columns: Tensor) -> float:
+def output_energy(P: Any, W: Tensor, columns: Tensor) -> float:
     """What removing all `columns` at once costs, the rest (a bias) compensated.
 
     It is the part of the layer's mean squared output that they carry, so saliencies divided by it

@@ -17,25 +17,16 @@ _ANNOUNCED = 1e9  # bytes
 
 
 def needed_layers(structure: Structure, wanted: Mapping[str, Coupling]) -> set[str]:
-    """The layers whose matrices cutting some couplings of a model takes."""
+    """The layers whose matrices cutting some couplings takes: those that read them, and heads."""
     modules = dict(structure.model.named_modules())
-    heads = {
-        name
-        for family in structure.families
-        if family.coupling in wanted
-        for name in (*family.left, *family.right)
-    }
-    return fed_layers(wanted.values(), modules) | heads
-
-
-def fed_layers(couplings: Iterable[Coupling], modules: Mapping[str, nn.Module]) -> set[str]:
-    """The layers that take channels of some couplings, and may have a matrix."""
-    return {
+    reading = {
         member.name
-        for coupling in couplings
+        for coupling in wanted.values()
         for member in coupling.members
         if member.kind == "in" and member.name in modules and is_consumer(modules[member.name])
     }
+    heads = (family for family in structure.families if family.coupling in wanted)
+    return reading.union(*((*family.left, *family.right) for family in heads))
 
 
 def calibrate_some(
