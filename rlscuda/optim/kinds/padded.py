@@ -89,7 +89,7 @@ def _found(module: nn.Conv2d, height: int, width: int) -> Padding | None:
 
 def _agrees_whole(module: nn.Conv2d, size: tuple[int, int], padding: Padding) -> bool:
     """Whether a module with its own weights does the same as its twin."""
-    own, weight = _copied(module, {}), module.weight
+    own, weight = copied(module, {}), module.weight
     generator = torch.Generator("cpu").manual_seed(0)
     x = torch.randn(1, weight.shape[1] * module.groups, *size, generator=generator, device="cpu")
     x = x.to(weight.device, weight.dtype)
@@ -130,12 +130,12 @@ def _twin(module: nn.Conv2d, generator: torch.Generator) -> nn.Conv2d:
     new = {module.weight: drawn(outputs, inputs, *module.kernel_size)}
     if module.bias is not None:
         new[module.bias] = drawn(outputs)
-    twin = _copied(module, new)
+    twin = copied(module, new)
     twin.in_channels, twin.out_channels, twin.groups = inputs * groups, outputs, groups
     return twin
 
 
-def _copied(module: nn.Conv2d, new: dict[Any, nn.Parameter]) -> nn.Conv2d:
+def copied(module: nn.Conv2d, new: dict[Any, nn.Parameter]) -> nn.Conv2d:
     """A deep copy without hooks, with other parameters in place of some."""
     memo: dict[int, Any] = {id(old): parameter for old, parameter in new.items()}
     for name in HOOKS:

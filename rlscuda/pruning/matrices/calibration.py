@@ -259,6 +259,8 @@ def row_parts(layer: Layer, x: Tensor) -> Iterator[Tensor]:
     Raises:
         NotProven: The layer is none for this input.
     """
+    if not isinstance(x, Tensor):
+        raise NotProven(f"its input is a {type(x).__name__}")
     images = layer.images(x.detach())
     size = layer.groups * layer.fan_in * layer.positions(images) * 8
     for part in images.split(max(1, _UNFOLD_BYTES // size)):
@@ -283,7 +285,7 @@ class Autocorrelation:
 
     def add(self, x: Tensor) -> None:
         """Takes in one input of the layer."""
-        if not x.numel() or self.refusal:
+        if self.refusal or (isinstance(x, Tensor) and not x.numel()):
             return
         try:
             for rows in row_parts(self.layer, x):
@@ -337,7 +339,7 @@ def observing(layers: Iterable[Layer], see: Callable[[Layer, Tensor], None]) -> 
 
     def hook(layer: Layer) -> Callable:
         def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            x, *rest = args or (kwargs["input"],)
+            x, *rest = args or (kwargs.get("input", next(iter(kwargs.values()), None)),)
             if isinstance(layer, SpreadLayer):
                 layer.set_output(x, kwargs.get("output_size", *rest))
             see(layer, x)

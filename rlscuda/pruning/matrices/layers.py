@@ -114,10 +114,16 @@ class ProvenLayer(Layer):
 
     def __post_init__(self):
         super().__post_init__()
-        self.weight = cast(Any, convolution_of(self.module, smallest_image(self.module))[1])
+        x = smallest_image(self.module)
+        found = [convolution_of(self.module, x, training) for training in (True, False)]
+        (_, weight, own), (_, other, _) = found
+        if not torch.equal(weight, other):
+            raise NotProven("the weight of its convolution is another in training mode")
+        if not own:
+            self.weight = cast(Any, weight)
 
     def _padded(self, x: Tensor) -> Tensor:
-        padded, weight = convolution_of(self.module, x)
+        padded, weight, _ = convolution_of(self.module, x)
         if not torch.equal(weight, self.weight):
             raise NotProven("the weight of its convolution is another for other inputs")
         return padded

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from rlscuda.optim.kinds.padded import copied
+
 _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
@@ -38,18 +40,24 @@ class _Watch(TorchFunctionMode):
 
 
 @torch.no_grad()
-def convolution_of(module: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The padded input [N, C, H, W] and the weight of the convolution that a module is.
+def convolution_of(
+    module: nn.Conv2d, x: Tensor, training: bool = False
+) -> tuple[Tensor, Tensor, bool]:
+    """The convolution that a module is: its padded input [N, C, H, W] and its weight.
 
     Args:
-        module: A Conv2d; its hooks are not called.
+        module: A Conv2d; a copy of it is called, without hooks.
         x: Its input [N, C, H, W].
+        training: The copy's mode.
+
+    Returns:
+        The input, the weight, and whether that is the module's parameter itself.
 
     Raises:
         NotProven: Its forward raises, or is not one convolution of the input with zeros around it,
             with the module's own stride, dilation, groups and bias.
     """
-    watch = _Watch()
+    watch, module = _Watch(), copied(module, {}).train(training)
     try:
         with watch:
             output = module.forward(x)
@@ -73,7 +81,7 @@ def convolution_of(module: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor]:
         for top, left in places
     ):
         raise NotProven("the input of its convolution is not its own with zeros around it")
-    return padded, found["weight"]
+    return padded, found["weight"].detach(), found["weight"] is module.weight
 
 
 def smallest_image(module: nn.Conv2d) -> Tensor:
