@@ -153,11 +153,6 @@ def gradient_comes(leaf: Tensor) -> bool:
         return True
 
 
-def gradient_shape(function: Any) -> tuple[int, ...]:
-    """Shape of the gradient that a backward function takes: that of what its operation gave."""
-    return tuple(function._input_metadata[0].shape)
-
-
 def active_ddp() -> Any:
     """The DistributedDataParallel module in whose forward this is, or None."""
     return nn.parallel.DistributedDataParallel._get_active_ddp_module()
@@ -198,6 +193,16 @@ def share_hooks(new: Tensor, old: Tensor) -> None:
 def storage_key(tensor: Tensor) -> int:
     """What tensors that share a storage have in common."""
     return tensor.untyped_storage()._cdata
+
+
+def writes(operator: Operator) -> bool:
+    """Whether an operator writes into one of its arguments."""
+    return operator._schema.is_mutable
+
+
+def has_one_width(attention: nn.MultiheadAttention) -> bool:
+    """Whether queries, keys and values come from inputs of one width, by one matrix."""
+    return attention._qkv_same_embed_dim
 
 
 def arguments_of(operator: Operator) -> Any:

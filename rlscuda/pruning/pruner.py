@@ -24,8 +24,7 @@ from rlscuda.pruning.choice.refitting import refit
 from rlscuda.pruning.choice.targets import TARGETS, Cut, Ladder, Search, changes_of, checked_target
 from rlscuda.pruning.jointly import SIZES, best_mix
 from rlscuda.pruning.matrices.calibration import disagreement
-from rlscuda.pruning.matrices.needed import calibrate_some, needed_layers
-from rlscuda.pruning.matrices.own import of_model
+from rlscuda.pruning.matrices.needed import calibrate_some, matrices_from, needed_layers
 from rlscuda.pruning.matrices.tracker import SketchTracker
 from rlscuda.pruning.options import (
     check_number,
@@ -302,10 +301,12 @@ class RLSPruner:
     ) -> tuple[Search, Ladder, dict[str, str]]:
         """What finds a cut, the order of removals, and the couplings that have none, and why."""
         with running("the model cannot be traced"):
-            settings = self.ignored, self.include_inputs, self.heads
-            structure = trace(self.model, self.example_inputs, *settings)
+            how = self.ignored, self.include_inputs, self.heads
+            structure = trace(self.model, self.example_inputs, *how)
         wanted = targeted(structure.couplings, value)
-        matrices = self._matrices(needed_layers(structure, wanted))
+        needed = needed_layers(structure, wanted)
+        matrices = matrices_from(self.source, needed, self.model, self.optimizers, self.tracker,
+                                 self.loader, self.damping)  # fmt: skip
         turned: dict[str, Tensor] = {}
         if self.compensate and self.importance == "saliency" and not self._own():
             structure, turned = in_basis(structure, matrices, self.example_inputs)
@@ -344,21 +345,6 @@ class RLSPruner:
     def _own(self) -> bool:
         """Whether an optimizer keeps matrices, in the basis that the weights are in."""
         return any(isinstance(one, RLSOptimizer) for one in self.optimizers)
-
-    def _matrices(self, fed: set[str]) -> dict[str, Any]:
-        """The inverse autocorrelation matrices of the layers `fed`, or of all that have one."""
-        if self.source == "sketch":
-            assert self.tracker is not None
-            tracked = self.tracker.matrices()
-            if not tracked:
-                raise ValueError("the tracker's matrices are needed: it has seen no forward yet")
-            return tracked
-        if self.source == "calibration":
-            assert self.loader is not None
-            return calibrate_some(self.model, self.loader, fed, self.damping, few=True)
-        if self.source == "own":
-            return of_model(self.model, self.optimizers, self.damping)
-        return {}
 
     def _disagreement(self, matrices: Mapping[str, Tensor]) -> dict[str, float] | None:
         """How far matrices that were tracked are from a calibration, where there is a loader."""

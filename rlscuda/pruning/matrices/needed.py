@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from rlscuda.optim.kinds.modules import is_consumer
 from rlscuda.optim.layers import Layer
 from rlscuda.pruning.couplings import Coupling, Structure
 from rlscuda.pruning.matrices.calibration import accumulated, inverses, pruning_layers
+from rlscuda.pruning.matrices.own import of_model
+from rlscuda.pruning.matrices.tracker import SketchTracker
 
 _ANNOUNCED = 1e9  # bytes
 
@@ -27,6 +30,39 @@ def needed_layers(structure: Structure, wanted: Mapping[str, Coupling]) -> set[s
     }
     heads = (family for family in structure.families if family.coupling in wanted)
     return reading.union(*((*family.left, *family.right) for family in heads))
+
+
+def matrices_from(
+    source: str,
+    needed: Container[str],
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    tracker: SketchTracker | None,
+    loader: Iterable | None,
+    damping: float,
+) -> dict[str, Any]:
+    """Inverse autocorrelation matrices by layer, from where a pruner takes them.
+
+    Args:
+        source: `sketch`, `calibration`, `own`, or anything else for none.
+        needed: Names of the layers that a calibration is for.
+        model: The model.
+        optimizers: Those that train it.
+        tracker: That of a sketch.
+        loader: Batches of a calibration.
+        damping: See `calibrate`.
+
+    Raises:
+        ValueError: The tracker has seen no forward yet; and see `calibrate`.
+    """
+    if source == "sketch" and tracker is not None:
+        tracked = tracker.matrices()
+        if not tracked:
+            raise ValueError("the tracker's matrices are needed: it has seen no forward yet")
+        return tracked
+    if source == "calibration" and loader is not None:
+        return calibrate_some(model, loader, needed, damping, few=True)
+    return of_model(model, optimizers, damping) if source == "own" else {}
 
 
 def calibrate_some(

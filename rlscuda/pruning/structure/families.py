@@ -52,24 +52,26 @@ def families_of(
             homes = [[met.home.get(label) for label in ids] for ids in (left, right)]
             if any(home is None or not home[1] for side in homes for home in side):
                 continue
-            sides = [_grouped([[home] for home in side]) for side in homes]  # type: ignore[list-item]
+            one, other = (_grouped([[home] for home in side if home]) for side in homes)
             roots = tuple(map(find, left))
             if roots in found:
-                _add(found[roots].left, sides[0])
-                _add(found[roots].right, sides[1])
-            elif units := _units(unit_of, homes[0]):  # type: ignore[arg-type]
-                found[roots] = Family(*units, *sides, True, product.scaled, _free(met, roots))
+                _add(found[roots].left, one)
+                _add(found[roots].right, other)
+            elif units := _units(unit_of, [home for home in homes[0] if home]):
+                free = _free(met, roots)
+                found[roots] = Family(*units, one, other, True, product.scaled, free)
     around = {name.rpartition(".")[0] for name in (family.coupling for family in found.values())}
     for roots in _rows(followed):
         if roots in found:
             continue
         places = [met.places.get(root, []) for root in roots]
-        sides = [_grouped([[p for p in own if p[1] == out] for own in places]) for out in (1, 0)]
-        if not all(sides) or not _free(met, roots):
+        made, read = (_grouped([[p for p in own if p[1] == out] for own in places])
+                      for out in (True, False))  # fmt: skip
+        if not made or not read or not _free(met, roots):
             continue
         units = _units(unit_of, [own[0] for own in places])
         if units and units[0].rpartition(".")[0] in around:
-            found[roots] = Family(*units, *sides, False, False, True)
+            found[roots] = Family(*units, made, read, False, False, True)
     return list(found.values())
 
 
@@ -108,7 +110,7 @@ def _rows(followed: Followed) -> Iterator[tuple[int, ...]]:
 
 def _grouped(places: Sequence[Sequence[Place]]) -> Sides:
     """Places of each dimension by layer, where every dimension has as many of each."""
-    by_layer = [defaultdict(list) for _ in places]
+    by_layer: list[dict[str, list[int]]] = [defaultdict(list) for _ in places]
     for own, found in zip(places, by_layer):
         for name, _, place in own:
             found[name].append(place)

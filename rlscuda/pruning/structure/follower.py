@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from rlscuda._torch import Operator, TorchDispatchMode
+from rlscuda._torch import Operator, TorchDispatchMode, writes
 from rlscuda.pruning.structure.labels import Labels, Planes, simplified, varying
 from rlscuda.pruning.structure.operations import RULES, default
 
@@ -195,7 +195,7 @@ class Follower(TorchDispatchMode):
 
     def _follow_view(self, func: Operator, args: tuple, kwargs: Mapping, output: Any) -> None:
         """Notes what a view is of; what was written into a view is written into that."""
-        if func._schema.is_mutable:
+        if writes(func):
             target = args[0] if args and isinstance(args[0], Tensor) else None
             if target is not None and target in self._views:
                 self._write_back(target)

@@ -320,9 +320,9 @@ def _depthwise(module: nn.Module) -> bool:
 def _obstacle(module: nn.Module, name: str) -> str:
     """Why a module cannot be cut, or ''."""
     for own in ("weight", "bias"):
-        if own not in own_parameters(module) and isinstance(getattr(module, own, None), Tensor):
-            if own not in own_buffers(module):
-                return _MASKED.format(own, name)
+        held = own in own_parameters(module) or own in own_buffers(module)
+        if not held and isinstance(getattr(module, own, None), Tensor):
+            return _MASKED.format(own, name)
     return ""
 
 
@@ -333,23 +333,21 @@ def _tie_module(labels: Labels, name: str, module: nn.Module, tensors: dict[Axis
         return tensors.get((f"{name}.{part}" if name else part, axis))
 
     if isinstance(module, nn.MultiheadAttention):
-        width = own("in_proj_weight", 1)
-        if width is None:
-            width = own("q_proj_weight", 1)
         rows = own("in_proj_weight", 0)
-        parts = list(rows.chunk(3)) if rows is not None else [
-            own(f"{part}_proj_weight", 0) for part in "qkv"
-        ]  # fmt: skip
-        for part in parts if width is not None else ():
-            if part is not None:
-                labels.join_all(width, part)
+        if rows is not None:
+            width, parts = own("in_proj_weight", 1), list(rows.chunk(3))
+        else:
+            width = own("q_proj_weight", 1)
+            parts = [t for part in "qkv" if (t := own(f"{part}_proj_weight", 0)) is not None]
+        for found in parts if width is not None else ():
+            labels.join_all(width, found)
     elif isinstance(module, nn.RNNBase):
+        kind = type(module).__name__
         for part, parameter in own_parameters(module).items():
             for axis in range(parameter.dim() if parameter is not None else 0):
-                found = own(part, axis)
-                if found is not None and (part, axis) != ("weight_ih_l0", 1):
-                    kind = type(module).__name__
-                    labels.fix(found, f"the width of {kind} {name!r} stays")
+                states = own(part, axis)
+                if states is not None and (part, axis) != ("weight_ih_l0", 1):
+                    labels.fix(states, f"the width of {kind} {name!r} stays")
 
 
 def _checked_outputs(output: Any) -> list[Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from rlscuda._torch import BatchNorm, Convolution, InstanceNorm
+from rlscuda._torch import BatchNorm, Convolution, InstanceNorm, has_one_width
 from rlscuda.optim.kept import Kept
 from rlscuda.optim.kinds.modules import is_transposed
 from rlscuda.pruning.couplings import Width
@@ -81,7 +81,7 @@ def _of_shapes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict
     weight = shapes.get("weight")
     if isinstance(module, nn.MultiheadAttention):
         width = (shapes.get("in_proj_weight") or shapes["q_proj_weight"])[1]
-        same = module._qkv_same_embed_dim
+        same = has_one_width(module)
         k, v = (shapes.get(f"{part}_proj_weight", (0, 0))[1] for part in "kv")
         return {"embed_dim": width, "head_dim": width // module.num_heads,
                 "kdim": width if same else k or module.kdim,
