@@ -47,10 +47,12 @@ class Table:
     Attributes:
         labels: int64, of the shape of the array.
         axis: The only axis along which it can shrink; None where several may be tried.
+        line: Where, file and line.
     """
 
     labels: Tensor
     axis: int | None = None
+    line: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +154,7 @@ class Follower(TorchDispatchMode):
         if axis is None:
             labels = labels.squeeze()
         if labels.dim() > 1 or axis is not None:
-            self.tables.append(Table(labels, axis))
+            self.tables.append(Table(labels, axis, self._place()[1]))
 
     def site(self, tensor: Tensor) -> None:
         """Notes the sizes of the axes of channels that the model has just given a tensor."""

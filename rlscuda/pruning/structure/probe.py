@@ -8,7 +8,10 @@ run and put out the same shapes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from rlscuda._torch import own_buffers
+from rlscuda.optim.kept import Kept
 from rlscuda.pruning.couplings import Structure
 from rlscuda.pruning.running.calls import (
     ExampleInputs,
@@ -36,17 +40,30 @@ _MIXED = (
     "operation between channels (a softmax or maximum over them, a place that is written into the "
     "forward), or a weight used outside of its module"
 )
+_OTHERS = re.compile(r"[/\\\\](torch|rlscuda)[/\\\\]")
+_LARGE = 20_000_000  # elements of a model that is tried sooner on shapes alone
 _PUT_OUT = "the model puts out its channels in training mode"
 
 
-def unsound(structure: Structure, example_inputs: ExampleInputs) -> dict[str, str]:
-    """Name of each coupling that cannot be pruned -> why."""
+def unsound(
+    structure: Structure, example_inputs: ExampleInputs, some: bool = False
+) -> dict[str, str]:
+    """Name of each coupling that cannot be pruned -> why.
+
+    Args:
+        structure: The couplings.
+        example_inputs: What the model can be called with.
+        some: Whether a few of them will do, which is sooner.
+    """
     names = [coupling.name for coupling in structure.couplings if coupling.units > 1]
     found: dict[str, str] = {}
     with rng_kept(structure.model), torch.no_grad():
-        probe = _Probe(structure, example_inputs)
-        while more := probe.search([name for name in names if name not in found]):
-            found.update(more)
+        probe = _Probe(structure, example_inputs, some)
+        for numbers in (False, True) if probe.shapes_alone else (True,):
+            while more := probe.search([name for name in names if name not in found], numbers):
+                found.update(more)
+                if some:
+                    return found
     return found
 
 
@@ -133,7 +150,7 @@ def _shapes(outputs: list[Tensor]) -> list[torch.Size]:
     return [output.shape for output in outputs]
 
 
-def _difference(expected: Tensor, actual: Tensor) -> float:
+def _distance(expected: Tensor, actual: Tensor) -> float:
     """The largest difference relative to the largest finite value; infinite where only one is."""
     if not expected.is_floating_point():
         return 0.0
@@ -147,10 +164,28 @@ def _difference(expected: Tensor, actual: Tensor) -> float:
     return off / scale if scale else math.inf if off else 0.0
 
 
-class _Probe:
-    """Tries the couplings of a model on one set of random weights."""
+def _said(error: Exception) -> str:
+    """What an error says, and the line of the model's own code that it came through last."""
+    own = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not _OTHERS.search(frame.filename)
+    ]
+    if not own:
+        return str(error)
+    return f"{error} ({'/'.join(Path(own[-1].filename).parts[-2:])}:{own[-1].lineno})"
 
-    def __init__(self, structure: Structure, example_inputs: ExampleInputs):
+
+class _Probe:
+    """Tries the couplings of a model on one set of random weights.
+
+    Attributes:
+        shapes_alone: Whether the model runs on tensors that have shapes and no numbers, by which
+            most couplings of a large one that fail are found.
+    """
+
+    def __init__(self, structure: Structure, example_inputs: ExampleInputs, some: bool):
+        self._some_will_do = some
         self._structure = structure
         self._inputs = example_inputs
         self._generator = torch.Generator("cpu").manual_seed(0)
@@ -166,6 +201,7 @@ class _Probe:
                 continue
             self._tolerance = self._noise()
             self._training_shapes = self._shapes_in_training(whole)
+            self.shapes_alone = self._runs_on_shapes()
             return
         raise ValueError(f"the model runs neither in float64 nor in float32: {failure}")
 
@@ -180,7 +216,7 @@ class _Probe:
         if not near:
             return least
         runs = [self._run(self._copy(values, None), None)[0] for values in ({}, near)]
-        off = max(map(_difference, *runs), default=0.0)
+        off = max(map(_distance, *runs), default=0.0)
         return min(max(least, 30 * off), _TOLERANCE[torch.float32])
 
     def _shapes_in_training(self, whole: nn.Module) -> list[torch.Size] | None:
@@ -190,20 +226,34 @@ class _Probe:
         except Exception:  # it may want targets, for instance
             return None
 
-    def search(self, names: list[str]) -> dict[str, str]:
-        """The couplings among `names` that fail on their own, or else some that fail together."""
+    def _runs_on_shapes(self) -> bool:
+        try:
+            self._run(self._on_shapes({}, None), None, "meta")
+        except Exception:  # it looks at numbers, or makes tensors of its own
+            return False
+        return sum(tensor.numel() for tensor in self._before.values()) >= _LARGE
+
+    def search(self, names: list[str], numbers: bool) -> dict[str, str]:
+        """The couplings among `names` that fail on their own, or else some that fail together.
+
+        Args:
+            names: Of couplings.
+            numbers: Whether outputs are compared, and not their shapes alone.
+        """
         if not names:
             return {}
-        reason = self._reason(names)
+        reason = self._reason(names, numbers)
         if reason is None:
             return {}
         if len(names) == 1:
             return {names[0]: reason}
         first, second = names[: len(names) // 2], names[len(names) // 2 :]
-        alone = self.search(first) | self.search(second)
+        alone = self.search(first, numbers)
+        if not (alone and self._some_will_do):
+            alone |= self.search(second, numbers)
         return alone or dict.fromkeys(second, f"it fails together with others: {reason}")
 
-    def _reason(self, names: list[str]) -> str | None:
+    def _reason(self, names: list[str], numbers: bool) -> str | None:
         """Why these couplings cannot lose one unit each, or up to half; None where they can."""
         halves = {name: self._structure.coupling(name).units // 2 for name in names}
         # of several numbers, so that two that must lose as many as each other are found out
@@ -217,30 +267,47 @@ class _Probe:
                 surgery = plan(self._structure, removed)
             except Exception as error:
                 return f"it cannot be cut: {error}"
-            masked, cut = {}, {}
-            for name, kept in surgery.tensors.items():
-                tensor = self._before[name]
-                masked[tensor] = kept.mask(self._values[tensor])
-                cut[tensor] = kept.take(self._values[tensor])
-            try:
-                copy = self._copy(cut, surgery)
-                pruned, _ = self._run(copy, surgery)
-            except Exception as error:
-                return f"the pruned model fails: {error}"
-            if not self._agree(self._run(self._copy(masked, None), None)[0], pruned):
-                return _MIXED
-            if reason := self._failure_in_training(copy, surgery):
+            if reason := self._difference(surgery) if numbers else self._misfit(surgery):
                 return reason
         return None
 
-    def _failure_in_training(self, copy: nn.Module, surgery: Surgery) -> str | None:
+    def _misfit(self, surgery: Surgery) -> str | None:
+        """What is wrong with the shapes in a pruned copy."""
+        copy = self._on_shapes({self._before[n]: k for n, k in surgery.tensors.items()}, surgery)
+        try:
+            found = _shapes(self._run(copy, surgery, "meta")[0])
+        except Exception as error:
+            return f"the pruned model fails: {_said(error)}"
+        if [tuple(shape) for shape in found] != self._structure.output_shapes:
+            return _MIXED
+        return self._failure_in_training(copy, surgery, "meta")
+
+    def _difference(self, surgery: Surgery) -> str | None:
+        """What is wrong with a pruned copy, beside one with zeros in place of what is gone."""
+        masked, cut = {}, {}
+        for name, kept in surgery.tensors.items():
+            tensor = self._before[name]
+            masked[tensor] = kept.mask(self._values[tensor])
+            cut[tensor] = kept.take(self._values[tensor])
+        try:
+            copy = self._copy(cut, surgery)
+            pruned, _ = self._run(copy, surgery)
+        except Exception as error:
+            return f"the pruned model fails: {_said(error)}"
+        if not self._agree(self._run(self._copy(masked, None), None)[0], pruned):
+            return _MIXED
+        return None if self.shapes_alone else self._failure_in_training(copy, surgery, None)
+
+    def _failure_in_training(
+        self, copy: nn.Module, surgery: Surgery, device: str | None
+    ) -> str | None:
         """What is wrong with a pruned copy in training mode, where the whole model runs there."""
         if self._training_shapes is None:
             return None
         try:
-            shapes = _shapes(self._run(train_but_norms(copy), surgery)[0])
+            shapes = _shapes(self._run(train_but_norms(copy), surgery, device)[0])
         except Exception as error:
-            return f"the pruned model fails in training mode: {error}"
+            return f"the pruned model fails in training mode: {_said(error)}"
         return None if shapes == self._training_shapes else _PUT_OUT
 
     def _some(self, count: int, amount: int) -> list[int]:
@@ -260,19 +327,29 @@ class _Probe:
             surgery.set_attributes(copy)
         return copy
 
+    def _on_shapes(self, kept: Mapping[Tensor, Kept], surgery: Surgery | None) -> nn.Module:
+        """A copy in eval mode whose tensors have no numbers."""
+        empty = {
+            old: torch.empty(kept[old].shape if old in kept else old.shape, dtype=value.dtype,
+                             device="meta")
+            for old, value in self._values.items()
+        }  # fmt: skip
+        return self._copy(empty, surgery)
+
     def _run(
-        self, copy: nn.Module, surgery: Surgery | None
+        self, copy: nn.Module, surgery: Surgery | None, device: str | None = None
     ) -> tuple[list[Tensor], list[torch.Size]]:
         """The outputs of a copy, and what it takes statistics of; each run by the same seed."""
         inputs = self._inputs if surgery is None else surgery.slice_inputs(self._inputs)
         torch.manual_seed(0)
         with WithoutStatistics(self._statistics) as mode:
-            outputs = output_tensors(call(copy, map_tensors(self._convert, inputs)))
+            taken = map_tensors(lambda tensor: self._convert(tensor).to(device=device), inputs)
+            outputs = output_tensors(call(copy, taken))
         return outputs, mode.shapes
 
     def _agree(self, whole: list[Tensor], pruned: list[Tensor]) -> bool:
         return len(whole) == len(pruned) and all(
-            expected.shape == actual.shape and _difference(expected, actual) <= self._tolerance
+            expected.shape == actual.shape and _distance(expected, actual) <= self._tolerance
             for expected, actual in zip(whole, pruned)
         )
 

@@ -23,7 +23,7 @@ from rlscuda.pruning.structure.probe import unsound
 from rlscuda.pruning.structure.units import Followed, Side, Unit, follow
 from rlscuda.pruning.structure.widths import widths_of
 
-_TRIES = 5  # of what a forward may mean by the sizes that it gives
+_TRIES = 8  # of what a forward may mean by the sizes that it gives
 
 
 def trace(
@@ -59,23 +59,29 @@ def trace(
     kept_names = {name for name, module in model.named_modules() if module in kept}
     followed = follow(model, example_inputs)
     axes = _axes(followed, heads)
-    best: Structure | None = None
-    wrong: dict[str, str] = {}
+    kinds = kept_names, include_inputs
+    found, labels = _structure(model, followed, axes, *kinds)
+    tried = [found]
     for _ in range(_TRIES):
-        found, labels = _structure(model, followed, axes, kept_names, include_inputs)
-        if _share(followed, labels, found):
-            found, labels = _structure(model, followed, axes, kept_names, include_inputs)
-        failed = unsound(found, example_inputs)
-        if best is None or _removable(found, failed) > _removable(best, wrong):
-            best, wrong = found, failed
-        if not (
-            _take_for_one(model, followed, labels, found, failed)
-            or _turn(followed, axes, labels, found, failed)
-        ):
+        failed = unsound(found, example_inputs, some=True)
+        if not failed:
+            return found
+
+        def other(
+            failed: Mapping[str, str], found: Structure = found, was: Labels = labels
+        ) -> bool:
+            return _take_for_one(model, followed, was, found, failed) or _turn(
+                followed, axes, was, found, failed
+            )
+
+        if not other(failed) and not other(unsound(found, example_inputs)):
             break
-    assert best is not None
-    sound = [coupling for coupling in best.couplings if coupling.name not in wrong]
-    return replace(best, couplings=sound, refused={**best.refused, **wrong})
+        found, labels = _structure(model, followed, axes, *kinds)
+        tried.append(found)
+    wrong = [unsound(one, example_inputs) for one in (tried[0], tried[-1])]
+    best, failed = max(zip((tried[0], tried[-1]), wrong), key=lambda pair: _removable(*pair))
+    sound = [coupling for coupling in best.couplings if coupling.name not in failed]
+    return replace(best, couplings=sound, refused={**best.refused, **failed})
 
 
 def _removable(structure: Structure, wrong: Mapping[str, str]) -> int:
@@ -126,10 +132,13 @@ def _take_for_one(
     the C of its input, both must shrink alike.
     """
     unit_of = {label: c.name for c in found.couplings for label in c.labels.tolist()}
+    named = [(site, {unit_of.get(root) for root in labels.roots(site.labels)})
+             for site in followed.sites if site.line]  # fmt: skip
+    # what fails in one layer fails in all that run the same line
+    lines = {site.line for site, names in named if len(names) == 1 and names <= wrong.keys()}
     joined = False
-    for site in followed.sites:
-        names = {unit_of.get(root) for root in labels.roots(site.labels)}
-        if len(names) != 1 or not names <= wrong.keys() or not site.line:
+    for site, names in named:
+        if len(names) != 1 or None in names or site.line not in lines:
             continue
         for name, _ in model.get_submodule(site.module).named_modules():
             full = ".".join(part for part in (site.module, name) if part)
@@ -153,10 +162,14 @@ def _turn(
 ) -> bool:
     """Lets the tables of couplings that failed shrink along another axis; whether there are any."""
     failed = {label for name in wrong for label in found.coupling(name).labels.tolist()}
+    lines = {
+        followed.tables[number].line
+        for number in axes
+        if failed.intersection(labels.roots(followed.tables[number].labels))
+    }
     turned = False
     for number, axis in axes.items():
-        table = followed.tables[number]
-        if axis > 0 and failed.intersection(labels.roots(table.labels)):
+        if axis > 0 and followed.tables[number].line in lines:
             axes[number], turned = axis - 1, True
     return turned
 
@@ -169,6 +182,20 @@ def _structure(
     include_inputs: bool,
 ) -> tuple[Structure, Labels]:
     """The couplings for one choice of axes, not yet tried."""
+    found = _untied(model, followed, axes, kept_names, include_inputs)
+    if _share(followed, found[1], found[0]):
+        found = _untied(model, followed, axes, kept_names, include_inputs)
+    return found
+
+
+def _untied(
+    model: nn.Module,
+    followed: Followed,
+    axes: Mapping[int, int],
+    kept_names: set[str],
+    include_inputs: bool,
+) -> tuple[Structure, Labels]:
+    """The couplings, those that one attribute counts still apart."""
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     units, labels = followed.units(axes)
     couplings: list[Coupling] = []
