@@ -36,10 +36,11 @@ DETECTORS = {
 TIMM = {  # name -> pixels, or options where a smaller variant is made
     "vit_tiny_patch16_224": 224, "deit_tiny_distilled_patch16_224": 224,
     "beit_base_patch16_224": {"embed_dim": 192, "depth": 6, "num_heads": 3},
-    "eva02_tiny_patch14_224": {"depth": 6}, "cait_xxs24_224": {"depth": 8},
+    "eva02_tiny_patch14_224": {"depth": 6, "num_classes": 1000}, "cait_xxs24_224": {"depth": 8},
     "crossvit_tiny_240": 240, "swin_tiny_patch4_window7_224": 224, "pvt_v2_b0": 224,
     "poolformer_s12": 224, "mobilevit_xxs": 128, "edgenext_xx_small": 128, "levit_128s": 224,
-    "efficientformer_l1": 224, "mixer_s32_224": 224, "resmlp_12_224": 224, "gmlp_s16_224": 224, "xcit_nano_12_p16_224": 224, "coat_lite_tiny": 224,
+    "efficientformer_l1": 224, "mixer_s32_224": 224, "resmlp_12_224": 224, "gmlp_s16_224": 224,
+    "xcit_nano_12_p16_224": 224, "coat_lite_tiny": 224,
     "twins_pcpvt_small": 224, "tiny_vit_5m_224": 224, "convit_tiny": 224, "pit_ti_224": 224,
     "davit_tiny": 224, "hiera_tiny_224": 224, "coatnet_pico_rw_224": 224, "nest_tiny": 224,
     "efficientvit_b0": 128, "efficientvit_m0": 224, "swiftformer_xs": 224, "repvit_m0_9": 96,
@@ -143,10 +144,23 @@ def _transformers(name: str) -> Made:
     if name in ("ViT", "Segformer"):
         return model, {"pixel_values": images(64)}
     if name == "T5":
-        return model, {"input_ids": tokens, "decoder_input_ids": tokens[:, :6]}
+        return Scores(model), {"input_ids": tokens, "decoder_input_ids": tokens[:, :6]}
     if name == "Whisper":
-        return model, {"input_features": torch.randn(1, 80, 64), "decoder_input_ids": tokens[:, :6]}
+        sound = torch.randn(1, 80, 64)
+        return Scores(model), {"input_features": sound, "decoder_input_ids": tokens[:, :6]}
     return model, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+class Scores(nn.Module):
+    """What a model with an encoder puts out of its decoder alone."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs):
+        """The scores of all words."""
+        return self.model(**inputs).logits
 
 
 def _widths(name: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ layer's channels beside it. Each runs in a process of its own, under a limit of 
 
     python -m benchmarks.architectures.table --workers 1          # run, or go on where it stopped
     python -m benchmarks.architectures.table --report             # the table of the results
-    python -m benchmarks.architectures.table --networks 'timm: *' # some of them, anew
+    python -m benchmarks.architectures.table --networks 'timm: *' # some of them; --anew
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ def _short(text: str, most: int) -> str:
 def main() -> None:
     """Run the benchmark, then print its table."""
     parser = grid.parser(__doc__, "architectures")
-    parser.add_argument("--networks", help="shell pattern of those to run, anew")
+    parser.add_argument("--networks", help="shell pattern of those to run")
+    parser.add_argument("--anew", action="store_true", help="forget what the journal has of them")
     parser.add_argument("--side", choices=SIDES, help="only ours, or torch-pruning's")
     parser.add_argument("--one", nargs=2, metavar=("NETWORK", "SIDE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -123,7 +124,7 @@ def main() -> None:
 
         names = fnmatch.filter(collection.networks(), args.networks or "*")
         sides = [args.side] if args.side else SIDES
-        if args.networks:
+        if args.anew:
             grid.forget(args.journal, lambda r: r["network"] in names and r["side"] in sides)
         jobs = [{"network": name, "side": side} for side in sides for name in names]
         libraries = {name.replace("-", "_"): version(name) for name in LIBRARIES}

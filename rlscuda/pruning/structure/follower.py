@@ -150,9 +150,19 @@ class Follower(TorchDispatchMode):
     # -- what operations tell -----------------------------------------------------------------
 
     def table(self, labels: Tensor, axis: int | None = None) -> None:
-        """Notes an array of channels; axes of size 1 are left out."""
+        """Notes an array of channels; axes of size 1 are left out.
+
+        Where the axis is known, the same channels are no longer tried along another.
+        """
         if axis is None:
             labels = labels.squeeze()
+        else:
+            own = set(labels.flatten().tolist())
+            self.tables = [
+                table
+                for table in self.tables
+                if table.axis is not None or set(table.labels.flatten().tolist()) != own
+            ]
         if labels.dim() > 1 or axis is not None:
             self.tables.append(Table(labels, axis, self._place()[1]))
 

@@ -114,6 +114,9 @@ def _moved(f, op, args, kwargs, output):
     outputs = output if several else [output]
     made: list[Planes] = [[] for _ in outputs]
     for plane in f.planes(x):
+        if _beside(op, plane, rest):
+            made[0].append(plane)
+            continue
         try:
             moved = _apply(op, _full(plane, x), x, rest, kwargs)
         except Exception:
@@ -132,6 +135,14 @@ def _moved(f, op, args, kwargs, output):
         f.give(output, made[0])
         f.site(output)
     return made if several else made[0]
+
+
+def _beside(op: Any, plane: Tensor, rest: tuple) -> bool:
+    """Whether an operation pads, but only along axes where a plane does not vary."""
+    if "pad" not in op.overloadpacket.__name__:
+        return False
+    padded = {plane.dim() - 1 - i // 2 for i, amount in enumerate(rest[0]) if amount}
+    return not padded & varying(plane)
 
 
 def _filled(f: Follower, plane: Tensor) -> Tensor:
@@ -398,9 +409,7 @@ def _convolution(f, op, args, kwargs, output):
         if taps:
             f.labels.fix(project(f.labels, plane, taps), "the size of a kernel stays")
     for plane in f.planes(x):
-        pixels = {axis for axis in varying(plane) if axis > 1}
-        if pixels:
-            f.labels.fix(project(f.labels, plane, pixels), f"it is convolved along in {f.where}")
+        _stays(f, plane, {axis for axis in varying(plane) if axis > 1}, "convolved along")
     take = [project(f.labels, p, {1}).flatten() for p in f.planes(x) if 1 in varying(p)]
     out_axis, in_axis = (1, 0) if transposed else (0, 1)
     outs = [project(f.labels, p, {out_axis}).flatten() for p in f.planes(weight)
@@ -420,6 +429,15 @@ def _convolution(f, op, args, kwargs, output):
         shape = (1, output.shape[1], *[1] * spatial)
         planes = pointwise(f.labels, [(shape, planes), (shape, own)], f.where)
     return planes
+
+
+def _stays(f: Follower, plane: Tensor, axes: set[int], why: str) -> None:
+    """Lets a plane not shrink along some axes, but along the one other that it may have."""
+    rest = varying(plane) - axes
+    if axes and len(rest) == 1:
+        f.table(plane, *rest)
+    if axes:
+        f.labels.fix(project(f.labels, plane, axes), f"it is {why} in {f.where}")
 
 
 def _grouped(
@@ -500,8 +518,7 @@ def _of_pixels(dims: int) -> Rule:
         found = []
         for plane in f.planes(x):
             pixels = {axis for axis in varying(plane) if axis >= first}
-            if pixels:
-                f.labels.fix(project(f.labels, plane, pixels), f"it is pooled along in {f.where}")
+            _stays(f, plane, pixels, "pooled along")
             left = project(f.labels, plane, varying(plane) - pixels)
             if left.numel() > 1:
                 found.append(left)

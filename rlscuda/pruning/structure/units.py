@@ -32,6 +32,7 @@ Axis = tuple[str, int]  # name of a parameter or buffer, and a dimension of it
 
 _TRANSPARENT = (Tensor, Number, str, bytes, type(None), torch.dtype, torch.device)  # hide no tensor
 _VECTORS = (BatchNorm, InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
+_RECURRENT_INPUTS = (("weight_ih_l0", 1), ("weight_ih_l0_reverse", 1))
 _MASKED = "the {} of {!r} is not a plain parameter (parametrised or masked)"
 
 
@@ -303,7 +304,7 @@ def _side(
     if isinstance(module, nn.Embedding):
         return [((prefix, "both"), places)] if axis == 1 else []
     if isinstance(module, nn.RNNBase):
-        return [((prefix, "in"), places)] if name == "weight_ih_l0" and axis == 1 else []
+        return [((prefix, "in"), places)] if (name, axis) in _RECURRENT_INPUTS else []
     if isinstance(module, _VECTORS):
         return [((prefix, "both"), places)] if axis == tensor.dim() - 1 else []
     if not isinstance(tensor, nn.Parameter):
@@ -346,7 +347,7 @@ def _tie_module(labels: Labels, name: str, module: nn.Module, tensors: dict[Axis
         for part, parameter in own_parameters(module).items():
             for axis in range(parameter.dim() if parameter is not None else 0):
                 states = own(part, axis)
-                if states is not None and (part, axis) != ("weight_ih_l0", 1):
+                if states is not None and (part, axis) not in _RECURRENT_INPUTS:
                     labels.fix(states, f"the width of {kind} {name!r} stays")
 
 

@@ -44,6 +44,25 @@ def widths_of(
     return list(found.values())
 
 
+def shared(model: nn.Module, sites: Sequence[Site]) -> list[list[Site]]:
+    """Sites of one size in one module that has an attribute of that value, as `head_dim`.
+
+    Args:
+        model: The model.
+        sites: Where its forward gives sizes; those of torch's own modules are left out.
+    """
+    modules = dict(model.named_modules())
+    found: dict[tuple[str, int], list[Site]] = {}
+    for site in sites:
+        if site.line:
+            found.setdefault((site.module, site.size), []).append(site)
+    return [
+        same
+        for (module, size), same in found.items()
+        if len(same) > 1 and any(True for _ in _of_value(modules[module], size))
+    ]
+
+
 def _of_value(module: nn.Module, size: int) -> Iterator[tuple[str, int | None]]:
     """Attributes of a module, and places in them, that are a number."""
     known = by_tensors(module)

@@ -1,0 +1,84 @@
+"""Rules of operations, each in a small network that needs it: what can go, and the cut itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlscuda.pruning.couplings import Structure
+from rlscuda.pruning.structure.trace import trace
+from rlscuda.pruning.surgery.plan import plan
+from rlscuda.pruning.surgery.transaction import pruned_copy
+
+
+class Net(nn.Module):
+    """Layers by name, and a forward that is given."""
+
+    def __init__(self, forward, **layers: nn.Module):
+        super().__init__()
+        self._forward = forward
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x):
+        return self._forward(self, x)
+
+
+def cut(model: nn.Module, x: Tensor) -> Structure:
+    """The structure, when the model without half of each coupling has run in both modes."""
+    structure = trace(model, x)
+    halves = {c.name: range(c.units // 2) for c in structure.couplings}
+    pruned = pruned_copy(model, plan(structure, halves), {})
+    for training in (False, True):
+        assert pruned.train(training)(x).shape == model(x).shape
+    return structure
+
+
+def units(structure: Structure) -> dict[str, int]:
+    return {coupling.name: coupling.units for coupling in structure.couplings}
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("both", [False, True])
+def test_what_feeds_a_recurrent_module(kind, both):
+    model = Net(
+        lambda m, x: m.head(m.rnn(m.map(x).flatten(1, 2).transpose(1, 2))[0]),
+        map=nn.Conv2d(3, 6, 1), rnn=kind(12, 5, bidirectional=both, batch_first=True),
+        head=nn.Linear(5 * (1 + both), 2),
+    )  # fmt: skip
+    structure = cut(model, torch.randn(2, 3, 2, 7))
+    assert units(structure) == {"map": 6}
+    reverse = [t for t, axis in structure.couplings[0].places if "reverse" in t]
+    assert reverse == (["rnn.weight_ih_l0_reverse"] if both else [])
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_features_that_become_maps_go_by_channels(norm):
+    layers = [nn.Linear(7, 6 * 4 * 4), nn.Unflatten(1, (6, 4, 4)), nn.Conv2d(6, 3, 3)]
+    if norm:
+        layers.insert(2, nn.BatchNorm2d(6))
+    structure = cut(nn.Sequential(*layers), torch.randn(2, 7))
+    assert units(structure) == {"0": 6}
+    assert structure.couplings[0].member("0", "out").indices.tolist() == [
+        list(range(16 * i, 16 * i + 16)) for i in range(6)
+    ]
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect", "replicate", "circular"])
+def test_padding_of_pixels_passes_channels(mode):
+    model = Net(
+        lambda m, x: m.last(F.pad(m.first(x), (0, 1, 1, 2), mode)),
+        first=nn.Conv2d(3, 6, 1), last=nn.Conv2d(6, 2, 3),
+    )  # fmt: skip
+    assert units(cut(model, torch.randn(2, 3, 5, 5))) == {"first": 6}
+
+
+def test_padding_of_channels_ties_what_is_there_to_its_place():
+    model = Net(
+        lambda m, x: m.last(F.pad(m.first(x), (0, 0, 0, 0, 1, 2))),
+        first=nn.Conv2d(3, 6, 1), last=nn.Conv2d(9, 2, 1),
+    )  # fmt: skip
+    structure = cut(model, torch.randn(2, 3, 5, 5))
+    assert structure.couplings[0].member("last", "in").indices.flatten().tolist() == [*range(1, 7)]
