@@ -32,12 +32,15 @@ class Site:
         line: File and line.
         size: Of the axis.
         labels: That of each of its channels, int64 [size].
+        outer: Whether other axes of channels lie within it, as dimensions lie within heads; None
+            where there are no others.
     """
 
     module: str
     line: str
     size: int
     labels: Tensor
+    outer: bool | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +176,9 @@ class Follower(TorchDispatchMode):
             for axis in varying(plane):
                 others = [a for a in range(plane.dim()) if a != axis]
                 flat = plane.permute(axis, *others).reshape(plane.shape[axis], -1)
-                self.sites.append(Site(module, line, plane.shape[axis], self.labels.derive(flat)))
+                outer = axis < max(varying(plane)) if len(varying(plane)) > 1 else None
+                found = Site(module, line, plane.shape[axis], self.labels.derive(flat), outer)
+                self.sites.append(found)
 
     def product(self, left: Planes, right: Planes) -> None:
         """Notes planes along whose last axes two activations are multiplied and summed."""

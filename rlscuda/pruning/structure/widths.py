@@ -7,6 +7,7 @@ one is tried with the couplings.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ def widths_of(
     found: dict[tuple[str, str, int | None], Width] = {}
     for site, labels in sites:
         channels = [unit_of[label] for label in labels if label in unit_of]
-        for attribute, item in _of_value(modules[site.module], site.size) if channels else ():
+        for attribute, item in _held(modules[site.module], site) if channels else ():
             key = (site.module, attribute, item)
             width = found.setdefault(key, Width(*key, site.size, []))
             if channels not in width.channels:
@@ -44,26 +45,17 @@ def widths_of(
     return list(found.values())
 
 
-def shared(model: nn.Module, sites: Sequence[Site]) -> list[list[Site]]:
-    """Sites of one size in one module that has an attribute of that value, as `head_dim`.
-
-    Args:
-        model: The model.
-        sites: Where its forward gives sizes; those of torch's own modules are left out.
-    """
-    modules = dict(model.named_modules())
-    found: dict[tuple[str, int], list[Site]] = {}
-    for site in sites:
-        if site.line:
-            found.setdefault((site.module, site.size), []).append(site)
-    return [
-        same
-        for (module, size), same in found.items()
-        if len(same) > 1 and any(True for _ in _of_value(modules[module], size))
-    ]
+def _held(module: nn.Module, site: Site) -> list[tuple[str, int | None]]:
+    """Where a module holds the size of a site; of a number of heads that of dimensions may equal."""
+    found = list(of_value(module, site.size))
+    counts = [place for place in found if re.search("heads|groups", place[0])]
+    others = [place for place in found if place not in counts]
+    if not counts or not others:
+        return found
+    return {True: counts, False: others, None: []}[site.outer]
 
 
-def _of_value(module: nn.Module, size: int) -> Iterator[tuple[str, int | None]]:
+def of_value(module: nn.Module, size: int) -> Iterator[tuple[str, int | None]]:
     """Attributes of a module, and places in them, that are a number."""
     known = by_tensors(module)
     for name, value in vars(module).items():
