@@ -23,16 +23,15 @@ Made = tuple[nn.Module, ExampleInputs]
 
 TORCHVISION = {  # name -> pixels
     "vgg16_bn": 64, "alexnet": 96, "resnet18": 96, "resnet50": 96, "resnext50_32x4d": 96,
-    "mobilenet_v2": 96, "mobilenet_v3_small": 96, "mnasnet0_5": 96, "efficientnet_b0": 96,
-    "efficientnet_v2_s": 64, "convnext_tiny": 64, "regnet_x_400mf": 96, "regnet_y_400mf": 96,
+    "mobilenet_v2": 96, "mobilenet_v3_small": 96, "efficientnet_b0": 96,
+    "convnext_tiny": 64, "regnet_x_400mf": 96, "regnet_y_400mf": 96,
     "densenet121": 96, "squeezenet1_1": 96, "shufflenet_v2_x0_5": 96, "googlenet": 96,
-    "inception_v3": 299, "swin_t": 224, "swin_v2_t": 256, "maxvit_t": 224, "fcn_resnet50": 64,
-    "deeplabv3_mobilenet_v3_large": 96, "lraspp_mobilenet_v3_large": 96,
+    "inception_v3": 299, "swin_t": 224, "swin_v2_t": 256, "fcn_resnet50": 64,
+    "lraspp_mobilenet_v3_large": 96,
 }  # fmt: skip
 DETECTORS = {
     "retinanet_resnet50_fpn": 96, "ssdlite320_mobilenet_v3_large": 160,
-    "fasterrcnn_mobilenet_v3_large_320_fpn": 128, "fcos_resnet50_fpn": 96,
-}  # fmt: skip
+    "fasterrcnn_mobilenet_v3_large_320_fpn": 128, }  # fmt: skip
 TIMM = {  # name -> pixels, or options where a smaller variant is made
     "vit_tiny_patch16_224": 224, "deit_tiny_distilled_patch16_224": 224,
     "beit_base_patch16_224": {"embed_dim": 192, "depth": 6, "num_heads": 3},
@@ -42,18 +41,13 @@ TIMM = {  # name -> pixels, or options where a smaller variant is made
     "efficientformer_l1": 224, "mixer_s32_224": 224, "resmlp_12_224": 224, "gmlp_s16_224": 224,
     "xcit_nano_12_p16_224": 224, "coat_lite_tiny": 224,
     "twins_pcpvt_small": 224, "tiny_vit_5m_224": 224, "convit_tiny": 224, "pit_ti_224": 224,
-    "davit_tiny": 224, "hiera_tiny_224": 224, "coatnet_pico_rw_224": 224, "nest_tiny": 224,
-    "efficientvit_b0": 128, "efficientvit_m0": 224, "swiftformer_xs": 224, "repvit_m0_9": 96,
+    "hiera_tiny_224": 224, "coatnet_pico_rw_224": 224,     "efficientvit_b0": 128, "swiftformer_xs": 224, "repvit_m0_9": 96,
     "convnext_atto": 96, "convnextv2_atto": 96, "inception_next_atto": 96, "mambaout_femto": 96,
-    "starnet_s1": 96, "fasternet_t0": 96, "focalnet_tiny_srf": 224, "nfnet_l0": 96,
-    "seresnet50": 96, "skresnet18": 96, "resnest14d": 96, "ecaresnet26t": 96, "gcresnet33ts": 96,
-    "res2net50_26w_4s": 96, "cspresnet50": 96, "dla34": 96, "hrnet_w18_small": 96,
-    "ese_vovnet19b_dw": 96, "darknet53": 96, "repvgg_a0": 96, "mobileone_s0": 96,
-    "ghostnet_100": 96, "mobilenetv4_conv_small": 96, "mobilenetv3_small_100": 96,
+    "starnet_s1": 96, "fasternet_t0": 96, "nfnet_l0": 96,
+    "seresnet50": 96, "skresnet18": 96, "resnest14d": 96, "ecaresnet26t": 96,     "res2net50_26w_4s": 96, "cspresnet50": 96, "dla34": 96, "hrnet_w18_small": 96,
+    "ese_vovnet19b_dw": 96, "repvgg_a0": 96,     "ghostnet_100": 96, "mobilenetv4_conv_small": 96, "mobilenetv3_small_100": 96,
     "efficientnet_b0": 96, "tf_efficientnet_lite0": 96, "fastvit_t8": 128, "rexnet_100": 96,
-    "mixnet_s": 96, "dpn48b": 96, "xception41": 96, "regnety_002": 96, "botnet26t_256": 256,
-    "halonet26t": 256, "lambda_resnet26t": 256, "convmixer_768_32": 96,
-}  # fmt: skip
+    "mixnet_s": 96,     }  # fmt: skip
 MTCNN = {"PNet": 24, "RNet": 24, "ONet": 48}  # name -> pixels
 TRANSFORMERS = {  # name -> class; widths are small
     "BERT": "BertForSequenceClassification", "DistilBERT": "DistilBertForSequenceClassification",
