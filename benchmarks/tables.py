@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from benchmarks.architectures import table as architectures
 from benchmarks.common import environment, shapes
 from benchmarks.distributed import report as distributed
 from benchmarks.learning import long_runs
@@ -25,6 +26,7 @@ from benchmarks.pruning import adaptive, blocks, gates, plots, pretraining, reli
 RESULTS = Path(__file__).resolve().parent / "results"
 MARKED = re.compile(r"(<!-- table:([\w.]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 NOT_MEASURED = "Not measured yet.\n"
+LIBRARIES = ("torch_pruning", "torchvision", "timm", "transformers")
 GRIDS = {  # of many training runs
     "quality": learning.report,
     "long_runs": long_runs.report,
@@ -34,6 +36,7 @@ GRIDS = {  # of many training runs
     "pretraining": pretraining.report,
     "relief": relief.report,
     "adaptive": adaptive.report,
+    "architectures": architectures.report,
 }
 
 
@@ -196,7 +199,7 @@ def grid_provenance(document: dict) -> str:
     hashes = {sitting["source_hash"] for sitting in sittings}
     machine = sittings[-1]
     library = ", ".join(
-        f"{name} {machine[name]}" for name in (*environment.versions(), "torch_pruning")
+        f"{name} {machine[name]}" for name in (*environment.versions(), *LIBRARIES)
         if name in machine
     )  # fmt: skip
     text = (

@@ -39,15 +39,16 @@ TIMM = {  # name -> pixels, or options where a smaller variant is made
     "crossvit_tiny_240": 240, "swin_tiny_patch4_window7_224": 224, "pvt_v2_b0": 224,
     "poolformer_s12": 224, "mobilevit_xxs": 128, "edgenext_xx_small": 128, "levit_128s": 224,
     "efficientformer_l1": 224, "mixer_s32_224": 224, "resmlp_12_224": 224, "gmlp_s16_224": 224,
-    "xcit_nano_12_p16_224": 224, "coat_lite_tiny": 224,
-    "twins_pcpvt_small": 224, "tiny_vit_5m_224": 224, "convit_tiny": 224, "pit_ti_224": 224,
-    "hiera_tiny_224": 224, "coatnet_pico_rw_224": 224,     "efficientvit_b0": 128, "swiftformer_xs": 224, "repvit_m0_9": 96,
+    "xcit_nano_12_p16_224": 224, "coat_lite_tiny": 224, "twins_pcpvt_small": 224,
+    "tiny_vit_5m_224": 224, "convit_tiny": 224, "pit_ti_224": 224, "hiera_tiny_224": 224,
+    "coatnet_pico_rw_224": 224, "efficientvit_b0": 128, "swiftformer_xs": 224, "repvit_m0_9": 96,
     "convnext_atto": 96, "convnextv2_atto": 96, "inception_next_atto": 96, "mambaout_femto": 96,
-    "starnet_s1": 96, "fasternet_t0": 96, "nfnet_l0": 96,
-    "seresnet50": 96, "skresnet18": 96, "resnest14d": 96, "ecaresnet26t": 96,     "res2net50_26w_4s": 96, "cspresnet50": 96, "dla34": 96, "hrnet_w18_small": 96,
-    "ese_vovnet19b_dw": 96, "repvgg_a0": 96,     "ghostnet_100": 96, "mobilenetv4_conv_small": 96, "mobilenetv3_small_100": 96,
-    "efficientnet_b0": 96, "tf_efficientnet_lite0": 96, "fastvit_t8": 128, "rexnet_100": 96,
-    "mixnet_s": 96,     }  # fmt: skip
+    "starnet_s1": 96, "fasternet_t0": 96, "nfnet_l0": 96, "seresnet50": 96, "skresnet18": 96,
+    "resnest14d": 96, "ecaresnet26t": 96, "res2net50_26w_4s": 96, "cspresnet50": 96, "dla34": 96,
+    "hrnet_w18_small": 96, "ese_vovnet19b_dw": 96, "repvgg_a0": 96, "ghostnet_100": 96,
+    "mobilenetv4_conv_small": 96, "mobilenetv3_small_100": 96, "efficientnet_b0": 96,
+    "tf_efficientnet_lite0": 96, "fastvit_t8": 128, "rexnet_100": 96, "mixnet_s": 96,
+}  # fmt: skip
 MTCNN = {"PNet": 24, "RNet": 24, "ONet": 48}  # name -> pixels
 TRANSFORMERS = {  # name -> class; widths are small
     "BERT": "BertForSequenceClassification", "DistilBERT": "DistilBertForSequenceClassification",
