@@ -46,7 +46,7 @@ def widths_of(
 
 
 def _held(module: nn.Module, site: Site) -> list[tuple[str, int | None]]:
-    """Where a module holds the size of a site; of a number of heads that of dimensions may equal."""
+    """Where a module holds the size of a site; heads may be as many as their dimensions."""
     found = list(of_value(module, site.size))
     counts = [place for place in found if re.search("heads|groups", place[0])]
     others = [place for place in found if place not in counts]
