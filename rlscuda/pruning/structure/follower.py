@@ -155,16 +155,16 @@ class Follower(TorchDispatchMode):
     def table(self, labels: Tensor, axis: int | None = None) -> None:
         """Notes an array of channels; axes of size 1 are left out.
 
-        Where the axis is known, the same channels are no longer tried along another.
+        Where the axis is known, the same array is no longer tried along another.
         """
         if axis is None:
             labels = labels.squeeze()
         else:
-            own = set(labels.flatten().tolist())
+            same = labels.squeeze()
             self.tables = [
                 table
                 for table in self.tables
-                if table.axis is not None or set(table.labels.flatten().tolist()) != own
+                if table.axis is not None or not torch.equal(table.labels, same)
             ]
         if labels.dim() > 1 or axis is not None:
             self.tables.append(Table(labels, axis, self._place()[1]))
