@@ -21,7 +21,7 @@ from benchmarks.common import environment, shapes
 from benchmarks.distributed import report as distributed
 from benchmarks.learning import long_runs
 from benchmarks.learning import report as learning
-from benchmarks.pruning import adaptive, blocks, gates, plots, pretraining, relief
+from benchmarks.pruning import adaptive, blocks, gates, plots, pretraining, relief, transformers
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MARKED = re.compile(r"(<!-- table:([\w.]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -37,6 +37,7 @@ GRIDS = {  # of many training runs
     "relief": relief.report,
     "adaptive": adaptive.report,
     "architectures": architectures.report,
+    "transformers": transformers.report,
 }
 
 

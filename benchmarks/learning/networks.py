@@ -78,12 +78,12 @@ class GPT(nn.Module):
 class ViT(nn.Module):
     """A vision transformer on patches of 4 x 4 pixels, with the mean of the tokens at its end."""
 
-    def __init__(self, shape: zoo.ImageShape, classes: int, width: int = 64, heads: int = 4):
+    def __init__(self, shape: zoo.ImageShape, classes: int, width=64, heads=4, depth=3):
         super().__init__()
         self.patches = nn.Conv2d(shape.channels, width, 4, 4)
         count = (shape.height // 4) * (shape.width // 4)
         self.positions = nn.Parameter(0.02 * torch.randn(count, width))
-        self.blocks = _blocks(width, heads, 3, causal=False)
+        self.blocks = _blocks(width, heads, depth, causal=False)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
 
