@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -252,12 +253,11 @@ class Search:
 
     def compensated(self, cut: Cut) -> tuple[dict[str, Tensor], dict[str, str]]:
         """New values of the weights and biases that a cut leaves; layers without any, and why."""
+        scaled = partial(rescaled, self.model, self.structure.families, cut.removed)
         if not self.compensate:
-            return {}, {}
+            return scaled({}), {}
         values, reasons = compensate_layers(self.model, self.matrices, cut.lost)
-        values = rescaled(
-            self.model, self.structure.families, cut.removed, {**self.turned, **values}
-        )
+        values = scaled({**self.turned, **values})
         if self.refit is not None and cut.removed:
             values = self.refit(cut.surgery, values)
         modules = dict(self.model.named_modules())
