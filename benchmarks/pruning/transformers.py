@@ -1,11 +1,11 @@
 """Transformers pruned in one shot, nothing trained since: a ViT, and a language model after Llama.
 
-The ViT learns 40,000 images of CIFAR-10 for five epochs. It loses half of the dimensions of its
-heads, or half of its heads, and half of its MLPs; or a quarter of its embedding. The language
-model, with RMSNorm, rotary positions, heads that share keys and SwiGLU, learns to continue text
-and loses a share of its parameters. Every method sees the same 512 training images or windows of
-text; what `RLSPruner` cuts by different importances has equal widths. Those like SlimGPT and FLAP
-take groups of heads and hidden units until as many parameters are gone.
+The ViT learns 40,000 images of CIFAR-10 for five epochs. It loses half or three quarters of the
+dimensions of its heads and of its MLPs; or half of its heads as a whole; or a quarter of its
+embedding. The language model, with RMSNorm, rotary positions, heads that share keys and SwiGLU,
+learns to continue text, and loses a share of its parameters. Every method sees the same 512
+training images or windows of text. What `RLSPruner` cuts by different importances has equal widths;
+those like SlimGPT and FLAP take groups of heads and hidden units until as many parameters are gone.
 
     python -m benchmarks.pruning.transformers --workers 1  # run, or go on after an interruption
     python -m benchmarks.pruning.transformers --report     # the tables of the results
@@ -46,12 +46,13 @@ IMAGES = (40_000, 5_000, 5_000)  # training, validation and test images
 EPOCHS, BATCH = 5, 128  # of the ViT
 STEPS, WINDOWS = 1_500, 16  # of the language model, and the windows of a step
 RATE, CALIBRATED = 2e-3, 512
-HALVES = {"*.attention.value": 0.5, "*.up": 0.5}
+PARTS = ("*.attention.query", "*.attention.value", "*.up")
+HALF, QUARTER = "half of head dimensions and MLPs", "3/4 of head dimensions and MLPs"
 CUTS: dict[str, dict[str, Any]] = {  # of the ViT
-    "values, MLPs": {"ratio": HALVES},
-    "head dimensions, MLPs": {"ratio": HALVES | {"*.attention.query": 0.5}},
-    "heads, MLPs": {"ratio": {"*.attention.query": 0.5, "*.up": 0.5}, "heads": True},
-    "embedding": {"ratio": {"stem.6": 0.25}},
+    HALF: {"ratio": dict.fromkeys(PARTS, 0.5)},
+    QUARTER: {"ratio": dict.fromkeys(PARTS, 0.75)},
+    "half of heads and MLPs": {"ratio": {PARTS[0]: 0.5, PARTS[-1]: 0.5}, "heads": True},
+    "1/4 of the embedding": {"ratio": {"stem.6": 0.25}},
 }
 SHARES = (0.2, 0.5)  # of the parameters of the language model, gone
 WIDE = ("tokens", "*.o_proj", "*.down_proj")  # make its embedding, which stays
@@ -228,7 +229,7 @@ def prune(job: dict[str, Any], model: nn.Module, split: data.Split) -> None:
     stride = 1 if network == "vit" else len(split.y) // CALIBRATED
     x, y = (part[::stride][:CALIBRATED] for part in (split.x, split.y))
     if method == GROUP:
-        by_torch_pruning(model, x[:1])
+        by_torch_pruning(model, x[:1], CUTS[cut]["ratio"][PARTS[0]])
     elif method in HEADS:
         HEADS[method](model, list(x.split(64)), counts_of(model, cut))
     else:
@@ -242,24 +243,30 @@ def prune(job: dict[str, Any], model: nn.Module, split: data.Split) -> None:
         ).step()  # fmt: skip
 
 
-def by_torch_pruning(model: nn.Module, example: Tensor) -> None:
-    """Half of the dimensions of heads and of the MLPs gone, by the norms of their groups."""
+def by_torch_pruning(model: nn.Module, example: Tensor, share: float) -> None:
+    """A share of the dimensions of heads and of the MLPs gone, by the norms of their groups.
+
+    The division of logits by the root of fewer dimensions is made up for.
+    """
     import torch_pruning
 
     attentions = [m for m in model.modules() if isinstance(m, Attention)]
-    shares: dict[nn.Module, float] = {m.up: 0.5 for m in model.modules() if isinstance(m, Block)}
-    for one in attentions:
-        shares |= dict.fromkeys((one.query, one.key, one.value), 0.5)
-    kept = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) if m not in shares]
+    cut: list[nn.Module] = [m.up for m in model.modules() if isinstance(m, Block)]
+    cut += [part for m in attentions for part in (m.query, m.key, m.value)]
     torch_pruning.pruner.BasePruner(
         model,
         example,
         importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
         pruning_ratio=0.0,
-        pruning_ratio_dict=shares,
+        pruning_ratio_dict=dict.fromkeys(cut, share),
         num_heads={part: m.heads for m in attentions for part in (m.query, m.key, m.value)},
-        ignored_layers=kept,
+        ignored_layers=[
+            m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) if m not in cut
+        ],
     ).step()
+    for one in attentions:
+        for parameter in one.query.parameters():
+            parameter.data *= math.sqrt(1 - share)
 
 
 def counts_of(model: Any, share: float) -> dict[str, int]:
@@ -297,7 +304,7 @@ def planned(networks: list[str], seeds: list[int]) -> Iterator[dict[str, Any]]:
             yield job | {"cut": None, "method": "whole"}
             for cut in CUTS if network == "vit" else SHARES:
                 for method in METHODS[network]:
-                    if method != GROUP or cut == "head dimensions, MLPs":
+                    if method != GROUP or cut in (HALF, QUARTER):
                         yield job | {"cut": cut, "method": method}
 
 
