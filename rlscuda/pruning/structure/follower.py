@@ -1,6 +1,6 @@
 """Follows labels through a forward: every operation that torch runs, below autograd.
 
-What an operation makes of labels is said in `operations`. What only moves elements is run on the
+What an operation makes of labels is said in `rules`. What only moves elements is run on the
 labels themselves, so that no change of shape can be misread.
 """
 
@@ -19,8 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from rlscuda._torch import Operator, TorchDispatchMode, writes
-from rlscuda.pruning.structure.labels import Labels, Planes, simplified, varying
-from rlscuda.pruning.structure.operations import RULES, default
+from rlscuda.pruning.structure.rules import rule_of
+from rlscuda.pruning.structure.rules.labels import Labels, Planes, simplified, varying
+from rlscuda.pruning.structure.rules.registry import tensors_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,12 +196,11 @@ class Follower(TorchDispatchMode):
     def __torch_dispatch__(self, func: Operator, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        taken = _tensors((args, kwargs))
+        taken = tensors_in((args, kwargs))
         self.met.update(id(tensor) for tensor in taken)
         if any(self.planes(tensor) for tensor in taken):
             self._running = func.overloadpacket.__name__
-            rule = RULES.get(func.overloadpacket.__name__.removesuffix("_"), default)
-            made = rule(self, func, args, kwargs, output)
+            made = rule_of(func)(self, func, args, kwargs, output)
             outputs = output if isinstance(output, (list, tuple)) else [output]
             if not (isinstance(made, list) and made and isinstance(made[0], list)):
                 made = [made] * len(outputs)
@@ -217,7 +217,7 @@ class Follower(TorchDispatchMode):
             if target is not None and target in self._views:
                 self._write_back(target)
         elif func.is_view and args and isinstance(args[0], Tensor):
-            for place, view in enumerate(_tensors(output)):
+            for place, view in enumerate(tensors_in(output)):
                 several = isinstance(output, (list, tuple))
                 self._views[view] = (args[0], func, args[1:], kwargs, place if several else None)
 
@@ -237,14 +237,3 @@ class Follower(TorchDispatchMode):
             self.give(base, written)
         if base in self._views:
             self._write_back(base)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors among arguments, also in lists of them."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        return []
-    return [tensor for item in value for tensor in _tensors(item)]

@@ -18,8 +18,8 @@ from rlscuda.optim.discovery import modules_named
 from rlscuda.pruning.couplings import Coupling, Member, Structure
 from rlscuda.pruning.running.calls import ExampleInputs, all_tensors
 from rlscuda.pruning.structure.families import families_of
-from rlscuda.pruning.structure.labels import Labels
 from rlscuda.pruning.structure.probe import unsound
+from rlscuda.pruning.structure.rules.labels import Labels
 from rlscuda.pruning.structure.units import Followed, Side, Unit, follow
 from rlscuda.pruning.structure.widths import widths_of
 

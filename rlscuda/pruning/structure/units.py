@@ -22,10 +22,11 @@ from rlscuda.pruning.running.calls import (
     isolated_copy,
     leaves,
     map_tensors,
+    output_tensors,
     rng_kept,
 )
 from rlscuda.pruning.structure.follower import Follower, Product, Scales, Site, Table
-from rlscuda.pruning.structure.labels import Labels
+from rlscuda.pruning.structure.rules.labels import Labels
 
 Side = tuple[str, str]  # name of a module, parameter or input, and `in`, `out`, `both` or `input`
 Axis = tuple[str, int]  # name of a parameter or buffer, and a dimension of it
@@ -130,11 +131,14 @@ def follow(model: nn.Module, example_inputs: ExampleInputs) -> Followed:
     except Exception as error:
         raise ValueError(f"the model cannot be deep-copied: {error}") from error
     follower = Follower(copy)
-    for module in copy.modules():
-        if not any(True for _ in module.children()) and not any(True for _ in module.parameters()):
-            module.register_forward_hook(
-                lambda m, args, y: [follower.site(t) for t in leaves(y)] and None
-            )
+
+    def noted(module: nn.Module, args: Any, output: Any) -> None:
+        for tensor in output_tensors(output):
+            follower.site(tensor)
+
+    for module in copy.modules():  # whose width is an attribute alone
+        if len(list(module.modules())) == 1 and not list(module.parameters()):
+            module.register_forward_hook(noted)
     tensors, sides = _labelled(copy, follower)
     widths: dict[str, int] = {}
     numbers = itertools.count()
@@ -153,11 +157,10 @@ def follow(model: nn.Module, example_inputs: ExampleInputs) -> Followed:
     inputs = map_tensors(taken, example_inputs)
     try:
         with rng_kept(model), torch.no_grad(), _plain_operations(), Scales(follower), follower:
-            outputs = _checked_outputs(call(copy, inputs))
-    except ValueError:
-        raise
+            output = call(copy, inputs)
     except Exception as error:
         raise ValueError(f"the model cannot be traced on the example inputs: {error}") from error
+    outputs = _checked_outputs(output)
     for name, module in copy.named_modules():
         _tie_module(follower.labels, name, module, tensors)
         if obstacle := _obstacle(module, name):
@@ -174,7 +177,11 @@ def follow(model: nn.Module, example_inputs: ExampleInputs) -> Followed:
     return Followed(
         follower.labels,
         {axis: labels for axis, labels in tensors.items() if axis[0] in met},
-        [side for name, *side in sides if name in met or side[0][1] == "input"],
+        [
+            (side, own, channels)
+            for name, side, own, channels in sides
+            if name in met or side[1] == "input"
+        ],  # fmt: skip
         _distinct(follower.tables),
         follower.sites,
         follower.products,
@@ -340,8 +347,9 @@ def _tie_module(labels: Labels, name: str, module: nn.Module, tensors: dict[Axis
         else:
             width = own("q_proj_weight", 1)
             parts = [t for part in "qkv" if (t := own(f"{part}_proj_weight", 0)) is not None]
-        for found in parts if width is not None else ():
-            labels.join_all(width, found)
+        if width is not None:
+            for found in parts:
+                labels.join_all(width, found)
     elif isinstance(module, nn.RNNBase):
         kind = type(module).__name__
         for part, parameter in own_parameters(module).items():
