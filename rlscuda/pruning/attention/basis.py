@@ -149,7 +149,7 @@ class _Turn:
     def values(self) -> dict[str, Tensor]:
         """New values by parameter name."""
         return {
-            f"{name}.{own}": value
+            f"{name}.{own}": value.contiguous()
             for name, weight in self._weights.items()
             for own, value in layer_values(self._modules[name], weight[None]).items()
         }

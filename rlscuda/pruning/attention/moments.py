@@ -60,7 +60,7 @@ class Moments:
 def product_consumers(
     families: list[Family], units: int, modules: Mapping[str, Any], matrices: Mapping[str, Any]
 ) -> list[Consumer]:
-    """The products of a coupling as layers that read its units, in shares of their energy.
+    """The products of a coupling as a layer that reads its units, in shares of their energy.
 
     To a product its dimensions are what inputs without correlation are to a layer: the cost of
     several is the sum of theirs.
@@ -70,17 +70,20 @@ def product_consumers(
         units: Of the coupling.
         modules: The model's modules by name.
         matrices: Inverse autocorrelation matrices by layer.
+
+    Returns:
+        One consumer, or none where the moments of no product are known.
     """
-    moments, found = Moments(modules, matrices), []
-    for family in families:
-        if not family.product or not moments.known(family):
-            continue
-        cost = moments.cost(family)
-        blocks = family.units.argsort(stable=True).view(units, -1)
-        total = float(cost.sum())
-        cost = cost.clamp_min(1e-12 * total)
-        if total > 0:
-            found.append(
-                Consumer(torch.diag(1 / cost), cost.new_ones(1, len(cost)), blocks, 1 / total)
-            )
-    return found
+    moments = Moments(modules, matrices)
+    known = [family for family in families if family.product and moments.known(family)]
+    costs = [moments.cost(family) for family in known]
+    shares = [cost / cost.sum() for cost in costs if float(cost.sum()) > 0]
+    if not shares or len(shares) < len(known):
+        return []
+    cost, unit = torch.cat(shares), torch.cat([family.units for family in known])
+    each = torch.bincount(unit, minlength=units)
+    if bool((each != each[0]).any()):
+        return []
+    blocks = unit.argsort(stable=True).view(units, -1)
+    cost = cost.clamp_min(1e-12)
+    return [Consumer(torch.diag(1 / cost), cost.new_ones(1, len(cost)), blocks, 1 / len(shares))]

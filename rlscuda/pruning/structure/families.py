@@ -14,16 +14,21 @@ from rlscuda.pruning.couplings import Coupling, Family
 from rlscuda.pruning.structure.units import Followed
 
 Place = tuple[str, bool, int]  # a layer, whether on the side of its outputs, and the row or column
+Row = tuple[Place, ...]  # of the dimensions of one head
 Sides = dict[str, list[Tensor]]  # by layer: its rows or columns [d], of each head that has them
 
 
 @dataclass(frozen=True)
 class _Met:
-    """What is met by each label before tables tie any: layers, and whether anything else is."""
+    """What labels are of before tables tie any: layers, and whether they meet anything else."""
 
     places: dict[int, list[Place]]
     else_met: set[int]
     home: dict[int, Place]  # of a label itself, where it is of a layer's weight
+
+    def free(self, roots: Sequence[int]) -> bool:
+        """Whether nothing but layers meets some dimensions, each of which may go alone."""
+        return len(set(roots)) == len(roots) and not self.else_met.intersection(roots)
 
 
 def families_of(
@@ -45,34 +50,27 @@ def families_of(
         for channel in row
     }
     met = _met(model, followed)
-    find = followed.labels.find
-    found: dict[tuple[int, ...], Family] = {}
-    for product in followed.products:
-        for left, right in zip(product.left.tolist(), product.right.tolist()):
-            homes = [[met.home.get(label) for label in ids] for ids in (left, right)]
-            if any(home is None or not home[1] for side in homes for home in side):
-                continue
-            one, other = (_grouped([[home] for home in side if home]) for side in homes)
-            roots = tuple(map(find, left))
-            if roots in found:
-                _add(found[roots].left, one)
-                _add(found[roots].right, other)
-            elif units := _units(unit_of, [home for home in homes[0] if home]):
-                free = _free(met, roots)
-                found[roots] = Family(*units, one, other, True, product.scaled, free)
-    around = {name.rpartition(".")[0] for name in (family.coupling for family in found.values())}
-    for roots in _rows(followed):
-        if roots in found:
+    found: list[Family] = []
+    known: set[tuple[int, ...]] = set()
+    for product in _products(met, followed):
+        known |= product.roots
+        if units := _units(unit_of, next(iter(product.left))):
+            free = all(map(met.free, product.roots))
+            left, right = (_by_layer(list(zip(*side))) for side in (product.left, product.right))
+            found.append(Family(*units, left, right, True, product.scaled, free))
+    around = {family.coupling.rpartition(".")[0] for family in found}
+    for roots, of_head in _rows(followed):
+        if roots in known or not met.free(roots):
             continue
         places = [met.places.get(root, []) for root in roots]
-        made, read = (_grouped([[p for p in own if p[1] == out] for own in places])
+        made, read = (_by_layer([[p for p in own if p[1] == out] for own in places])
                       for out in (True, False))  # fmt: skip
-        if not made or not read or not _free(met, roots):
-            continue
-        units = _units(unit_of, [own[0] for own in places])
-        if units and units[0].rpartition(".")[0] in around:
-            found[roots] = Family(*units, made, read, False, False, True)
-    return list(found.values())
+        units = _units(unit_of, [own[0] for own in places]) if made and read else None
+        of_head = of_head or (units is not None and len(set(units[1].tolist())) == len(roots))
+        if units and of_head and units[0].rpartition(".")[0] in around:
+            known.add(roots)
+            found.append(Family(*units, made, read, False, False, True))
+    return found
 
 
 def _met(model: nn.Module, followed: Followed) -> _Met:
@@ -95,20 +93,45 @@ def _met(model: nn.Module, followed: Followed) -> _Met:
     return met
 
 
-def _free(met: _Met, roots: Sequence[int]) -> bool:
-    """Whether nothing but layers meets some dimensions, each of which may go alone."""
-    return len(set(roots)) == len(roots) and not met.else_met.intersection(roots)
+@dataclass(eq=False)
+class _Product:
+    """Rows that are multiplied by one another, directly or through others."""
+
+    left: dict[Row, None]
+    right: dict[Row, None]
+    roots: set[tuple[int, ...]]
+    scaled: bool
 
 
-def _rows(followed: Followed) -> Iterator[tuple[int, ...]]:
-    """The sets of labels along the last axis of each table."""
+def _products(met: _Met, followed: Followed) -> list[_Product]:
+    """The products whose sides are rows of layers; those that share a row are one."""
+    found: list[_Product] = []
+    for product in followed.products:
+        for ids in zip(product.left.tolist(), product.right.tolist()):
+            rows = [tuple(met.home.get(label, ("", False, 0)) for label in side) for side in ids]
+            if not all(place[1] for row in rows for place in row):
+                continue
+            roots = {tuple(map(followed.labels.find, side)) for side in ids}
+            new = _Product({rows[0]: None}, {rows[1]: None}, roots, product.scaled)
+            for other in [o for o in found if rows[0] in o.left or rows[1] in o.right]:
+                new = _Product(other.left | new.left, other.right | new.right,
+                               other.roots | new.roots, other.scaled)  # fmt: skip
+                found.remove(other)
+            found.append(new)
+    return found
+
+
+def _rows(followed: Followed) -> Iterator[tuple[tuple[int, ...], bool]]:
+    """Labels of what may be one head, and whether it is a row of an array of channels."""
     for table in followed.tables:
         if table.axis is None:
             for row in table.labels.flatten(0, -2).tolist():
-                yield tuple(map(followed.labels.find, row))
+                yield tuple(map(followed.labels.find, row)), True
+    for site in followed.sites:  # of which it is one only if it has each unit once
+        yield tuple(map(followed.labels.find, site.labels.tolist())), False
 
 
-def _grouped(places: Sequence[Sequence[Place]]) -> Sides:
+def _by_layer(places: Sequence[Sequence[Place]]) -> Sides:
     """Places of each dimension by layer, where every dimension has as many of each."""
     by_layer: list[dict[str, list[int]]] = [defaultdict(list) for _ in places]
     for own, found in zip(places, by_layer):
@@ -118,17 +141,9 @@ def _grouped(places: Sequence[Sequence[Place]]) -> Sides:
     if len(counts) != 1 or not by_layer[0]:
         return {}
     return {
-        name: list(
-            torch.tensor([sorted(found[name]) for found in by_layer], device="cpu").unbind(1)
-        )
+        name: list(torch.tensor([found[name] for found in by_layer], device="cpu").unbind(1))
         for name in by_layer[0]
     }
-
-
-def _add(sides: Sides, more: Sides) -> None:
-    for name, rows in more.items():
-        own = sides.setdefault(name, [])
-        own += [row for row in rows if not any(torch.equal(row, known) for known in own)]
 
 
 def _units(

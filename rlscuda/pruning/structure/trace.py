@@ -114,7 +114,7 @@ def _share(followed: Followed, labels: Labels, found: Structure) -> bool:
             continue
         first = counted.setdefault(key, site.labels)
         if labels.roots(first) != labels.roots(site.labels):
-            followed.labels.join_all(first, site.labels)
+            followed.ties.append((first, site.labels))
             joined = True
     return joined
 
@@ -147,7 +147,7 @@ def _take_for_one(
                 continue
             other = {unit_of.get(root) for root in labels.roots(own)}
             if len(other) == 1 and other != names and None not in other:
-                followed.labels.join_all(own, site.labels)
+                followed.ties.append((own, site.labels))
                 joined = True
                 break
     return joined

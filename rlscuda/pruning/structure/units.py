@@ -68,6 +68,7 @@ class Followed:
         put_out: Labels that reach the model's outputs.
         output_shapes: Shape of each output.
         input_widths: Channels of each raw input that could be followed, by its number.
+        ties: Labels that go together, pair by pair, for what the forward makes of their number.
     """
 
     labels: Labels
@@ -79,6 +80,7 @@ class Followed:
     put_out: set[int]
     output_shapes: list[tuple[int, ...]]
     input_widths: dict[str, int]
+    ties: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def units(self, axes: Mapping[int, int]) -> tuple[list[Unit], Labels]:
         """Every unit whose channels do not reach an output, and the labels that say so.
@@ -87,6 +89,8 @@ class Followed:
             axes: Number of a table -> the axis along which it is to shrink; the last by default.
         """
         labels = self.labels.copy()
+        for pair in self.ties:
+            labels.join_all(*pair)
         for number, table in enumerate(self.tables):
             tie(labels, table, axes.get(number))
         labels.resolve()
