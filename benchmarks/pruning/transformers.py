@@ -51,7 +51,7 @@ HALF, QUARTER = "half of head dimensions and MLPs", "3/4 of head dimensions and 
 CUTS: dict[str, dict[str, Any]] = {  # of the ViT
     HALF: {"ratio": dict.fromkeys(PARTS, 0.5)},
     QUARTER: {"ratio": dict.fromkeys(PARTS, 0.75)},
-    "half of heads and MLPs": {"ratio": {PARTS[0]: 0.5, PARTS[-1]: 0.5}, "heads": True},
+    "half of heads and of MLPs": {"ratio": {PARTS[0]: 0.5, PARTS[-1]: 0.5}, "heads": True},
     "1/4 of the embedding": {"ratio": {"stem.6": 0.25}},
 }
 SHARES = (0.2, 0.5)  # of the parameters of the language model, gone
