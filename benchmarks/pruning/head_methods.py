@@ -32,7 +32,7 @@ class Part:
         reader: Name of the layer that reads them.
         units: How many there are.
         makers: Names of the layers that make them.
-        attention: The module whose `heads` and `keys` count them; None of an MLP.
+        attention: The module whose `keys` counts them; None of an MLP.
     """
 
     reader: str
@@ -120,5 +120,4 @@ def _cut(model: nn.Module, part: Part, P: Tensor, count: int, choose: Choice) ->
         rows = maker.weight.unflatten(0, (part.units, -1))[kept].flatten(0, 1)
         maker.weight, maker.out_features = nn.Parameter(rows.clone()), len(rows)
     if part.attention is not None:
-        part.attention.heads -= count * (part.attention.heads // part.units)
         part.attention.keys -= count

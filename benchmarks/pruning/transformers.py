@@ -114,19 +114,19 @@ class GroupedAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, keys: int):
         super().__init__()
-        self.heads, self.keys, shared = heads, keys, keys * width // heads
+        self.keys, self.shared = keys, heads // keys
         self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, shared, bias=False)
-        self.v_proj = nn.Linear(width, shared, bias=False)
+        self.k_proj = nn.Linear(width, width // self.shared, bias=False)
+        self.v_proj = nn.Linear(width, width // self.shared, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Maps [N, T, width] to the same shape; `cos` and `sin` are [T, head_dim]."""
-        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q = self.q_proj(x).unflatten(-1, (self.keys * self.shared, -1)).transpose(1, 2)
         k = self.k_proj(x).unflatten(-1, (self.keys, -1)).transpose(1, 2)
         v = self.v_proj(x).unflatten(-1, (self.keys, -1)).transpose(1, 2)
         q, k = (part * cos + _rotated(part) * sin for part in (q, k))
-        k, v = (part.repeat_interleave(self.heads // self.keys, 1) for part in (k, v))
+        k, v = (part.repeat_interleave(self.shared, 1) for part in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
