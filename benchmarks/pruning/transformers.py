@@ -55,7 +55,6 @@ CUTS: dict[str, dict[str, Any]] = {  # of the ViT
     "1/4 of the embedding": {"ratio": {"stem.6": 0.25}},
 }
 SHARES = (0.2, 0.5)  # of the parameters of the language model, gone
-WIDE = ("tokens", "*.o_proj", "*.down_proj")  # make its embedding, which stays
 OPTIONS: dict[str, dict[str, Any]] = {  # of `RLSPruner`
     "ours": {},
     "ours, in turn": {"compensate": "in turn"},
@@ -236,7 +235,7 @@ def prune(job: dict[str, Any], model: nn.Module, split: data.Split) -> None:
         options = OPTIONS[method]
         if options.get("importance") == "taylor":
             loss_of(model, x, y).backward()
-        target = CUTS[cut] if network == "vit" else {"target_params": 1 - cut, "ignored": WIDE}
+        target = CUTS[cut] if network == "vit" else widths_of(model, cut)
         RLSPruner(
             model, None, x[:2], source="calibration", loader=list(x.split(64)), seed=job["seed"],
             **target, **options,
@@ -267,6 +266,22 @@ def by_torch_pruning(model: nn.Module, example: Tensor, share: float) -> None:
     for one in attentions:
         for parameter in one.query.parameters():
             parameter.data *= math.sqrt(1 - share)
+
+
+def widths_of(model: Any, share: float) -> dict[str, Any]:
+    """The least ratio of values and hidden units that takes a share of all parameters.
+
+    Rotary frequencies stay: all heads of all blocks have only eight, together.
+    """
+    block, wanted = model.blocks[0], share * count_parameters(model) / len(model.blocks)
+    attention, hidden = block.attention, block.down_proj.in_features
+    size = attention.v_proj.out_features // attention.keys
+    value = (attention.v_proj.weight.numel() + attention.o_proj.weight.numel()) // size
+    for ratio in (count / hidden for count in range(hidden)):
+        gone = 3 * block.down_proj.out_features * round(ratio * hidden) + value * int(ratio * size)
+        if gone >= wanted:
+            return {"ratio": dict.fromkeys(("*.v_proj", "*.gate_proj"), ratio)}
+    raise ValueError(f"share must leave something of each block, got {share}")
 
 
 def counts_of(model: Any, share: float) -> dict[str, int]:
