@@ -308,7 +308,8 @@ class RLSPruner:
         matrices = matrices_from(self.source, needed, self.model, self.optimizers, self.tracker,
                                  self.loader, self.damping)  # fmt: skip
         turned: dict[str, Tensor] = {}
-        if self.compensate and self.importance == "saliency" and not self._own():
+        exact = self.source == "calibration" and self.tracker is None and not self._own()
+        if exact and self.compensate and self.importance == "saliency":  # else P would stay behind
             structure, turned = in_basis(structure, matrices, self.example_inputs)
         modules = dict(structure.model.named_modules())
         gone = units_gone(self._original, structure.couplings)

@@ -139,10 +139,20 @@ def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
     return _layer_norm((groups / length).flatten(1, 2), None, *shaped)
 
 
+def _batch_norm(input, mean=None, var=None, weight=None, bias=None, training=False, *_, **__):
+    """Of a weight that is standardised over what it takes; plain ones keep their statistics."""
+    if not training or mean is not None:
+        return F.batch_norm(input, mean, var, weight, bias, training, *_, **__)
+    size = [1, -1, *[1] * (input.dim() - 2)]
+    shaped = [None if tensor is None else tensor.view(size) for tensor in (weight, bias)]
+    return _layer_norm(input, None, *shaped)
+
+
 _AFFINE: dict[Any, Callable[..., Tensor]] = {
     F.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,
     F.group_norm: _group_norm,
+    F.batch_norm: _batch_norm,
 }
 
 

@@ -82,3 +82,24 @@ def test_padding_of_channels_ties_what_is_there_to_its_place():
     )  # fmt: skip
     structure = cut(model, torch.randn(2, 3, 5, 5))
     assert structure.couplings[0].member("last", "in").indices.flatten().tolist() == [*range(1, 7)]
+
+
+class Standardised(nn.Conv2d):
+    """A convolution by a weight of mean 0 and variance 1 over what each output takes."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gain = nn.Parameter(torch.ones(self.out_channels, 1, 1, 1))
+
+    def forward(self, x):
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        flat = F.batch_norm(flat, None, None, weight=self.gain.flatten(), training=True)
+        return F.conv2d(x, flat.reshape_as(self.weight), self.bias, self.stride, self.padding)
+
+
+def test_weights_that_are_standardised_are_cut():
+    model = nn.Sequential(Standardised(3, 8, 3), nn.ReLU(), Standardised(8, 6, 3), nn.Flatten())
+    model.append(nn.Linear(6 * 16, 5))
+    structure = trace(model, torch.randn(2, 3, 8, 8))
+    assert {c.name: c.units for c in structure.couplings} == {"0": 8, "2": 6}
+    assert structure.refused == {}
