@@ -339,7 +339,8 @@ def _table(title: str, runs: list[dict[str, Any]]) -> str:
     cuts = list(dict.fromkeys(run["cut"] for run in runs))
     titles = [c if isinstance(c, str) else f"{c:.0%} of parameters gone" for c in cuts[1:]]
     lines = [[title, "whole", *titles]]
-    for method in dict.fromkeys(run["method"] for run in runs):
+    known = {run["method"] for run in runs}
+    for method in (m for m in ("whole", *OPTIONS, GROUP, *HEADS) if m in known):
         own = [[r for r in runs if (r["method"], r["cut"]) == (method, cut)] for cut in cuts]
         lines.append([method, *(_cell(group) for group in own)])
     left = ["parameters left"]
