@@ -52,13 +52,14 @@ def families_of(
     met = _met(model, followed)
     found: list[Family] = []
     known: set[tuple[int, ...]] = set()
+    around: set[str] = set()  # modules that have products
     for product in _products(met, followed):
         known |= product.roots
+        around |= {place[0].rpartition(".")[0] for row in product.left for place in row}
         if units := _units(unit_of, next(iter(product.left))):
             free = all(map(met.free, product.roots))
             left, right = (_by_layer(list(zip(*side))) for side in (product.left, product.right))
             found.append(Family(*units, left, right, True, product.scaled, free))
-    around = {family.coupling.rpartition(".")[0] for family in found}
     for roots, of_head in _rows(followed):
         if roots in known or not met.free(roots):
             continue
@@ -67,7 +68,7 @@ def families_of(
                       for out in (True, False))  # fmt: skip
         units = _units(unit_of, [own[0] for own in places]) if made and read else None
         of_head = of_head or (units is not None and len(set(units[1].tolist())) == len(roots))
-        if units and of_head and units[0].rpartition(".")[0] in around:
+        if units and of_head and places[0][0][0].rpartition(".")[0] in around:
             known.add(roots)
             found.append(Family(*units, made, read, False, False, True))
     return found

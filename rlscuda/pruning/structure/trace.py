@@ -211,6 +211,8 @@ def _untied(
             if not any(member.kind == "out" for member in coupling.members):
                 continue
             reason = reason or "it is added to or joined with the model's input: include_inputs"
+        if coupling.units == 1 and coupling.members[0].indices.numel() > 1:
+            reason = reason or "its channels can only go together"
         if reason:
             refused[coupling.name] = reason
         else:

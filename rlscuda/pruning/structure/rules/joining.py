@@ -28,8 +28,9 @@ def _split(f, op, args, kwargs, output):
     sizes = {part.shape[dim] for part in output} if name != "unbind" else set()
     for plane in f.planes(x):
         if dim in varying(plane) and len(output) > 1 and len(sizes) == 1 and name != "unbind":
-            parts = plane.unflatten(dim, (len(output), -1)).movedim(dim, 0)
-            f.table(parts.movedim(dim + 1, -1).flatten(1, -2) if plane.dim() > 1 else parts, -1)
+            parts = plane.unflatten(dim, (len(output), -1)).movedim((dim, dim + 1), (-2, -1))
+            for part in parts.flatten(0, -3) if parts.dim() > 2 else [parts]:
+                f.table(part, 1)  # of one head alone, where there are several
     if name != "unbind":
         f.site(x)
         for part, planes in zip(output, made):
