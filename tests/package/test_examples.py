@@ -116,3 +116,16 @@ def test_drift(streaming):
     assert plain[0] < min(forgetting[0], window[0]) and plain[2] > 3 * max(forgetting[2], window[2])
     assert window[1] < 0.2 * forgetting[1] < 0.2 * sgd[1]
     assert forgetting[2] < 1.2 * sgd[2]
+
+
+def test_the_classifier_of_photos_is_cut_by_both_methods(monkeypatch, capsys):
+    pytest.importorskip("efficientnet_lite_pytorch", reason="it is in the extra [studies]")
+    monkeypatch.syspath_prepend(FOLDER)
+    photos = importlib.import_module("efficientnet_photos")
+    monkeypatch.setattr(photos, "RATIOS", (0.05,))
+    crops = photos.crops
+    monkeypatch.setattr(photos, "crops", lambda seed: crops(seed, 12))
+    photos.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["ours", "L2"]
+    assert len({line.split()[-3] for line in lines[1:]}) == 1  # of equal parameters
