@@ -310,7 +310,7 @@ class RLSPruner:
         turned: dict[str, Tensor] = {}
         exact = self.source == "calibration" and self.tracker is None and not self._own()
         if exact and self.compensate and self.importance == "saliency":  # else P would stay behind
-            structure, turned = in_basis(structure, matrices, self.example_inputs)
+            structure, turned = in_basis(structure, matrices, self.example_inputs, wanted)
         modules = dict(structure.model.named_modules())
         gone = units_gone(self._original, structure.couplings)
         settings = self.importance, self.selection, gone, self.seed, progress

@@ -13,7 +13,7 @@ copy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,7 +36,10 @@ _SAME = 1e-3  # of the largest output, what may differ where the basis does not 
 
 
 def in_basis(
-    structure: Structure, matrices: dict[str, Any], example_inputs: ExampleInputs
+    structure: Structure,
+    matrices: dict[str, Any],
+    example_inputs: ExampleInputs,
+    wanted: Container[str],
 ) -> tuple[Structure, dict[str, Tensor]]:
     """The structure of a copy whose heads are in the basis to prune them in, and its new values.
 
@@ -45,20 +48,25 @@ def in_basis(
         matrices: Inverse autocorrelation matrices by layer; those of layers that read the heads
             are turned with them.
         example_inputs: What the model can be called with.
+        wanted: The couplings that may lose units; the heads of others stay as they are.
     """
     model = structure.model
-    values = _turned(model, structure, matrices, example_inputs) if structure.families else {}
+    families = [family for family in structure.families if family.coupling in wanted]
+    values = _turned(model, families, matrices, example_inputs) if families else {}
     own = dict(model.named_parameters())
     held: dict[Tensor, Tensor] = {own[name]: nn.Parameter(v) for name, v in values.items()}
     return replace(structure, model=isolated_copy(model, held)) if values else structure, values
 
 
 def _turned(
-    model: nn.Module, structure: Structure, matrices: dict[str, Any], example_inputs: ExampleInputs
+    model: nn.Module,
+    all_families: Sequence[Family],
+    matrices: dict[str, Any],
+    example_inputs: ExampleInputs,
 ) -> dict[str, Tensor]:
     """New values of weights and biases, by name."""
     by_coupling: dict[str, list[Family]] = {}
-    for family in structure.families:
+    for family in all_families:
         by_coupling.setdefault(family.coupling, []).append(family)
     modules = dict(model.named_modules())
     values: dict[str, Tensor] = {}

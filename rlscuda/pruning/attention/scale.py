@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ def rescaled(
     model: nn.Module,
     families: Sequence[Family],
     removed: Mapping[str, Sequence[int]],
+    attributes: Mapping[str, Mapping[str, Any]],
     values: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Values by name with queries that make up for the division by a smaller root.
@@ -23,6 +25,7 @@ def rescaled(
         model: The model.
         families: Of the dimensions of its heads.
         removed: Units that go, by coupling.
+        attributes: Those of modules that change, as the width of a `nn.MultiheadAttention`.
         values: New values of parameters in their old shapes, which are left as they are.
     """
     found, modules = dict(values), dict(model.named_modules())
@@ -41,4 +44,14 @@ def rescaled(
                 for places in heads:
                     rows[places.to(value.device)] *= factor
                 found[full] = value
+    for prefix, changed in attributes.items():
+        module = modules[prefix]
+        if isinstance(module, nn.MultiheadAttention) and "head_dim" in changed:
+            factor = math.sqrt(changed["head_dim"] / module.head_dim)
+            for own in ("in_proj_weight", "in_proj_bias", "q_proj_weight"):
+                if getattr(module, own) is not None:
+                    full = f"{prefix}.{own}" if prefix else own
+                    value = found.get(full, getattr(module, own).detach()).clone()
+                    value[: module.embed_dim] *= factor
+                    found[full] = value
     return found

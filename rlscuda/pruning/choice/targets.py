@@ -253,12 +253,15 @@ class Search:
 
     def compensated(self, cut: Cut) -> tuple[dict[str, Tensor], dict[str, str]]:
         """New values of the weights and biases that a cut leaves; layers without any, and why."""
-        scaled = partial(rescaled, self.model, self.structure.families, cut.removed)
+        if not cut.removed:
+            return {}, {}
+        how = self.structure.families, cut.removed, cut.surgery.attributes
+        scaled = partial(rescaled, self.model, *how)
         if not self.compensate:
             return scaled({}), {}
         values, reasons = compensate_layers(self.model, self.matrices, cut.lost)
         values = scaled({**self.turned, **values})
-        if self.refit is not None and cut.removed:
+        if self.refit is not None:
             values = self.refit(cut.surgery, values)
         modules = dict(self.model.named_modules())
         return values, reasons | without_rule(self.structure.couplings, modules, cut.removed)

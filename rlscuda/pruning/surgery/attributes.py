@@ -84,6 +84,7 @@ def _of_shapes(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict
         same = has_one_width(module)
         k, v = (shapes.get(f"{part}_proj_weight", (0, 0))[1] for part in "kv")
         return {"embed_dim": width, "head_dim": width // module.num_heads,
+                "num_heads": module.num_heads,  # stays, also where a head is as wide
                 "kdim": width if same else k or module.kdim,
                 "vdim": width if same else v or module.vdim}  # fmt: skip
     if isinstance(module, nn.RNNBase):

@@ -81,7 +81,8 @@ def test_the_function_stays_and_moments_are_diagonal(fused, shared):
     model, data = made(fused=fused, shared=shared)
     structure = trace(model, data[:2])
     matrices = calibrate(model, [data], damping=1e-9)
-    new, values = in_basis(structure, dict(matrices), data[:2])
+    names = {coupling.name for coupling in structure.couplings}
+    new, values = in_basis(structure, dict(matrices), data[:2], names)
     assert values and new.model is not model
     torch.testing.assert_close(new.model(data), model(data), rtol=1e-6, atol=1e-6)
     moments = Moments(dict(new.model.named_modules()), calibrate(new.model, [data], damping=1e-9))
@@ -150,3 +151,15 @@ def test_matrices_that_an_optimizer_keeps_are_not_turned():
     optimizer.zero_grad()
     model(data).square().mean().backward()
     optimizer.step()
+
+
+@pytest.mark.parametrize("ratio", [0.0, {"embed": 0.0, "attention*": 0.0}])
+def test_heads_that_lose_nothing_stay_as_they_are(ratio):
+    torch.manual_seed(0)
+    model, data = Net(False).eval(), torch.randn(64, 5, 6)
+    before = copy.deepcopy(model.state_dict())
+    RLSPruner(model, None, data[:2], ratio=ratio, loader=[data]).step()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    structure = trace(model, data[:2])
+    matrices = calibrate(model, [data])
+    assert in_basis(structure, dict(matrices), data[:2], {"embed"}) == (structure, {})
