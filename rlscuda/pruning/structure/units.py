@@ -298,6 +298,10 @@ def _side(
             return [((prefix, "both"), places)]
         groups = getattr(module, "groups", 1)
         if (axis == 1) == turned:
+            per = tensor.shape[1 - axis]
+            if groups > 1 and per == 1 and not turned:  # several outputs of one input
+                each = tensor.shape[0] // groups  # whole groups go, and no columns of one that stays
+                return [((prefix, "out"), places), ((prefix, "both"), places // each)]
             return [((prefix, "out"), places)]
         if groups > 1 and not turned:  # where a group has one input, that has no label
             size = tensor.shape[1]

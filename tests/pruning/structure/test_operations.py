@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlscuda.pruning import RLSPruner
 from rlscuda.pruning.couplings import Structure
 from rlscuda.pruning.structure.trace import trace
 from rlscuda.pruning.surgery.plan import plan
@@ -103,3 +104,41 @@ def test_weights_that_are_standardised_are_cut():
     structure = trace(model, torch.randn(2, 3, 8, 8))
     assert {c.name: c.units for c in structure.couplings} == {"0": 8, "2": 6}
     assert structure.refused == {}
+def test_several_channels_of_each_group_go_together():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 24, 3, groups=8), nn.ReLU(), nn.Conv2d(24, 2, 1)
+    ).eval()
+    x = torch.randn(32, 3, 9, 9)
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            for tensor in (layer.weight, layer.bias):
+                tensor[: len(tensor) // 2] = 0
+    expected = model(x)
+    RLSPruner(model, None, x[:2], ratio=0.5, loader=[x]).step()
+    assert (model[2].in_channels, model[2].out_channels, model[2].groups) == (4, 12, 4)
+    torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)
+
+
+class Rotated(nn.Module):
+    """Attention whose queries and keys are turned by halves, as positions turn them."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads = 3
+        self.q, self.k, self.v, self.out = (nn.Linear(12, 12) for _ in range(4))
+
+    def forward(self, x):
+        shape = (*x.shape[:2], self.num_heads, -1)
+        q, k, v = (layer(x).view(shape).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k = (torch.cat([a - 2 * b, b + 2 * a], -1) for a, b in (q.chunk(2, -1), k.chunk(2, -1)))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_halves_of_each_head_let_heads_go(heads):
+    model = nn.Sequential(nn.Linear(5, 12), Rotated(), nn.Linear(12, 3))
+    structure = trace(model, torch.randn(2, 4, 5), heads=heads)
+    units = {coupling.name: coupling.units for coupling in structure.couplings}
+    assert units == ({"0": 12, "1.q": 3, "1.out": 12} if heads else
+                     {"0": 12, "1.q": 2, "1.v": 4, "1.out": 12})  # fmt: skip

@@ -28,9 +28,8 @@ def _split(f, op, args, kwargs, output):
     sizes = {part.shape[dim] for part in output} if name != "unbind" else set()
     for plane in f.planes(x):
         if dim in varying(plane) and len(output) > 1 and len(sizes) == 1 and name != "unbind":
-            parts = plane.unflatten(dim, (len(output), -1)).movedim((dim, dim + 1), (-2, -1))
-            for part in parts.flatten(0, -3) if parts.dim() > 2 else [parts]:
-                f.table(part, 1)  # of one head alone, where there are several
+            parts = plane.unflatten(dim, (len(output), -1)).movedim(dim, 0)
+            f.table(parts.flatten(1), -1)  # part by part, whatever goes along other axes
     if name != "unbind":
         f.site(x)
         for part, planes in zip(output, made):
