@@ -300,7 +300,7 @@ def _side(
         if (axis == 1) == turned:
             per = tensor.shape[1 - axis]
             if groups > 1 and per == 1 and not turned:  # several outputs of one input
-                each = tensor.shape[0] // groups  # whole groups go, and no columns of one that stays
+                each = tensor.shape[0] // groups  # groups go, and no columns of others
                 return [((prefix, "out"), places), ((prefix, "both"), places // each)]
             return [((prefix, "out"), places)]
         if groups > 1 and not turned:  # where a group has one input, that has no label

@@ -29,8 +29,8 @@ def by_element(f, op, args, kwargs, output):
     return pointwise(f.labels, [f.operand(t) for t in tensors_in((args, kwargs))], f.where)
 
 
-@rule("_softmax", "_safe_softmax", "_log_softmax", "cumsum", "cumprod", "zeros_like", "ones_like", "empty_like",
-       "full_like", "rand_like", "randn_like", "sort", "detach", "alias", "clone",
+@rule("_softmax", "_safe_softmax", "_log_softmax", "cumsum", "cumprod", "zeros_like", "ones_like",
+       "empty_like", "full_like", "rand_like", "randn_like", "sort", "detach", "alias", "clone",
        "_softmax_backward_data", "logcumsumexp")  # fmt: skip
 def _same(f, op, args, kwargs, output):
     return f.planes(args[0])
