@@ -104,6 +104,8 @@ def test_weights_that_are_standardised_are_cut():
     structure = trace(model, torch.randn(2, 3, 8, 8))
     assert {c.name: c.units for c in structure.couplings} == {"0": 8, "2": 6}
     assert structure.refused == {}
+
+
 def test_several_channels_of_each_group_go_together():
     torch.manual_seed(0)
     model = nn.Sequential(
