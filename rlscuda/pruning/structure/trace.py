@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -62,26 +63,29 @@ def trace(
     kinds = kept_names, include_inputs
     found, labels = _structure(model, followed, axes, *kinds)
     tried = [found]
-    for _ in range(_TRIES):
-        failed = unsound(found, example_inputs, some=True)
-        if not failed:
+
+    @cache
+    def wrong(place: int) -> dict[str, str]:
+        """All couplings of one reading that cannot be pruned, which takes long where many are."""
+        return unsound(tried[place], example_inputs)
+
+    for place in range(_TRIES):
+        few = unsound(found, example_inputs, some=True)
+        if not few:
             return found
-
-        def other(
-            failed: Mapping[str, str], found: Structure = found, was: Labels = labels
-        ) -> bool:
-            return _take_for_one(model, followed, was, found, failed) or _turn(
-                followed, axes, was, found, failed
-            )
-
-        if not other(failed) and not other(unsound(found, example_inputs)):
+        reading = followed, labels, found
+        if not (
+            _take_for_one(model, *reading, few)
+            or _turn(axes, *reading, few)
+            or _take_for_one(model, *reading, wrong(place))
+            or _turn(axes, *reading, wrong(place))
+        ):
             break
         found, labels = _structure(model, followed, axes, *kinds)
         tried.append(found)
-    wrong = [unsound(one, example_inputs) for one in (tried[0], tried[-1])]
-    best, failed = max(zip((tried[0], tried[-1]), wrong), key=lambda pair: _removable(*pair))
-    sound = [coupling for coupling in best.couplings if coupling.name not in failed]
-    return replace(best, couplings=sound, refused={**best.refused, **failed})
+    best = max({0, len(tried) - 1}, key=lambda place: _removable(tried[place], wrong(place)))
+    sound = [c for c in tried[best].couplings if c.name not in wrong(best)]
+    return replace(tried[best], couplings=sound, refused={**tried[best].refused, **wrong(best)})
 
 
 def _removable(structure: Structure, wrong: Mapping[str, str]) -> int:
@@ -154,8 +158,8 @@ def _take_for_one(
 
 
 def _turn(
-    followed: Followed,
     axes: dict[int, int],
+    followed: Followed,
     labels: Labels,
     found: Structure,
     wrong: Mapping[str, str],
