@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from rlscuda.optim.kept import Change
 from rlscuda.pruning.adaptive.folding import fold_constants
+from rlscuda.pruning.attention.scale import rescaled
 from rlscuda.pruning.blocks.finding import Block
 from rlscuda.pruning.blocks.proving import with_stand_ins
 from rlscuda.pruning.blocks.transaction import replace_modules
@@ -87,7 +88,8 @@ class Patient:
         with rng_kept(self.model):
             folded = fold_constants(self.model, lost, self._examples())
         values, _ = compensate_layers(_with(self.model, folded), matrices, lost)
-        values = folded | values
+        scaled = structure.families, removed, surgery.attributes
+        values = rescaled(self.model, *scaled, folded | values)
         pruned, statistics = pruned_copy(self.model, surgery, values), {}
         if self.loader is not None:
             pairs = ((batch, batch) for batch in self.loader)
