@@ -73,13 +73,20 @@ def _turned(
     trials = [by_coupling] if len(by_coupling) == 1 else [by_coupling, *(
         {name: families} for name, families in by_coupling.items()
     )]  # fmt: skip
-    expected = _outputs(model, {}, example_inputs)
+    layers = {name for family in all_families for name in (*family.left, *family.right)}
+    gains = {  # at one, so that no branch is too faint to be seen
+        name: torch.ones_like(parameter)
+        for name, parameter in model.named_parameters()
+        if name.rpartition(".")[0] not in layers and parameter.is_floating_point()
+        if parameter.numel() == max(parameter.shape, default=1)
+    }
+    expected = _outputs(model, gains, example_inputs)
     for trial in trials:
         turn = _Turn(modules, matrices)
         for families in trial.values():
             turn.coupling(families)
         new = turn.values()
-        if new and _agree(expected, _outputs(model, new, example_inputs)):
+        if new and _agree(expected, _outputs(model, gains | new, example_inputs)):
             values |= new
             matrices |= turn.matrices
             if trial is by_coupling:

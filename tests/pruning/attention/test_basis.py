@@ -163,3 +163,31 @@ def test_heads_that_lose_nothing_stay_as_they_are(ratio):
     structure = trace(model, data[:2])
     matrices = calibrate(model, [data])
     assert in_basis(structure, dict(matrices), data[:2], {"embed"}) == (structure, {})
+
+
+class Faint(nn.Module):
+    """A branch that adds little, whose queries may pass a ReLU before they meet the keys."""
+
+    def __init__(self, bent: bool):
+        super().__init__()
+        self.bent, self.embed, self.head = bent, nn.Linear(6, WIDTH), nn.Linear(WIDTH, 5)
+        self.q, self.k, self.v, self.proj = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.gain = nn.Parameter(torch.full((WIDTH,), 1e-3))
+
+    def forward(self, x):
+        x = self.embed(x)
+        q, k, v = (
+            f(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)
+        )
+        y = ((q.relu() if self.bent else q) @ k.mT * 0.5).softmax(-1) @ v
+        return self.head(x + self.gain * self.proj(y.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize("bent", [False, True])
+def test_a_faint_branch_is_not_turned_where_that_changes_it(bent):
+    torch.manual_seed(0)
+    model, data = Faint(bent), torch.randn(64, 5, 6)
+    structure, matrices = trace(model, data[:2]), calibrate(model, [data])
+    names = {coupling.name for coupling in structure.couplings}
+    _, values = in_basis(structure, dict(matrices), data[:2], names)
+    assert ("q.weight" in values) is not bent
