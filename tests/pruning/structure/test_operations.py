@@ -144,3 +144,21 @@ def test_halves_of_each_head_let_heads_go(heads):
     units = {coupling.name: coupling.units for coupling in structure.couplings}
     assert units == ({"0": 12, "1.q": 3, "1.out": 12} if heads else
                      {"0": 12, "1.q": 2, "1.v": 4, "1.out": 12})  # fmt: skip
+
+
+class Running(nn.Module):
+    """Sums of features along an axis, of channels or of tokens."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.dim, self.first, self.last = dim, nn.Linear(5, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.last(self.first(x).cumsum(self.dim))
+
+
+@pytest.mark.parametrize("dim, stays", [(1, False), (-1, True)])
+def test_running_sums_keep_the_channels_that_they_add(dim, stays):
+    structure = trace(Running(dim), torch.randn(2, 4, 5))
+    assert [coupling.name for coupling in structure.couplings] == ([] if stays else ["first"])
+    assert ("each has all before it" in structure.refused.get("first", "")) is stays

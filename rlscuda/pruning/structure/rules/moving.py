@@ -29,10 +29,19 @@ def by_element(f, op, args, kwargs, output):
     return pointwise(f.labels, [f.operand(t) for t in tensors_in((args, kwargs))], f.where)
 
 
-@rule("_softmax", "_safe_softmax", "_log_softmax", "cumsum", "cumprod", "zeros_like", "ones_like",
-       "empty_like", "full_like", "rand_like", "randn_like", "sort", "detach", "alias", "clone",
-       "_softmax_backward_data", "logcumsumexp")  # fmt: skip
+@rule("_softmax", "_safe_softmax", "_log_softmax", "zeros_like", "ones_like", "empty_like",
+       "full_like", "rand_like", "randn_like", "sort", "detach", "alias", "clone",
+       "_softmax_backward_data")  # fmt: skip
 def _same(f, op, args, kwargs, output):
+    return f.planes(args[0])
+
+
+@rule("cumsum", "cumprod", "logcumsumexp")
+def _running(f, op, args, kwargs, output):
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % max(args[0].dim(), 1)
+    for plane in f.planes(args[0]):
+        if dim in varying(plane):
+            f.labels.fix(plane, f"each has all before it in {f.where}")
     return f.planes(args[0])
 
 
