@@ -142,6 +142,7 @@ class Structure:
         shapes: Shape of every parameter and buffer when the model was traced.
         widths: Attributes that follow the channels.
         families: Dimensions of heads.
+        elsewhere: Modules whose weights are also used outside of them.
     """
 
     model: nn.Module
@@ -152,6 +153,7 @@ class Structure:
     shapes: dict[str, tuple[int, ...]] = field(repr=False)
     widths: list[Width] = field(default_factory=list, repr=False)
     families: list[Family] = field(default_factory=list, repr=False)
+    elsewhere: frozenset[str] = frozenset()
 
     def coupling(self, name: str) -> Coupling:
         """The coupling of that name.

@@ -259,7 +259,10 @@ class Search:
         scaled = partial(rescaled, self.model, *how)
         if not self.compensate:
             return scaled({}), {}
-        values, reasons = compensate_layers(self.model, self.matrices, cut.lost)
+        elsewhere = self.structure.elsewhere & cut.lost.keys()
+        lost = {name: columns for name, columns in cut.lost.items() if name not in elsewhere}
+        values, reasons = compensate_layers(self.model, self.matrices, lost)
+        reasons |= dict.fromkeys(elsewhere, "its weight is also used outside of it")
         values = scaled({**self.turned, **values})
         if self.refit is not None:
             values = self.refit(cut.surgery, values)

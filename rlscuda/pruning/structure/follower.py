@@ -107,6 +107,11 @@ class Follower(TorchDispatchMode):
         self.products: list[Product] = []
         self.scaled = False  # whether the attention that runs divides by the root of its width
         self.met: set[int] = set()  # ids of parameters and buffers that an operation took
+        self.elsewhere: set[str] = set()  # modules whose tensors the forward of another took
+        self._owners: dict[int, set[str]] = {}
+        for name, module in model.named_modules():
+            for parameter in module.parameters(recurse=False):
+                self._owners.setdefault(id(parameter), set()).add(name)
         self._names = {id(module): name for name, module in model.named_modules()}
         self._planes: Any = WeakIdKeyDictionary()
         self._views: Any = WeakIdKeyDictionary()  # a view -> what it is of, and how
@@ -198,6 +203,9 @@ class Follower(TorchDispatchMode):
         output = func(*args, **kwargs)
         taken = tensors_in((args, kwargs))
         self.met.update(id(tensor) for tensor in taken)
+        for owners in filter(None, (self._owners.get(id(tensor)) for tensor in taken)):
+            if self._place()[0] not in owners:
+                self.elsewhere |= owners
         if any(self.planes(tensor) for tensor in taken):
             self._running = func.overloadpacket.__name__
             made = rule_of(func)(self, func, args, kwargs, output)

@@ -226,7 +226,8 @@ def _untied(
     widths = widths_of(model, sites, couplings)
     families = families_of(model, followed, couplings)
     structure = Structure(model, couplings, refused, followed.output_shapes,
-                          followed.input_widths, shapes, widths, families)  # fmt: skip
+                          followed.input_widths, shapes, widths, families,
+                          followed.elsewhere)  # fmt: skip
     return structure, labels
 
 

@@ -68,6 +68,7 @@ class Followed:
         put_out: Labels that reach the model's outputs.
         output_shapes: Shape of each output.
         input_widths: Channels of each raw input that could be followed, by its number.
+        elsewhere: Modules whose tensors are also used in the forward of another.
         ties: Labels that go together, pair by pair, for what the forward makes of their number.
     """
 
@@ -80,6 +81,7 @@ class Followed:
     put_out: set[int]
     output_shapes: list[tuple[int, ...]]
     input_widths: dict[str, int]
+    elsewhere: frozenset[str]
     ties: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def units(self, axes: Mapping[int, int]) -> tuple[list[Unit], Labels]:
@@ -192,6 +194,7 @@ def follow(model: nn.Module, example_inputs: ExampleInputs) -> Followed:
         put_out,
         [tuple(output.shape) for output in outputs],
         widths,
+        frozenset(follower.elsewhere),
     )
 
 

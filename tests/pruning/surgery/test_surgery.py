@@ -12,6 +12,7 @@ from support.pruning_surgery import every_other, gathered, operate, prune, train
 from torch import nn
 
 from rlscuda import RLSOptimizer
+from rlscuda.pruning import RLSPruner
 from rlscuda.pruning.running.calls import all_tensors
 from rlscuda.pruning.structure.trace import trace
 from rlscuda.pruning.surgery.plan import plan
@@ -206,6 +207,21 @@ def test_weight_used_outside_of_its_module_is_followed():
     operate(model, [], plan(structure, {"encoder": [2]}), {}, x)
     assert model.encoder.weight.shape == (5, 4) and structure.refused == {}
     torch.testing.assert_close(model(x), before)
+
+
+def test_weight_used_outside_of_its_module_is_not_compensated():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.last(self.second(x) + nn.functional.linear(x.square(), self.second.weight))
+
+    x = torch.randn(64, 4)
+    report = RLSPruner(Twice(), None, x[:2], ratio=0.5, loader=[x]).step()
+    assert report.uncompensated == {"second": "its weight is also used outside of it"}
 
 
 def test_memory_format_stays():
