@@ -108,7 +108,7 @@ class _Turn:
         known = [family for family in families if self._moments.known(family)]
         free = [family for family in known if family.free]
         units = int(max(int(family.units.max()) for family in families)) + 1
-        worth = torch.zeros(units, dtype=torch.float64)
+        worth = torch.zeros(units, dtype=torch.float64, device="cpu")
         for family in known:
             if not family.free and family.product:
                 cost = self._moments.cost(family)

@@ -236,7 +236,8 @@ class Follower(TorchDispatchMode):
             written = []
             old = self.planes(base)
             for i, plane in enumerate(planes):
-                full = old[i] if i < len(old) else torch.zeros([1] * base.dim(), dtype=torch.int64)
+                hole = torch.zeros([1] * base.dim(), dtype=torch.int64, device="cpu")
+                full = old[i] if i < len(old) else hole
                 full = full.expand(base.shape).contiguous()
                 part = func(full, *args, **kwargs)
                 part = part if place is None else part[place]

@@ -60,8 +60,15 @@ def trace(
     kept_names = {name for name, module in model.named_modules() if module in kept}
     followed = follow(model, example_inputs)
     axes = _axes(followed, heads)
-    kinds = kept_names, include_inputs
-    found, labels = _structure(model, followed, axes, *kinds)
+
+    def read() -> tuple[Structure, Labels]:
+        """The couplings as the forward is understood now, those that one attribute counts tied."""
+        found = _structure(model, followed, axes, kept_names, include_inputs)
+        if _share(followed, found[1], found[0]):
+            found = _structure(model, followed, axes, kept_names, include_inputs)
+        return found
+
+    found, labels = read()
     tried = [found]
 
     @cache
@@ -81,7 +88,7 @@ def trace(
             or _turn(axes, *reading, wrong(place))
         ):
             break
-        found, labels = _structure(model, followed, axes, *kinds)
+        found, labels = read()
         tried.append(found)
     best = max({0, len(tried) - 1}, key=lambda place: _removable(tried[place], wrong(place)))
     sound = [c for c in tried[best].couplings if c.name not in wrong(best)]
@@ -186,20 +193,6 @@ def _structure(
     include_inputs: bool,
 ) -> tuple[Structure, Labels]:
     """The couplings for one choice of axes, not yet tried."""
-    found = _untied(model, followed, axes, kept_names, include_inputs)
-    if _share(followed, found[1], found[0]):
-        found = _untied(model, followed, axes, kept_names, include_inputs)
-    return found
-
-
-def _untied(
-    model: nn.Module,
-    followed: Followed,
-    axes: Mapping[int, int],
-    kept_names: set[str],
-    include_inputs: bool,
-) -> tuple[Structure, Labels]:
-    """The couplings, those that one attribute counts still apart."""
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     units, labels = followed.units(axes)
     couplings: list[Coupling] = []

@@ -187,7 +187,7 @@ def follow(model: nn.Module, example_inputs: ExampleInputs) -> Followed:
             (side, own, channels)
             for name, side, own, channels in sides
             if name in met or side[1] == "input"
-        ],  # fmt: skip
+        ],
         _distinct(follower.tables),
         follower.sites,
         follower.products,
