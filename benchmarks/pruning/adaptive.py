@@ -1,10 +1,10 @@
 """Half of the parameters gone while a network trains: which channels and branches, is learned.
 
-A ResNet-20 of widths 8, 16, 32 and a VGG of five convolutions learn 5,000 images of CIFAR-10, at
-half their resolution, for twelve epochs by the default `RLSOptimizer` with cosine decay. After
-three of them, which all runs of a seed share, `AdaptivePruner` takes four epochs to bring the
-network to half of its parameters; `one shot` prunes by `RLSPruner` after the fourth. Every run has
-the same epochs in all, and the learning rate goes on as it would have.
+A ResNet-20 of widths 8, 16, 32 and a VGG of five convolutions learn 5,000 images of CIFAR-10 for
+twelve epochs by the default `RLSOptimizer` with cosine decay. After three of them, which all runs
+of a seed share, `AdaptivePruner` takes four epochs to bring the network to half of its parameters;
+`one shot` prunes by `RLSPruner` after the fourth. Every run has the same epochs in all, and the
+learning rate goes on as it would have.
 
     python -m benchmarks.pruning.adaptive --workers 1  # run, or go on after an interruption
     python -m benchmarks.pruning.adaptive --report     # the table of the results
@@ -17,7 +17,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from rlscuda.pruning.running.measure import count_flops, count_parameters
 SEEDS, EPOCHS, WARMUP, PRUNING, SHOT = (0, 1, 2), 12, 3, 4, 4
 COUNTS = (5_000, 2_000, 10_000)  # training, validation and test images
 CALIBRATED, TARGET = 256, 0.5  # images that measure branches and settle norms; parameters left
-SHAPE = zoo.ImageShape(3, 16, 16)
+SHAPE = data.SHAPES["cifar10"]
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet20": lambda: zoo.resnet(SHAPE, CLASSES, (8, 16, 32), 3),
     "vgg": lambda: zoo.vgg(SHAPE, CLASSES, (16, 32, 64), (1, 2, 2)),
@@ -57,13 +56,6 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # title, options of the prun
     "scale-blocks": ("scale penalty, blocks", {"penalty": "scale", "what": "blocks"}),
 }
 PARTS = ("validation", "test")
-
-
-@lru_cache(maxsize=1)
-def images(folder: Path) -> dict[str, Split]:
-    """The subsets, each image's side halved by means of 2 x 2 pixels."""
-    whole = data.load("cifar10", folder, *COUNTS)
-    return {name: Split(F.avg_pool2d(one.x, 2), one.y) for name, one in whole.items()}
 
 
 class Training(Run):
@@ -112,7 +104,7 @@ def begun(job: dict, split: Split, folder: Path) -> Training:
 
 def measure(job: dict, args: argparse.Namespace) -> dict:
     """Run one job: prune and train from the warm-up to the last epoch."""
-    splits, method = images(args.data_dir), job["method"]
+    splits, method = data.load("cifar10", args.data_dir, *COUNTS), job["method"]
     run = begun(job, splits["train"], args.journal.parent)
     start = time.process_time()
     model, loader = run.model, list(splits["train"].x[:CALIBRATED].split(128))

@@ -186,6 +186,7 @@ METHODS = {
     "sketch": _ours("ours, sketch", ("same", "rls"), source="sketch"),
     "own": _ours("ours, own P", source="own"),
     "calibration": _ours("ours, calibration", (), source="calibration"),
+    "in_turn": _ours("ours, calibration, in turn", (), source="calibration", compensate="in turn"),
     "zero": _ours("ours, zero only", (), source="sketch", compensate=False),
     "compensated_taylor": _ours(
         "Taylor + our compensation", (), source="sketch", importance="taylor"
@@ -197,7 +198,6 @@ METHODS = {
     "bn_scale": _theirs("batch-norm scale", "BNScaleImportance", needs_norm=True),
     "random": _theirs("random", "RandomImportance"),
 }
-OURS = ("sketch", "own", "calibration")
 BASELINES = ("l1", "l2", "taylor", "hessian", "bn_scale", "random")
 # optimizer of the epoch of recovery -> (title, the learning rates it is tuned over)
 RECOVERIES = {

@@ -10,9 +10,9 @@ adaptive = pytest.importorskip("benchmarks.pruning.adaptive", reason="needs the 
 
 
 def test_methods_and_table(tmp_path, monkeypatch):
-    split = adaptive.Split(torch.rand(128, 3, 16, 16), torch.arange(128) % 10)
+    split = adaptive.Split(torch.rand(128, *adaptive.SHAPE), torch.arange(128) % 10)
     splits = dict.fromkeys(("train", "validation", "test"), split)
-    monkeypatch.setattr(adaptive, "images", lambda folder: splits)
+    monkeypatch.setattr(adaptive.data, "load", lambda *_: splits)
     small = {"vgg": lambda: adaptive.zoo.vgg(adaptive.SHAPE, 10, (4, 6), (1, 1))}
     monkeypatch.setattr(adaptive, "NETWORKS", small)
     monkeypatch.setattr(adaptive, "EPOCHS", 6)
