@@ -75,7 +75,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "mlp": residual_mlp,
 }
 TITLES = {"resnet20": "ResNet-20", "mlp": "residual MLP"}
-MAPS = {"resnet20": "3x3", "mlp": "1x1"}  # that a branch of it becomes
+MAPS = {"resnet20": "3x3", "mlp": "linear"}  # that a branch of it becomes
 
 
 def begun(name: str, seed: int, split: Split) -> tuple[nn.Module, rlscuda.RLSOptimizer, Run]:

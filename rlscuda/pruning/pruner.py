@@ -193,13 +193,13 @@ class RLSPruner:
     def step(
         self,
         ratio: float | Mapping[str, float] | None = None,
-        progress: Callable[[str], None] = lambda name: None,
+        progress: Callable[[str], None] = lambda text: None,
     ) -> PruneReport:
         """Prunes once; it completes, or leaves model and optimizer as they were.
 
         Args:
             ratio: In place of the constructor's target.
-            progress: Called with the name of each coupling before it is ranked.
+            progress: Called with what is done next, as "trying conv1 and 8 more".
 
         Returns:
             What changed. A step that finds its target reached already changes nothing.
@@ -297,11 +297,11 @@ class RLSPruner:
             yield pruned
 
     def _ranked(
-        self, progress: Callable[[str], None] = lambda name: None, value: Any = None
+        self, progress: Callable[[str], None] = lambda text: None, value: Any = None
     ) -> tuple[Search, Ladder, dict[str, str]]:
         """What finds a cut, the order of removals, and the couplings that have none, and why."""
         with running("the model cannot be traced"):
-            how = self.ignored, self.include_inputs, self.heads
+            how = self.ignored, self.include_inputs, self.heads, progress
             structure = trace(self.model, self.example_inputs, *how)
         wanted = targeted(structure.couplings, value)
         needed = needed_layers(structure, wanted)

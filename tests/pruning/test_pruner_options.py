@@ -148,3 +148,12 @@ def test_whatever_tracing_raises_is_one_kind_of_error(error, monkeypatch):
     with pytest.raises(ValueError, match=message) as caught:
         RLSPruner(model, None, rows(2), ratio=0.5, loader=[rows()]).step()
     assert isinstance(caught.value.__cause__, error) and widths(model) == [8, 3]
+
+
+def test_a_step_says_what_it_does():
+    said = []
+    RLSPruner(mlp(6, 6, 5, 2), None, rows(4), ratio=0.5, importance="l1", compensate=False).step(
+        progress=said.append
+    )
+    assert said[:2] == ["following the forward", "trying 0 and 1 more"]
+    assert said[-2:] == ["ranking 0", "ranking 2"]

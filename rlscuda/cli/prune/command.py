@@ -154,7 +154,7 @@ class Pruning:
             UserError: The target is out of reach, or nothing was removed.
         """
         self._look("whole")
-        with _ranking_bar(self.console) as progress, warnings.catch_warnings(record=True) as said:
+        with _bar(self.console) as progress, warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("default")
             try:
                 self.report = self._pruner().step(progress=progress)
@@ -288,8 +288,8 @@ def _accumulate_gradients(model: nn.Module, batches: list[Batch]) -> None:
 
 
 @contextmanager
-def _ranking_bar(console: Console) -> Iterator[Callable[[str], None]]:
-    """A bar that names the layer whose channels are being ranked; yields what tells it."""
+def _bar(console: Console) -> Iterator[Callable[[str], None]]:
+    """A bar that says what the pruner is doing; yields what tells it."""
     columns = (
         TextColumn("pruning", style="bold"),
         BarColumn(bar_width=None),
@@ -297,5 +297,5 @@ def _ranking_bar(console: Console) -> Iterator[Callable[[str], None]]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, transient=True, expand=True) as progress:
-        task = progress.add_task("reading the matrices", total=None)
-        yield lambda name: progress.update(task, description=f"ranking {one_line(name)}")
+        task = progress.add_task("copying the model", total=None)
+        yield lambda text: progress.update(task, description=one_line(text))

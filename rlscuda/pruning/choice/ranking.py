@@ -100,7 +100,7 @@ def rank(
         selection: `greedy` or `one-shot`.
         gone: Units that each coupling has lost before.
         seed: Of random importances.
-        progress: Called with the name of each coupling before it is ranked.
+        progress: Called with what is done next.
         wanted: The couplings that may lose units; all by default. Others, whose layers then may
             have no matrices, are candidates without an order.
 
@@ -116,7 +116,7 @@ def rank(
     candidates: dict[str, Candidate] = {}
     refused: dict[str, str] = {}
     for coupling in structure.couplings:
-        progress(coupling.name)
+        progress(f"ranking {coupling.name}")
         # the energy of a layer that takes nothing else is the sum of what the removals cost
         summed = selection == "greedy" and feeds_one_layer(coupling, modules)
         summed = summed and coupling.name not in families

@@ -128,8 +128,10 @@ class Follower(TorchDispatchMode):
         self._planes[tensor] = [p for p in simplified(planes) if not self.labels.all_fixed(p)]
 
     def operand(self, tensor: Tensor) -> tuple[tuple[int, ...], Planes]:
-        """Shape and planes, as `pointwise` takes them."""
-        return tuple(tensor.shape), self.planes(tensor)
+        """Shape and planes, as `pointwise` takes them; of size 1 where it has been expanded."""
+        strides = tensor.stride() if tensor.layout is torch.strided else tensor.shape
+        shape = tuple(size if step else 1 for size, step in zip(tensor.shape, strides))
+        return shape, self.planes(tensor)
 
     def fix_all(self, tensors: Iterable[Any], reason: str) -> None:
         """Lets nothing go that some tensors have."""

@@ -10,14 +10,11 @@ from __future__ import annotations
 import math
 import re
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from rlscuda._torch import own_buffers
 from rlscuda.optim.kept import Kept
@@ -32,6 +29,7 @@ from rlscuda.pruning.running.calls import (
     rng_kept,
     train_but_norms,
 )
+from rlscuda.pruning.structure.statistics import WithoutStatistics
 from rlscuda.pruning.surgery.plan import Surgery, plan
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -46,114 +44,29 @@ _PUT_OUT = "the model puts out its channels in training mode"
 
 
 def unsound(
-    structure: Structure, example_inputs: ExampleInputs, some: bool = False
+    structure: Structure,
+    example_inputs: ExampleInputs,
+    progress: Callable[[str], None] = lambda text: None,
+    some: bool = False,
 ) -> dict[str, str]:
     """Name of each coupling that cannot be pruned -> why.
 
     Args:
         structure: The couplings.
         example_inputs: What the model can be called with.
+        progress: Called with what is tried next.
         some: Whether a few of them will do, which is sooner.
     """
     names = [coupling.name for coupling in structure.couplings if coupling.units > 1]
     found: dict[str, str] = {}
     with rng_kept(structure.model), torch.no_grad():
-        probe = _Probe(structure, example_inputs, some)
+        probe = _Probe(structure, example_inputs, progress, some)
         for numbers in (False, True) if probe.shapes_alone else (True,):
             while more := probe.search([name for name in names if name not in found], numbers):
                 found.update(more)
                 if some:
                     return found
     return found
-
-
-class WithoutStatistics(TorchFunctionMode):
-    """Norms over channels become their affine part, and attention forgets its width's scale.
-
-    Means and variances of a forward that are written by hand are those that it would find if the
-    channels that are gone were there, and zero.
-
-    Args:
-        whole: Shapes of what means and variances are taken of in the whole model, in order, as
-            `shapes` of an earlier run has them; None where this is that run.
-    """
-
-    def __init__(self, whole: Sequence[torch.Size] | None = None):
-        super().__init__()
-        self.shapes: list[torch.Size] = []
-        self._whole = whole
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if function in _AFFINE:
-            function(*args, **kwargs)  # which raises where it does not take that many channels
-            return _AFFINE[function](*args, **kwargs)
-        if function is F.scaled_dot_product_attention:
-            kwargs["scale"] = 1.0
-        if function in _MEANS or function in _VARIANCES:
-            return self._statistic(function, args, kwargs)
-        return function(*args, **kwargs)
-
-    def _statistic(self, function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        found, shape = function(*args, **kwargs), args[0].shape
-        place = len(self.shapes)
-        self.shapes.append(shape)
-        whole = shape if self._whole is None or place >= len(self._whole) else self._whole[place]
-        if whole == shape or len(whole) != len(shape):
-            return found
-        dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        dims = range(len(shape)) if dims is None else [dims] if isinstance(dims, int) else dims
-        kept = math.prod(shape[dim] / whole[dim] for dim in dims)
-        if function in _MEANS:
-            return found * kept
-        count = math.prod(whole[dim] for dim in dims)
-        x, keepdim = args[0], bool(kwargs.get("keepdim", False))
-        mean = x.mean(tuple(dims), keepdim) * kept
-        square = x.square().mean(tuple(dims), keepdim) * kept
-        unbiased = kwargs.get("unbiased", kwargs.get("correction", 1))
-        variance = (square - mean.square()) * count / (count - int(unbiased))
-        spread = variance.sqrt() if function in _DEVIATIONS else variance
-        return (spread, mean) if isinstance(found, tuple) else spread
-
-
-_MEANS = (torch.mean, Tensor.mean)
-_DEVIATIONS = (torch.std, Tensor.std, torch.std_mean)
-_VARIANCES = (torch.var, Tensor.var, torch.var_mean, *_DEVIATIONS)
-
-
-def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
-    input = input if weight is None else input * weight
-    return input if bias is None else input + bias
-
-
-def _rms_norm(input, normalized_shape, weight=None, eps=None):
-    return input if weight is None else input * weight
-
-
-def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
-    """Divides by the length over each group, which sees who is in it, but no zeros."""
-    groups = input.unflatten(1, (num_groups, -1))
-    length = (groups.square().sum(2, keepdim=True) + eps).sqrt()
-    size = [1, -1, *[1] * (input.dim() - 2)]
-    shaped = [None if tensor is None else tensor.view(size) for tensor in (weight, bias)]
-    return _layer_norm((groups / length).flatten(1, 2), None, *shaped)
-
-
-def _batch_norm(input, mean=None, var=None, weight=None, bias=None, training=False, *_, **__):
-    """Of a weight that is standardised over what it takes; plain ones keep their statistics."""
-    if not training or mean is not None:
-        return F.batch_norm(input, mean, var, weight, bias, training, *_, **__)
-    size = [1, -1, *[1] * (input.dim() - 2)]
-    shaped = [None if tensor is None else tensor.view(size) for tensor in (weight, bias)]
-    return _layer_norm(input, None, *shaped)
-
-
-_AFFINE: dict[Any, Callable[..., Tensor]] = {
-    F.layer_norm: _layer_norm,
-    F.rms_norm: _rms_norm,
-    F.group_norm: _group_norm,
-    F.batch_norm: _batch_norm,
-}
 
 
 def _shapes(outputs: list[Tensor]) -> list[torch.Size]:
@@ -194,8 +107,14 @@ class _Probe:
             most couplings of a large one that fail are found.
     """
 
-    def __init__(self, structure: Structure, example_inputs: ExampleInputs, some: bool):
-        self._some_will_do = some
+    def __init__(
+        self,
+        structure: Structure,
+        example_inputs: ExampleInputs,
+        progress: Callable[[str], None],
+        some: bool,
+    ):
+        self._progress, self._some_will_do = progress, some
         self._structure = structure
         self._inputs = example_inputs
         self._generator = torch.Generator("cpu").manual_seed(0)
@@ -252,6 +171,7 @@ class _Probe:
         """
         if not names:
             return {}
+        self._progress(f"trying {names[0]} and {len(names) - 1} more")
         reason = self._reason(names, numbers)
         if reason is None:
             return {}

@@ -7,7 +7,7 @@ what the pruned model does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 
@@ -33,6 +33,7 @@ def trace(
     ignored: Iterable[str | nn.Module] = (),
     include_inputs: bool = False,
     heads: bool = False,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> Structure:
     """Finds the couplings of a model; the model itself is neither run nor changed.
 
@@ -45,6 +46,7 @@ def trace(
         include_inputs: Whether the channels (dimension 1) of raw inputs may be removed too. The
             pruned model then takes inputs without them.
         heads: Whether attention loses whole heads, and not dimensions of each.
+        progress: Called with what is done next.
 
     Returns:
         The structure. What the model puts out is never part of a coupling.
@@ -58,6 +60,7 @@ def trace(
         raise ValueError("prune the module inside DistributedDataParallel, and wrap it again")
     kept = {m for _, inside in modules_named(ignored, "ignored", model) for m in inside}
     kept_names = {name for name, module in model.named_modules() if module in kept}
+    progress("following the forward")
     followed = follow(model, example_inputs)
     axes = _axes(followed, heads)
 
@@ -74,10 +77,10 @@ def trace(
     @cache
     def wrong(place: int) -> dict[str, str]:
         """All couplings of one reading that cannot be pruned, which takes long where many are."""
-        return unsound(tried[place], example_inputs)
+        return unsound(tried[place], example_inputs, progress)
 
     for place in range(_TRIES):
-        few = unsound(found, example_inputs, some=True)
+        few = unsound(found, example_inputs, progress, some=True)
         if not few:
             return found
         reading = followed, labels, found

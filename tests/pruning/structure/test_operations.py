@@ -162,3 +162,28 @@ def test_running_sums_keep_the_channels_that_they_add(dim, stays):
     structure = trace(Running(dim), torch.randn(2, 4, 5))
     assert [coupling.name for coupling in structure.couplings] == ([] if stays else ["first"])
     assert ("each has all before it" in structure.refused.get("first", "")) is stays
+
+
+class Cosine(nn.Module):
+    """Attention whose logits are cosines, as those of SwinV2; a literal size where `fixed`."""
+
+    def __init__(self, fixed: bool = False):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(6, 24), nn.Linear(8, 3)
+        self.fixed = fixed
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        if self.fixed:
+            q = q / q.norm(dim=-1, keepdim=True).expand(*q.shape[:-1], 4)
+        logits = 10 * F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT
+        return self.out((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def test_cosine_attention_loses_dimensions_of_its_heads():
+    assert units(cut(Cosine(), torch.randn(2, 5, 6))) == {"qkv": 4}
+
+
+def test_what_is_expanded_to_a_literal_size_stays():
+    structure = trace(Cosine(fixed=True), torch.randn(2, 5, 6))
+    assert units(structure) == {} and "qkv" in structure.refused

@@ -20,7 +20,7 @@ from rlscuda._torch import BatchNorm, Convolution, InstanceNorm, own_buffers, ow
 from rlscuda.pruning.blocks.finding import Block
 from rlscuda.pruning.couplings import Coupling, Member, Structure
 from rlscuda.pruning.running.calls import ExampleInputs, call, isolated_copy, output_tensors
-from rlscuda.pruning.structure.probe import WithoutStatistics
+from rlscuda.pruning.structure.statistics import WithoutStatistics
 from rlscuda.pruning.surgery.plan import plan
 from rlscuda.pruning.surgery.transaction import pruned_copy
 
