@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from benchmarks import headline
 from benchmarks.architectures import table as architectures
 from benchmarks.common import environment, shapes
 from benchmarks.distributed import report as distributed
@@ -218,6 +219,8 @@ RUNS = {  # not of a race, nor a grid
     "filter_numerics": filter_numerics,
 }
 
+SUMMARIES = {"headline": headline.headline, "systems": headline.systems}  # of several results
+
 
 def render(name: str, results: Path) -> str:
     """The table of one result, or a line that says it is not measured yet.
@@ -225,6 +228,8 @@ def render(name: str, results: Path) -> str:
     Raises:
         ValueError: The result was written in another schema.
     """
+    if name in SUMMARIES:
+        return markdown(SUMMARIES[name](results))
     path = results / f"{name}.json"
     if not path.is_file():
         return NOT_MEASURED
