@@ -29,6 +29,8 @@ foreach_copy_, foreach_norm = torch._foreach_copy_, torch._foreach_norm
 cpu_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 cudnn_rnn = torch.ops.aten._cudnn_rnn
 
+_PLAIN = (Tensor, nn.Parameter)
+
 FORWARD_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs")
 CALL_HOOKS = {  # of a call of a module, and their flags: where the hooks are that they are of
     "_forward_hooks": "_forward_hooks",
@@ -155,7 +157,7 @@ def gradient_comes(leaf: Tensor) -> bool:
 
 def active_ddp() -> Any:
     """The DistributedDataParallel module in whose forward this is, or None."""
-    return nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    return nn.parallel.DistributedDataParallel._active_ddp_module
 
 
 def joins(ddp: Any) -> bool:
@@ -169,7 +171,9 @@ def dtensor() -> Any:
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Whether a tensor is distributed."""
+    """Whether a tensor is distributed; it is asked many times a step."""
+    if type(tensor) in _PLAIN:
+        return False
     kind = dtensor()
     return kind is not None and isinstance(tensor, kind)
 
