@@ -209,15 +209,18 @@ def run_job(job: dict, args: argparse.Namespace) -> str:
 
 
 def planned() -> Iterator[dict]:
-    """All jobs; LeNet-5, of which one takes minutes, has one seed."""
+    """All jobs."""
     usual, lower = ALPHAS
     fitted = ("dense", "rewind", "refit", "magnitude")
     plan = [("lenet300", o, m, usual, SEEDS) for o in ("adam", "sgd") for m in (*fitted, "relief")]
     plan += [("lenet300", "adam", m, lower, SEEDS) for m in fitted[1:]]
     plan += [("lenet300", "rls", m, usual, SEEDS) for m in fitted]
     plan += [("lenet300", "adam", "saliency", usual, SEEDS)]
-    plan += [("lenet5", "adam", m, usual, SEEDS[:1]) for m in fitted]
-    plan += [("lenet5", "adam", m, lower, SEEDS[:1]) for m in ("refit", "magnitude")]
+    plan += [("lenet5", "adam", m, usual, SEEDS) for m in fitted]
+    plan += [("lenet5", "adam", m, lower, SEEDS) for m in ("refit", "magnitude")]
+    plan += [
+        ("lenet5", o, m, usual, SEEDS) for o in ("sgd", "rls") for m in fitted if m != "rewind"
+    ]
     for network, optimizer, method, alpha, seeds in plan:
         for seed in seeds:
             yield {
