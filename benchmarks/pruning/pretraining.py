@@ -32,7 +32,7 @@ ENDS = ("epochs", "plateau", "accuracy")
 JOBS = [
     {"cell": "mnist", "network": "lenet5", "seeds": [0, 1, 2], "ends": list(ENDS)},
     {"cell": "mnist", "network": "mlp", "seeds": [0, 1, 2], "ends": ["epochs", "accuracy"]},
-    {"cell": "cifar10", "network": "vgg", "seeds": [0], "ends": ["epochs", "accuracy"]},
+    {"cell": "cifar10", "network": "vgg", "seeds": [0, 1, 2], "ends": ["epochs", "accuracy"]},
     {"cell": "efficientnet", "network": "efficientnet_lite0", "seeds": [0], "ends": ["epochs"]},
 ]
 RULES = ("saliency+", "l1+", "saliency", "l1", "l2", "random")

@@ -187,3 +187,30 @@ def test_cosine_attention_loses_dimensions_of_its_heads():
 def test_what_is_expanded_to_a_literal_size_stays():
     structure = trace(Cosine(fixed=True), torch.randn(2, 5, 6))
     assert units(structure) == {} and "qkv" in structure.refused
+
+
+class Partly(nn.Module):
+    """A shortcut that is added to the first channels only, as many as an attribute says."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.wider, self.last = (
+            nn.Conv2d(3, 4, 1),
+            nn.Conv2d(4, 7, 1),
+            nn.Conv2d(7, 2, 1),
+        )
+        self.count = 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        y = self.wider(x)
+        return self.last(torch.cat([y[:, : self.count] + x, y[:, self.count :]], 1))
+
+
+def test_a_number_of_first_channels_follows():
+    model = Partly()
+    assert units(cut(model, torch.randn(2, 3, 5, 5))) == {"first": 4, "wider": 3}
+    RLSPruner(
+        model, None, torch.randn(2, 3, 5, 5), ratio=0.5, importance="l1", compensate=False
+    ).step()
+    assert (model.count, model.last.in_channels) == (2, 4)

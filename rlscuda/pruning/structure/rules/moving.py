@@ -101,10 +101,15 @@ def moved(f, op, args, kwargs, output):
             if len(varying(part)) > len(varying(plane)):
                 f.table(part)
                 f.site(x)
-    if len(outputs) == 1 and name_of(op) in ("view", "_unsafe_view"):
+    if name_of(op) in ("view", "_unsafe_view") or _is_part(op, x, output):
         f.give(output, made[0])
         f.site(output)
     return made if several else made[0]
+
+
+def _is_part(op: Any, x: Tensor, output: Any) -> bool:
+    """Whether an operation takes the first or the last channels; halves say nothing of a size."""
+    return name_of(op) == "slice" and 2 * output.numel() != x.numel()
 
 
 def _beside(op: Any, plane: Tensor, rest: tuple) -> bool:
