@@ -40,8 +40,9 @@ def unknown(text):
     """The messages of a page that the code has not."""
     known = list(texts())
     for message in quoted(text):
-        parts = [part.strip(" ,;:") for part in message.split(HOLE)]
-        if not all(any(part in one for one in known) for part in parts if part):
+        parts = (re.escape(part.strip(" ,;:")) for part in message.split(HOLE))
+        pattern = re.compile(".*".join(filter(None, parts)), re.DOTALL)
+        if not any(map(pattern.search, known)):
             yield message
 
 
