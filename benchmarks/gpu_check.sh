@@ -71,7 +71,7 @@ tests() { # name, limit in seconds, arguments of pytest
 }
 
 prove() {
-  step build 120 env "TORCH_CUDA_ARCH_LIST=$arch" "MAX_JOBS=$(nproc)" "$python" -m benchmarks.gpu.library || return
+  step build 80 env "TORCH_CUDA_ARCH_LIST=$arch" "MAX_JOBS=$(nproc)" "$python" -m benchmarks.gpu.library || return
   local plain='not (opcheck or compiles or threads or wrong or errors)' tool prefix=()
   # of test_cuda.py, for the sanitizers: each part by itself must choose some test
   local short='patch_operators and (stride-torch.float32 or groups-torch.bfloat16)'
@@ -82,17 +82,17 @@ prove() {
     log=$OUT/sanitizers.log lane=2
     for tool in memcheck racecheck; do
       prefix=("$sanitizer" --tool "$tool" --error-exitcode 9)
-      tests "$tool" 72 -p no:benchmark -x tests/ops/test_cuda.py -k "$short"
+      tests "$tool" 92 -p no:benchmark -x tests/ops/test_cuda.py -k "$short"
     done
   }
   on_the_device() {
     lane=1
     prefix=(env RLSCUDA_TEST_DEVICE=cuda)
-    tests operators 74 -p no:benchmark tests/ops/test_rls_update.py tests/ops/test_weight_step.py \
+    tests operators 95 -p no:benchmark tests/ops/test_rls_update.py tests/ops/test_weight_step.py \
       tests/ops/test_nonfinite.py tests/ops/test_foreach_ops.py tests/ops/test_rls_held.py \
       tests/ops/filters tests/streaming/test_held_matrix.py -k "$plain"
     prefix=()
-    tests test_cuda 70 -p no:benchmark tests/ops/test_cuda.py
+    tests test_cuda 90 -p no:benchmark tests/ops/test_cuda.py
   }
   if [ "$mode" = --plan ]; then
     on_the_device
@@ -106,7 +106,7 @@ prove() {
 }
 
 measure() {
-  step library 90 env "TORCH_CUDA_ARCH_LIST=$arch" "MAX_JOBS=$(nproc)" "$python" -m benchmarks.gpu.library || return
+  step library 70 env "TORCH_CUDA_ARCH_LIST=$arch" "MAX_JOBS=$(nproc)" "$python" -m benchmarks.gpu.library || return
   local before file
   before=$(mktemp)
   while read -r file limit; do
@@ -114,10 +114,10 @@ measure() {
     [ "$mode" = --plan ] ||
       find benchmarks/results -name '*.cuda.json' -newer "$before" -exec cp {} "$OUT" \;
   done <<'END'
-operators/bench_rls_update_cuda 45
-steps/bench_optimizer_step_cuda 45
-steps/bench_training_step_cuda 50
-operators/bench_patch_cuda 30
+operators/bench_rls_update_cuda 50
+steps/bench_optimizer_step_cuda 55
+steps/bench_training_step_cuda 55
+operators/bench_patch_cuda 35
 END
   rm "$before"
   step report 10 "$python" -m benchmarks.gpu.report "$OUT/check.jsonl"
