@@ -1,4 +1,4 @@
-"""Time and memory of a step against width, depth, batch, rank: `python -m benchmarks.scaling_width`.
+"""Time and memory of a step by width, depth, batch and rank: `python -m benchmarks.scaling_width`.
 
 Networks are linear layers of one width n without bias, ReLU between them; each of the four is
 varied alone. Timed are the optimizer's step and the whole training step (forward, backward, step),
@@ -329,6 +329,7 @@ def plot(document: dict, path: Path) -> None:
                 axis.loglog(xs, ys, ".-", color=colours[name], label=text)
             titles = {"step": "optimizer's step, ms", "whole": "training step, ms"}
             axis.set(xlabel=series, ylabel=titles.get(what, "peak memory, MiB"))
+            axis.margins(y=0.2)
             axis.minorticks_off()
             axis.set_xticks(xs, [f"{x:,.0f}" for x in xs], rotation=45, fontsize=7)
             axis.grid(color=grey, alpha=0.25)
