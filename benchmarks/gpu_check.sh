@@ -72,7 +72,9 @@ tests() { # name, limit in seconds, arguments of pytest
 
 prove() {
   step build 80 env "TORCH_CUDA_ARCH_LIST=$arch" "MAX_JOBS=$(nproc)" "$python" -m benchmarks.gpu.library || return
-  local plain='not (opcheck or compiles or threads or wrong or errors)' tool prefix=()
+  # what is about the CPU, its messages, or complex numbers, which a GPU refuses
+  local plain='not (opcheck or compiles or threads or wrong or errors or complex or conjugated or plain_update_refuses)'
+  local tool prefix=()
   # of test_cuda.py, for the sanitizers: each part by itself must choose some test
   local short='patch_operators and (stride-torch.float32 or groups-torch.bfloat16)'
   short+=' or rls_update and (33 or 9) and float32 and (1 or 16)'
@@ -114,8 +116,8 @@ measure() {
     [ "$mode" = --plan ] ||
       find benchmarks/results -name '*.cuda.json' -newer "$before" -exec cp {} "$OUT" \;
   done <<'END'
-operators/bench_rls_update_cuda 50
-steps/bench_optimizer_step_cuda 55
+operators/bench_rls_update_cuda 45
+steps/bench_optimizer_step_cuda 50
 steps/bench_training_step_cuda 55
 operators/bench_patch_cuda 35
 END
