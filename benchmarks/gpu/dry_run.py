@@ -23,10 +23,10 @@ SCRIPT = "benchmarks/gpu_check.sh"
 SECONDS = 300
 OPTIONS = ("-p", "-k", "-m")  # that a word follows
 # of the chosen tests, what the stand-in of a GPU cannot do: replays of graphs, counts of launches,
-# memory formats and pickles of its tensors, and the messages of the operators for a GPU
+# memory formats and pickles of its tensors, the messages of the operators for a GPU; large cases
 BEYOND = (
     "captured or launches or channels_last or pickle or state_dict or autograd_notices or negative "
-    "or two_devices or complex_matrix or build_has_cuda"
+    "or two_devices or complex_matrix or build_has_cuda or 4096 or 8192 or 5000 or 10000"
 )
 COMPILE = "tests/cuda_on_cpu/check_compile.py"
 

@@ -213,3 +213,17 @@ def install() -> None:
 
 def pytest_load_initial_conftests():  # the first of which may set the default device
     install()
+
+
+def pytest_configure(config):
+    """Shortens benchmarks, which run here to be tried, not timed."""
+    from benchmarks.common import harness
+
+    harness.ceilings = functools.partial(lambda measure, device: measure("cpu"), harness.ceilings)
+
+
+def pytest_collection_modifyitems(items):
+    """Shrinks their minibatches."""
+    for item in items:
+        if hasattr(item.module, "BATCH"):
+            item.module.BATCH = 2

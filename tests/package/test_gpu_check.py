@@ -127,16 +127,25 @@ def test_a_kill_leaves_what_was_done(machine):
 
 
 def test_predictions_stand_beside_what_was_measured(tmp_path, capsys):
-    assert report.predictions(tmp_path / "none.json") == {}
-    (path := tmp_path / "static_gpu.json").write_text("{")
-    assert report.predictions(path) == {} and "is no JSON" in capsys.readouterr().out
-    entries = [{"case": "n = 512", "microseconds": 4.0}, {"case": "gone", "microseconds": {"b": 1}}]
-    path.write_text(json.dumps({"kernels": {"rls_update": entries}}))
-    predicted = report.predictions(path)
-    assert predicted == {("n = 512", "ours"): 4.0, ("gone", "b"): 1.0}
+    path = tmp_path / "static_gpu.json"
+    for text in (None, "{", "{}", '{"rows": []}'):
+        if text is not None:
+            path.write_text(text)
+        assert report.predictions(path, "NVIDIA H200") == {}
+        assert "nothing predicted" in capsys.readouterr().out
+    rows = [
+        {"case": case, "device": device, "microseconds": time}
+        for device, case, time in [
+            ("H200", "update n = 512", 1.5), ("H200", "update n = 512", 2.5),
+            ("A100", "update n = 512", 9.0), ("H200", "held n = 512", 2.0),
+        ]
+    ]  # fmt: skip
+    path.write_text(json.dumps({"rows": rows}))
+    predicted = report.predictions(path, "NVIDIA H200")
+    assert predicted == {"update n = 512": 4.0, "held n = 512": 2.0}
     ratio = {"ours / floor": {"median": 1.5, "best": 1.5, "target": 1.2}}
-    times = {"ours": {"best": 6.0, "median": 7.0}, "floor": {"best": 4.0, "median": 4.0}}
+    times = {name: {"best": 6.0, "median": 7.0} for name in ("ours", "floor", "held")}
     case = {"case": "n = 512", "microseconds": times, "ratios": ratio}
-    head, ours, floor, target, gone = report.lines([case], predicted)
-    assert ours.split()[-1] == "1.50" and "4 µs" in ours and floor.split()[-2:] == ["4", "µs"]
-    assert target.endswith("MISSED") and gone == "predicted, not timed: gone: b, 1 µs"
+    head, ours, floor, held, target = report.lines([case], predicted)
+    assert ours.split()[-3:] == ["4", "µs", "1.50"] and held.endswith("3.00")
+    assert floor.split()[-2:] == ["6", "µs"] and target.endswith("MISSED")
