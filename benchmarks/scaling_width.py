@@ -33,7 +33,8 @@ RESULT = Path(__file__).resolve().parent / "results" / "scaling_width.json"
 PLOT = RESULT.with_suffix(".png")
 BASELINE = "AdamW"
 OURS = ("RLS spectral", "RLS adaptive")
-BLOCKS = 256  # FLOP over n² of the spectral form's products within blocks of 64 rows
+# of the spectral form's blocks of 64 rows: FLOP over n² of products, over n of inverse roots
+BLOCKS, ROOTS = 4 * 64, 18 * 64**2
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def work(case: Case) -> dict[str, float]:
     factored = n > 4 * B  # where a CPU multiplies P by the factors of G instead of G
     return {
         "training": (6 * L - 2) * B * n**2,
-        "RLS spectral": L * (2 * n**3 + (BLOCKS + 4 * r) * n**2),
+        "RLS spectral": L * (2 * n**3 + (BLOCKS + 4 * r) * n**2 + ROOTS * n),
         "RLS adaptive": L * ((4 * B * n**2 if factored else 2 * n**3) + 4 * r * n**2),
         "AdamW": L * 12 * n**2,
         "Muon": L * 30 * n**3,

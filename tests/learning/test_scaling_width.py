@@ -13,7 +13,7 @@ from benchmarks.scaling_width import Case, crossing, exponent, work
 
 def test_an_exponent_is_that_of_the_upper_half():
     xs = [2.0**k for k in range(6, 14)]
-    ys = [1e-3 + 5e-9 * x**3 for x in xs]
+    ys = [1.0 + 5e-9 * x**3 for x in xs]
     assert exponent(xs, [7 * x**2.5 for x in xs]) == pytest.approx(2.5)
     assert exponent(xs, ys) > 2.9 > exponent(xs[:4], ys[:4])
     bent = [x if x < 700 else 700 * (x / 700) ** 2 for x in xs]
@@ -29,7 +29,7 @@ def test_a_crossing_lies_between_two_points():
 
 
 def test_formulas_are_those_of_the_products():
-    """Counted by torch over one step; what is left out is of a lower order."""
+    """Counted by torch over one step; the update of P is no product to it."""
     from torch.utils.flop_counter import FlopCounterMode
 
     case = Case(width=512, depth=2, batch=64)
@@ -39,7 +39,7 @@ def test_formulas_are_those_of_the_products():
         with FlopCounterMode(display=False) as counter:
             lane()
         said = work(case)["training"] + work(replace(case, rank=0))[name]
-        assert counter.get_total_flops() == pytest.approx(said, rel=0.05), name
+        assert counter.get_total_flops() == pytest.approx(said, rel=0.01), name
 
 
 def test_a_lane_holds_what_its_state_has():
