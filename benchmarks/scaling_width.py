@@ -4,7 +4,8 @@ Networks are linear layers of one width n without bias, ReLU between them; each 
 varied alone. Timed are the optimizer's step and the whole training step (forward, backward, step),
 in the thread's own time on one thread, the optimizers taking turns, so that others on the machine
 cost little but caches. State is what lies between two steps; the peak is that, the weights, and
-what one training step adds: gradients, activations, temporary matrices.
+what one training step adds: gradients, activations, temporary matrices; it is read from torch's
+allocations, or where a step is slow from the resident memory, since large tensors are mapped alone.
 
 Exponents are fitted over the upper half of a range, on logarithms. Each finished case is written,
 and a case that is in the results of the same kernels is not run again.
@@ -25,7 +26,7 @@ from torch import nn
 from torch.optim import AdamW, Muon
 
 from benchmarks.common import environment
-from benchmarks.common.harness import growth
+from benchmarks.common.harness import growth, live_bytes
 from benchmarks.learning.report import markdown
 from rlscuda import RLSOptimizer
 
@@ -95,7 +96,7 @@ class Lane:
 
 
 def measure(case: Case, seconds: float, most: int) -> dict[str, dict[str, float]]:
-    """Times and bytes of a case by optimizer; of a slow one by its second step alone.
+    """Times and bytes of a case by optimizer; of a slow optimizer by its second step alone.
 
     Args:
         case: What is trained.
@@ -103,25 +104,29 @@ def measure(case: Case, seconds: float, most: int) -> dict[str, dict[str, float]
         most: Rounds at most.
     """
     lanes = {name: Lane(name, case) for name in OPTIMIZERS}
-    slow = max([lane()[1] for lane in lanes.values()]) > seconds  # which makes their states, too
+    slow = {name for name, lane in lanes.items() if lane()[1] > seconds}  # it makes its state, too
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in lanes}
+    grown = growth if slow else live_bytes
     peaks = {
-        name: growth(lambda name=name, lane=lane: samples[name].append(lane()))
+        name: grown(lambda name=name, lane=lane: samples[name].append(lane()))
         for name, lane in lanes.items()
     }
-    names, begun, rounds = list(lanes), time.thread_time(), 0
-    while not slow and rounds < most and (not rounds or time.thread_time() - begun < seconds):
+    samples |= {name: [] for name in lanes if name not in slow}  # a profile slows down
+    names, begun, rounds = [name for name in lanes if name not in slow], time.thread_time(), 0
+    while rounds < most and (not rounds or time.thread_time() - begun < seconds):
         for name in names[rounds % len(names) :] + names[: rounds % len(names)]:
             samples[name].append(lanes[name]())
         rounds += 1
     base, weights, found = samples[BASELINE], 4 * case.depth * case.width**2, {}
+    usual = statistics.median(whole for _, whole in base)
     for name, lane in lanes.items():
-        held, peak, both = lane.held(), peaks[name], zip(samples[name], base)
+        own, held, peak = [whole for _, whole in samples[name]], lane.held(), peaks[name]
+        theirs = [usual] * len(own) if name in slow else [whole for _, whole in base]
         found[name] = {
             "step": _round(statistics.median(step for step, _ in samples[name])),
-            "whole": _round(statistics.median(whole for _, whole in samples[name])),
-            "ratio": _round(statistics.median(ours[1] / theirs[1] for ours, theirs in both)),
-            "steps": len(samples[name]),
+            "whole": _round(statistics.median(own)),
+            "ratio": _round(statistics.median(a / b for a, b in zip(own, theirs, strict=True))),
+            "steps": len(own),
             "state": held,
             "peak": None if peak is None else weights + held + peak,
         }
@@ -143,12 +148,12 @@ def exponent(xs: list[float], ys: list[float]) -> float | None:
 
 
 def crossing(xs: list[float], ys: list[float]) -> float | None:
-    """Where y falls through 1 or rises through it, between two x on logarithms; None if nowhere."""
-    points = [(math.log(x), math.log(y)) for x, y in zip(xs, ys)]
+    """Where y passes 1 for the last time, between two x on logarithms; None if nowhere."""
+    points, found = [(math.log(x), math.log(y)) for x, y in zip(xs, ys)], None
     for (x0, y0), (x1, y1) in zip(points, points[1:]):
         if (y0 <= 0) != (y1 <= 0):
-            return math.exp(x0 - y0 * (x1 - x0) / (y1 - y0))
-    return None
+            found = math.exp(x0 - y0 * (x1 - x0) / (y1 - y0))
+    return found
 
 
 def work(case: Case) -> dict[str, float]:

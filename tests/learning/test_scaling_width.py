@@ -26,6 +26,7 @@ def test_a_crossing_lies_between_two_points():
     assert crossing(xs, [100 / x for x in xs]) == pytest.approx(100)
     assert crossing(xs, [x / 20 for x in xs]) == pytest.approx(20)
     assert crossing(xs, [2.0, 3.0, 4.0]) is None
+    assert crossing([1.0, 4.0, 16.0, 64.0], [2.0, 0.5, 2.0, 0.5]) == pytest.approx(32)  # the last
 
 
 def test_formulas_are_those_of_the_products():
