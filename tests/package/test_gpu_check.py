@@ -23,7 +23,10 @@ case "$*" in
   *"$HANGS"*) sleep 20 ;;
 esac
 """
-SANITIZER = '#!/bin/sh\nshift 4\nexec "$@"\n'  # --tool NAME --error-exitcode 9
+SANITIZER = """#!/bin/sh
+while [ "${1#--}" != "$1" ]; do shift 2; done  # options and their values
+exec "$@"
+"""
 
 
 @pytest.mark.parametrize("stage", ["prove", "measure"])
