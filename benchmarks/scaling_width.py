@@ -335,11 +335,12 @@ def plot(document: dict, path: Path) -> None:
                 axis.loglog(xs, ys, ".-", color=colours[name], label=text)
             titles = {"step": "optimizer's step, ms", "whole": "training step, ms"}
             axis.set(xlabel=series, ylabel=titles.get(what, "peak memory, MiB"))
-            axis.margins(y=0.2)
+            flat = series in ("batch", "rank")
+            axis.margins(y=0.5 if flat else 0.1)
             axis.minorticks_off()
             axis.set_xticks(xs, [f"{x:,.0f}" for x in xs], rotation=45, fontsize=7)
             axis.grid(color=grey, alpha=0.25)
-            axis.legend(fontsize=7)
+            axis.legend(fontsize=7, loc="lower right" if flat else "upper left")
         figure.savefig(path, dpi=110, transparent=True)
         pyplot.close(figure)
 
