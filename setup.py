@@ -79,12 +79,13 @@ def extension(generated: Path):
     info += f'#define RLSCUDA_CUDA_ARCHS "{ARCHS if cuda else ""}"\n'
     generated.mkdir(parents=True, exist_ok=True)
     (generated / "build_info.h").write_text(info)
-    cxx = ["-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi", f"-ffile-prefix-map={ROOT}=."]
+    both = ["-O3", "-std=c++20"]  # which torch before 2.13 does not ask for itself
+    cxx = [*both, "-fvisibility=hidden", "-Wall", "-Wno-psabi", f"-ffile-prefix-map={ROOT}=."]
     ext = cpp_extension.CppExtension(
         "rlscuda._C",
         CPU_SOURCES + (CUDA_SOURCES if cuda else []),
         include_dirs=[pybind11.get_include(), str(ROOT / "csrc"), str(generated)],
-        extra_compile_args={"cxx": cxx + defines, "nvcc": ["-O3", "--cudart=static", *defines]},
+        extra_compile_args={"cxx": cxx + defines, "nvcc": [*both, "--cudart=static", *defines]},
         extra_link_args=["-Wl,--no-as-needed", "-Wl,-s"],
     )
     ext.libraries = ["torch", "torch_cpu", *(["cudart_static", "rt", "dl"] if cuda else [])]

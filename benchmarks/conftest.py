@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from benchmarks.common import environment, harness, shapes
+from benchmarks.gpu.journal import RECORD
 
 RESULTS = Path(__file__).parent / "results"
 _LINE = "race"
@@ -134,7 +135,7 @@ def race(benchmark, request, ceilings) -> Callable[..., harness.Race]:
         _documents.setdefault(_name(file), []).append(record)
         if benchmark.disabled:
             _incomplete.add(_name(file))
-        request.node.user_properties.append((_LINE, _line(record)))
+        request.node.user_properties += [(_LINE, _line(record)), (RECORD, record)]
         return contest
 
     run.ceilings = ceilings
@@ -156,8 +157,10 @@ def _line(record: dict) -> str:
     return f"{record['case']}: {times}; {'; '.join(shown)}"
 
 
-def pytest_sessionfinish(session):
+def pytest_sessionfinish(session, exitstatus):
     """Writes the results of every file that ran as a whole."""
+    if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):  # interrupted
+        _incomplete.update(_documents)
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     for name, records in _documents.items():
         if name in _incomplete:

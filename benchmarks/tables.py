@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import headline
+from benchmarks import headline, scaling_width
 from benchmarks.architectures import table as architectures
 from benchmarks.common import environment, shapes
 from benchmarks.distributed import report as distributed
@@ -164,6 +164,11 @@ def scaling(document: dict) -> str:
     )
 
 
+def width(document: dict) -> str:
+    """Time and memory of a step by width, depth, batch and rank."""
+    return scaling_width.report(document) + staleness({document["environment"]["source_hash"]})
+
+
 def provenance(document: dict) -> str:
     """Where, when and with what a result was measured, and whether it still holds."""
     machine, versions, ceilings = (document[k] for k in ("machine", "versions", "ceilings"))
@@ -215,6 +220,7 @@ RUNS = {  # not of a race, nor a grid
     "soak": soak,
     "endurance": endurance,
     "scaling": scaling,
+    "scaling_width": width,
     "filter_windup": filter_windup,
     "filter_numerics": filter_numerics,
 }

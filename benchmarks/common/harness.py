@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -127,10 +128,21 @@ def ceilings(device: str = "cpu") -> dict[str, float]:
 def tensor_bytes(run: Lane) -> int:
     """Bytes that torch's allocators hand out during one call, freed or not."""
     run()
+    return sum(change for change in _allocations(run) if change > 0)
+
+
+def live_bytes(run: Lane) -> int:
+    """The most by which what torch's allocators have handed out grows during one call."""
+    return max(itertools.accumulate(_allocations(run), initial=0))
+
+
+def _allocations(run: Lane) -> list[int]:
+    """Bytes handed out in one call, or given back where negative, in order."""
     with torch.profiler.profile(profile_memory=True) as profile:
         run()
     events = profile.profiler.kineto_results.events()
-    return sum(e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0)
+    memory = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    return [e.nbytes() for e in memory]
 
 
 def peak_bytes(run: Lane) -> int | None:

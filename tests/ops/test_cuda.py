@@ -91,7 +91,7 @@ def test_rls_update(shape, rank, dtype):
 def test_rls_held(shape, hold, rank, dtype):
     options = {"forgetting": 0.95, "gain": 0.3, "decay": 0.97, "diffusion": 0.1}
     P = random_spd(*shape, dtype=dtype)
-    exact, matrix = P.double(), HeldMatrix(P.to(DEVICE, copy=True), rank, hold)
+    exact, matrix = P.double(), HeldMatrix(P.to(DEVICE, copy=True), rank, hold, ridge=0)
     for _ in range(hold + 2):
         S = torch.randn(*shape[:-1], rank, shape[-1], dtype=dtype)
         u, h = matrix.update(S.to(DEVICE), **options)
