@@ -2,16 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-import torch  # its libraries must be loaded before the extension
+import torch
 
-from rlscuda import _loading
-
-_loading.check_torch(torch.__version__)
-try:
-    from rlscuda import _C
-except ImportError as error:
-    raise _loading.failure(error, torch.__version__) from None
-
+from rlscuda._loading import _C, OLDEST_TORCH
 from rlscuda.optimizer import RLSOptimizer
 from rlscuda.streaming.bank import RLSFilterBank
 from rlscuda.streaming.filter import RLSFilter
@@ -52,7 +45,7 @@ def build_info() -> dict:
     return {
         "version": __version__,
         "torch": torch.__version__,
-        "abi": _loading.OLDEST_TORCH,
+        "abi": OLDEST_TORCH,
         "cuda": None if cuda is None else f"{cuda // 1000}.{cuda % 1000 // 10}",
         "cuda_archs": _C.cuda_archs,
         "simd": _C.simd,

@@ -1,4 +1,4 @@
-"""What an import of the package says, in one line, where its extension cannot be loaded."""
+"""The extension; and in one line what an import says where it cannot be loaded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import re
 import sys
 from pathlib import Path
 
+import torch  # its libraries must be loaded before the extension
+
+__all__ = ["OLDEST_TORCH", "_C"]
 OLDEST_TORCH = "2.10"  # whose LibTorch stable ABI the extension is built on
 
 
@@ -37,3 +40,10 @@ def failure(error: ImportError, torch_version: str) -> ImportError:
         f"rlscuda's extension is not built for Python {sys.version_info[0]}.{sys.version_info[1]}: "
         f"in {folder} is {built or 'none'}; in a checkout python -m pip install -e . builds it"
     )
+
+
+check_torch(torch.__version__)
+try:
+    from rlscuda import _C
+except ImportError as error:
+    raise failure(error, torch.__version__) from None
