@@ -48,7 +48,19 @@ def test_nothing_is_wrong(tags, tmp_path):
         ({f"{INFO}/licenses/LICENSE": None}, None, "licenses/LICENSE is missing"),
         ({f"{INFO}/METADATA": b"Version: 1.2.4"}, None, "METADATA must say 'Version: 1.2.3'"),
     ],
-    ids="tag tags glibc size path script library tests none licence version".split(),
+    ids=[
+        "tag",
+        "tags",
+        "glibc",
+        "size",
+        "path",
+        "script",
+        "library",
+        "tests",
+        "none",
+        "licence",
+        "version",
+    ],
 )
 def test_a_fault_is_found(changed, tags, reason, tmp_path):
     files = {name: data for name, data in (FILES | changed).items() if data is not None}
