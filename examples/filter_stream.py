@@ -1,6 +1,6 @@
 """A filter that follows a stream: unknown weights, met one noisy sample at a time, change halfway.
 
-    python examples/filter_stream.py
+python examples/filter_stream.py
 """
 
 import numpy as np
@@ -27,5 +27,5 @@ for t, (x, target) in enumerate(zip(X, y), 1):
 
 # the same in one call, in C++: 2,000 predictions, each made before its target was seen
 predictions = RLSFilter(8, forgetting=0.98).run(X, y)
-print(f"rms error of the last 500 predictions: {np.square(predictions - y)[-500:].mean() ** 0.5:.3f}"
-      ", of the noise 0.1")  # fmt: skip
+error = np.square(predictions - y)[-500:].mean() ** 0.5
+print(f"rms error of the last 500 predictions: {error:.3f}, of which noise 0.1")

@@ -1,6 +1,6 @@
 """Half of a CNN's channels go, without any training; then training goes on, and an export ends it.
 
-    python examples/prune_cnn.py --out pruned.pt2
+python examples/prune_cnn.py --out pruned.pt2
 """
 
 import argparse

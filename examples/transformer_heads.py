@@ -1,6 +1,6 @@
 """A vision transformer loses half of its heads and of its MLPs, and is not trained afterwards.
 
-    python examples/transformer_heads.py
+python examples/transformer_heads.py
 """
 
 import copy
