@@ -49,10 +49,10 @@ class Block(nn.Module):
 if __name__ == "__main__":
     (x, y), test = splits()
     torch.manual_seed(0)
-    blocks = nn.Sequential(*(Block() for _ in range(3)))
+    blocks = nn.Sequential(*(Block() for _ in range(2)))
     read_out = nn.Sequential(nn.LayerNorm([16, WIDTH]), nn.Flatten(), nn.Linear(16 * WIDTH, 10))
     model = nn.Sequential(Tokens(), blocks, read_out)
-    list(train(model, RLSOptimizer(model), x, y, epochs=8))
+    list(train(model, RLSOptimizer(model), x, y, epochs=6))
     print(f"trained: {accuracy(model, *test):.1f} %")
     for name, how in METHODS.items():
         pruned = copy.deepcopy(model)
