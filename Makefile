@@ -25,10 +25,10 @@ bench: .venv/installed
 	$(BIN)/rlscuda bench
 
 wheel: .venv/installed
-	rm -rf dist
+	rm -rf dist build/linux
 	$(BIN)/python setup.py -q sdist
-	$(BIN)/python -m pip wheel "$(FROM)" --no-build-isolation --no-deps -w dist/linux
-	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist dist/linux/*.whl
+	$(BIN)/python -m pip wheel "$(FROM)" --no-build-isolation --no-deps -w build/linux
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist build/linux/*.whl
 	$(BIN)/python tests/package/wheel_check.py dist/*.whl
 
 wheel-check: .venv/installed
