@@ -4,7 +4,10 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint bench wheel clean
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' rlscuda/__init__.py)
+FROM ?= dist/rlscuda-$(VERSION).tar.gz# what `make wheel` builds: the sdist, or a folder with its files
+
+.PHONY: demo test lint bench wheel wheel-check clean
 
 demo: .venv/installed
 	$(BIN)/rlscuda train --model lenet5 --data mnist5k --optimizer rls,sgd,adam --lr sgd=0.05,adam=0.005 --epochs 8 --out runs/demo --overwrite
@@ -22,7 +25,14 @@ bench: .venv/installed
 	$(BIN)/rlscuda bench
 
 wheel: .venv/installed
-	$(BIN)/python -m pip wheel . --no-build-isolation --no-deps -w dist
+	rm -rf dist build/linux
+	$(BIN)/python setup.py -q sdist
+	$(BIN)/python -m pip wheel "$(FROM)" --no-build-isolation --no-deps -w build/linux
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist build/linux/*.whl
+	$(BIN)/python tests/package/wheel_check.py dist/*.whl
+
+wheel-check: .venv/installed
+	$(BIN)/python tests/package/wheel_check.py dist/*.whl --torch 2.10.0 2.11.0 2.13.0
 
 .venv/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -22,7 +22,8 @@ try:
     from torch.utils import cpp_extension
 except ImportError as error:
     raise SystemExit(f"building rlscuda needs {error.name}, which is not installed") from None
-if torch.__version__ < "2.10":
+found = re.match(r"(\d+)\.(\d+)", torch.__version__)  # as numbers: "2.9" is before "2.10"
+if tuple(map(int, found.groups())) < (2, 10):
     raise SystemExit(f"building rlscuda needs torch 2.10 or newer, got {torch.__version__}")
 
 ROOT = Path(__file__).parent.resolve()
@@ -43,7 +44,9 @@ def check_compiler() -> None:
     run = subprocess.run(command, shell=True, input=code, capture_output=True, text=True)
     if run.returncode and not {"sdist", "egg_info", "dist_info"} & set(sys.argv):
         why = re.search(r".*(error|not found).*|$", run.stderr)[0]
-        raise SystemExit(f"building rlscuda needs C++20 (as of g++ 11) and Python.h, got {why!r}")
+        lack = "Python's headers (python3-dev)" if "Python.h" in why else "C++20 (as of g++ 11)"
+        lack = "a C++ compiler (g++ 11, or CXX=...)" if run.returncode == 127 else lack
+        raise SystemExit(f"building rlscuda needs {lack}, got {why!r}")
 
 
 def source_hash() -> str:
@@ -79,8 +82,11 @@ def extension(generated: Path):
     info += f'#define RLSCUDA_CUDA_ARCHS "{ARCHS if cuda else ""}"\n'
     generated.mkdir(parents=True, exist_ok=True)
     (generated / "build_info.h").write_text(info)
+    # messages name files from where their #include starts, not by where they lie on this machine
+    places = [ROOT, cpp_extension.include_paths()[0], pybind11.get_include()]
     both = ["-O3", "-std=c++20"]  # which torch before 2.13 does not ask for itself
-    cxx = [*both, "-fvisibility=hidden", "-Wall", "-Wno-psabi", f"-ffile-prefix-map={ROOT}=."]
+    cxx = [*both, "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    cxx += [f"-ffile-prefix-map={place}=." for place in places]
     ext = cpp_extension.CppExtension(
         "rlscuda._C",
         CPU_SOURCES + (CUDA_SOURCES if cuda else []),

