@@ -198,8 +198,8 @@ def _sketch_sums(call: Call, launch: Launch) -> Work:
 def _whole_vectors(x: dict[str, Any]) -> bool:
     """Whether the channels are dense and every one of them begins a vector of 16 bytes."""
     dense = x["stride"][1] == 1 and x["shape"][1] > 1
-    others = (x["stride"][d] * x["item"] % 16 == 0 for d in (0, 2, 3))
-    return dense and all(others)
+    sides = [(x["shape"][d], x["stride"][d] * x["item"]) for d in (0, 2, 3)]
+    return dense and all(size == 1 or step % 16 == 0 for size, step in sides)
 
 
 def _sketch_rows(call: Call, launch: Launch) -> Work:

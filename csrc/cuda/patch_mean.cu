@@ -65,12 +65,13 @@ MeanPlan make_plan(const void* x, const PatchGeometry& g, int lanes, int64_t ele
   p.pieces = int(ceil_div(width, p.width));
   // a vector must not cross a gap, and every vector must begin at a multiple of its size
   const int64_t run = p.pixels ? p.lines : p.width, all = p.pixels ? lines : width;
+  const bool rows = begins_vectors(g.height, g.stride_h, lanes);
   const bool whole = dense ? int64_t(p.lines) * p.width % lanes == 0 || p.tiles() == 1
-                           : run % lanes == 0 && all % lanes == 0 && g.stride_h % lanes == 0 &&
-                                 (p.pixels ? g.stride_w : g.stride_c) % lanes == 0;
+                           : run % lanes == 0 && all % lanes == 0 && rows &&
+                                 (p.pixels ? begins_vectors(g.width, g.stride_w, lanes)
+                                           : begins_vectors(g.channels, g.stride_c, lanes));
   p.valid = lanes == 1 || (whole && reinterpret_cast<uintptr_t>(x) % 16 == 0 &&
-                           (g.images == 1 || g.stride_n % lanes == 0) &&
-                           (!p.pixels || g.height == 1 || g.stride_h % lanes == 0));
+                           begins_vectors(g.images, g.stride_n, lanes) && (!p.pixels || rows));
   p.slots = int(ceil_div(int64_t(p.lines) * p.width, lanes));
   p.side_by_side = kThreads / p.slots;
   p.per_chunk = images_per_chunk(g.images, p.side_by_side, p.tiles());

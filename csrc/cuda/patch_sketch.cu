@@ -77,8 +77,10 @@ SketchPlan make_plan(const T* x, const PatchGeometry& g, const PatchDraw& draw) 
   const int64_t rows = std::min(g.out_h, high / g.step_h + 1);
   p.window_words = ((p.window_images - 1) * g.positions() + rows * g.out_w) / 64 + 2;
   const int64_t vector = kVectorLanes<T>;
-  p.vectors = dense && reinterpret_cast<uintptr_t>(x) % 16 == 0 && g.stride_n % vector == 0 &&
-              g.stride_h % vector == 0 && g.stride_w % vector == 0;
+  p.vectors = dense && reinterpret_cast<uintptr_t>(x) % 16 == 0 &&
+              begins_vectors(g.images, g.stride_n, vector) &&
+              begins_vectors(g.height, g.stride_h, vector) &&
+              begins_vectors(g.width, g.stride_w, vector);
   return p;
 }
 
