@@ -22,7 +22,7 @@ namespace rlscuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kUnroll = 4;  // images in flight in a thread
+constexpr int kUnroll = 4;  // loads in flight in a thread: of images, of lines
 
 // How x is cut. A line is what is summed along w: a row (c, h), or a channel of the pixels of row
 // h.
@@ -214,13 +214,25 @@ __global__ void __launch_bounds__(kThreads)
   const int i = tap / kernel_w, j = tap % kernel_w, out_h = int(g.out_h);
   const int64_t c = group * (g.channels / g.groups) + column / taps;
   const int64_t rows = g.channels * g.height;
+  const unsigned lines = unsigned(parts) * unsigned(out_h);
   A total = 0;
-  for (unsigned m = lane; m < unsigned(parts) * unsigned(out_h); m += 32) {
-    const int64_t part = m / unsigned(out_h);
-    const int oh = int(m % unsigned(out_h));
-    const int h =
-        g.source(oh * int(g.step_h) - int(g.pad_h) + i * int(g.dilation_h), int(g.height));
-    if (h >= 0) total += t[(part * kernel_w + j) * rows + c * g.height + h];
+  for (unsigned begin = lane; begin < lines; begin += 32 * kUnroll) {
+    int64_t at[kUnroll];  // less than 0 for what is padding, or beyond the lines
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const unsigned m = min(begin + 32 * u, lines - 1);
+      const int64_t part = m / unsigned(out_h);
+      const int oh = int(m % unsigned(out_h));
+      const int h =
+          g.source(oh * int(g.step_h) - int(g.pad_h) + i * int(g.dilation_h), int(g.height));
+      const bool seen = h >= 0 && begin + 32 * u < lines;
+      at[u] = seen ? (part * kernel_w + j) * rows + c * g.height + h : -1;
+    }
+    A sum[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) sum[u] = t[max(at[u], int64_t(0))];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) total += at[u] < 0 ? A(0) : sum[u];
   }
   for (int distance = 16; distance > 0; distance >>= 1)
     total += __shfl_xor_sync(~0u, total, distance);

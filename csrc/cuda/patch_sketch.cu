@@ -270,8 +270,9 @@ __global__ void __launch_bounds__(1024)
   const A* from = is_one ? ones + (element - size) : partial + element;
   const bool exists = element < size + (ones ? rank : 0);
   A sum = 0;
-  for (int p = threadIdx.y; exists && p < (is_one ? chunks : parts); p += 32)
-    sum += from[p * stride];
+  const int end = exists ? (is_one ? chunks : parts) : 0;
+#pragma unroll 8
+  for (int p = threadIdx.y; p < end; p += 32) sum += from[p * stride];
   sums[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
   if (threadIdx.y > 0 || !exists) return;

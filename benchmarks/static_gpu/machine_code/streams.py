@@ -67,7 +67,7 @@ STREAMS: dict[str, Stream] = {
         ("image[u] = load_lanes<LANES>(from + (b + u * step) * g.stride_n);",),
     ),
     "patch_mean rows": Stream(
-        "patch_mean_rows_kernel", "patch_mean.cu", ("if (h >= 0) total += t[",)
+        "patch_mean_rows_kernel", "patch_mean.cu", ("sum[u] = t[max(at[u], int64_t(0))];",)
     ),
     "patch_sketch planes": Stream(
         "patch_sketch_sums_kernel", "patch_sketch.cu", ("to[c] = to_compute<A>(*at);",)
