@@ -41,12 +41,11 @@ class Stream:
 _ROW = ("if (c < left) v = *reinterpret_cast<const Packed<T, VEC>*>(row + c);",)
 _TILE = ("if (i < n && j < n) v = *reinterpret_cast<const Packed<T, VEC>*>(P + i * n + j);",)
 _FMA = ("acc[r][q] -= rows[r] * columns[q];",)
+_BIAS = "product[u] += grad_bias * bias_row[min("
 _STEP = (
-    "direction[u] = scale * completed(product, bias_row, grad_bias, j);",
-    "if (moment) direction[u] += momentum * moment[j];",
-    "before[u] = to_compute<T>(*w[u]);",
-)
-_NORM = ("part += completed(product, bias_row, grad_bias, j) * (j < a.n ? grad[j] : grad_bias);",)
+    "direction[u] = product[j];", "if (moment) old[u] = moment[j];", "before[u] = *w[u];", _BIAS,
+)  # fmt: skip
+_NORM = (" d[u] = product[j];", "g[u] = j < a.n ? grad[j] : grad_bias;", _BIAS)
 _PROJECT, _TILES, _WEIGHT = "rls_project.h", "rls_tiles.h", "weight_step.cu"
 _RANKS = {
     "1 row": "project_ranks<1, VEC>(",
