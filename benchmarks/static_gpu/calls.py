@@ -47,6 +47,11 @@ class Recorder(TorchDispatchMode):
         self.calls: list[dict] = []
         self._file = launches.open()
 
+    def begin(self) -> None:
+        """Forgets all that was called and launched before."""
+        self._file.read()
+        self.calls = []
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Runs any operator; notes ours."""
         result = func(*args, **(kwargs or {}))
@@ -151,8 +156,7 @@ def main(launches: Path) -> None:
     cases = []
 
     def record(name: str, run: Callable[[], object]) -> None:
-        recorder._file.read()
-        recorder.calls = []
+        recorder.begin()
         with recorder:
             run()
         cases.append({"case": name, "calls": recorder.calls})

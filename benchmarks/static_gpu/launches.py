@@ -61,11 +61,8 @@ def recorded() -> dict[str, list[Call]]:
         variables["CUDA_ON_CPU_LAUNCHES"] = str(path)
         variables["PYTHONPATH"] = os.pathsep.join([str(TARGET), str(ROOT)])
         script = Path(__file__).with_name("calls.py")
-        result = subprocess.run(
-            [sys.executable, "-P", str(script), str(path)] if sys.version_info >= (3, 11)
-            else [sys.executable, str(script), str(path)],
-            capture_output=True, text=True, env=variables, cwd=TARGET,
-        )  # fmt: skip
+        command = [sys.executable, str(script), str(path)]
+        result = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=TARGET)
     if result.returncode:
         raise RuntimeError(f"{script.name} failed:\n{result.stdout}{result.stderr}")
     names = _kernels()
