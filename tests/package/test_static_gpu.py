@@ -306,7 +306,7 @@ def test_an_update_keeps_reasons(tmp_path, monkeypatch):
     assert expectation.read()["findings"] == {"loop": {"narrow": expectation.NO_REASON}}
     assert len(expectation.complaints(expectation.read(), rows)) == 1
     document = expectation.read() | {"findings": {"loop": {"narrow": "a reason"}}}
-    expectation.EXPECTED.write_text(expectation.as_lines(document, 3))
+    expectation.EXPECTED.write_text(expectation.as_text(document), encoding="utf-8")
     expectation.write(rows)
     assert expectation.read() == document
     assert expectation.complaints(document, rows) == []
