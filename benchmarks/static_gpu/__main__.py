@@ -23,6 +23,11 @@ from benchmarks.static_gpu.report import report
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "static_gpu.json"
 
 
+def _compiler() -> str:
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True)
+    return "nvcc " + re.search(r"release [\d.]+, V([\d.]+)", version.stdout)[1]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Reads, predicts, and compares or writes; 1 where something is worse than expected."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -30,21 +35,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     what.add_argument("--check", action="store_true", help="compare with expected.json")
     what.add_argument("--update", action="store_true", help="write expected.json anew")
     args = parser.parse_args(argv)
-    found = list(rows.all_rows())
+    compiler, found = _compiler(), list(rows.all_rows())
     if args.check:
-        bad = expectation.complaints(expectation.read(), found)
+        expected = expectation.read()
+        bad = expectation.complaints(expected, found)
+        if expected["compiler"] != compiler:
+            print(f"expected figures are of {expected['compiler']}, those found of {compiler}")
         print(*bad, sep="\n")
         print(f"{len(found)} launches, {len(bad)} figures worse than expected")
         return int(bool(bad))
-    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True)
     document = {
-        "compiler": "nvcc " + re.search(r"release [\d.]+, V([\d.]+)", version.stdout)[1],
+        "compiler": compiler,
         "source_hash": environment.tree_hash(),
         "rows": found,
     }
     RESULTS.write_text(expectation.as_lines(document, 2), encoding="utf-8")
     if args.update:
-        expectation.write(found)
+        expectation.write(found, compiler)
     print(report(document))
     return 0
 

@@ -98,16 +98,16 @@ def read() -> dict[str, Any]:
     return json.loads(EXPECTED.read_text(encoding="utf-8"))
 
 
-def write(rows: list[dict[str, Any]]) -> None:
-    """The expectation that these rows are, with the reasons that are known."""
+def write(rows: list[dict[str, Any]], compiler: str) -> None:
+    """The expectation that these rows of a compiler are, with the reasons that are known."""
     known = read()["findings"] if EXPECTED.exists() else {}
-    document = {**figures(rows), "findings": reasons(rows, known)}
+    document = {"compiler": compiler, **figures(rows), "findings": reasons(rows, known)}
     EXPECTED.write_text(as_text(document), encoding="utf-8")
 
 
 def as_text(expectation: dict[str, Any]) -> str:
     """The file: a line for each loop of a GPU, for each case, for each stream with findings."""
-    depth = {"loops": 2, "cases": 1, "findings": 1}
+    depth = {"compiler": 0, "loops": 2, "cases": 1, "findings": 1}
     parts = (f' "{part}": {as_lines(expectation[part], d, " ")}' for part, d in depth.items())
     return "{\n" + ",\n".join(parts) + "\n}\n"
 

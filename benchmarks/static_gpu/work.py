@@ -17,6 +17,7 @@ from benchmarks.static_gpu.launches import Call, Launch
 from benchmarks.static_gpu.machine_code.streams import constant
 
 FLOAT = 4  # bytes of an element of P
+RANKS = 64 // FLOAT  # rows that one pass of `project` takes, kRanks<float> of rls_project.h
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,12 @@ class _Matrices:
 
     @property
     def rows(self) -> str:
-        return "1 row" if self.rank == 1 else "2 to 4 rows" if self.rank <= 4 else "16 rows"
+        few = "1 row" if self.rank == 1 else "2 to 4 rows"
+        return few if self.rank <= 4 else f"{RANKS} rows"
 
     @property
     def passes(self) -> int:
-        return ceil(self.rank / 16)
+        return ceil(self.rank / RANKS)
 
 
 def _matrices(sizes: dict[str, Any]) -> list[_Matrices]:

@@ -260,7 +260,7 @@ def test_findings():
 
 
 def expected_of(rows, findings=None):
-    return {**expectation.figures(rows), "findings": findings or {}}
+    return {"compiler": "nvcc 13", **expectation.figures(rows), "findings": findings or {}}
 
 
 @pytest.mark.parametrize(
@@ -302,12 +302,12 @@ def test_what_is_new_or_gone_is_named():
 def test_an_update_keeps_reasons(tmp_path, monkeypatch):
     monkeypatch.setattr(expectation, "EXPECTED", tmp_path / "expected.json")
     rows = [row(findings=["narrow"])]
-    expectation.write(rows)
+    expectation.write(rows, "nvcc 13")
     assert expectation.read()["findings"] == {"loop": {"narrow": expectation.NO_REASON}}
     assert len(expectation.complaints(expectation.read(), rows)) == 1
     document = expectation.read() | {"findings": {"loop": {"narrow": "a reason"}}}
     expectation.EXPECTED.write_text(expectation.as_text(document), encoding="utf-8")
-    expectation.write(rows)
+    expectation.write(rows, "nvcc 13")
     assert expectation.read() == document
     assert expectation.complaints(document, rows) == []
 
