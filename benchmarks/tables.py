@@ -23,6 +23,7 @@ from benchmarks.distributed import report as distributed
 from benchmarks.learning import long_runs
 from benchmarks.learning import report as learning
 from benchmarks.pruning import adaptive, blocks, gates, plots, pretraining, relief, transformers
+from benchmarks.static_gpu import report as static
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MARKED = re.compile(r"(<!-- table:([\w.]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -216,6 +217,11 @@ def grid_provenance(document: dict) -> str:
     return text + staleness(hashes, timed=False)
 
 
+def static_gpu(document: dict) -> str:
+    """What the machine code of the kernels says, and the times predicted from it."""
+    return static.report(document) + staleness({document["source_hash"]})
+
+
 RUNS = {  # not of a race, nor a grid
     "soak": soak,
     "endurance": endurance,
@@ -223,6 +229,7 @@ RUNS = {  # not of a race, nor a grid
     "scaling_width": width,
     "filter_windup": filter_windup,
     "filter_numerics": filter_numerics,
+    "static_gpu": static_gpu,
 }
 
 SUMMARIES = {"headline": headline.headline, "systems": headline.systems}  # of several results

@@ -11,6 +11,11 @@ namespace rlscuda {
 
 RLS_HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Whether each of `size` elements, `stride` apart, begins a vector of `lanes` where the first does.
+inline bool begins_vectors(int64_t size, int64_t stride, int64_t lanes) {
+  return size == 1 || stride % lanes == 0;
+}
+
 // Inside a plane and inside a row of the result the kernels count in 32 bits; across channels,
 // images and memory in 64.
 inline void check_plane(const PatchGeometry& g) {

@@ -22,7 +22,7 @@ namespace rlscuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kUnroll = 4;  // images in flight in a thread
+constexpr int kUnroll = 4;  // loads in flight in a thread: of images, of lines
 
 // How x is cut. A line is what is summed along w: a row (c, h), or a channel of the pixels of row
 // h.
@@ -65,12 +65,13 @@ MeanPlan make_plan(const void* x, const PatchGeometry& g, int lanes, int64_t ele
   p.pieces = int(ceil_div(width, p.width));
   // a vector must not cross a gap, and every vector must begin at a multiple of its size
   const int64_t run = p.pixels ? p.lines : p.width, all = p.pixels ? lines : width;
+  const bool rows = begins_vectors(g.height, g.stride_h, lanes);
   const bool whole = dense ? int64_t(p.lines) * p.width % lanes == 0 || p.tiles() == 1
-                           : run % lanes == 0 && all % lanes == 0 && g.stride_h % lanes == 0 &&
-                                 (p.pixels ? g.stride_w : g.stride_c) % lanes == 0;
+                           : run % lanes == 0 && all % lanes == 0 && rows &&
+                                 (p.pixels ? begins_vectors(g.width, g.stride_w, lanes)
+                                           : begins_vectors(g.channels, g.stride_c, lanes));
   p.valid = lanes == 1 || (whole && reinterpret_cast<uintptr_t>(x) % 16 == 0 &&
-                           (g.images == 1 || g.stride_n % lanes == 0) &&
-                           (!p.pixels || g.height == 1 || g.stride_h % lanes == 0));
+                           begins_vectors(g.images, g.stride_n, lanes) && (!p.pixels || rows));
   p.slots = int(ceil_div(int64_t(p.lines) * p.width, lanes));
   p.side_by_side = kThreads / p.slots;
   p.per_chunk = images_per_chunk(g.images, p.side_by_side, p.tiles());
@@ -213,13 +214,25 @@ __global__ void __launch_bounds__(kThreads)
   const int i = tap / kernel_w, j = tap % kernel_w, out_h = int(g.out_h);
   const int64_t c = group * (g.channels / g.groups) + column / taps;
   const int64_t rows = g.channels * g.height;
+  const unsigned lines = unsigned(parts) * unsigned(out_h);
   A total = 0;
-  for (unsigned m = lane; m < unsigned(parts) * unsigned(out_h); m += 32) {
-    const int64_t part = m / unsigned(out_h);
-    const int oh = int(m % unsigned(out_h));
-    const int h =
-        g.source(oh * int(g.step_h) - int(g.pad_h) + i * int(g.dilation_h), int(g.height));
-    if (h >= 0) total += t[(part * kernel_w + j) * rows + c * g.height + h];
+  for (unsigned begin = lane; begin < lines; begin += 32 * kUnroll) {
+    int64_t at[kUnroll];  // less than 0 for what is padding, or beyond the lines
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const unsigned m = min(begin + 32 * u, lines - 1);
+      const int64_t part = m / unsigned(out_h);
+      const int oh = int(m % unsigned(out_h));
+      const int h =
+          g.source(oh * int(g.step_h) - int(g.pad_h) + i * int(g.dilation_h), int(g.height));
+      const bool seen = h >= 0 && begin + 32 * u < lines;
+      at[u] = seen ? (part * kernel_w + j) * rows + c * g.height + h : -1;
+    }
+    A sum[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) sum[u] = t[max(at[u], int64_t(0))];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) total += at[u] < 0 ? A(0) : sum[u];
   }
   for (int distance = 16; distance > 0; distance >>= 1)
     total += __shfl_xor_sync(~0u, total, distance);

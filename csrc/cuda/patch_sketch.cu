@@ -77,8 +77,10 @@ SketchPlan make_plan(const T* x, const PatchGeometry& g, const PatchDraw& draw) 
   const int64_t rows = std::min(g.out_h, high / g.step_h + 1);
   p.window_words = ((p.window_images - 1) * g.positions() + rows * g.out_w) / 64 + 2;
   const int64_t vector = kVectorLanes<T>;
-  p.vectors = dense && reinterpret_cast<uintptr_t>(x) % 16 == 0 && g.stride_n % vector == 0 &&
-              g.stride_h % vector == 0 && g.stride_w % vector == 0;
+  p.vectors = dense && reinterpret_cast<uintptr_t>(x) % 16 == 0 &&
+              begins_vectors(g.images, g.stride_n, vector) &&
+              begins_vectors(g.height, g.stride_h, vector) &&
+              begins_vectors(g.width, g.stride_w, vector);
   return p;
 }
 
@@ -268,8 +270,9 @@ __global__ void __launch_bounds__(1024)
   const A* from = is_one ? ones + (element - size) : partial + element;
   const bool exists = element < size + (ones ? rank : 0);
   A sum = 0;
-  for (int p = threadIdx.y; exists && p < (is_one ? chunks : parts); p += 32)
-    sum += from[p * stride];
+  const int end = exists ? (is_one ? chunks : parts) : 0;
+#pragma unroll 8
+  for (int p = threadIdx.y; p < end; p += 32) sum += from[p * stride];
   sums[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
   if (threadIdx.y > 0 || !exists) return;

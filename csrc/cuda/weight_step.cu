@@ -23,7 +23,7 @@ constexpr uint32_t kNarrow = 256;  // columns up to which a warp takes a row
 template <class T>
 constexpr uint32_t kUnroll = 16 / sizeof(T);  // elements of a row that a thread has in flight
 constexpr int64_t kTargetBlocks = 2048;  // of a launch; a block has at least kLeastWork elements
-constexpr int64_t kLeastWork = 4096;
+constexpr int64_t kLeastWork = 1024;
 
 template <class T>
 struct Layer {
@@ -80,11 +80,14 @@ __device__ __forceinline__ int64_t offset(const Layer<T>& a, uint32_t j) {
   return c * a.stride[0] + (y % a.height) * a.stride[1] + x * a.stride[2];
 }
 
-// D[i, j], completed.
-template <class T>
-__device__ __forceinline__ T completed(const T* product, const T* bias_row, T grad_bias,
-                                       uint32_t j) {
-  return bias_row ? product[j] + grad_bias * bias_row[j] : product[j];
+// Adds the bias' part to D[i, j] of a thread's columns j0, j0 + ROW_THREADS, ...
+template <int ROW_THREADS, class T>
+__device__ __forceinline__ void complete(T (&product)[kUnroll<T>], const T* bias_row, T grad_bias,
+                                         uint32_t j0, uint32_t columns) {
+  if (!bias_row) return;
+#pragma unroll
+  for (uint32_t u = 0; u < kUnroll<T>; ++u)
+    product[u] += grad_bias * bias_row[min(j0 + u * ROW_THREADS, columns - 1)];
 }
 
 template <int ROW_THREADS, class T, class W>
@@ -104,9 +107,19 @@ __device__ void move_row(const Layer<T>& a, const WeightStep<T>& common, const S
   if (a.second_moment) {
     const T* grad = a.grad + int64_t(i) * a.n;
     T part = 0;
-#pragma unroll 4
-    for (uint32_t j = first; j < columns; j += ROW_THREADS)
-      part += completed(product, bias_row, grad_bias, j) * (j < a.n ? grad[j] : grad_bias);
+    for (uint32_t j0 = first; j0 < columns; j0 += kUnroll<T> * ROW_THREADS) {
+      T d[kUnroll<T>], g[kUnroll<T>];
+#pragma unroll
+      for (uint32_t u = 0; u < kUnroll<T>; ++u) {
+        const uint32_t j = min(j0 + u * ROW_THREADS, columns - 1);
+        d[u] = product[j];
+        g[u] = j < a.n ? grad[j] : grad_bias;
+      }
+      complete<ROW_THREADS>(d, bias_row, grad_bias, j0, columns);
+#pragma unroll
+      for (uint32_t u = 0; u < kUnroll<T>; ++u)
+        if (j0 + u * ROW_THREADS < columns) part += d[u] * g[u];
+    }
     const T norm = row_sum<ROW_THREADS>(part, sums);
     const T second = step.beta2 * a.second_moment[i] + step.rest2 * norm;
     if (ROW_THREADS > 32) __syncthreads();  // all have read it
@@ -116,23 +129,26 @@ __device__ void move_row(const Layer<T>& a, const WeightStep<T>& common, const S
     scale = step.rest;
   }
   for (uint32_t j0 = first; j0 < columns; j0 += kUnroll<T> * ROW_THREADS) {
-    T direction[kUnroll<T>], before[kUnroll<T>];
+    // all loads before the first use, those beyond the row of its last column
+    T direction[kUnroll<T>], old[kUnroll<T>] = {};
+    W before[kUnroll<T>];
     W* w[kUnroll<T>];
 #pragma unroll
-    for (uint32_t u = 0; u < kUnroll<T>; ++u) {  // all loads before the first store
-      const uint32_t j = j0 + u * ROW_THREADS;
-      if (j >= columns) continue;
-      direction[u] = scale * completed(product, bias_row, grad_bias, j);
-      if (moment) direction[u] += momentum * moment[j];
+    for (uint32_t u = 0; u < kUnroll<T>; ++u) {
+      const uint32_t j = min(j0 + u * ROW_THREADS, columns - 1);
+      direction[u] = product[j];
+      if (moment) old[u] = moment[j];
       w[u] = j < a.n ? weight + offset(a, j) : static_cast<W*>(a.bias) + i * a.bias_stride;
-      before[u] = to_compute<T>(*w[u]);
+      before[u] = *w[u];
     }
+    complete<ROW_THREADS>(direction, bias_row, grad_bias, j0, columns);
 #pragma unroll
     for (uint32_t u = 0; u < kUnroll<T>; ++u) {
       const uint32_t j = j0 + u * ROW_THREADS;
       if (j >= columns) continue;
-      if (moment) moment[j] = direction[u];
-      *w[u] = to_storage<W>(step.keep * before[u] - rate * direction[u]);
+      direction[u] = scale * direction[u];
+      if (moment) moment[j] = direction[u] += momentum * old[u];
+      *w[u] = to_storage<W>(step.keep * to_compute<T>(before[u]) - rate * direction[u]);
     }
   }
 }

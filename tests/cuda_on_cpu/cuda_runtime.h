@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <source_location>
+#include <string>
 #include <type_traits>
 
 #define CUDART_VERSION 0
@@ -81,8 +82,10 @@ namespace cuda_on_cpu {
 using Where = std::source_location;
 enum class Wait { kNothing, kBlock, kWarp, kShuffle, kBallot, kAdd, kMin, kMax, kOr };
 
-// Runs body() once for each thread of each block.
-cudaError_t run(const cudaLaunchConfig_t& config, void (*body)(const void*), const void* context);
+// Runs body() once for each thread of each block; writes the launch down instead where launches are
+// recorded, with the kernel and those of its arguments that are integers.
+cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std::string& integers,
+                void (*body)(const void*), const void* context);
 
 // The shared variable declared at `where`, one for each block, full of NaN at its start.
 void* shared(size_t bytes, Where where);
@@ -114,6 +117,12 @@ T shuffle(unsigned mask, T x, int source, int width, Where where) {
   return result;
 }
 
+template <class Param, class T>
+std::string as_text(const T& x) {
+  if constexpr (std::is_integral_v<Param>) return " " + std::to_string(x);
+  return "";
+}
+
 }  // namespace cuda_on_cpu
 
 template <class... Params, class... Args>
@@ -121,7 +130,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                Args&&... args) {
   const auto call = [kernel, ... values = static_cast<Params>(args)] { kernel(values...); };
   return cuda_on_cpu::run(
-      *config, [](const void* f) { (*static_cast<const decltype(call)*>(f))(); }, &call);
+      *config, reinterpret_cast<const void*>(kernel), (cuda_on_cpu::as_text<Params>(args) + ...),
+      [](const void* f) { (*static_cast<const decltype(call)*>(f))(); }, &call);
 }
 
 // --- the device's side

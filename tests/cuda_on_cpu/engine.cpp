@@ -1,8 +1,10 @@
 // The engine: blocks one after the other, the threads of a block as fibers that switch where they
 // wait for one another. README.md says what it finds and what it cannot.
+#include <dlfcn.h>
 #include <sanitizer/common_interface_defs.h>
 #include <ucontext.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <map>
 #include <memory>
@@ -272,11 +274,39 @@ void Engine::enter() {
 
 }  // namespace
 
-cudaError_t run(const cudaLaunchConfig_t& config, void (*body)(const void*), const void* context) {
+// Where launches are written instead of being executed, a line each; null where they are executed.
+std::FILE* record() {
+  static std::FILE* const file = [] {
+    const char* path = std::getenv("CUDA_ON_CPU_LAUNCHES");
+    std::FILE* opened = path ? std::fopen(path, "a") : nullptr;
+    if (path && !opened) throw std::runtime_error(std::string("cannot write to ") + path);
+    return opened;
+  }();
+  return file;
+}
+
+// Offset of the kernel in the library, grid, block, bytes of dynamic shared memory, and those of its
+// arguments that are integers.
+cudaError_t write_launch(std::FILE* file, const cudaLaunchConfig_t& config, const void* kernel,
+                         const std::string& integers) {
+  Dl_info library{};
+  if (!dladdr(kernel, &library)) throw std::runtime_error("a kernel outside of every library");
+  const auto offset =
+      reinterpret_cast<uintptr_t>(kernel) - reinterpret_cast<uintptr_t>(library.dli_fbase);
+  const dim3 &b = config.blockDim, &g = config.gridDim;
+  std::fprintf(file, "%zx %u %u %u %u %u %u %zu%s\n", size_t(offset), g.x, g.y, g.z, b.x, b.y, b.z,
+               config.dynamicSmemBytes, integers.c_str());
+  std::fflush(file);
+  return cudaSuccess;
+}
+
+cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std::string& integers,
+                void (*body)(const void*), const void* context) {
   const dim3 &b = config.blockDim, &g = config.gridDim;
   const bool block_fits = b.x && b.y && b.z && uint64_t(b.x) * b.y * b.z <= 1024 && b.z <= 64;
   const bool grid_fits = g.x && g.y && g.z && g.x < 1u << 31 && g.y < 1u << 16 && g.z < 1u << 16;
   if (!block_fits || !grid_fits) return cudaErrorInvalidConfiguration;
+  if (std::FILE* file = record()) return write_launch(file, config, kernel, integers);
   engine.run(config, body, context);
   return cudaSuccess;
 }
