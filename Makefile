@@ -4,11 +4,16 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint bench wheel clean
+.PHONY: demo docs test lint bench wheel clean
 
 demo: .venv/installed
 	$(BIN)/rlscuda train --model lenet5 --data mnist5k --optimizer rls,sgd,adam --lr sgd=0.05,adam=0.005 --epochs 8 --out runs/demo --overwrite
 	$(BIN)/rlscuda prune --run runs/demo --ratio 0.7 --recover 1 --overwrite
+
+docs: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
+	@echo "$(CURDIR)/docs/_build/html/index.html"
+	@test -z "$$DISPLAY$$WAYLAND_DISPLAY" || $(BIN)/python -m webbrowser "file://$(CURDIR)/docs/_build/html/index.html"
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
@@ -32,4 +37,4 @@ wheel: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info rlscuda/*.so
+	rm -rf .venv build dist *.egg-info rlscuda/*.so docs/_build docs/auto_tutorials

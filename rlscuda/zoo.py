@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 
 class ImageShape(NamedTuple):
-    """Shape of one input image."""
+    """Shape of one input image.
+
+    Args:
+        channels: Channels.
+        height: Rows of pixels.
+        width: Columns of pixels.
+    """
 
     channels: int
     height: int

@@ -38,14 +38,14 @@ def information_update(
     Args:
         R: [n, n].
         S: [r, n].
-        forgetting: lambda.
-        gain: kappa.
-        ridge: rho, or one for each coordinate [n].
+        forgetting: λ in (0, 1].
+        gain: κ > 0.
+        ridge: ρ, or one for each coordinate [n].
         turn: Number of the update.
 
     Returns:
-        The new R [n, n]. Where nothing but the ridge excites coordinate j, R_jj is rho before its
-        turn and rho lambda^-K after it.
+        The new R [n, n]. Where nothing but the ridge excites coordinate j, R_jj is ρ before its
+        turn and ρ λ^−K after it.
     """
     n = len(R)
     R = forgetting * R + gain / len(S) * S.T @ S
@@ -76,7 +76,7 @@ class HeldRidge:
     Args:
         R: [n, n].
         epsilon: Of the dtype of P.
-        ridge: rho; None for that of the running power.
+        ridge: ρ; None for that of the running power.
     """
 
     R: Tensor

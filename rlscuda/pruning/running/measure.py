@@ -68,7 +68,7 @@ class Gains:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """For each quantity before / after: how many times smaller or faster."""
+        """How many times smaller or faster, before / after, by quantity."""
         pairs = {name: (getattr(self.before, name), getattr(self.after, name)) for name in _ROWS}
         return {
             name: before / after if after else (float("inf") if before else 1.0)

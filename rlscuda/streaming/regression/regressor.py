@@ -230,7 +230,7 @@ class RLSRegressor(RegressorMixin, BaseEstimator):
 
     @property
     def coef_(self) -> NDArray[Any]:
-        """The coefficients: a view of the filter's live weights."""
+        """The coefficients, a view of the filter's live weights."""
         return self.filter_.W[0] if self._flat else self.filter_.W
 
     @property
