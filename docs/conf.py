@@ -55,12 +55,8 @@ sphinx_gallery_conf = {
     "show_memory": False,
     "min_reported_time": 1e9,
     "write_computation_times": False,
-    "plot_gallery": True,
-    "matplotlib_animations": False,
-    "backreferences_dir": None,
+    "notebook_extensions": set(),
     "capture_repr": (),
-    "image_scrapers": ("matplotlib",),
     "reset_modules": ("matplotlib",),
-    "copyfile_regex": "",
     "remove_config_comments": True,
 }
