@@ -123,7 +123,14 @@ class HeldBack:
         decay: float = 1.0,
         diffusion: float = 0.0,
     ) -> tuple[HeldBack, Tensor, Tensor]:
-        """One update by rows S [r, n] that are finite, with H positive definite.
+        """One update, with H positive definite.
+
+        Args:
+            S: Rows [r, n], finite.
+            forgetting: See `rls_update`, as all that follows.
+            gain: κ.
+            decay: Factor on the result.
+            diffusion: Added to its diagonal.
 
         Returns:
             The matrix with one update more held, U = S P [r, n], and h.

@@ -254,6 +254,10 @@ def measure(
 def compare(before: Measurement, after: Measurement) -> Gains:
     """What was gained from one measurement to another.
 
+    Args:
+        before: Of the whole model.
+        after: Of the pruned one, of as many samples on the same device.
+
     Raises:
         ValueError: They are of different batch sizes or devices.
     """
