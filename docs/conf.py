@@ -21,7 +21,6 @@ extensions = [
     "commands",
 ]
 exclude_patterns = ["_build", "_ext", "tutorials"]
-suppress_warnings = ["toc.empty_glob"]
 
 html_theme = "furo"
 html_title = f"rlscuda {release}"
