@@ -19,6 +19,7 @@ extensions = [
     "sphinx_gallery.gen_gallery",
     "sphinx-mathjax-offline",
     "commands",
+    "figures",
 ]
 exclude_patterns = ["_build", "_ext", "tutorials"]
 
