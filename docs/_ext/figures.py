@@ -10,11 +10,11 @@ LONGEST = 30  # letters of what is kept on one line
 
 
 def mark_cells(app, doctree: nodes.document) -> None:
-    """Gives cells of figures the class `figure`, and takes `text-right` from those of text."""
+    """Gives cells of figures the class `number`, and takes `text-right` from those of text."""
     for cell in doctree.findall(nodes.entry):
         text = cell.astext()
         if len(text) <= LONGEST and re.match(r"[+−-]?[\d.]", text):
-            cell["classes"].append("figure")
+            cell["classes"].append("number")
         elif len(text) > LONGEST and "text-right" in cell["classes"]:
             cell["classes"].remove("text-right")
 
