@@ -11,7 +11,7 @@ demo: .venv/installed
 	$(BIN)/rlscuda prune --run runs/demo --ratio 0.7 --recover 1 --overwrite
 
 docs: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -E -W --keep-going -q docs docs/_build/html
 	@echo "$(CURDIR)/docs/_build/html/index.html"
 	@test -z "$$DISPLAY$$WAYLAND_DISPLAY" || $(BIN)/python -m webbrowser "file://$(CURDIR)/docs/_build/html/index.html"
 
