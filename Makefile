@@ -7,11 +7,16 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' rlscuda/__init__.py)
 FROM ?= dist/rlscuda-$(VERSION).tar.gz# what `make wheel` builds: the sdist, or a folder with its files
 
-.PHONY: demo test lint bench wheel wheel-check clean
+.PHONY: demo docs test lint bench wheel wheel-check clean
 
 demo: .venv/installed
 	$(BIN)/rlscuda train --model lenet5 --data mnist5k --optimizer rls,sgd,adam --lr sgd=0.05,adam=0.005 --epochs 8 --out runs/demo --overwrite
 	$(BIN)/rlscuda prune --run runs/demo --ratio 0.7 --recover 1 --overwrite
+
+docs: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -E -W --keep-going -q docs docs/_build/html
+	@echo "$(CURDIR)/docs/_build/html/index.html"
+	@test -z "$$DISPLAY$$WAYLAND_DISPLAY" || $(BIN)/python -m webbrowser "file://$(CURDIR)/docs/_build/html/index.html"
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
@@ -42,4 +47,4 @@ wheel-check: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info rlscuda/*.so
+	rm -rf .venv build dist *.egg-info rlscuda/*.so docs/_build docs/auto_tutorials

@@ -1,8 +1,8 @@
-"""Markdown tables of benchmarks/results/*.json, printed or written into a README.
+"""Markdown tables of benchmarks/results/*.json, printed or written into the pages that show them.
 
-    python -m benchmarks.tables                      # every result there is
-    python -m benchmarks.tables rls_update           # one
-    python -m benchmarks.tables --readme README.md   # between the README's markers, in place
+    python -m benchmarks.tables              # every result there is
+    python -m benchmarks.tables rls_update   # one
+    python -m benchmarks.tables --pages      # README.md and all of docs/, between markers, in place
 
 The markers of a table are `<!-- table:NAME -->` and `<!-- /table -->`. NAME.cuda is the table of
 the same benchmark on a GPU.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import headline, scaling_width
@@ -26,6 +26,8 @@ from benchmarks.pruning import adaptive, blocks, gates, plots, pretraining, reli
 from benchmarks.static_gpu import report as static
 
 RESULTS = Path(__file__).resolve().parent / "results"
+DOCS = environment.ROOT / "docs"
+NO_TABLE = "trains_alike"  # says which sources the other results hold for
 MARKED = re.compile(r"(<!-- table:([\w.]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 NOT_MEASURED = "Not measured yet.\n"
 LIBRARIES = ("torch_pruning", "torchvision", "timm", "transformers")
@@ -259,26 +261,39 @@ def render(name: str, results: Path) -> str:
     return f"{layout(document)}\n{provenance(document)}\n"
 
 
-def update(readme: Path, results: Path) -> list[str]:
-    """Writes every marked table of a README in place; returns their names."""
-    text = readme.read_text(encoding="utf-8")
-    names = [found[1] for found in MARKED.findall(text)]
-    filled = MARKED.sub(lambda m: f"{m[1]}\n{render(m[2], results)}\n{m[3]}", text)
-    readme.write_text(filled, encoding="utf-8")
-    return names
+def measured(results: Path) -> list[str]:
+    """The names of all results, in order."""
+    return sorted(p.stem for p in results.glob("*.json") if p.stem != NO_TABLE)
+
+
+def pages() -> Iterator[Path]:
+    """Every page with marked tables."""
+    for path in (environment.ROOT / "README.md", *sorted(DOCS.rglob("*.md"))):
+        built = any(part.startswith("_") for part in path.relative_to(environment.ROOT).parts)
+        if not built and MARKED.search(path.read_text(encoding="utf-8")):
+            yield path
+
+
+def filled(text: str, results: Path) -> str:
+    """A page with what the results give between its markers."""
+    return MARKED.sub(lambda m: f"{m[1]}\n{render(m[2], results)}\n{m[3]}", text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the tables of the named results, or of all; with --readme also writes them there."""
+    """Prints the tables of the named results, or of all; with --pages writes those of all pages."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="stems such as rls_update; all there are if none")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--readme", type=Path, help="a file whose marked tables to write in place")
+    parser.add_argument("--pages", action="store_true", help="write marked tables in place")
     args = parser.parse_args(argv)
-    if args.readme is not None:
-        print(f"{args.readme}: {', '.join(update(args.readme, args.results)) or 'no markers'}")
+    if args.pages:
+        for page in pages():
+            text = page.read_text(encoding="utf-8")
+            page.write_text(filled(text, args.results), encoding="utf-8")
+            names = (found[1] for found in MARKED.findall(text))
+            print(f"{page.relative_to(environment.ROOT)}: {', '.join(names)}")
         return
-    for name in args.names or sorted(p.stem for p in args.results.glob("*.json")):
+    for name in args.names or measured(args.results):
         print(f"### {name}\n\n{render(name, args.results)}")
     if not any(args.results.glob("*.cuda.json")):
         print(f"### On a GPU\n\n{NOT_MEASURED}")

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 
 class ImageShape(NamedTuple):
-    """Shape of one input image."""
+    """Shape of one input image.
+
+    Args:
+        channels: Channels.
+        height: Rows of pixels.
+        width: Columns of pixels.
+    """
 
     channels: int
     height: int
@@ -55,13 +61,25 @@ def lenet5(
 
 
 def mlp(shape: ImageShape, classes: int, hidden: Sequence[int] = (300, 100)) -> nn.Module:
-    """Multilayer perceptron with ReLU; of 28 x 28 images 784-300-100-10 by default."""
+    """Multilayer perceptron with ReLU; of 28 x 28 images 784-300-100-10 by default.
+
+    Args:
+        shape: Of one image, which is flattened.
+        classes: Number of classes.
+        hidden: Units of the linear layers before the last.
+    """
     inputs = shape.channels * shape.height * shape.width
     return nn.Sequential(OrderedDict(flatten=nn.Flatten(), **_linear(inputs, hidden, classes)))
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions with batch norm and a shortcut, projected where the shape changes."""
+    """Two 3 x 3 convolutions with batch norm and a shortcut, projected where the shape changes.
+
+    Args:
+        inputs: Channels in.
+        outputs: Channels out.
+        stride: Of the first convolution.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1):
         super().__init__()
@@ -106,7 +124,12 @@ def resnet(shape: ImageShape, classes: int, widths: Sequence[int], blocks: int) 
 
 
 def resnet20(shape: ImageShape, classes: int) -> nn.Module:
-    """ResNet-20: three stages of three residual blocks."""
+    """ResNet-20: three stages of three residual blocks, of 16, 32 and 64 channels.
+
+    Args:
+        shape: Of one image.
+        classes: Number of classes.
+    """
     return resnet(shape, classes, widths=(16, 32, 64), blocks=3)
 
 
@@ -153,7 +176,14 @@ def vgg(
 def vgg16(
     shape: ImageShape, classes: int, hidden: Sequence[int] = (512, 512), bias: bool = False
 ) -> nn.Module:
-    """VGG-16 for 32 x 32 images: 13 convolutions with batch norm, three linear layers."""
+    """VGG-16 for 32 x 32 images: 13 convolutions with batch norm, three linear layers.
+
+    Args:
+        shape: Of one image.
+        classes: Number of classes.
+        hidden: Units of the linear layers before the last.
+        bias: Whether the convolutions have one.
+    """
     widths, depths = (64, 128, 256, 512, 512), (2, 2, 3, 3, 3)
     return vgg(shape, classes, widths, depths, hidden, bias=bias)
 

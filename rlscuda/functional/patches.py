@@ -96,7 +96,7 @@ def patch_sketch(
         ones: Append a column of ones to the matrix; in the sketch it is (1/√R) Σ_i ε_ij.
 
     Returns:
-        [groups, rank, n (+ 1)]: float64 for a float64 x, else float32. Not differentiable.
+        [groups, rank, n (+ 1)], float64 for a float64 x, else float32. Not differentiable.
 
     Raises:
         TypeError: See `patch_mean`.

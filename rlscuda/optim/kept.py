@@ -31,6 +31,11 @@ class Kept:
     Attributes:
         of: The old shape.
         axes: Places that remain along each dimension, int64, on the CPU; None where all do.
+
+    Example:
+        >>> kept = Kept.along((3, 4), {1: torch.tensor([0, 2])})
+        >>> kept.shape, kept.index.tolist()
+        ((3, 2), [0, 2, 4, 6, 8, 10])
     """
 
     of: tuple[int, ...]
@@ -86,7 +91,7 @@ class Kept:
         return index.flatten()
 
     def places(self, dim: int) -> Tensor:
-        """Places that remain along a dimension, int64."""
+        """Places that remain along dimension `dim`, int64 on the CPU, ascending."""
         axis = self.axes[dim]
         return torch.arange(self.of[dim], device="cpu") if axis is None else axis
 
@@ -97,7 +102,7 @@ class Kept:
         )
 
     def mask(self, tensor: Tensor) -> Tensor:
-        """`tensor`, of the old shape, with zeros in place of what does not remain."""
+        """A copy of `tensor`, of the old shape, with zeros in place of what does not remain."""
         masked = tensor.clone()
         for dim, axis in enumerate(self.axes):
             if axis is not None:

@@ -155,7 +155,7 @@ class LayerHealth:
         missing: Steps that had a gradient but no staged input.
         largest_gain: Largest h - forgetting seen: how much a minibatch surprised `P`.
         trace: Trace of `P`.
-        symmetry_error: Largest |P - P^T|; 0 by construction.
+        symmetry_error: Largest entry of P - P^T, without its sign; 0 by construction.
     """
 
     updates: int

@@ -116,6 +116,11 @@ class PruneSchedule:
         on_change: Called after the network has been pruned or rolled back, with the current round;
             for what must follow it, such as an averaged copy of the weights.
 
+    Attributes:
+        rounds: The `Round` of each pruning so far.
+        reference: The remembered validation loss, None before the first round.
+        finished: Whether pruning has ended.
+
     Raises:
         ValueError: A number is out of its range, or the curve unknown.
 
@@ -178,6 +183,9 @@ class PruneSchedule:
         Args:
             state: Of `state_dict`; model and optimizer must be those of that moment.
             before: The point to which a roll back returns, while a round is recovering.
+
+        Raises:
+            ValueError: A round is recovering, and there is no such point.
         """
         recovering = state["rounds"] and not state["finished"] and self.budget is not None
         if recovering and before is None:
@@ -200,6 +208,9 @@ class PruneSchedule:
         Returns:
             ``warming up``, ``recovering``, ``pruned`` (a round has just begun), ``rolled back`` or
             ``finished``.
+
+        Raises:
+            ValueError: The loss that is to be remembered is not finite, or the pruner cannot prune.
         """
         if self.finished:
             return "finished"

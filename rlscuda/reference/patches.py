@@ -63,10 +63,20 @@ def patch_rows(
     padding_mode: int = 0,
     ones: bool = False,
 ) -> Tensor:
-    """The im2col matrix of x [N, C, H, W]: float64 [groups, N * L, n (+ 1)].
+    """The im2col matrix, of L positions an image.
 
-    The arguments are those of the ops: pairs, padding as (left, right, top, bottom), and the
-    padding mode as an index of zeros, reflect, replicate, circular.
+    Args:
+        x: Input of the convolution [N, C, H, W]; C is divisible by `groups`.
+        kernel_size: (kh, kw).
+        stride: Pair.
+        padding: (left, right, top, bottom).
+        dilation: Pair.
+        groups: Groups of the convolution.
+        padding_mode: Index of zeros, reflect, replicate, circular.
+        ones: Whether a column of ones follows, which stands for a bias.
+
+    Returns:
+        float64 [groups, N * L, n (+ 1)], n = C/groups · kh · kw in the order of `F.unfold`.
     """
     mode = ("constant", "reflect", "replicate", "circular")[padding_mode]
     padded = F.pad(x.detach().double(), list(padding), mode=mode)
@@ -79,12 +89,31 @@ def patch_rows(
 
 
 def patch_mean(x: Tensor, *geometry) -> Tensor:
-    """The mean row of the im2col matrix: float64 [groups, n (+ 1)]."""
+    """The mean row of the im2col matrix.
+
+    Args:
+        x: Input of the convolution [N, C, H, W].
+        *geometry: The other arguments of `patch_rows`.
+
+    Returns:
+        float64 [groups, n (+ 1)].
+    """
     return patch_rows(x, *geometry).mean(1)
 
 
 def patch_sketch(x: Tensor, *geometry, rank: int, seed: int, offset: int = 0) -> Tensor:
-    """(1/√R) E X for random signs E [rank, R]: float64 [groups, rank, n (+ 1)]."""
+    """(1/√R) E X for random signs E [rank, R] and the im2col matrix X of R rows.
+
+    Args:
+        x: Input of the convolution [N, C, H, W].
+        *geometry: The other arguments of `patch_rows`.
+        rank: Rows of the sketch.
+        seed: Any 64-bit integer.
+        offset: Rows of X sketched before under this seed.
+
+    Returns:
+        float64 [groups, rank, n (+ 1)].
+    """
     rows = patch_rows(x, *geometry)
     count = rows.shape[1]
     return signs(rank, count, seed, offset) @ rows / count**0.5
@@ -94,6 +123,13 @@ def patch_sample(
     x: Tensor, *geometry, rank: int, seed: int, offset: int = 0
 ) -> tuple[Tensor, Tensor]:
     """One random patch of each of `rank` random images, and the hashes that chose the images.
+
+    Args:
+        x: Input of the convolution [N, C, H, W].
+        *geometry: The other arguments of `patch_rows`.
+        rank: Rows drawn.
+        seed: Any 64-bit integer.
+        offset: Images drawn from before under this seed.
 
     Returns:
         float64 [groups, rank, n (+ 1)] and int64 [rank].

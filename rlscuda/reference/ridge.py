@@ -38,14 +38,14 @@ def information_update(
     Args:
         R: [n, n].
         S: [r, n].
-        forgetting: lambda.
-        gain: kappa.
-        ridge: rho, or one for each coordinate [n].
+        forgetting: λ in (0, 1].
+        gain: κ > 0.
+        ridge: ρ, or one for each coordinate [n].
         turn: Number of the update.
 
     Returns:
-        The new R [n, n]. Where nothing but the ridge excites coordinate j, R_jj is rho before its
-        turn and rho lambda^-K after it.
+        The new R [n, n]. Where nothing but the ridge excites coordinate j, R_jj is ρ before its
+        turn and ρ λ^−K after it.
     """
     n = len(R)
     R = forgetting * R + gain / len(S) * S.T @ S
@@ -74,9 +74,13 @@ class HeldRidge:
     """The series of R of a `HeldMatrix`, whose ridge follows the power of the input.
 
     Args:
-        R: [n, n].
+        R: [n, n], float64; it changes.
         epsilon: Of the dtype of P.
-        ridge: rho; None for that of the running power.
+        ridge: ρ; None for that of the running power.
+        samples: Updates so far.
+        debt: Coordinates that are due.
+        waited: Updates since the last raise.
+        next: The coordinate whose turn it is.
     """
 
     R: Tensor
@@ -92,7 +96,13 @@ class HeldRidge:
         self.power = torch.zeros(len(self.R), dtype=torch.float64)
 
     def update(self, S: Tensor, forgetting: float, gain: float = 1.0) -> None:
-        """One update by rows S [r, n] with forgetting < 1."""
+        """One update.
+
+        Args:
+            S: Rows [r, n].
+            forgetting: λ in (0, 1).
+            gain: κ > 0.
+        """
         n, power = len(self.R), self.power + gain * S.square().mean(0)
         due = self._due(n, forgetting)
         if self.ridge is None and not power.any():

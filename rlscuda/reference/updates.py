@@ -19,19 +19,26 @@ def rls_update(
     diffusion: float = 0.0,
     initial_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One update of one matrix, real or complex.
+    r"""One update of one matrix, real or complex.
+
+    .. math:: U = S P, \quad H = \lambda I + \tfrac{\kappa}{r} U S^H, \quad
+              P \leftarrow \tfrac{decay}{\lambda} \left(P - \tfrac{\kappa}{r} U^H H^{-1} U\right)
+              + diffusion \cdot I
+
+    Rows that are not finite leave P as it is; where H is not positive definite, P is reset.
 
     Args:
         P: [n, n], Hermitian.
-        S: [r, n].
-        forgetting: lambda.
-        gain: kappa.
+        S: Rows [r, n], of the dtype of P.
+        forgetting: :math:`\lambda` in (0, 1].
+        gain: :math:`\kappa` > 0.
         decay: Factor on the result.
         diffusion: Added to its diagonal.
         initial_scale: Diagonal after a reset.
 
     Returns:
-        The new P [n, n], U = S P [r, n], and h [], the mean of the diagonal of H, real.
+        The new P [n, n], U [r, n], and h [], the mean of the diagonal of H, real; NaN where P was
+        reset or left as it is.
     """
     r, n = S.shape
     identity = torch.eye(n, dtype=P.dtype)
@@ -58,7 +65,7 @@ def block_rls_update(P: Tensor, S: Tensor, size: int, **constants: float) -> tup
         **constants: See `rls_update`.
 
     Returns:
-        The new P [n, n], and h [], the mean of the diagonal of lambda I + (kappa / r) S P S^T.
+        The new P [n, n], and h [], the mean of the diagonal of λ I + (κ/r) S P Sᵀ.
     """
     parts = [
         rls_update(P[k : k + size, k : k + size], S[:, k : k + size], **constants)
@@ -75,11 +82,11 @@ def running_power(before: float, seen: float, gain: float) -> tuple[float, float
     Args:
         before: What was kept; 0 where there was no update yet.
         seen: Mean square of the summary.
-        gain: kappa.
+        gain: κ.
 
     Returns:
-        What normalises the summary, and what is kept: that takes no more than 100 times itself for
-        seen, which bounds what one wild batch leaves behind.
+        What normalises the summary, and what is kept, which takes no more than 100 times itself for
+        seen: that bounds what one wild batch leaves behind.
     """
     if not 0 < before < math.inf:
         return seen, seen
@@ -89,7 +96,7 @@ def running_power(before: float, seen: float, gain: float) -> tuple[float, float
 
 @dataclass
 class HeldBack:
-    """A matrix whose updates are held back: scale (P - V^T V) + shift I.
+    """A matrix whose updates are held back, scale (P - Vᵀ V) + shift I.
 
     Args:
         P: [n, n], never changed.
@@ -116,7 +123,14 @@ class HeldBack:
         decay: float = 1.0,
         diffusion: float = 0.0,
     ) -> tuple[HeldBack, Tensor, Tensor]:
-        """One update by rows S [r, n] that are finite, with H positive definite.
+        """One update, with H positive definite.
+
+        Args:
+            S: Rows [r, n], finite.
+            forgetting: See `rls_update`, as all that follows.
+            gain: κ.
+            decay: Factor on the result.
+            diffusion: Added to its diagonal.
 
         Returns:
             The matrix with one update more held, U = S P [r, n], and h.
@@ -140,19 +154,24 @@ def weight_step(
     weight_decay: float = 0.0,
     h: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The paper's and the natural weight step.
+    r"""The paper's and the natural weight step.
+
+    .. math:: \Psi \leftarrow \alpha \Psi + D / h, \quad
+              W \leftarrow (1 - \eta\, wd) W - \eta \Psi
 
     Args:
         W: [c, n], a bias as its last column.
-        D: The product G P [c, n].
-        lr: eta.
-        momentum_buffer: Psi [c, n], zeros if None.
-        momentum: alpha.
+        D: The product G P [c, n], with the P of before the update in the paper's form.
+        lr: :math:`\eta`.
+        momentum_buffer: :math:`\Psi` [c, n], zeros if None.
+        momentum: :math:`\alpha`.
         weight_decay: wd.
-        h: Divides D in the paper's form, [c] or [].
+        h: Of `rls_update`, in the paper's form, [c] or []; None for 1.
 
     Returns:
-        The new W and Psi.
+        The new W and :math:`\Psi`.
+
+    Source: Zhang et al. 2021 (arXiv 2109.03220), for the paper's form.
     """
     before = torch.zeros_like(D) if momentum_buffer is None else momentum_buffer
     buffer = momentum * before + (D if h is None else D / h.reshape(-1, 1))
@@ -161,7 +180,15 @@ def weight_step(
 
 @dataclass
 class AdaptiveStep:
-    """The constants of the adaptive weight step."""
+    r"""The constants of the adaptive weight step.
+
+    Args:
+        lr: :math:`\eta`.
+        beta1: Share of the first moment that a step keeps.
+        beta2: Share of the second moment that a step keeps.
+        weight_decay: wd.
+        eps: Added to the root of the second moment.
+    """
 
     lr: float
     beta1: float = 0.9
@@ -173,7 +200,13 @@ class AdaptiveStep:
 def adaptive_weight_step(
     W: Tensor, D: Tensor, G: Tensor, M: Tensor, v: Tensor, step: int, constants: AdaptiveStep
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The adaptive weight step.
+    r"""The adaptive weight step, Adam's along G P and with one second moment a row.
+
+    .. math:: v_i \leftarrow \beta_2 v_i + (1 - \beta_2) \sum_j D_{ij} G_{ij}, \quad
+              M \leftarrow \beta_1 M + (1 - \beta_1) D, \quad
+              W_i \leftarrow (1 - \eta\, wd) W_i - \eta \frac{\hat M_i}{\sqrt{\hat v_i} + eps}
+
+    with :math:`\hat M = M / (1 - \beta_1^t)` and :math:`\hat v = v / (1 - \beta_2^t)` at step t.
 
     Args:
         W: [c, n], a bias as its last column.
@@ -198,9 +231,9 @@ def adaptive_weight_step(
 def spectral_direction(
     N: Tensor, P: Tensor, coefficients: Iterable[tuple[float, float, float]] | None = None
 ) -> Tensor:
-    """The polar factor of N in the metric of P: (N P N^T)^(-1/2) N P.
+    r"""The polar factor of N in the metric of P, :math:`(N P N^T)^{-1/2} N P`.
 
-    With P = R R^T and the singular values N R = U S V^T that is U V^T R^T.
+    With :math:`P = R R^T` and the singular values :math:`N R = U S V^T` that is :math:`U V^T R^T`.
 
     Args:
         N: [c, n].
@@ -225,11 +258,11 @@ def spectral_direction(
 
 @dataclass
 class SpectralStep:
-    """The constants of the spectral weight step.
+    r"""The constants of the spectral weight step.
 
     Args:
-        lr: eta.
-        momentum: beta.
+        lr: :math:`\eta`.
+        momentum: :math:`\beta`.
         weight_decay: wd.
         eps: Gradients of about that size, over the root mean square of the input, move little.
         rows: Rows of a block, whose direction is its own.
@@ -247,7 +280,16 @@ class SpectralStep:
 def spectral_weight_step(
     W: Tensor, G: Tensor, P: Tensor, M: Tensor, power: float, constants: SpectralStep
 ) -> tuple[Tensor, Tensor]:
-    """The spectral weight step.
+    r"""The spectral weight step.
+
+    .. math:: M \leftarrow \beta M + (1 - \beta) G, \quad N = \beta M + (1 - \beta) G, \quad
+              W \leftarrow (1 - \eta\, wd) W - \eta\, s\, (N P N^T)^{-1/2} N P
+
+    of some rows at a time, with
+
+    .. math:: s = \sqrt{\max(1, rows / n)}\; \frac{q}{q + eps \sqrt{power}},
+
+    q the root mean square of N.
 
     Args:
         W: [c, n], a bias as its last column.

@@ -111,7 +111,7 @@ class RLSFilterBank:
 
     @property
     def forgetting(self) -> Any:
-        """λ of each filter: float64 [b], a copy."""
+        """λ of each filter, float64 [b], a copy."""
         return self._shown(self._rule[:, _FORGETTING].clone())
 
     @forgetting.setter
@@ -123,7 +123,7 @@ class RLSFilterBank:
 
     @property
     def gain(self) -> Any:
-        """κ of each filter: float64 [b], a copy."""
+        """κ of each filter, float64 [b], a copy."""
         return self._shown(self._rule[:, _GAIN].clone())
 
     @gain.setter
@@ -132,7 +132,7 @@ class RLSFilterBank:
 
     @property
     def initial_scale(self) -> Any:
-        """δ of each filter: float64 [b], a copy."""
+        """δ of each filter, float64 [b], a copy."""
         return self._shown(self._rule[:, _SCALE].clone())
 
     @initial_scale.setter
@@ -153,7 +153,7 @@ class RLSFilterBank:
 
     @property
     def P(self) -> Any:
-        """The inverse autocorrelation matrices [b, n, n]: the live state; assigning copies in.
+        """The inverse autocorrelation matrices [b, n, n], the live state; assigning copies in.
 
         What is assigned must be symmetric to rounding, and positive definite.
         """
@@ -173,7 +173,7 @@ class RLSFilterBank:
 
     @property
     def W(self) -> Any:
-        """The weights [b, n_out, n]: the live state; assigning copies in."""
+        """The weights [b, n_out, n], the live state; assigning copies in."""
         return self._shown(self._W)
 
     @W.setter
@@ -182,17 +182,17 @@ class RLSFilterBank:
 
     @property
     def updates(self) -> Any:
-        """Samples that entered each filter: int64 [b]."""
+        """Samples that entered each filter, int64 [b]."""
         return self._shown(self._state[:, _UPDATES].long())
 
     @property
     def resets(self) -> Any:
-        """Samples of each filter that would have broken its P: int64 [b]."""
+        """Samples of each filter that would have broken its P, int64 [b]."""
         return self._shown(self._state[:, _RESETS].long())
 
     @property
     def refused(self) -> Any:
-        """Samples of each filter that were not finite, on CUDA: int64 [b]."""
+        """Samples of each filter that were not finite, on CUDA, int64 [b]."""
         return self._shown(self._state[:, _REFUSED].long())
 
     def update(

@@ -32,7 +32,7 @@ class RLSFilter(Coefficients):
     would be lost as λ^t, until P overflows. Each time that forgetting has halved it, every
     coordinate j in turn gets a ridge: R_jj ← R_jj + ρ_j, where R is the inverse of P. So R is
     nowhere below diag(ρ), while W is not pulled anywhere. By default ρ_j is a hundredth of the mean
-    of κ |x_j|² over all samples, so that units do not matter, and more only where the memory
+    of κ ‖x_j‖² over all samples, so that units do not matter, and more only where the memory
     1 / (1 − λ) is too short to determine W. The noise floor is the textbook's.
 
     **Complex signals.** With a complex dtype u = P x, h = λ + κ xᴴu, e = y − W x and::
@@ -146,7 +146,7 @@ class RLSFilter(Coefficients):
 
     @property
     def P(self) -> NDArray[Any]:
-        """The inverse autocorrelation matrix [n, n]: the state itself, not a copy, read-only.
+        """The inverse autocorrelation matrix [n, n], the state itself and not a copy; read-only.
 
         Samples wait to be entered in it together; reading enters them. An array from an earlier
         reading shows them only from then on. A positive definite matrix, symmetric or Hermitian,
@@ -170,7 +170,7 @@ class RLSFilter(Coefficients):
 
     @property
     def W(self) -> NDArray[Any]:
-        """The weights [n_out, n]: the live state, not a copy, read-only; assigning copies in."""
+        """The weights [n_out, n], the live state and not a copy; read-only, assigning copies in."""
         return read_only(self._core.W)
 
     @W.setter

@@ -107,7 +107,7 @@ class HeldMatrix:
 
     @property
     def P(self) -> Tensor:
-        """The matrix with every update applied: the live tensor, not a copy."""
+        """The matrix with every update applied, the live tensor and not a copy."""
         self.flush()
         return self._P
 

@@ -22,6 +22,9 @@ def prunability(ratios: Sequence[float], accuracies: Sequence[float], tolerance:
         accuracies: At each ratio, in any one unit.
         tolerance: In the same unit, >= 0.
 
+    Returns:
+        One of the ratios.
+
     Raises:
         ValueError: The ratios are not so, lengths differ, or the tolerance is negative.
 
@@ -43,8 +46,16 @@ def prunability(ratios: Sequence[float], accuracies: Sequence[float], tolerance:
 def auc(ratios: Sequence[float], accuracies: Sequence[float]) -> float:
     """The mean over the ladder of the share of the accuracy that is kept; 1 of a constant curve.
 
+    Args:
+        ratios: Ascending, the first 0.
+        accuracies: At each ratio, in any one unit; the first is positive.
+
     Raises:
         ValueError: See `prunability`; or the first accuracy is not positive.
+
+    Example:
+        >>> auc([0, 0.5, 0.9], [0.8, 0.8, 0.4])
+        0.8333333333333334
     """
     _check(ratios, accuracies)
     if not accuracies[0] > 0:
@@ -53,7 +64,14 @@ def auc(ratios: Sequence[float], accuracies: Sequence[float]) -> float:
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> tuple[float, float | None]:
-    """The mean difference of pairs, and its standard error; None of a single pair.
+    """The mean difference of pairs, and its standard error.
+
+    Args:
+        first: A number of each pair.
+        second: The other one of each pair, in the same order.
+
+    Returns:
+        The mean of first - second, and the standard error of that, None for a single pair.
 
     Raises:
         ValueError: There is no pair, or not as many of both.

@@ -19,7 +19,12 @@ RATES = {"rls": (0.02, 0.05, 0.1), "adam": (1e-3, 3e-3)}
 
 @dataclass(frozen=True)
 class Split:
-    """Inputs [N, ...] as the network takes them, and labels [N] int64."""
+    """Inputs and their labels.
+
+    Attributes:
+        x: Inputs [N, ...] as the network takes them.
+        y: Labels [N], int64.
+    """
 
     x: Tensor
     y: Tensor
@@ -37,6 +42,9 @@ class Task:
         val: Chooses step sizes and ends trainings.
         test: Read once a network, when it is final.
         classes: Labels lie in [0, classes).
+
+    Raises:
+        ValueError: A split is empty, has not one label an input, or a label out of range.
     """
 
     train: Split
@@ -90,6 +98,10 @@ class Protocol:
         calibration: Training images that calibrate and adapt batch norms, and each source of
             matrices is held to.
         tolerance: Of prunability, in accuracy: .01 is a point.
+
+    Raises:
+        ValueError: A factor is empty, names something twice or something that there is not, or a
+            number is out of its range.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)

@@ -63,7 +63,14 @@ class Study:
         return [arm for arm in self.arms if arm["test"] <= least or not arm["curves"]]
 
     def pairs(self, fairness: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """Both arms of each seed, where both have learned the task."""
+        """Both arms of each seed, where both have learned the task.
+
+        Args:
+            fairness: How their trainings ended, one of the protocol's.
+
+        Returns:
+            The records of the pre-trained arm and of the one from scratch, seed by seed.
+        """
         failed = {(a["seed"], a["fairness"]) for a in self.failed}
         found = {(a["seed"], a["fairness"], a["arm"]): a for a in self.arms}
         return [

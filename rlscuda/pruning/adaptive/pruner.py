@@ -155,7 +155,7 @@ class AdaptivePruner:
 
     @property
     def rho(self) -> float:
-        """The price that is paid now: 0 before the warm-up's end and once the target is met."""
+        """The price that is paid now, 0 before the warm-up's end and once the target is met."""
         waits = self.finished or self.epoch < self._price.warmup
         return 0.0 if waits else self._price.rho
 

@@ -30,6 +30,10 @@ class ReliefMask(LayerMask):
     """What one layer lost; `cost` and `loss` are NaN where it was not refitted.
 
     Attributes:
+        name: Qualified name.
+        mask: True where a weight was kept; the shape of the weight.
+        cost: See `LayerMask`.
+        loss: See `LayerMask`.
         bias: True where a bias was kept [c]; None where the layer has none of its own.
         signal: Share of the signal of the units that remain which their connections carry still.
     """

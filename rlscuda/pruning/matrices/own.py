@@ -37,7 +37,7 @@ def own_matrices(
             with drift from 1e-12 up to half the drift's square.
 
     Returns:
-        [groups, n, n] each, on the layer's device: the live `P`, not a copy, where it is used as it
+        [groups, n, n] each, on the layer's device, the live `P`, not a copy, where it is used as it
         is and whole, else float64. A common factor of each is arbitrary, and so saliencies from it
         compare within a layer, or relative to the layer's output energy.
 

@@ -68,7 +68,7 @@ class Gains:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """For each quantity before / after: how many times smaller or faster."""
+        """How many times smaller or faster, before / after, by quantity."""
         pairs = {name: (getattr(self.before, name), getattr(self.after, name)) for name in _ROWS}
         return {
             name: before / after if after else (float("inf") if before else 1.0)
@@ -253,6 +253,10 @@ def measure(
 
 def compare(before: Measurement, after: Measurement) -> Gains:
     """What was gained from one measurement to another.
+
+    Args:
+        before: Of the whole model.
+        after: Of the pruned one, of as many samples on the same device.
 
     Raises:
         ValueError: They are of different batch sizes or devices.

@@ -21,6 +21,8 @@ class PruningRecord:
         model: The model that is to be pruned.
         example_inputs: What it can be called with.
 
+    Raises:
+        ValueError: The model cannot be copied.
     """
 
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs):

@@ -171,7 +171,16 @@ class RLSRegressor(RegressorMixin, BaseEstimator):
     def partial_fit(
         self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None
     ) -> RLSRegressor:
-        """Goes on learning with further samples, arguments as of `fit`; the first call is `fit`."""
+        """Goes on learning with further samples; the first call is `fit`.
+
+        Args:
+            X: Inputs [T, n_features].
+            y: Targets [T] or [T, n_targets], as in the first call.
+            sample_weight: Weights [T] ≥ 0, or a number.
+
+        Raises:
+            ValueError: As `fit`.
+        """
         if not hasattr(self, "filter_"):
             return self.fit(X, y, sample_weight)
         inputs = self._inputs(X)
@@ -207,6 +216,10 @@ class RLSRegressor(RegressorMixin, BaseEstimator):
         Returns:
             [T] or [T, n_targets], shaped as the y that was learnt; with `return_std` two of them.
             A standard deviation is inf where no more samples are remembered than parameters fitted.
+
+        Raises:
+            NotFittedError: Nothing has been learnt yet.
+            ValueError: X is not as described.
         """
         if not hasattr(self, "filter_"):
             raise NotFittedError(
@@ -230,7 +243,7 @@ class RLSRegressor(RegressorMixin, BaseEstimator):
 
     @property
     def coef_(self) -> NDArray[Any]:
-        """The coefficients: a view of the filter's live weights."""
+        """The coefficients, a view of the filter's live weights."""
         return self.filter_.W[0] if self._flat else self.filter_.W
 
     @property
