@@ -80,9 +80,8 @@ runs = {
     for name in makers
     for lr in rates[name]
 }
-best = {
-    name: min(rates[name], key=lambda lr: wrong(runs[name, lr][0], validation)) for name in rates
-}
+misread = {run: (wrong(model, validation), wrong(model, test)) for run, (model, *_) in runs.items()}
+best = {name: min(rates[name], key=lambda lr: misread[name, lr]) for name in rates}
 for (name, lr), (seen, result) in misread.items():
     mark = "  <- chosen" if lr == best[name] else ""
     print(f"{name:4} lr {lr:<5}  misread: validation {seen:.1f} %, test {result:.1f} %{mark}")

@@ -67,16 +67,13 @@ print(f"whole: {accuracy(model):.1f} %")
 # and neither is trained after the cut.
 
 ratios = [0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
-curves = {}
-for name, options in {
-    "closed form": {},
-    "L2 magnitude": {"importance": "l2", "compensate": False},
-}.items():
+methods = {"closed form": {}, "L2 magnitude": {"importance": "l2", "compensate": False}}
+curves = {name: [] for name in methods}
+for name, options in methods.items():
     pruner = RLSPruner(model, optimizer, x[:1], ratio=0.5, **options)
-    curves[name] = [
-        (pruning.measure(pruned, x[:1], repeats=1).flops / 1e6, accuracy(pruned))
-        for pruned in pruner.copies(ratios)
-    ]
+    for pruned in pruner.copies(ratios):
+        cost = pruning.measure(pruned, x[:1], repeats=1)
+        curves[name].append((cost.flops / 1e6, accuracy(pruned)))
 
 # %%
 # Prune, restart, train on
@@ -84,10 +81,9 @@ for name, options in {
 # The cut that is made for good: 80 % of the channels of every layer. Weights, biases, matrices,
 # moments and parameter groups shrink together, or nothing does.
 
-rivals = {"closed form": (model, optimizer)}
-rivals["L2 magnitude"] = copy.deepcopy(rivals["closed form"])
-report = RLSPruner(model, optimizer, x[:1], ratio=0.8).step()
-RLSPruner(*rivals["L2 magnitude"], x[:1], ratio=0.8, importance="l2", compensate=False).step()
+rivals = {"L2 magnitude": copy.deepcopy((model, optimizer)), "closed form": (model, optimizer)}
+for name, rival in rivals.items():
+    report = RLSPruner(*rival, x[:1], ratio=0.8, **methods[name]).step()
 print(report)
 
 # %%
@@ -127,7 +123,7 @@ plt.show()
 with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / "smaller.safetensors"
     save_pruned(model, file, optimizer=optimizer)
-    again = load_pruned(network, file)  # `network` makes the whole one
+    again = load_pruned(network, file)  # `network` makes one of the first size
     assert torch.equal(again(x[test]), model(x[test]))
 
     pruning.export_program(model, x[:1], Path(folder) / "smaller.pt2")
