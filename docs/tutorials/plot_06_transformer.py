@@ -124,5 +124,5 @@ for axis in (left, right):
 plt.show()
 
 # %%
-# FLOPs and memory shrink with the heads. Time does not at this size, where each operator is over
-# before it has begun; on wide networks it does.
+# FLOPs and memory shrink with the heads. Time follows only where an operator takes longer than
+# its start, on networks that are wider than this one.
