@@ -96,9 +96,9 @@ for alpha in alphas:
 # %%
 # Rounds, with training between them
 # ----------------------------------
-# The same optimizer trains on, through six rounds of two epochs each. (The paper's loop for
-# small networks returns to the initial weights after each round; masks hold by themselves, so to
-# rewind is to copy values back and to load the optimizer's first state.)
+# The same optimizer trains on, through six rounds of two epochs each. (The paper's loop for small
+# networks returns to the initial weights after each round; masks hold by themselves, so to rewind
+# is to copy values back and to load the optimizer's first state.)
 
 rounds = []
 for _ in range(6):
