@@ -65,9 +65,9 @@ def wrong(model, part):
 # %%
 # Three rates each
 # ----------------
-# Each in steps of two to three, the best of which turns out to lie in the middle; the default of
-# the RLS optimizer is .05. The rate is chosen on 1,000 validation digits, the result is read on
-# 1,000 test digits.
+# The default of the RLS optimizer is .05. The rates of each are two or three times apart, and
+# were moved until the best was the one in the middle. It is chosen on 1,000 validation digits,
+# the result is read on 1,000 test digits.
 
 makers = {
     "SGD": lambda m, lr: torch.optim.SGD(m.parameters(), lr, momentum=0.9, nesterov=True),
@@ -88,8 +88,8 @@ for (name, lr), (seen, result) in misread.items():
 
 # %%
 # What to look at: on the left where the curves end, at the chosen rates; on the right how far an
-# optimizer is from its best when the rate is not right. MNIST is easy, and minibatches are few,
-# so Adam at its best rate is close; that rate had to be found.
+# optimizer is from its best when the rate is not right. MNIST is easy, and minibatches are few:
+# at their best rates the optimizers are close, and off them they are less so.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
 for name, color in zip(makers, ("tab:gray", "tab:blue", "tab:red")):

@@ -27,7 +27,7 @@ from rlscuda import pruning
 from rlscuda.pruning import RLSPruner
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-import mtcnn_stages  # noqa: E402
+import mtcnn_stages
 
 torch.manual_seed(0)
 network = mtcnn_stages.onet()

@@ -27,9 +27,8 @@ train, test = order[:1200], order[1200:]
 seen = x[train].split(300)  # what the rounds look at
 
 torch.manual_seed(0)
-model = nn.Sequential(
-    nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 50), nn.ReLU(), nn.Linear(50, 10)
-)  # fmt: skip
+layers = [nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 50), nn.ReLU(), nn.Linear(50, 10)]
+model = nn.Sequential(*layers)
 optimizer = torch.optim.Adam(model.parameters(), 3e-3)
 
 
@@ -107,9 +106,8 @@ for _ in range(6):
     rounds.append((100 * report.left, accuracy(model)))
     matrices = calibrate(model, seen)
 
-figure, (left, right) = plt.subplots(
-    1, 2, figsize=(9, 3.8), layout="constrained", width_ratios=(3, 2)
-)  # fmt: skip
+shape = {"figsize": (9, 3.8), "width_ratios": (3, 2)}
+figure, (left, right) = plt.subplots(1, 2, layout="constrained", **shape)
 for (name, curve), color in zip(curves.items(), ("C0", "C3", "C7")):
     left.semilogx(*zip(*curve), "o-", color=color, label=f"{name}: one round, untrained")
 left.semilogx(*zip(*rounds), "k*-", ms=9, label="refitted: rounds, two epochs each")
