@@ -26,7 +26,11 @@ from torch import nn
 from rlscuda import pruning
 from rlscuda.pruning import RLSPruner
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+try:
+    folder = Path(__file__).resolve().parent
+except NameError:  # in a notebook, and when this page is built
+    folder = Path.cwd()
+sys.path.insert(0, str(folder.parents[1] / "examples"))
 import mtcnn_stages
 
 torch.manual_seed(0)
