@@ -11,6 +11,7 @@ goes on, it does so with the same optimizer. At the end the smaller network is a
 
 import copy
 import tempfile
+import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -120,6 +121,7 @@ plt.show()
 # optimizer with them if it is given. What a server runs is exported; each export is run and
 # compared with the model before it is written.
 
+warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")  # of torch.export's own
 with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / "smaller.safetensors"
     save_pruned(model, file, optimizer=optimizer)
