@@ -20,6 +20,7 @@ extensions = [
     "sphinx-mathjax-offline",
     "commands",
     "figures",
+    "included",
 ]
 exclude_patterns = ["_build", "_ext", "tutorials"]
 
