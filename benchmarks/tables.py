@@ -27,7 +27,7 @@ from benchmarks.static_gpu import report as static
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DOCS = environment.ROOT / "docs"
-NO_TABLE = "trains_alike"  # says which sources the other results hold for
+NO_TABLE = "alike"  # says which sources the other results hold for
 MARKED = re.compile(r"(<!-- table:([\w.]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 NOT_MEASURED = "Not measured yet.\n"
 LIBRARIES = ("torch_pruning", "torchvision", "timm", "transformers")
@@ -112,7 +112,7 @@ def soak(document: dict) -> str:
     for r in document["rows"]:
         grown = f"{r['growth_mib']:.1f} MiB"
         rows.append([r["network"], r["optimizer"], f"{r['steps']:,}", grown])
-    return markdown(rows) + staleness({document["environment"]["source_hash"]}, timed=False)
+    return markdown(rows) + staleness({document["environment"]["source_hash"]}, of="trains")
 
 
 def endurance(document: dict) -> str:
@@ -121,7 +121,7 @@ def endurance(document: dict) -> str:
     for r in document["rows"]:
         figures = [f"{r['loss']:.3g}", f"{r['largest_weight']:.3g}", str(r["resets"])]
         rows.append([r["task"], r["form"], f"{r['steps']:,}", *figures])
-    return markdown(rows) + staleness({document["environment"]["source_hash"]}, timed=False)
+    return markdown(rows) + staleness({document["environment"]["source_hash"]}, of="trains")
 
 
 def filter_windup(document: dict) -> str:
@@ -163,7 +163,7 @@ def filter_numerics(document: dict) -> str:
 def scaling(document: dict) -> str:
     """Bytes, traffic and time of a step by the number of processes."""
     return distributed.report(document) + staleness(
-        {document["environment"]["source_hash"]}, timed=False
+        {document["environment"]["source_hash"]}, of="trains"
     )
 
 
@@ -187,20 +187,20 @@ def provenance(document: dict) -> str:
         f"{ceilings['gemm_gflop_s']:.3g} GFLOP/s; {library}; kernels {document['source_hash']}; "
         f"{document['date'][:10]}."
     )
-    return text + staleness({document["source_hash"]})
+    of = "all" if document["name"].endswith(".cuda") else "times"
+    return text + staleness({document["source_hash"]}, of)
 
 
-def staleness(hashes: set[str], timed: bool = True) -> str:
+def staleness(hashes: set[str], of: str = "times") -> str:
     """A warning where results are of other kernel sources than the tree's.
 
     Args:
         hashes: Of the sources of the results.
-        timed: Whether they are times, rather than what was learnt.
+        of: What must not have changed, see `environment.alike`.
     """
-    now = environment.tree_hash()
-    if hashes <= ({now} if timed else environment.trains_alike()):
+    if hashes <= environment.alike(of):
         return ""
-    return f" **Stale: the kernel sources have changed since, to {now}.**"
+    return f" **Stale: the kernel sources have changed since, to {environment.tree_hash()}.**"
 
 
 def grid_provenance(document: dict) -> str:
@@ -216,12 +216,12 @@ def grid_provenance(document: dict) -> str:
         f"{len(document['runs'])} runs on {machine['cpu']}, {machine['cores']} cores, one thread a "
         f"run; {library}; kernels {', '.join(sorted(hashes))}; {machine['started'][:10]}."
     )
-    return text + staleness(hashes, timed=False)
+    return text + staleness(hashes, of="trains")
 
 
 def static_gpu(document: dict) -> str:
     """What the machine code of the kernels says, and the times predicted from it."""
-    return static.report(document) + staleness({document["source_hash"]})
+    return static.report(document) + staleness({document["source_hash"]}, of="all")
 
 
 RUNS = {  # not of a race, nor a grid

@@ -11,18 +11,21 @@ import numpy as np
 import torch
 
 import rlscuda
-from benchmarks.common.sources import ROOT, tree_hash
+from benchmarks.common.sources import ROOT, cpu_hash, tree_hash
 
 
-def trains_alike() -> set[str]:
-    """The hashes of the sources by which networks train and are pruned as by those of this tree.
+def alike(of: str) -> set[str]:
+    """The hashes of kernel sources whose results hold for those of this tree.
 
-    Another kernel makes every time stale, but not what was learnt: where `tests/identical/run.py`
-    has shown that two revisions do so to the bit, `results/trains_alike.json` says of which hashes.
+    `results/alike.json` names them for one state of the CPU's sources: what differs in csrc/cuda
+    alone leaves every time on a CPU as it is, and where `tests/identical/run.py` has shown that
+    networks train and are pruned to the same bits, another kernel leaves what was learnt.
+
+    Args:
+        of: `times` on a CPU; what was learnt, `trains`; or `all` that is in the sources.
     """
-    shown = json.loads((ROOT / "benchmarks" / "results" / "trains_alike.json").read_text())
-    now = tree_hash()
-    return {now, *(shown["as"] if shown["kernels"] == now else [])}
+    shown = json.loads((ROOT / "benchmarks" / "results" / "alike.json").read_text())
+    return {tree_hash(), *(shown.get(of, []) if shown["cpu"] == cpu_hash() else [])}
 
 
 def built_hash() -> str:

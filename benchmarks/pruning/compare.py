@@ -148,9 +148,8 @@ def planned(cases: list[str], wanted: list[str], seeds: list[int]) -> list[dict]
                 plan.append(("scratch", ratio, None))
             for name in applicable(case):
                 plan.append((name, ratio, None))
-                for kind in METHODS[name].recovery:
-                    if middle or kind != "adam" or not CASES[case].slow:
-                        plan.append((name, ratio, kind))
+                if middle or not CASES[case].slow:
+                    plan += [(name, ratio, kind) for kind in METHODS[name].recovery]
         jobs += [
             {"case": case, "seed": seed, "method": method, "ratio": ratio, "recovery": kind}
             for seed in seeds

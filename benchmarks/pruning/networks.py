@@ -31,8 +31,8 @@ RANK, TRACKED = 16, 2  # of the sketch that is tracked, and the last epochs that
 class Case:
     """A network, the images it learns from, its epochs, and the shares of channels to remove.
 
-    `slow` is one of which Adam's recovery and training from new weights are run at the middle
-    share alone.
+    `slow` is one of which recoveries and training from new weights are run at the middle share
+    alone.
     """
 
     title: str

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import rlscuda
 
@@ -20,6 +21,8 @@ PAGES = {
     for path in sorted(DOCS.rglob("*.md"))
     if not path.relative_to(DOCS).parts[0].startswith(("_", "auto_"))
 }
+README = DOCS.parent / "README.md"
+PAGES["README.md"] = README.read_text(encoding="utf-8") if README.is_file() else ""
 FENCE = re.compile(r"( *)```(python)?")
 
 
@@ -37,7 +40,19 @@ def code(text):
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if code(text).strip()])
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(code(PAGES[page]), page, "exec"), {"__name__": "page"})
+    dtype = torch.get_default_dtype()  # a page may change it, and fail before it changes it back
+    try:
+        exec(compile(code(PAGES[page]), page, "exec"), {"__name__": "page"})
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def test_the_readme_is_a_screen_and_a_half_whose_links_lead_somewhere():
+    lines = PAGES["README.md"].splitlines()
+    assert 50 < len(lines) <= 130
+    links = re.findall(r"\]\(([^)#]+)", PAGES["README.md"])
+    assert len(links) > 10
+    assert [link for link in links if not (README.parent / link).exists()] == []
 
 
 @pytest.mark.parametrize("page", PAGES)
