@@ -45,9 +45,9 @@ GRIDS = {  # of many training runs
 }
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A GitHub table; the first row is its header, figures are set right."""
-    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
+def markdown(rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """A GitHub table; the first row is its header, all but the first columns of texts set right."""
+    rule = [*["---"] * texts, *["---:"] * (len(rows[0]) - texts)]
     lines = [rows[0], rule, *rows[1:]]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
@@ -234,7 +234,7 @@ RUNS = {  # not of a race, nor a grid
     "static_gpu": static_gpu,
 }
 
-SUMMARIES = {"headline": headline.headline, "systems": headline.systems}  # of several results
+SUMMARIES = {"headline": (headline.headline, 1), "systems": (headline.systems, 4)}  # of several
 
 
 def render(name: str, results: Path) -> str:
@@ -244,7 +244,8 @@ def render(name: str, results: Path) -> str:
         ValueError: The result was written in another schema.
     """
     if name in SUMMARIES:
-        return markdown(SUMMARIES[name](results))
+        rows, texts = SUMMARIES[name]
+        return markdown(rows(results), texts)
     path = results / f"{name}.json"
     if not path.is_file():
         return NOT_MEASURED
