@@ -214,3 +214,21 @@ def test_a_number_of_first_channels_follows():
         model, None, torch.randn(2, 3, 5, 5), ratio=0.5, importance="l1", compensate=False
     ).step()
     assert (model.count, model.last.in_channels) == (2, 4)
+
+
+class Cleared(nn.Module):
+    """A layer whose bias counts for its last channels alone, as in SwinV2."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 8), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.first.bias.clone()
+        bias[: len(bias) // 2].zero_()
+        a, b = F.linear(x, self.first.weight, bias).chunk(2, -1)
+        return self.last(a * b)
+
+
+def test_what_is_set_to_zero_keeps_its_channels():
+    assert units(cut(Cleared(), torch.randn(5, 3))) == {"first": 4}

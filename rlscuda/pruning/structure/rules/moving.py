@@ -21,7 +21,7 @@ def full_plane(plane: Tensor, like: Tensor) -> Tensor:
     return plane.expand(like.shape).contiguous()
 
 
-@rule("hardswish", "_to_copy", "_prelu_kernel", "fill", "tril", "triu", "copy",
+@rule("hardswish", "_to_copy", "_prelu_kernel", "fill", "zero", "tril", "triu", "copy",
       "lift_fresh", "native_dropout", "dropout", "bernoulli", "floor_divide",
       "masked_fill", "where")  # fmt: skip
 def by_element(f, op, args, kwargs, output):
