@@ -72,7 +72,7 @@ def _pruned(results: Path) -> Iterable[Row]:
         whole = plots.accuracy(runs, (case, 0.0, "whole", None))
         yield (
             f"{plots.CASES[case].title} without {ratio:.0%} of its channels, of {whole:.1f} %",
-            f"**{accuracy('calibration'):.1f}**", f"{accuracy('l2'):.1f} ({METHODS['l2'].title})",
+            f"**{accuracy('in_turn'):.1f}**", f"{accuracy('l2'):.1f} ({METHODS['l2'].title})",
             f"{accuracy(best):.1f} ({METHODS[best].title})",
         )  # fmt: skip
 
@@ -123,7 +123,7 @@ def systems(results: Path) -> list[Row]:
         results: The folder of result files.
     """
     runs = plots.grouped(results / "pruning.json")
-    ours, l2 = (plots.accuracy(runs, ("lenet5", 0.7, m, None)) for m in ("calibration", "l2"))
+    ours, l2 = (plots.accuracy(runs, ("lenet5", 0.7, m, None)) for m in ("in_turn", "l2"))
     whole = plots.accuracy(runs, ("lenet5", 0.0, "whole", None))
     return [
         ("system", "how to run it", "what it gave", "limits"),

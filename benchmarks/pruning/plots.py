@@ -13,8 +13,8 @@ from benchmarks.pruning.networks import CASES
 SEEDS = 3
 Key = tuple[str, float, str, str | None]  # case, ratio, method, recovery
 Runs = dict[Key, list[dict]]
-OURS = ("sketch", "own")  # in the plot
-COLORS = {"sketch": "C3", "own": "C1", "taylor": "C0", "l2": "C2", "l1": "C4"}
+OURS = ("sketch", "own", "in_turn")  # in the plot
+COLORS = {"sketch": "C3", "own": "C1", "in_turn": "C8", "taylor": "C0", "l2": "C2", "l1": "C4"}
 COLORS |= {"hessian": "C5", "bn_scale": "C6", "random": "0.6"}
 
 
