@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Iterable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +61,14 @@ def _trained(results: Path) -> Iterable[Row]:
 def _pruned(results: Path) -> Iterable[Row]:
     runs = plots.grouped(results / "pruning.json")
     for case, ratio in CUTS_SHOWN:
-
-        @cache
-        def accuracy(method: str, case: str = case, ratio: float = ratio) -> float | None:
-            return plots.accuracy(runs, (case, ratio, method, None))
-
-        others = [m for m in BASELINES if m != "l2" and accuracy(m) is not None]
-        best = max(others, key=lambda m: accuracy(m) or 0.0)
+        found = {m: plots.accuracy(runs, (case, ratio, m, None)) for m in METHODS}
+        others = {m: found[m] or 0.0 for m in BASELINES if m != "l2"}
+        best = max(others, key=others.__getitem__)
         whole = plots.accuracy(runs, (case, 0.0, "whole", None))
         yield (
             f"{plots.CASES[case].title} without {ratio:.0%} of its channels, of {whole:.1f} %",
-            f"**{accuracy('in_turn'):.1f}**", f"{accuracy('l2'):.1f} ({METHODS['l2'].title})",
-            f"{accuracy(best):.1f} ({METHODS[best].title})",
+            f"**{found['in_turn']:.1f}**", f"{found['l2']:.1f} ({METHODS['l2'].title})",
+            f"{others[best]:.1f} ({METHODS[best].title})",
         )  # fmt: skip
 
 
@@ -183,8 +178,8 @@ def _adaptive(results: Path) -> str:
         whole = {
             r["seed"]: r["test"] for r in runs if (r["network"], r["method"]) == (network, "whole")
         }
-        best = "output" if network == "resnet20" else "output-channels"
-        own = [r for r in runs if (r["network"], r["method"]) == (network, best)]
+        method = "output" if network == "resnet20" else "output-channels"  # a VGG has no branches
+        own = [r for r in runs if (r["network"], r["method"]) == (network, method)]
         left = statistics.fmean(r["left"][-1] for r in own)
         gap = statistics.fmean(r["test"] - whole[r["seed"]] for r in own)
         parts.append(f"{title} with {left:.0%} of its parameters: {gap:+.1f} point")

@@ -157,7 +157,7 @@ def gradient_comes(leaf: Tensor) -> bool:
 
 def active_ddp() -> Any:
     """The DistributedDataParallel module in whose forward this is, or None."""
-    return nn.parallel.DistributedDataParallel._active_ddp_module
+    return nn.parallel.DistributedDataParallel._get_active_ddp_module()
 
 
 def joins(ddp: Any) -> bool:

@@ -216,6 +216,15 @@ def test_a_number_of_first_channels_follows():
     assert (model.count, model.last.in_channels) == (2, 4)
 
 
+def test_a_number_of_tokens_counts_no_channels():
+    model = Net(lambda m, x: m.last(m.first(x)[:, 1:]), first=nn.Linear(3, 4), last=nn.Linear(4, 2))
+    model.unrelated = 4
+    RLSPruner(
+        model, None, torch.randn(2, 5, 3), ratio=0.5, importance="l1", compensate=False
+    ).step()
+    assert (model.unrelated, model.last.in_features) == (4, 2)
+
+
 class Cleared(nn.Module):
     """A layer whose bias counts for its last channels alone, as in SwinV2."""
 

@@ -101,15 +101,20 @@ def moved(f, op, args, kwargs, output):
             if len(varying(part)) > len(varying(plane)):
                 f.table(part)
                 f.site(x)
-    if name_of(op) in ("view", "_unsafe_view") or _is_part(op, x, output):
+    if name_of(op) in ("view", "_unsafe_view") or _takes_channels(f, op, args, kwargs, output):
         f.give(output, made[0])
         f.site(output)
     return made if several else made[0]
 
 
-def _is_part(op: Any, x: Tensor, output: Any) -> bool:
+def _takes_channels(f: Following, op: Any, args: tuple, kwargs: dict, output: Any) -> bool:
     """Whether an operation takes the first or the last channels; halves say nothing of a size."""
-    return name_of(op) == "slice" and 2 * output.numel() != x.numel()
+    if name_of(op) != "slice":
+        return False
+    x = args[0]
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % x.dim()
+    some = output.shape[dim] not in (x.shape[dim], x.shape[dim] / 2)
+    return some and any(dim in varying(plane) for plane in f.planes(x))
 
 
 def _beside(op: Any, plane: Tensor, rest: tuple) -> bool:
