@@ -147,7 +147,8 @@ def test_hooks_change_no_report():
     tracker = SketchTracker(hooked)  # on whose hooks torch leaves its operator
     assert tracker.layers and size_of(hooked, image) == size_of(whole, image)
     ratios = gains_of(whole, hooked, image, 4).ratios
-    assert {name for name, ratio in ratios.items() if ratio != 1} == {"latency_seconds"}
+    assert ratios.pop("latency_seconds") > 0  # which two measurements may share
+    assert set(ratios.values()) == {1}
 
 
 def test_a_target_of_flops_is_met_by_a_transformer():
