@@ -14,7 +14,9 @@ enum class Purpose : uint64_t { kSign = 1, kImage = 2, kPosition = 3 };
 
 constexpr uint64_t kWeyl = 0x9e3779b97f4a7c15u;
 
-RLS_HOST_DEVICE inline uint64_t mix_bits(uint64_t z) {
+// Of one number, or of each of a vector.
+template <class Bits>
+RLS_HOST_DEVICE ALWAYS_INLINE Bits mix_bits(Bits z) {
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
   z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
   return z ^ (z >> 31);

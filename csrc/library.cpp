@@ -59,6 +59,9 @@ STABLE_TORCH_LIBRARY(rlscuda, m) {
       "Tensor(d!)[] first_moment, Tensor(e!)[] second_moment, Tensor[] health, Tensor? rate, "
       "float lr, float momentum, float beta2, float weight_decay, float eps, float gain, "
       "bool divide_by_h) -> ()");
+  m.def(
+      "foreach_nesterov_(Tensor[] grad, Tensor[] grad_bias, Tensor(a!)[] average, Tensor h, "
+      "int[] place, int groups, int rows, float momentum) -> (Tensor, Tensor)");
 #define PATCH_ARGS                                                              \
   "(Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, " \
   "int groups, int padding_mode, bool ones"
@@ -75,6 +78,7 @@ STABLE_TORCH_LIBRARY_IMPL(rlscuda, CPU, m) {
   m.impl("rls_flush_", TORCH_BOX(&rlscuda::rls_flush_));
   m.impl("rls_filter_bank_", TORCH_BOX(&rlscuda::rls_filter_bank_));
   m.impl("foreach_weight_step_", TORCH_BOX(&rlscuda::foreach_weight_step_));
+  m.impl("foreach_nesterov_", TORCH_BOX(&rlscuda::foreach_nesterov_));
   m.impl("factors_agree", TORCH_BOX(&rlscuda::factors_agree));
   m.impl("nonfinite", TORCH_BOX(&rlscuda::nonfinite));
   m.impl("weight_step_", TORCH_BOX(&rlscuda::weight_step_));
@@ -94,6 +98,7 @@ STABLE_TORCH_LIBRARY_IMPL(rlscuda, CUDA, m) {
   m.impl("weight_step_", TORCH_BOX(&rlscuda::weight_step_));
   m.impl("adaptive_weight_step_", TORCH_BOX(&rlscuda::adaptive_weight_step_));
   m.impl("foreach_weight_step_", TORCH_BOX(&rlscuda::foreach_weight_step_));
+  m.impl("foreach_nesterov_", TORCH_BOX(&rlscuda::foreach_nesterov_));
   m.impl("nonfinite", TORCH_BOX(&rlscuda::nonfinite));
   m.impl("patch_mean", TORCH_BOX(&rlscuda::patch_mean));
   m.impl("patch_sketch", TORCH_BOX(&rlscuda::patch_sketch));

@@ -62,6 +62,12 @@ void foreach_weight_step_(std::vector<Tensor> weight, std::vector<Tensor> bias,
                           double momentum, double beta2, double weight_decay, double eps,
                           double gain, bool divide_by_h);
 
+std::tuple<Tensor, Tensor> foreach_nesterov_(std::vector<Tensor> grad,
+                                             std::vector<Tensor> grad_bias,
+                                             std::vector<Tensor> average, const Tensor& h,
+                                             std::vector<int64_t> place, int64_t groups,
+                                             int64_t rows, double momentum);
+
 Tensor patch_mean(const Tensor& x, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
                   std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
                   int64_t padding_mode, bool ones);

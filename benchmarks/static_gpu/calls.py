@@ -110,6 +110,7 @@ def _patches() -> Iterator[tuple[str, Callable[[], object]]]:
 
 def _weights() -> Iterator[tuple[str, Callable[[], object]]]:
     step, adaptive = torch.ops.rlscuda.weight_step_, torch.ops.rlscuda.adaptive_weight_step_
+    ahead = torch.ops.rlscuda.foreach_nesterov_
     for case in shapes.WEIGHTS:
         c, n = case.outputs, case.inputs
         W, b, D, G, M = (torch.ones(s) for s in ((c, n), c, (c, n + 1), (c, n), (c, n + 1)))
@@ -122,6 +123,10 @@ def _weights() -> Iterator[tuple[str, Callable[[], object]]]:
         yield (
             f"weight {case.name}, adaptive",
             lambda x=(*common, G, row, g, h, M, v): adaptive(*x, 1e-3, 0.9, 0.99, 0.01, 1e-8, 5),
+        )
+        yield (
+            f"momentum {case.name}",
+            lambda x=([G], [g], [M], h, [0], 1, c, 0.9): ahead(*x),
         )
         yield f"nonfinite {case.name}", lambda G=G: torch.ops.rlscuda.nonfinite([G])
 

@@ -236,6 +236,14 @@ def _weight_step(call: Call, launch: Launch) -> Work:
     return Work(_largest_first(loaded), moved, 4 if adaptive else 3)
 
 
+def _nesterov(call: Call, launch: Launch) -> Work:
+    shapes = [average["shape"] for average in call.sizes["average"]]
+    elements = sum(map(prod, shapes))
+    written = len(shapes) * call.sizes["groups"] * call.sizes["rows"] * shapes[0][1]
+    way = "narrow" if shapes[0][1] <= constant("nesterov.cu", "kNarrow") else "wide"
+    return Work({f"nesterov {way}": 2 * FLOAT * elements}, FLOAT * (3 * elements + written), 3)
+
+
 def _nonfinite(call: Call, launch: Launch) -> Work:
     read = sum(prod(t["shape"]) * t["item"] for t in call.sizes["tensors"])
     return Work({"nonfinite": read}, read)
@@ -263,6 +271,7 @@ _KERNELS: dict[str, Callable[[Call, Launch], Work]] = {
     "patch_sketch_rows_kernel": _sketch_rows,
     "patch_sample_kernel": _sample,
     "weight_step_kernel": _weight_step,
+    "nesterov_kernel": _nesterov,
     "nonfinite_kernel": _nonfinite,
     "rls_bank_kernel": _bank,
 }

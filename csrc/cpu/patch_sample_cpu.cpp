@@ -38,7 +38,41 @@ void gather(const T* x, const PatchGeometry& g, int64_t oh, int64_t ow, int64_t 
   }
 }
 
+// The least hash of a stream over `images` counters from `offset` on, and the first image that has
+// it: kLanes of them at a time.
+constexpr int kLanes = 8;
+typedef uint64_t Hashes __attribute__((vector_size(8 * kLanes)));
+typedef int64_t Numbers __attribute__((vector_size(8 * kLanes)));
+
+ALWAYS_INLINE void find_least(uint64_t key, int64_t offset, int64_t images, int64_t* hash,
+                              int64_t* image) {
+  Numbers least{}, first{}, at{};
+  Hashes counter{};
+  for (int lane = 0; lane < kLanes; ++lane) {
+    counter[lane] = key + uint64_t(offset + lane) * kWeyl;
+    least[lane] = INT64_MAX;
+    at[lane] = lane;
+  }
+  int64_t b = 0;
+  for (; b + kLanes <= images; b += kLanes, counter += kLanes * kWeyl, at += kLanes) {
+    const Numbers drawn = Numbers(mix_bits(counter) >> 1);
+    first = drawn < least ? at : first;
+    least = drawn < least ? drawn : least;
+  }
+  *hash = INT64_MAX, *image = 0;
+  const auto take = [&](int64_t drawn, int64_t from) {
+    if (drawn < *hash || (drawn == *hash && from < *image)) *hash = drawn, *image = from;
+  };
+  for (int lane = 0; lane < kLanes; ++lane) take(least[lane], first[lane]);
+  for (; b < images; ++b) take(random_int63(key, offset + b), b);
+}
+
 }  // namespace
+
+SIMD_CLONES void least_hash(uint64_t key, int64_t offset, int64_t images, int64_t* hash,
+                            int64_t* image) {
+  find_least(key, offset, images, hash, image);
+}
 
 template <class T>
 void patch_sample_cpu(const T* x, const PatchGeometry& g, const PatchDraw& draw, Accumulate<T>* out,
@@ -48,12 +82,8 @@ void patch_sample_cpu(const T* x, const PatchGeometry& g, const PatchDraw& draw,
   parallel_for(0, draw.rank, kGrain / work + 1, [&](int64_t k0, int64_t k1) {
     for (int64_t k = k0; k < k1; ++k) {
       const uint64_t key = stream_key(draw.seed, Purpose::kImage, k);
-      int64_t image = 0, least = INT64_MAX;
-      for (int64_t b = 0; b < g.images; ++b) {
-        const int64_t hash = random_int63(key, draw.offset + b);
-        if (hash < least) least = hash, image = b;
-      }
-      keys[k] = least;
+      int64_t image;
+      least_hash(key, draw.offset, g.images, &keys[k], &image);
       const uint64_t place = stream_key(draw.seed, Purpose::kPosition, k);
       const int64_t position = random_int63(place, draw.offset + image) % g.positions();
       gather(x + image * g.stride_n, g, position / g.out_w, position % g.out_w, k, draw.rank, out);

@@ -265,6 +265,13 @@ def _(P, s, *rest):
     return P[0].new_empty(sum(p.shape[0] if p.dim() == 3 else 1 for p in P))
 
 
+@fake("foreach_nesterov_")
+def _(grad, grad_bias, average, h, place, groups, rows, momentum):
+    matrices = len(average) * groups
+    first = average[0]
+    return first.new_empty(matrices, rows, first.shape[1]), first.new_empty(matrices, rows)
+
+
 @fake("nonfinite")
 def _(tensors):
     return tensors[0].new_empty((), dtype=torch.bool)

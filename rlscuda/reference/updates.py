@@ -277,13 +277,31 @@ class SpectralStep:
     coefficients: Iterable[tuple[float, float, float]] | None = None
 
 
+def nesterov(M: Tensor, G: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
+    r"""The momentum of a gradient, and what it will be if the next gradient is the same.
+
+    .. math:: M \leftarrow \beta M + (1 - \beta) G, \quad N = \beta M + (1 - \beta) G
+
+    Args:
+        M: Average of the gradients [c, n].
+        G: Gradient [c, n].
+        momentum: Share :math:`\beta` of the last average.
+
+    Returns:
+        The new M, and N.
+
+    Source: Jordan et al. 2024, Muon, whose momentum it is.
+    """
+    M = momentum * M + (1 - momentum) * G
+    return M, momentum * M + (1 - momentum) * G
+
+
 def spectral_weight_step(
     W: Tensor, G: Tensor, P: Tensor, M: Tensor, power: float, constants: SpectralStep
 ) -> tuple[Tensor, Tensor]:
-    r"""The spectral weight step.
+    r"""The spectral weight step, of the momentum N that `nesterov` gives.
 
-    .. math:: M \leftarrow \beta M + (1 - \beta) G, \quad N = \beta M + (1 - \beta) G, \quad
-              W \leftarrow (1 - \eta\, wd) W - \eta\, s\, (N P N^T)^{-1/2} N P
+    .. math:: W \leftarrow (1 - \eta\, wd) W - \eta\, s\, (N P N^T)^{-1/2} N P
 
     of some rows at a time, with
 
@@ -303,8 +321,7 @@ def spectral_weight_step(
         The new W and M.
     """
     k = constants
-    M = k.momentum * M + (1 - k.momentum) * G
-    N = k.momentum * M + (1 - k.momentum) * G
+    M, N = nesterov(M, G, k.momentum)
     size = N.square().mean().sqrt()
     scale = max(1, k.rows / N.shape[1]) ** 0.5 * size / (size + k.eps * power**0.5)
     direction = torch.cat([spectral_direction(B, P, k.coefficients) for B in N.split(k.rows)])

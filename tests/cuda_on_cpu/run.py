@@ -24,6 +24,7 @@ PATCHES, WEIGHTS = "tests/ops/patches/test_patch_ops.py", "tests/ops/test_weight
 NONFINITE = "tests/ops/test_nonfinite.py"
 UPDATES, LAYERS = "tests/ops/test_rls_update.py", "tests/ops/test_foreach_ops.py"
 HELD, RIDGES = "tests/ops/test_rls_held.py", "tests/ops/ridges/test_rls_ridge.py"
+AHEAD = "tests/ops/test_nesterov.py"
 BANK = "tests/ops/filters/test_rls_bank.py"
 REAL = "not opcheck and not compiles and not threads and not complex and not conjugated"
 RUNS = [  # order of threads and blocks, pytest arguments
@@ -34,6 +35,8 @@ RUNS = [  # order of threads and blocks, pytest arguments
         "ascending",
         [UPDATES, WEIGHTS, NONFINITE, "-k", REAL],
     ),
+    ("ascending", [AHEAD]),
+    ("shuffled", [AHEAD, "-k", "equals or launch"]),
     ("ascending", [HELD, "-k", "not opcheck and not compiles and not follows"]),
     ("ascending", [BANK, "-k", "not opcheck and not threads and not wrong"]),
     ("shuffled", [BANK, "-k", "equals and forget and float64 or named or twice"]),

@@ -92,6 +92,13 @@ def _foreach_weight_step() -> list[Any]:
     ]  # fmt: skip
 
 
+def _foreach_nesterov() -> list[Any]:
+    return [
+        [torch.randn(4, 3), torch.randn(4, 3)], [torch.randn(4), torch.randn(4)],
+        [torch.randn(4, 4), torch.randn(4, 4)], torch.ones(5), [3, 0], 2, 3, 0.9,
+    ]  # fmt: skip
+
+
 def _patches(*draw: int) -> Callable[[], list[Any]]:
     geometry = [[3, 3], [2, 1], [1, 1, 0, 2], [1, 2], 2, 1, True]
     return lambda: [torch.randn(3, 4, 8, 9), *geometry, *draw]
@@ -105,6 +112,7 @@ def _factors_agree() -> list[Any]:
 VALID: dict[str, Callable[[], list[Any]]] = {
     "adaptive_weight_step_": _adaptive_weight_step,
     "factors_agree": _factors_agree,
+    "foreach_nesterov_": _foreach_nesterov,
     "foreach_rls_update_": _foreach_rls_update,
     "foreach_weight_step_": _foreach_weight_step,
     "nonfinite": lambda: [[torch.randn(3), torch.randn(4, 2).t()[:, ::2], torch.zeros(2).half()]],

@@ -46,6 +46,7 @@ _STEP = (
     "direction[u] = product[j];", "if (moment) old[u] = moment[j];", "before[u] = *w[u];", _BIAS,
 )  # fmt: skip
 _NORM = (" d[u] = product[j];", "g[u] = j < a.n ? grad[j] : grad_bias;", _BIAS)
+_AHEAD = ("seen[u] = j < call.columns ? grad[j] : bias;", "before[u] = average[j];")
 _PROJECT, _TILES, _WEIGHT = "rls_project.h", "rls_tiles.h", "weight_step.cu"
 _RANKS = {
     "1 row": "project_ranks<1, VEC>(",
@@ -60,6 +61,14 @@ STREAMS: dict[str, Stream] = {
     "nonfinite": Stream(
         "nonfinite_kernel", "nonfinite.cu", ("load_lanes<kLanes>(x + head + v * kLanes);",),
         ("nonfinite.cu", "scan(t.data, t.count, uint32_t(t.exponent_mask), span)"),
+    ),
+    "nesterov wide": Stream(
+        "nesterov_kernel", "nesterov.cu", _AHEAD,
+        ("nesterov.cu", "take_row<kThreads, T, W>(call, q, largest);"),
+    ),
+    "nesterov narrow": Stream(
+        "nesterov_kernel", "nesterov.cu", _AHEAD,
+        ("nesterov.cu", "take_row<32, T, W>(call, q, largest);"),
     ),
     "patch_mean sums": Stream(
         "patch_mean_sums_kernel", "patch_mean.cu",
