@@ -84,6 +84,7 @@ PATCHES = [
     PatchCase("LeNet-5 layer 1, [128, 1, 28, 28], 5 × 5", (128, 1, 28, 28), 5, 2),
     PatchCase("LeNet-5 layer 2, [128, 6, 14, 14], 5 × 5", (128, 6, 14, 14), 5),
     PatchCase("Linear, [64, 784]", (64, 784)),
+    PatchCase("Linear, [2048, 384]", (2048, 384)),
 ]
 
 

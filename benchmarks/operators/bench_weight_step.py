@@ -1,7 +1,8 @@
 """The fused weight steps against their eager formulation, with and without the product G·P.
 
 `step` is all that follows the product: the bias' part, 1/h, momentum, decay and the store. `step
-and product` adds the vendor's GEMM, the same for both, at the rate shown in the facts.
+and product` adds the vendor's GEMM, the same for both, at the rate shown in the facts. Of the
+spectral form it is what precedes the product: the average of the gradients, looked ahead.
 """
 
 import pytest
@@ -109,5 +110,36 @@ def test_weight_step(race, case, form):
         lanes,
         ratios=["step / eager step", "product and step / eager product and step"],
         facts={"product_flop": 2 * case.outputs * case.inputs * (case.inputs + 1)},
+        rounds=8 if case.inputs > 2000 else 20,
+    )
+
+
+def fused_momentum(p):
+    one = p.h.view(1)
+    return _ops.foreach_nesterov_(
+        [p.grad], [p.grad_bias], [p.moment], one, [0], 1, len(p.grad), MOMENTUM
+    )  # fmt: skip
+
+
+def eager_momentum(p):
+    ahead = torch.cat((p.grad, p.grad_bias[:, None]), 1)
+    p.moment.lerp_(ahead, 1 - MOMENTUM)
+    ahead.lerp_(p.moment, MOMENTUM)
+    return ahead[None], ahead.abs().amax(1)[None]
+
+
+@pytest.mark.parametrize("case", shapes.WEIGHTS, ids=lambda c: c.name)
+def test_momentum(race, case):
+    p, q = Problem(case), Problem(case)
+    average, ahead = reference.nesterov(p.moment.double(), p.gradient.double(), MOMENTUM)
+    for problem, run in ((p, fused_momentum), (q, eager_momentum)):
+        found, peak = run(problem)
+        torch.testing.assert_close(problem.moment.double(), average, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[0].double(), ahead, rtol=1e-5, atol=1e-5)
+        assert torch.equal(peak, found.abs().amax(2))
+    race(
+        f"{case.name}, spectral",
+        {"step": lambda: fused_momentum(p), "eager step": lambda: eager_momentum(q)},
+        ratios=["step / eager step"],
         rounds=8 if case.inputs > 2000 else 20,
     )

@@ -112,6 +112,24 @@ def test_nonfinite(dtype):
         assert nonfinite(tensors)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("c, n", [(5, 7), (64, 128), (300, 784)])
+def test_momentum_of_gradients(c, n, dtype):
+    def call(device):
+        torch.manual_seed(0)
+        grad, average = ([torch.randn(2 * c, n + i).to(device) for _ in range(3)] for i in (0, 1))
+        bias = [torch.randn(2 * c).to(device, dtype) for _ in range(3)]
+        h = torch.ones(6).to(device)
+        h[3] = torch.nan
+        ahead = torch.ops.rlscuda.foreach_nesterov_(
+            grad, bias, average, h, [4, 0, 2], 2, c + 1, 0.9
+        )  # fmt: skip
+        return [t.cpu() for t in (*ahead, *average)]
+
+    for actual, expected in zip(call(DEVICE), call("cpu")):
+        assert_close(actual, expected, 4)
+
+
 @gpu_only
 def test_elements_beyond_32_bits():
     if torch.cuda.mem_get_info()[0] < 20 << 30:
