@@ -91,8 +91,8 @@ prove() {
   on_the_device() {
     lane=1
     prefix=(env RLSCUDA_TEST_DEVICE=cuda)
-    tests operators 95 -p no:benchmark tests/ops/test_rls_update.py tests/ops/test_weight_step.py \
-      tests/ops/test_nonfinite.py tests/ops/test_foreach_ops.py tests/ops/test_rls_held.py \
+    tests operators 95 -p no:benchmark tests/ops/test_rls_update.py tests/ops/steps/test_weight_step.py \
+      tests/ops/steps/test_nonfinite.py tests/ops/test_foreach_ops.py tests/ops/test_rls_held.py \
       tests/ops/filters tests/streaming/test_held_matrix.py -k "$plain"
     prefix=()
     tests test_cuda 90 -p no:benchmark tests/ops/test_cuda.py

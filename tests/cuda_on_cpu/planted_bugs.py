@@ -21,7 +21,7 @@ from run import ROOT, TARGET, run
 
 MEAN = ["tests/ops/patches/test_patch_ops.py", "-k", "equals and many_images"]
 LINE = ["tests/ops/patches/test_patch_ops.py", "-k", "equals and 3x3_valid"]
-NONFINITE = ["tests/ops/test_nonfinite.py", "-k", "nonfinite_finds"]
+NONFINITE = ["tests/ops/steps/test_nonfinite.py", "-k", "nonfinite_finds"]
 LAYERS = [
     "tests/ops/test_foreach_ops.py",
     "-k",
@@ -34,7 +34,7 @@ ROWS = [
     "-k",
     "step_of_mixed and True and not float16 and not float64",
 ]
-AHEAD = ["tests/ops/test_nesterov.py", "-k", "equals_the_reference_with_biases"]
+AHEAD = ["tests/ops/steps/test_nesterov.py", "-k", "equals_the_reference_with_biases"]
 
 
 class Bug(NamedTuple):

@@ -20,11 +20,11 @@ from as_cpp import build, environment
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = ROOT / "build" / "cuda_on_cpu"
-PATCHES, WEIGHTS = "tests/ops/patches/test_patch_ops.py", "tests/ops/test_weight_step.py"
-NONFINITE = "tests/ops/test_nonfinite.py"
+PATCHES, WEIGHTS = "tests/ops/patches/test_patch_ops.py", "tests/ops/steps/test_weight_step.py"
+NONFINITE = "tests/ops/steps/test_nonfinite.py"
 UPDATES, LAYERS = "tests/ops/test_rls_update.py", "tests/ops/test_foreach_ops.py"
 HELD, RIDGES = "tests/ops/test_rls_held.py", "tests/ops/ridges/test_rls_ridge.py"
-AHEAD = "tests/ops/test_nesterov.py"
+AHEAD = "tests/ops/steps/test_nesterov.py"
 BANK = "tests/ops/filters/test_rls_bank.py"
 REAL = "not opcheck and not compiles and not threads and not complex and not conjugated"
 RUNS = [  # order of threads and blocks, pytest arguments

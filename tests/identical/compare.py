@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 TIMES = {"seconds", "epoch_seconds", "latency_seconds"}  # keys and columns that tell the time
+BUILD = {"source_hash", "cuda", "cuda_archs"}  # of an extension of its own
 MAY_GO = {"report.png"}
 _TIMED = re.compile(r"latency|seconds of training|milliseconds a step|report\.png")
 _TIMED_ON_PAGE = re.compile(
@@ -75,7 +76,8 @@ def leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
     """The tensors and values in a nest of containers, each with its place, and the containers."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from leaves(type(item) if key in TIMES else item, f"{place}[{key!r}]")
+            if key not in BUILD:
+                yield from leaves(type(item) if key in TIMES else item, f"{place}[{key!r}]")
     elif isinstance(value, (list, tuple)):
         for number, item in enumerate(value):
             yield from leaves(item, f"{place}[{number}]")

@@ -27,7 +27,7 @@ def streams_filter() -> None:
     cases = {
         "plain": (5, 1, {}),
         "forgetting": (7, 2, {"forgetting": 0.98, "gain": 0.5, "initial_scale": 10.0}),
-        "shrinkage": (7, 3, {"forgetting": 0.98, "shrinkage": 0.0, "dtype": np.float32}),
+        "ridge": (7, 3, {"forgetting": 0.98, "ridge": 0.0, "dtype": np.float32}),
         "wide": (WIDE, 2, {"forgetting": 0.999, "dtype": np.float32}),
     }
     for name, (n, outputs, options) in cases.items():
