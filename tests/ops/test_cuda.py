@@ -114,11 +114,12 @@ def test_nonfinite(dtype):
 
 @pytest.mark.parametrize("c, n", [(5, 7), (64, 128), (300, 784)])
 def test_momentum_of_gradients(c, n):
-    tensors = [torch.randn(2 * c, n), torch.randn(2 * c), torch.randn(2 * c, n + 1)]
+    tensors = [torch.randn(2 * c, *m) for m in ((n,), (), (n + 1,))] + [
+        torch.tensor([1, torch.nan])
+    ]
 
     def call(device):
-        grad, bias, average = ([t.to(device, copy=True)] for t in tensors)
-        h = torch.tensor([1.0, torch.nan]).to(device)
+        grad, bias, average, (h,) = ([t.to(device, copy=True)] for t in tensors)
         ahead = torch.ops.rlscuda.foreach_nesterov_(grad, bias, average, h, [0], 2, c + 1, 0.9)
         return [t.cpu() for t in (*ahead, *average)]
 
