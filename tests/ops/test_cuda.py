@@ -114,12 +114,10 @@ def test_nonfinite(dtype):
 
 @pytest.mark.parametrize("c, n", [(5, 7), (64, 128), (300, 784)])
 def test_momentum_of_gradients(c, n):
-    tensors = [torch.randn(2 * c, *m) for m in ((n,), (), (n + 1,))] + [
-        torch.tensor([1, torch.nan])
-    ]
+    given = [torch.randn(2 * c, *m) for m in ((n,), (), (n + 1,))] + [torch.tensor([1, torch.nan])]
 
     def call(device):
-        grad, bias, average, (h,) = ([t.to(device, copy=True)] for t in tensors)
+        grad, bias, average, (h,) = ([t.to(device, copy=True)] for t in given)
         ahead = torch.ops.rlscuda.foreach_nesterov_(grad, bias, average, h, [0], 2, c + 1, 0.9)
         return [t.cpu() for t in (*ahead, *average)]
 
