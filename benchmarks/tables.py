@@ -147,7 +147,7 @@ def filter_windup(document: dict) -> str:
         figures = [f"{r[name]:.4f}" for name in ("default", "float32", "ridge=0", "theory")]
         floors.append([f"{r['n']}, {r['forgetting']:g}", *figures])
     text = f"{markdown(rows)}\nThe noise floor of white inputs:\n\n{markdown(floors)}"
-    return text + staleness({document["environment"]["source_hash"]})
+    return text + staleness({document["environment"]["source_hash"]}, name="filter_windup")
 
 
 def filter_numerics(document: dict) -> str:
@@ -157,7 +157,8 @@ def filter_numerics(document: dict) -> str:
     for r in document["rows"]:
         setting = f"{r['dtype']}, {r['initial_scale']:.0e}"
         rows.append([r["case"], setting, *(f"{r[name]:.2g}" for name in names)])
-    return markdown(rows) + staleness({document["environment"]["source_hash"]})
+    stale = staleness({document["environment"]["source_hash"]}, name="filter_numerics")
+    return markdown(rows) + stale
 
 
 def scaling(document: dict) -> str:
@@ -169,7 +170,8 @@ def scaling(document: dict) -> str:
 
 def width(document: dict) -> str:
     """Time and memory of a step by width, depth, batch and rank."""
-    return scaling_width.report(document) + staleness({document["environment"]["source_hash"]})
+    stale = staleness({document["environment"]["source_hash"]}, name="scaling_width")
+    return scaling_width.report(document) + stale
 
 
 def provenance(document: dict) -> str:
@@ -188,17 +190,18 @@ def provenance(document: dict) -> str:
         f"{document['date'][:10]}."
     )
     of = "all" if document["name"].endswith(".cuda") else "times"
-    return text + staleness({document["source_hash"]}, of)
+    return text + staleness({document["source_hash"]}, of, document["name"])
 
 
-def staleness(hashes: set[str], of: str = "times") -> str:
+def staleness(hashes: set[str], of: str = "times", name: str = "") -> str:
     """A warning where results are of other kernel sources than the tree's.
 
     Args:
         hashes: Of the sources of the results.
         of: What must not have changed, see `environment.alike`.
+        name: Of the results.
     """
-    if hashes <= environment.alike(of):
+    if hashes <= environment.alike(of, name):
         return ""
     return f" **Stale: the kernel sources have changed since, to {environment.tree_hash()}.**"
 

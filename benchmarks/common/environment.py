@@ -14,18 +14,22 @@ import rlscuda
 from benchmarks.common.sources import ROOT, cpu_hash, tree_hash
 
 
-def alike(of: str) -> set[str]:
+def alike(of: str, name: str = "") -> set[str]:
     """The hashes of kernel sources whose results hold for those of this tree.
 
-    `results/alike.json` names them for one state of the CPU's sources: what differs in csrc/cuda
-    alone leaves every time on a CPU as it is, and where `tests/identical/run.py` has shown that
-    networks train and are pruned to the same bits, another kernel leaves what was learnt.
+    `results/alike.json` names them for one state of the CPU's sources: a time holds where nothing
+    has changed that its benchmark runs, as in csrc/cuda, and where `tests/identical/run.py` has
+    shown that networks train and are pruned to the same bits, another kernel leaves what was learnt.
 
     Args:
         of: `times` on a CPU; what was learnt, `trains`; or `all` that is in the sources.
+        name: Of the result, for its times.
     """
     shown = json.loads((ROOT / "benchmarks" / "results" / "alike.json").read_text())
-    return {tree_hash(), *(shown.get(of, []) if shown["cpu"] == cpu_hash() else [])}
+    if shown["cpu"] != cpu_hash():
+        return {tree_hash()}
+    times = {kernels for kernels, names in shown["times"].items() if name in names}
+    return {tree_hash(), *{"times": times, "trains": shown["trains"]}.get(of, ())}
 
 
 def built_hash() -> str:
