@@ -362,7 +362,7 @@ def _restore_dtypes(
             if isinstance(value, Tensor) and parameter in layers:
                 key = (id(value), id(entries.get("health")), parameter.device)
                 if key not in made:
-                    made[key] = value.detach().to(parameter.device, copy=True)
+                    made[key] = value.detach().to(parameter.device, copy=True).contiguous()
                 state[parameter][name] = made[key]
             elif state[parameter][name] is value and isinstance(value, Tensor):
                 state[parameter][name] = value.clone()

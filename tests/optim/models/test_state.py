@@ -67,6 +67,23 @@ def test_dtypes_survive_loading(dtype, requested):
                 assert value.dtype == its[name].dtype and torch.equal(value, its[name])
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_tensors_that_lie_anyhow_are_loaded_in_order(form):
+    pairs = []
+    for anyhow in (False, True):
+        model = mlp()
+        optimizer = RLSOptimizer(model, form=form, momentum=0.5)
+        train(model, optimizer, 2)
+        state = optimizer.state_dict()
+        for entries in state["state"].values() if anyhow else ():
+            matrices = {k: v for k, v in entries.items() if torch.is_tensor(v) and v.dim() > 1}
+            entries.update({k: v.mT.contiguous().mT for k, v in matrices.items()})
+        optimizer.load_state_dict(state)
+        train(model, optimizer, 2, seed=50)
+        pairs.append(snapshot(model, optimizer))
+    assert not differing(*pairs)
+
+
 def test_loading_neither_changes_nor_aliases_the_callers_dict():
     model = cnn()
     optimizer = RLSOptimizer(model)
