@@ -106,6 +106,20 @@ def training_step(document: dict) -> str:
     return markdown(rows)
 
 
+def small_layers(document: dict) -> str:
+    """One row an optimizer: its step, and what it adds to forward and backward, a layer."""
+    (record,) = document["cases"]
+    plain, *lanes = record["microseconds"]
+    least = record["microseconds"][plain]["best"]
+    rows = [[record["case"], "a training step", f"/ {plain}", "added, a layer"]]
+    rows.append([plain, microseconds(record, plain), "1", ""])
+    for lane in lanes:
+        added = (record["microseconds"][lane]["best"] - least) / record["facts"]["layers"]
+        rows.append([lane, microseconds(record, lane), ratio_cell(record, f"{lane} / {plain}"),
+                     f"{added:.3g} µs"])  # fmt: skip
+    return markdown(rows)
+
+
 def soak(document: dict) -> str:
     """One row a run: how far the resident memory grew."""
     rows = [["network", "optimizer", "steps", "memory grew by"]]
@@ -259,9 +273,8 @@ def render(name: str, results: Path) -> str:
         return f"{RUNS[name](document)}\n"
     if document.get("schema") != shapes.SCHEMA:
         raise ValueError(f"{path} must have schema {shapes.SCHEMA}, got {document.get('schema')}")
-    layout: Callable[[dict], str] = by_ratio
-    if name.removesuffix(".cuda") == "training_step":
-        layout = training_step
+    layouts = {"training_step": training_step, "small_layers": small_layers}
+    layout: Callable[[dict], str] = layouts.get(name.removesuffix(".cuda"), by_ratio)
     return f"{layout(document)}\n{provenance(document)}\n"
 
 

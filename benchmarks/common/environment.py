@@ -17,9 +17,9 @@ from benchmarks.common.sources import ROOT, cpu_hash, tree_hash
 def alike(of: str, name: str = "") -> set[str]:
     """The hashes of kernel sources whose results hold for those of this tree.
 
-    `results/alike.json` names them for one state of the CPU's sources: a time holds where nothing
-    has changed that its benchmark runs, as in csrc/cuda, and where `tests/identical/run.py` has
-    shown that networks train and are pruned to the same bits, another kernel leaves what was learnt.
+    `results/alike.json` names them for one state of the CPU's sources: times hold where nothing has
+    changed that the benchmark runs, as in csrc/cuda; what was learnt holds where
+    `tests/identical/run.py` has shown that networks train and are pruned to the same bits.
 
     Args:
         of: `times` on a CPU; what was learnt, `trains`; or `all` that is in the sources.
