@@ -214,6 +214,7 @@ def planned() -> Iterator[dict]:
     fitted = ("dense", "rewind", "refit", "magnitude")
     plan = [("lenet300", o, m, usual, SEEDS) for o in ("adam", "sgd") for m in (*fitted, "relief")]
     plan += [("lenet300", "adam", m, lower, SEEDS) for m in fitted[1:]]
+    plan += [("lenet300", "sgd", m, lower, SEEDS) for m in ("refit", "magnitude")]
     plan += [("lenet300", "rls", m, usual, SEEDS) for m in fitted]
     plan += [("lenet300", "adam", "saliency", usual, SEEDS)]
     plan += [("lenet5", "adam", m, usual, SEEDS) for m in fitted]
