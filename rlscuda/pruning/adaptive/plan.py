@@ -88,6 +88,9 @@ class Plan:
         names = [block.name for block in self._blocks]
         renamed = {o: n for n, o in self._ledger.follow(self._structure, names, removed).items()}
         self._original = {renamed.get(name, name): n for name, n in self._original.items()}
+        if isinstance(self.penalty, OutputPenalty):
+            rates = self.penalty.rates.items()
+            self.penalty.rates = {renamed.get(name, name): rate for name, rate in rates}
         for name, entry in self._ledger.entries.items():
             self._original.setdefault(name, len(entry["held"]))
         self.penalty.find(model, self._structure, channels, self._blocks, inputs)
