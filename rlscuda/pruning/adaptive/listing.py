@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -180,7 +181,7 @@ class OneList:
         for count in range(len(self._blocks) + 1):
             blocks = self._needed(limit, self._blocks[:count])
             try:
-                counts = self._ladder.lowest(lambda c, gone=blocks: self._size(gone, c) <= limit)
+                counts = self._ladder.lowest(partial(self._reached, limit, blocks))
             except ValueError:  # out of reach with so few blocks gone
                 continue
             selection = self._selection(blocks, counts)
@@ -212,6 +213,9 @@ class OneList:
             others = [other for other in blocks if other != name]
             blocks = others if self._size(others, {}) <= limit else blocks
         return blocks
+
+    def _reached(self, limit: float, blocks: list[str], counts: Counts) -> bool:
+        return self._size(blocks, counts) <= limit
 
     def _size(self, blocks: list[str], counts: Counts) -> int:
         selection = self._selection(blocks, counts)
