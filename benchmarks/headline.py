@@ -141,7 +141,7 @@ def systems(results: Path) -> list[Row]:
         (
             "adaptive channels and layers, in the spirit of Zhang et al. 2019",
             "`rlscuda train --prune-adaptive 0.5`", _adaptive(results),
-            "small networks; a block can overshoot the target",
+            "small networks",
         ),
         (
             "pre-training study, after Hubens et al. 2020", "`rlscuda study pretraining`",

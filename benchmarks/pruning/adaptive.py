@@ -1,10 +1,10 @@
 """Half of the parameters gone while a network trains: which channels and branches, is learned.
 
 A ResNet-20 of widths 8, 16, 32 and a VGG of five convolutions learn 5,000 images of CIFAR-10 for
-twelve epochs by the default `RLSOptimizer` with cosine decay. After three of them, which all runs
-of a seed share, `AdaptivePruner` takes four epochs to bring the network to half of its parameters;
-`one shot` prunes by `RLSPruner` after the fourth. Every run has the same epochs in all, and the
-learning rate goes on as it would have.
+twelve epochs by the default `RLSOptimizer` with cosine decay. After six of them, which all runs of
+a seed share, `AdaptivePruner` takes three epochs to bring the network to half of its parameters;
+`one shot` prunes by `RLSPruner` in the middle of these. Every run has the same epochs in all, and
+the learning rate goes on as it would have.
 
     python -m benchmarks.pruning.adaptive --workers 1  # run, or go on after an interruption
     python -m benchmarks.pruning.adaptive --report     # the table of the results
@@ -35,7 +35,7 @@ from rlscuda.files.atomic import write_atomically
 from rlscuda.pruning import AdaptivePruner, RLSPruner
 from rlscuda.pruning.running.measure import count_flops, count_parameters
 
-SEEDS, EPOCHS, WARMUP, PRUNING, SHOT = (0, 1, 2), 12, 3, 4, 4
+SEEDS, EPOCHS, WARMUP, PRUNING, SHOT = (0, 1, 2), 12, 6, 3, 8
 COUNTS = (5_000, 2_000, 10_000)  # training, validation and test images
 CALIBRATED, TARGET = 256, 0.5  # images that measure branches and settle norms; parameters left
 SHAPE = data.SHAPES["cifar10"]
@@ -113,7 +113,7 @@ def measure(job: dict, args: argparse.Namespace) -> dict:
     if options:
         run.pruner = AdaptivePruner(
             model, run.optimizer, inputs, target_params=TARGET, warmup=0, epochs=PRUNING,
-            loader=loader, **options,
+            loader=loader, compensate="in turn", **options,
         )  # fmt: skip
     left, report = [], ""
     for epoch in range(WARMUP + 1, EPOCHS + 1):

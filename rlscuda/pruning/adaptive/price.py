@@ -54,6 +54,8 @@ class Price:
         if self.epochs is None:
             return None
         done = min(max(epoch - self.warmup, 0), self.epochs)
+        if done == self.epochs:
+            return self.limit
         return self.whole * (1 - ratio_after(self.curve, 1 - self.target, done, self.epochs))
 
     def control(self, size: float) -> None:

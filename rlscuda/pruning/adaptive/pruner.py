@@ -44,9 +44,11 @@ class AdaptivePruner:
     clipped), `after_step` after it, and `after_epoch` after each epoch.
 
     Without `epochs` the price is controlled by the size that is left, and only what has been at
-    zero for `patience` steps goes. With it, there is a size for each epoch on the way, whatever is
-    cheapest by cost over what it saves goes until that is met, and the price between is the least
-    at which as much would be gone by itself.
+    zero for `patience` steps goes. With it, each epoch chooses anew what costs least of all that
+    meets the target, and takes of that, the cheapest by cost over what it saves first, what the
+    size wanted after that epoch has room for. The price between is the least at which as much
+    would be gone by itself; branches pay it by their scales alone, for of ``output`` a branch that
+    is shrunk only seems to be worth little.
 
     Args:
         model: The model.
@@ -77,6 +79,8 @@ class AdaptivePruner:
         tracker: A `SketchTracker` that sees the training.
         loader: Batches as `RLSPruner` takes them. It shows batch norms what a cut changed, and is
             needed for branches with the penalty ``output``.
+        compensate: Whether the remaining weights change to make up for what goes; ``in turn`` then
+            fits each layer over `loader`, as for `RLSPruner`.
         damping: See `RLSPruner`.
 
     Attributes:
@@ -128,6 +132,7 @@ class AdaptivePruner:
         source: str | None = None,
         tracker: SketchTracker | None = None,
         loader: Iterable | None = None,
+        compensate: bool | str = True,
         damping: float = 1e-3,
     ):
         numbers = {
@@ -137,7 +142,7 @@ class AdaptivePruner:
         }  # fmt: skip
         self.options = checked(
             model, optimizer, example_inputs, target_params, target_flops, what, penalty, price_by,
-            curve, ignored, source, tracker, loader, numbers,
+            curve, ignored, source, tracker, loader, compensate, numbers,
         )  # fmt: skip
         self._plan = Plan(self.options)
         whole, target = self._plan.size, self.options.target
@@ -244,8 +249,8 @@ class AdaptivePruner:
         plan.measure()
         gone, goal = nothing, price.goal(self.epoch - self._paused)
         if goal is None or goal < plan.size:
-            gone = plan.select(goal)
-            plan.remove(gone, goal, self.epoch, done)
+            gone = plan.select(goal, price.limit)
+            plan.remove(gone, goal, price.limit, self.epoch, done)
         price.control(plan.size)
         goal = price.goal(self.epoch - self._paused + 1)
         if goal is not None and not self.finished and self._steps_of_epoch:

@@ -170,6 +170,19 @@ def test_a_gradient_that_is_not_finite_moves_no_scale():
     assert all(torch.equal(before[n], model.get_parameter(n)) for n in before)
 
 
+def test_with_a_deadline_branches_do_not_pay_by_their_output():
+    model, optimizer, pruner = started(optimizer="sgd", target_params=0.9)
+    epochs(model, optimizer, pruner, 1)
+    plan = pruner._plan
+    before = plan.penalty.measures()
+    assert pruner.rho > 0 and any(name.startswith("block ") for name in before)
+    plan.penalty.sweep(pruner.rho)
+    after = plan.penalty.measures()
+    for name, own in before.items():
+        paid = not name.startswith("block ")
+        assert bool((after[name] < own).any()) == paid == plan.penalty.is_paid_by(name)
+
+
 # -- one list -------------------------------------------------------------------------------------
 
 

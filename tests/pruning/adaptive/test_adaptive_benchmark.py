@@ -15,8 +15,8 @@ def test_methods_and_table(tmp_path, monkeypatch):
     monkeypatch.setattr(adaptive.data, "load", lambda *_: splits)
     small = {"vgg": lambda: adaptive.zoo.vgg(adaptive.SHAPE, 10, (4, 6), (1, 1))}
     monkeypatch.setattr(adaptive, "NETWORKS", small)
-    monkeypatch.setattr(adaptive, "EPOCHS", 6)
-    monkeypatch.setattr(adaptive, "PRUNING", 2)
+    for name, epochs in {"EPOCHS": 6, "WARMUP": 2, "SHOT": 3, "PRUNING": 2}.items():
+        monkeypatch.setattr(adaptive, name, epochs)
     args = Namespace(journal=tmp_path / "journal.jsonl", data_dir=None)
     methods = [m for m in adaptive.METHODS if m in ("whole", "shot") or "channels" in m]
     runs = []

@@ -98,9 +98,11 @@ def test_a_run_writes_its_report_and_its_network(folder, capsys):
 
 
 def test_its_options_are_read():
-    assert AdaptiveSpec.read("0.5") == AdaptiveSpec(0.5, "output", ("channels", "blocks"), 1, 4)
+    assert AdaptiveSpec.read("0.5") == AdaptiveSpec(0.5, "output", ("channels", "blocks"), None, 3)
+    assert [AdaptiveSpec(0.5).start(epochs) for epochs in (3, 5, 6, 12)] == [1, 1, 2, 6]
     text = "20k, penalty=scale, what=channels, warmup=3, epochs=5"
     assert AdaptiveSpec.read(text) == AdaptiveSpec(20000, "scale", ("channels",), 3, 5)
+    assert AdaptiveSpec.read(text).start(90) == 3
 
 
 @pytest.mark.parametrize(
@@ -125,8 +127,8 @@ def test_what_it_cannot_go_with():
         RunConfig(prune_adaptive="0.5", prune_schedule="cubic:0.7:4")
     with pytest.raises(UserError, match="--prune-adaptive prunes while rls trains"):
         RunConfig(optimizer="sgd", prune_adaptive="0.5")
-    with pytest.raises(UserError, match="--epochs must be at least 6, got 5"):
-        RunConfig(prune_adaptive="0.5", epochs=5).check_new()
+    with pytest.raises(UserError, match="--epochs must be at least 5, got 4"):
+        RunConfig(prune_adaptive="0.5", epochs=4).check_new()
 
 
 def test_a_target_out_of_reach_is_said(folder):

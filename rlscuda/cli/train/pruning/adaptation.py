@@ -74,7 +74,8 @@ class Adaptation(Pruning):
             return AdaptivePruner(
                 self.training.model, self.training.optimizer, self.example,
                 target_params=spec.left, penalty=spec.penalty, what=spec.what,
-                warmup=spec.warmup, epochs=spec.epochs, loader=self.batches(),
+                warmup=spec.start(self.training.config.epochs), epochs=spec.epochs,
+                loader=self.batches(),
             )  # fmt: skip
         except ValueError as error:
             raise self.refused(error) from None

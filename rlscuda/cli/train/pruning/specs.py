@@ -77,15 +77,22 @@ class AdaptiveSpec:
         left: Parameters that are left; a share, or from 1 on a number.
         penalty: What a channel or branch pays for.
         what: What may go.
-        warmup: Epochs before that.
+        warmup: Epochs before that; None for half of the training, or as many as leave an epoch
+            after it.
         epochs: Epochs in which it does.
     """
 
     left: float
     penalty: str = "output"
     what: tuple[str, ...] = WHAT
-    warmup: int = 1
-    epochs: int = 4
+    warmup: int | None = None
+    epochs: int = 3
+
+    def start(self, epochs: int) -> int:
+        """Epochs before anything goes, of a training of so many."""
+        if self.warmup is not None:
+            return self.warmup
+        return max(1, min(epochs // 2, epochs - self.epochs - 1))
 
     @classmethod
     def read(cls, text: str) -> AdaptiveSpec:

@@ -40,16 +40,23 @@ class OutputPenalty:
     a block the root mean square change of the network's output without it, over the output's
     standard deviation.
 
+    Args:
+        ledger: Of the units.
+        branches: Whether blocks pay, too.
+
     Attributes:
         kappa: What removing a unit saves, in units of the mean, by coupling and block.
+        rates: Squared penalty at the network's output over that of its layers, by coupling; 1 where
+            it is not measured.
         losses: The square of the penalty of each block with its gate at one.
         matrices: Inverse autocorrelation matrices of the layers that take channels, by name.
         refused: Couplings and blocks that have no penalty, and why.
     """
 
-    def __init__(self, ledger: Ledger):
-        self._ledger = ledger
+    def __init__(self, ledger: Ledger, branches: bool = True):
+        self._ledger, self._branches = ledger, branches
         self.kappa: dict[str, float] = {}
+        self.rates: dict[str, float] = {}
         self.losses: dict[str, float] = {}
         self.matrices: Matrices = {}
         self.energies: dict[str, float] = {}
@@ -84,6 +91,10 @@ class OutputPenalty:
     def names(self) -> list[str]:
         """Couplings and blocks that can go."""
         return [c.name for c in self._couplings] + self._blocks
+
+    def is_paid_by(self, name: str) -> bool:
+        """Whether a coupling, or a block, pays the price."""
+        return self._branches or not name.startswith(BLOCK)
 
     @property
     def ready(self) -> bool:
@@ -168,10 +179,10 @@ class OutputPenalty:
             zeros[name] = dead.clone()
             for unit in (~dead).nonzero().flatten().tolist():
                 own = [(metrics[layer, g], columns[unit]) for layer, g, columns in parts]
-                left = shrink_(own, rho * self.kappa[name])
+                left = shrink_(own, rho * self.kappa[name] / self._rate(name))
                 zeros[name][unit] = left == 0
         self._write(metrics)
-        for name, rows in self._gates.items():
+        for name, rows in self._gates.items() if self._branches else ():
             gate = self._ledger[name]["gate"]
             omega = float(gate) * self.losses.get(name, 0.0) ** 0.5
             if name in self.losses and omega > 0:
@@ -180,6 +191,9 @@ class OutputPenalty:
                 gate.mul_(share)
             zeros[name] = gate == 0
         return zeros
+
+    def _rate(self, name: str) -> float:
+        return self.rates.get(name, 1.0) ** 0.5
 
     def _metrics(self) -> dict[tuple[str, int], Metric]:
         """Of each group of each layer, without the columns of units that are dead."""
@@ -235,7 +249,7 @@ class OutputPenalty:
             found[name] = torch.zeros(len(alive), dtype=torch.float64)
             if bool(alive.any()):
                 own = [(metrics[layer, g], columns[alive]) for layer, g, columns in parts]
-                found[name][alive] = output_penalty(own).cpu()
+                found[name][alive] = output_penalty(own).cpu() * self._rate(name)
         for name, loss in self.losses.items():
             found[name] = self._ledger[name]["gate"] * loss**0.5
         return found
@@ -246,6 +260,7 @@ class OutputPenalty:
             "matrices": {name: P.clone() for name, P in self.matrices.items()},
             "energies": dict(self.energies),
             "losses": dict(self.losses),
+            "rates": dict(self.rates),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -266,6 +281,7 @@ class OutputPenalty:
             for name, P in state["matrices"].items()
         }
         self.energies, self.losses = dict(state["energies"]), dict(state["losses"])
+        self.rates = dict(state["rates"])
         self._fit()
 
 

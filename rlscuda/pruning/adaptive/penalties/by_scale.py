@@ -96,6 +96,10 @@ class ScalePenalty:
     def refit(self) -> None:
         """Does nothing."""
 
+    def is_paid_by(self, name: str) -> bool:
+        """Whether a coupling, or a block, pays the price: each does."""
+        return True
+
     @torch.no_grad()
     def after_backward(self, rho: float, share: float) -> None:
         """Takes the step of every scale; the norms' weights are left without a gradient.
