@@ -15,7 +15,7 @@ from benchmarks.common import shapes
 from benchmarks.learning import report as learning
 from benchmarks.learning.optimizers import ROWS
 from benchmarks.learning.tasks import TASKS
-from benchmarks.pruning import plots
+from benchmarks.pruning import adaptive, plots
 from benchmarks.pruning.methods import BASELINES, METHODS
 from rlscuda.studies.report import Study, signed
 
@@ -175,7 +175,8 @@ def _gates(results: Path) -> str:
 
 
 def _adaptive(results: Path) -> str:
-    runs, parts = _runs(results, "adaptive"), []
+    runs = [r for r in _runs(results, "adaptive") if r["seed"] in adaptive.HELD_OUT]
+    parts = []
     for network, title in (("resnet20", "ResNet-20"), ("vgg", "VGG")):
         whole = {
             r["seed"]: r["test"] for r in runs if (r["network"], r["method"]) == (network, "whole")

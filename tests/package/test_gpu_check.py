@@ -55,7 +55,8 @@ def test_the_dry_run_finds_what_is_wrong():
 
 
 def test_the_dry_run_reads_and_counts_the_tests():
-    pytest_of = ["python3", "-m", "pytest", "-p", "no:benchmark", "tests/ops/steps/test_nonfinite.py"]
+    tests = "tests/ops/steps/test_nonfinite.py"
+    pytest_of = ["python3", "-m", "pytest", "-p", "no:benchmark", tests]
     fine = {"step": "fine", "command": [*pytest_of, "-k", "float32 or not float64"]}
     dead = {"step": "dead", "command": [*pytest_of, "-k", "float32 or no_such"]}
     found = dry_run.unchosen([fine, dead])

@@ -281,7 +281,7 @@ class OutputPenalty:
             for name, P in state["matrices"].items()
         }
         self.energies, self.losses = dict(state["energies"]), dict(state["losses"])
-        self.rates = dict(state["rates"])
+        self.rates = dict(state.get("rates", {}))
         self._fit()
 
 
