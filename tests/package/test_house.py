@@ -4,6 +4,7 @@ The kernels in csrc are found by their stems, as csrc/README.md says; they have 
 """
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -102,6 +103,15 @@ def test_folders_and_files_are_small(top):
         for path in files:
             lines = path.read_text().count("\n")
             assert lines <= MOST_LINES, f"{path} has {lines} lines"
+
+
+def test_scripts_run_files_that_exist():
+    scripts = [ROOT / "Makefile", ROOT / ".ci" / "run", ROOT / "benchmarks" / "gpu_check.sh"]
+    scripts += [ROOT / "tests" / "package" / "wheel_check.py", *(ROOT / ".github").rglob("*.yml")]
+    scripts += (ROOT / "tests" / "cuda_on_cpu").glob("*.py")
+    text = "\n".join(script.read_text() for script in scripts)
+    named = set(re.findall(r"tests/[\w/.]*\w", text))
+    assert len(named) > 20 and not [path for path in named if not (ROOT / path).exists()]
 
 
 def test_every_folder_says_what_lives_there():
