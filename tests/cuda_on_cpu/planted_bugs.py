@@ -102,7 +102,7 @@ BUGS = [
         "sums[threadIdx.x / 32] = x;\n  __syncthreads();", "sums[threadIdx.x / 32] = x;", ROWS),
     Bug("a missing barrier before the largest of a row is written", "csrc/cuda/nesterov.cu",
         "  __syncthreads();\n  if (threadIdx.x % 32 == 0) largest",
-        "  if (threadIdx.x % 32 == 0) largest", AHEAD),
+        "  if (threadIdx.x % 32 == 0) largest", AHEAD, "descending"),
     Bug("off by one: a column too many", "csrc/cuda/nesterov.cu", "if (j >= call.n) continue;",
         "if (j > call.n) continue;", AHEAD),
 ]  # fmt: skip
