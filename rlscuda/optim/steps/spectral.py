@@ -62,24 +62,24 @@ def block_rows(rows: int) -> int:
     return -(-rows // -(-rows // ROWS))
 
 
-def _shape(row: tuple[Move, Tensor, int]) -> tuple[int, int, int]:
-    """Matrices, and the rows and columns of each, that the direction of a move is made of.
+def _shape(row: tuple[Move, Tensor, int]) -> tuple[int, int, int, bool]:
+    """Matrices, rows and columns of each, and whether the last is a bias', of a move's direction.
 
     Of a weight whose rows lie on several processes, it is the same on all of them.
     """
     layer = row[0].layer
-    return layer.groups, layer.outputs // layer.groups, layer.fan_in
+    return layer.groups, layer.outputs // layer.groups, layer.fan_in, layer.bias
 
 
 def _write_batch(
-    shape: tuple[int, int, int],
+    shape: tuple[int, int, int, bool],
     group: dict[str, Any],
     h: Tensor,
     moves: list[Move],
     bias_gradients: list[Tensor],
     places: list[int],
 ) -> None:
-    groups, c, n = shape
+    groups, c, n, _ = shape
     m, shard, here = block_rows(c), moves[0].shard, moves[0].outputs // groups
     rows = m * -(-c // ROWS) if shard is None else max(1, here)  # a norm of no rows is none
     averages = [move.state["momentum_buffer"] for move in moves]

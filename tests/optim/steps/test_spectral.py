@@ -16,6 +16,9 @@ NETWORKS = {
     "one row": lambda: nn.Sequential(nn.Linear(5, 1)),
     "one input": lambda: nn.Sequential(nn.Linear(1, 6, bias=False)),
     "equal ones": lambda: nn.Sequential(*(nn.Linear(5, 5) for _ in range(3)), nn.Linear(5, 2)),
+    "equal but for a bias": lambda: nn.Sequential(
+        nn.Linear(8, 4), nn.Linear(4, 9), nn.Linear(9, 4, bias=False)
+    ),
     "two blocks": lambda: nn.Sequential(nn.Linear(70, 90)),
     "three blocks, not equal": lambda: nn.Sequential(nn.Linear(3, 131, bias=False)),
     "blocks of groups": lambda: nn.Sequential(nn.Conv2d(2, 2 * 67, 3, groups=2)),
