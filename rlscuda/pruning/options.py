@@ -180,3 +180,21 @@ def check_repeatable(name: str, batches: object) -> None:
     if not iterable or isinstance(batches, Iterator):
         raise TypeError(f"{name} must be one that can be gone through again, as a list or a "
                         f"DataLoader, got {type(batches).__name__}")  # fmt: skip
+
+
+def check_evaluated(target: str, evaluate: object, include_inputs: bool) -> None:
+    """Raises where `evaluate` is no function, or a target of loss cannot be evaluated.
+
+    Raises:
+        TypeError: It is something else.
+        ValueError: The target ``max_loss`` has none, or is combined with `include_inputs`.
+    """
+    if evaluate is not None and not callable(evaluate):
+        raise TypeError(f"evaluate must be a function, got {type(evaluate).__name__}")
+    if target == "max_loss" and evaluate is None:
+        raise ValueError("max_loss needs evaluate, which gives the validation loss of a model")
+    if target == "max_loss" and include_inputs:
+        raise ValueError(
+            "max_loss cannot be combined with include_inputs: evaluate would not know which inputs "
+            "are left"
+        )

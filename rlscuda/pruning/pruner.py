@@ -17,8 +17,8 @@ from rlscuda.optim.discovery import modules_named
 from rlscuda.optim.kept import Change
 from rlscuda.optimizer import RLSOptimizer
 from rlscuda.pruning.attention.basis import in_basis
-from rlscuda.pruning.blocks.choosing import Distortion
 from rlscuda.pruning.blocks.shortening import shortening_of
+from rlscuda.pruning.choice.measuring import measured
 from rlscuda.pruning.choice.ranking import IMPORTANCES, WITHOUT_MATRIX, rank, targeted, units_gone
 from rlscuda.pruning.choice.refitting import refit
 from rlscuda.pruning.choice.targets import TARGETS, Cut, Ladder, Search, changes_of, checked_target
@@ -27,6 +27,7 @@ from rlscuda.pruning.matrices.calibration import disagreement
 from rlscuda.pruning.matrices.needed import calibrate_some, matrices_from, needed_layers
 from rlscuda.pruning.matrices.tracker import SketchTracker
 from rlscuda.pruning.options import (
+    check_evaluated,
     check_number,
     check_repeatable,
     checked_compensation,
@@ -40,6 +41,7 @@ from rlscuda.pruning.options import (
 from rlscuda.pruning.report import PruneReport
 from rlscuda.pruning.running.batch_norms import FEWEST_SAMPLES, Settled, check_finite, settle
 from rlscuda.pruning.running.calls import SlicedBatches, all_tensors, isolated_copy, running
+from rlscuda.pruning.running.distortion import Distortion
 from rlscuda.pruning.running.measure import compare, measure
 from rlscuda.pruning.running.watching import unreached
 from rlscuda.pruning.structure.trace import trace
@@ -80,7 +82,10 @@ class RLSPruner:
         importance: What ranks the units, a name in `rlscuda.pruning.IMPORTANCES`.
         selection: ``greedy`` (default for ``saliency``: one at a time, all else downdated exactly)
             or ``one-shot`` (all by their first scores).
-        scope: ``layer`` cuts every coupling by the same share; ``global`` cuts what is cheapest.
+        scope: ``layer`` cuts every coupling by the same share. ``global`` cuts what is cheapest of
+            all, for what it saves where the target is a size; where the loader gives two batches or
+            more, what each coupling costs is measured: its cheapest quarter and three quarters go
+            of a copy, made up for from every other batch, and the rest show what the output loses.
         source: Where the matrices come from: ``own`` (those of the `RLSOptimizer`), ``sketch``
             (of `tracker`) or ``calibration`` (exact, from `loader`). By default the first of
             tracker, optimizer and loader that is there.
@@ -154,31 +159,21 @@ class RLSPruner:
             raise TypeError(f"tracker must be a SketchTracker, got {type(tracker).__name__}")
         if loader is not None:
             check_repeatable("loader", loader)
-        if evaluate is not None and not callable(evaluate):
-            raise TypeError(f"evaluate must be a function, got {type(evaluate).__name__}")
         if example_inputs is None:
             raise ValueError("example_inputs must be what the model can be called with, got None")
         named = isinstance(example_inputs, Mapping)
         self.model, self.example_inputs = model, dict(example_inputs) if named else example_inputs
-        self.target = checked_target(
-            dict(zip(TARGETS, (ratio, target_params, target_flops, max_loss)))
-        )
-        if self.target[0] == "max_loss" and evaluate is None:
-            raise ValueError("max_loss needs evaluate, which gives the validation loss of a model")
-        if self.target[0] == "max_loss" and include_inputs:
-            raise ValueError("max_loss cannot be combined with include_inputs: evaluate would not "
-                             "know which inputs are left")  # fmt: skip
+        targets = dict(zip(TARGETS, (ratio, target_params, target_flops, max_loss)))
+        self.target = checked_target(targets)
+        check_evaluated(self.target[0], evaluate, include_inputs)
         selection = checked_ranking(importance, IMPORTANCES, selection, scope)
         check_number("round_to", round_to, 1, whole=True)
         check_number("damping", damping, 0)
         check_number("seed", seed, whole=True)
         self.importance, self.selection, self.scope = importance, selection, scope
         self.tracker, self.loader, self.evaluate = tracker, loader, evaluate
-        there = {
-            "sketch": tracker is not None,
-            "own": self._own(),
-            "calibration": loader is not None,
-        }
+        there = {"sketch": tracker is not None, "own": self._own()}
+        there["calibration"] = loader is not None
         self.compensate, self.adapt_norms = checked_compensation(compensate, loader), adapt_norms
         self.source = checked_source(source, there, compensate or importance not in WITHOUT_MATRIX)
         self.round_to, self.damping = round_to, damping
@@ -319,6 +314,11 @@ class RLSPruner:
         fit = partial(refit, self.model, self._pairs, self._settle, self.damping)
         search = Search(*where, self._settle, fit if self.compensate == "in turn" else None,
                         turned)  # fmt: skip
+        if self.scope == "global" and self.loader is not None:
+            half = partial(calibrate_some, names=needed, damping=self.damping, few=True)
+            again = half if self.source == "calibration" else None
+            tried = self.loader, self._pairs, again, self.adapt_norms, progress
+            candidates = measured(search, candidates, *tried)
         return search, Ladder(candidates, self.scope, self.round_to), unscored
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from torch import nn
 
 from rlscuda import RLSOptimizer
 from rlscuda.pruning import PruneSchedule, RLSPruner, load_pruned, remove_blocks, save_pruned
-from rlscuda.pruning.blocks.choosing import Distortion
+from rlscuda.pruning.blocks.stand_ins import StandIn
 from rlscuda.pruning.report import PruneReport
+from rlscuda.pruning.running.distortion import Distortion
 from rlscuda.pruning.running.measure import count_flops
 
 LOADER = [torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(s)) for s in range(3)]
@@ -78,10 +79,16 @@ def test_idle_branches_go_first():
 
 def test_a_file_holds_channels_and_blocks(tmp_path):
     model, optimizer = trained()
-    with torch.no_grad():
-        model.block12.bn2.weight.mul_(1e-3)
-    report = pruner(model, optimizer, target_params=0.5, target_flops=None).step()
-    assert report.blocks
+    target = {"target_params": 0.5, "target_flops": None}
+
+    def evaluate(trial):
+        blocks = (trial.block11, trial.block12, trial.block21, trial.block22)
+        gone = [isinstance(block.bn2, StandIn) for block in blocks]
+        return 1.0 + (gone != [False, True, False, False])
+
+    report = pruner(model, optimizer, evaluate=evaluate, **target).step()
+    assert [block.name for block in report.blocks] == ["block12"]
+    assert any(change.removed for change in report.couplings)
     save_pruned(model, tmp_path / "model.safetensors", optimizer=optimizer)
     again = load_pruned(lambda: resnet((6, 8)), tmp_path / "model.safetensors")
     assert torch.equal(again.eval()(IMAGES), model.eval()(IMAGES))

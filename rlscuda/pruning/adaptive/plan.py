@@ -29,13 +29,13 @@ from rlscuda.pruning.adaptive.penalties.ledger import BLOCK, Ledger
 from rlscuda.pruning.adaptive.price import marginal
 from rlscuda.pruning.adaptive.rates import exchange_rates
 from rlscuda.pruning.adaptive.report import Fate
-from rlscuda.pruning.blocks.choosing import Distortion
 from rlscuda.pruning.blocks.finding import Blocks, find_blocks
 from rlscuda.pruning.blocks.proving import with_stand_ins
 from rlscuda.pruning.choice.ranking import Candidate, rank
 from rlscuda.pruning.matrices.calibration import calibrate
 from rlscuda.pruning.matrices.own import of_model
 from rlscuda.pruning.running.batch_norms import settle
+from rlscuda.pruning.running.distortion import Distortion
 from rlscuda.pruning.structure.trace import trace
 
 

@@ -16,7 +16,7 @@ from rlscuda.pruning.blocks.proving import with_stand_ins
 from rlscuda.pruning.blocks.stand_ins import StandIn
 from rlscuda.pruning.options import checked_loss
 from rlscuda.pruning.running.batch_norms import check_finite, settle
-from rlscuda.pruning.running.calls import feed, inference, isolated_copy, output_tensors
+from rlscuda.pruning.running.calls import isolated_copy
 from rlscuda.pruning.running.measure import count_flops, count_parameters, measure
 
 WAYS = ("delete", "1x1", "3x3", "linear")  # what may become of a branch
@@ -139,81 +139,6 @@ class Search:
             return count_flops(model, self.inputs)
         times = [measure(model, self.inputs, repeats=REPEATS).latency_seconds for _ in range(3)]
         return statistics.median(times)
-
-
-class Distortion:
-    """How far a model's outputs over a loader are from those of the whole one.
-
-    Both see each batch one after the other, for a loader that shuffles or augments never gives the
-    same one again.
-
-    Args:
-        model: The whole one.
-        loader: Batches as `feed` takes them.
-    """
-
-    def __init__(self, model: nn.Module, loader: Iterable):
-        self._whole, self._loader = isolated_copy(model), loader
-
-    def __call__(self, model: nn.Module) -> float:
-        """Mean squared difference over the variance, on average over the output's tensors.
-
-        Raises:
-            ValueError: The loader is empty, or the outputs of its batches have several sizes.
-        """
-        sums: list[_Spread] = []
-        with inference(self._whole), inference(model):
-            for batch in self._loader:
-                wanted = _outputs(self._whole, batch)
-                sums = sums or [_Spread() for _ in wanted]
-                for one, whole, got in zip(sums, wanted, _outputs(model, batch), strict=True):
-                    one.add(whole, got)
-        if not sums:
-            raise ValueError("loader must give at least one batch, got none")
-        return statistics.fmean(one.distance() for one in sums)
-
-
-def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
-    """The tensors that a model puts out, each as [samples, values], those of integers aside."""
-    tensors = output_tensors(feed(model, batch))
-    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
-    if not tensors:
-        raise ValueError("the model must put out a tensor, or evaluate be given")
-    return [t.reshape(len(t) if t.dim() else 1, -1).double() for t in floating or tensors]
-
-
-class _Spread:
-    """Sums over the samples of one tensor of the outputs: of the whole model's, and of the error.
-
-    They are of the difference to the first sample, so that equal ones have no variance at all.
-    """
-
-    def __init__(self) -> None:
-        self.samples, self.error = 0, 0.0
-        self.first: Any = None
-        self.sum: Any = 0.0
-        self.square: Any = 0.0
-
-    def add(self, whole: Tensor, got: Tensor) -> None:
-        """Takes in what both models put out for a batch, [samples, values]."""
-        if self.first is None:
-            self.first = whole[0]
-        if whole.shape[1] != len(self.first):
-            raise ValueError(
-                "outputs that are compared must have one size, got "
-                f"{len(self.first)} and {whole.shape[1]} values a sample: give batches of one "
-                "size, or evaluate="
-            )
-        apart = whole - self.first
-        self.samples += len(whole)
-        self.sum, self.square = self.sum + apart.sum(0), self.square + apart.square().sum(0)
-        self.error += float((got - whole).square().sum())
-
-    def distance(self) -> float:
-        """Mean squared error over the variance."""
-        mean = self.sum / self.samples
-        variance = float((self.square / self.samples - mean.square()).clamp_(min=0).sum())
-        return self.error / self.samples / (variance or 1.0)
 
 
 def value_of(loss: Callable[[nn.Module], float], model: nn.Module) -> float:

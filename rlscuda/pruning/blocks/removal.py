@@ -11,11 +11,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from rlscuda._torch import unwrapped
-from rlscuda.pruning.blocks.choosing import DAMPING, PRICES, REPEATS, WAYS, Distortion, Search
+from rlscuda.pruning.blocks.choosing import DAMPING, PRICES, REPEATS, WAYS, Search
 from rlscuda.pruning.blocks.finding import Blocks, find_blocks
 from rlscuda.pruning.blocks.shortening import BlockChange, Shortening
 from rlscuda.pruning.options import check_number, check_repeatable, checked_optimizers
 from rlscuda.pruning.running.calls import isolated_copy
+from rlscuda.pruning.running.distortion import Distortion
 from rlscuda.pruning.running.measure import Gains, compare, count_flops, count_parameters, measure
 
 

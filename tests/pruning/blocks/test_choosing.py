@@ -7,8 +7,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from rlscuda.pruning import remove_blocks
-from rlscuda.pruning.blocks.choosing import Distortion
 from rlscuda.pruning.blocks.stand_ins import StandIn
+from rlscuda.pruning.running.distortion import Distortion
 
 SAMPLES = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(7))
 
