@@ -1,10 +1,11 @@
 """Residual branches removed one by one, and together with channels.
 
 A ResNet-20 of widths 8, 16, 32 learns 5,000 images of CIFAR-10 for ten epochs, by the default
-`RLSOptimizer`. Then `remove_blocks` takes three of its nine branches, each by the validation loss,
-in one way or another, and nothing is trained any more; test accuracy, parameters, FLOPs and the
-least time of a forward on one core are read after each. At 30 and 50 % of the FLOPs removed,
-`RLSPruner` takes channels alone, and channels and blocks.
+`RLSOptimizer`. Then `remove_blocks` takes three of its nine branches, each by the validation loss
+for the FLOPs or the time that it saves, in one way or another, and nothing is trained any more;
+test accuracy, parameters, FLOPs and the least time of a forward on one core, by turns with the
+whole network's, are read after each. At 30 and 50 % of the FLOPs removed, `RLSPruner` takes
+channels alone, and channels and blocks, by how far the outputs are from before.
 
     python -m benchmarks.pruning.blocks --workers 2  # run, or go on after an interruption
     python -m benchmarks.pruning.blocks --report     # the tables of the results
@@ -40,12 +41,14 @@ from rlscuda.pruning.running.measure import count_flops, count_parameters
 SEEDS, EPOCHS, MOST = (0, 1, 2), 10, 3
 SHARES = (0.3, 0.5)  # of the FLOPs, removed
 COUNTS = (5_000, 2_000, 5_000)  # training, validation and test images
-CALIBRATED, JUDGED, TIMED = 500, 1_000, 30  # images of the maps, of the loss; forwards timed
-WAYS = {
-    "deleted": ("delete",),
-    "1x1 map": ("1x1",),
-    "3x3 map": ("3x3",),
-    "cheapest of the three": ("delete", "1x1", "3x3"),
+CALIBRATED, JUDGED = 500, 1_000  # images of the maps, of the loss
+TIMED, BATCH = 30, 64  # forwards timed, and images of each
+WAYS = {  # what becomes of a branch, and by what it saves
+    "deleted": ("delete", "flops"),
+    "1x1 map": ("1x1", "flops"),
+    "3x3 map": ("3x3", "flops"),
+    "deleted, for the time it saves": ("delete", "latency"),
+    "3x3 map, for the time it saves": ("3x3", "latency"),
 }
 MIXES: dict[str, Any] = {"channels": "channels", "channels and blocks": ("channels", "blocks")}
 BLOCKS = "blocks"  # alone, in the cheapest way, until so many FLOPs are gone
@@ -70,17 +73,18 @@ def trained(seed: int, split: Split, folder: Path) -> nn.Module:
     return model
 
 
-def read(model: nn.Module, split: Split) -> dict[str, float]:
-    """What a network is worth and costs; the time is the thread's own, of a batch of 64."""
-    x, times = split.x[:64], []
-    model.eval()
+def read(model: nn.Module, whole: nn.Module, split: Split) -> dict[str, Any]:
+    """What a network is worth and costs; with its time, per batch, the whole one's by turns."""
+    x, times = split.x[:BATCH], {model: [], whole: []}
     with torch.no_grad():
         for _ in range(TIMED):
-            start = time.thread_time()
-            model(x)
-            times.append(time.thread_time() - start)
+            for one in (model.eval(), whole.eval()):
+                start = time.thread_time()
+                one(x)
+                times[one].append(time.thread_time() - start)
+    ms = [round(1000 * min(times[one]), 3) for one in (model, whole)]
     size = {"parameters": count_parameters(model), "flops": count_flops(model, x[:1])}
-    return {"test": accuracy(model, split), "ms": round(1000 * min(times), 3)} | size
+    return {"test": accuracy(model, split), "ms": ms} | size
 
 
 def work(job: tuple[int, str], args: argparse.Namespace) -> str:
@@ -103,29 +107,29 @@ def _run(job: dict, args: argparse.Namespace) -> dict:
                 sum(float(F.cross_entropy(one(a), b, reduction="sum")) for a, b in pairs) / JUDGED
             )
 
-    points = [read(model, splits["test"]) | {"gone": []}]
+    whole = copy.deepcopy(model)
+    points = [read(model, whole, splits["test"]) | {"gone": []}]
     if job["way"] in WAYS:
+        way, price = WAYS[job["way"]]
         for _ in range(MOST):
             report = remove_blocks(
-                model, inputs, images, count=1, ways=WAYS[job["way"]], evaluate=loss
-            )
-            points.append(read(model, splits["test"]) | {"gone": _gone(report.changes)})
+                model, splits["test"].x[: BATCH if price == "latency" else 1], images, count=1,
+                ways=(way,), evaluate=loss, price=price,
+            )  # fmt: skip
+            points.append(read(model, whole, splits["test"]) | {"gone": _gone(report.changes)})
         return job | {"points": points}
-    whole = copy.deepcopy(model)
     for share in SHARES:
         model, target = copy.deepcopy(whole), 1 - share
         changes = []
         if job["way"] == BLOCKS:
-            changes = remove_blocks(
-                model, inputs, images, target_flops=target, evaluate=loss
-            ).changes
+            changes = remove_blocks(model, inputs, images, target_flops=target).changes
         else:
             pruner = RLSPruner(
                 model, None, inputs, target_flops=target, scope="global", loader=images,
-                evaluate=loss, what=MIXES[job["way"]],
+                what=MIXES[job["way"]],
             )  # fmt: skip
             changes = pruner.step().blocks
-        points.append(read(model, splits["test"]) | {"gone": _gone(changes)})
+        points.append(read(model, whole, splits["test"]) | {"gone": _gone(changes)})
     return job | {"points": points}
 
 
@@ -163,8 +167,9 @@ def _cell(points: list[dict], whole: list[dict]) -> str:
     mean = statistics.fmean(point["test"] for point in points)
     shares = [
         1 - statistics.fmean(p[key] / w[key] for p, w in zip(points, whole, strict=True))
-        for key in ("parameters", "flops", "ms")
+        for key in ("parameters", "flops")
     ]
+    shares.append(1 - statistics.fmean(ms / ms_whole for ms, ms_whole in (p["ms"] for p in points)))
     rest = f" ({', '.join(f'{share:.0%}' for share in shares)})" if points != whole else ""
     return f"{mean:.1f} %{rest}"
 

@@ -137,10 +137,11 @@ def _costs(foreseen: Tensor, counts: Sequence[int], losses: Sequence[float]) -> 
     """
     costs, start, last = foreseen.clone(), 0, 0.0
     for count, loss in zip(counts, losses):
-        rise, end = max(loss - last, _LEAST * loss), len(costs) if count == counts[-1] else count
-        share, sum_ = foreseen[start:end], float(foreseen[start:count].sum())
-        if math.isfinite(rise) and sum_ > 0:
-            costs[start:end] = share * (rise / sum_)
+        rise = max(loss - last, _LEAST * loss) if math.isfinite(last) else math.inf
+        end = len(costs) if count == counts[-1] else count
+        total = float(foreseen[start:count].sum())
+        if math.isfinite(rise) and total > 0:
+            costs[start:end] = foreseen[start:end] * (rise / total)
         else:
             costs[start:end] = rise / (count - start)
         start, last = count, max(loss, last)
