@@ -22,7 +22,16 @@ from benchmarks.common import environment, shapes
 from benchmarks.distributed import report as distributed
 from benchmarks.learning import long_runs
 from benchmarks.learning import report as learning
-from benchmarks.pruning import adaptive, blocks, gates, plots, pretraining, relief, transformers
+from benchmarks.pruning import (
+    adaptive,
+    blocks,
+    gates,
+    plots,
+    pretraining,
+    relief,
+    scopes,
+    transformers,
+)
 from benchmarks.static_gpu import report as static
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -35,6 +44,7 @@ GRIDS = {  # of many training runs
     "quality": learning.report,
     "long_runs": long_runs.report,
     "pruning": plots.report,
+    "scopes": scopes.report,
     "blocks": blocks.report,
     "gates": gates.report,
     "pretraining": pretraining.report,

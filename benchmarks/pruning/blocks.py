@@ -96,7 +96,7 @@ def work(job: tuple[int, str], args: argparse.Namespace) -> str:
 def _run(job: dict, args: argparse.Namespace) -> dict:
     splits = data.load("cifar10", args.data_dir, *COUNTS)
     model = trained(job["seed"], splits["train"], args.journal.parent)
-    images, inputs = splits["train"].x[:CALIBRATED].split(250), splits["test"].x[:1]
+    images, inputs = splits["train"].x[:CALIBRATED].split(125), splits["test"].x[:1]
     x, y = (part[:JUDGED] for part in (splits["validation"].x, splits["validation"].y))
 
     def loss(one: nn.Module) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ from rlscuda.optim.kept import Change
 from rlscuda.optimizer import RLSOptimizer
 from rlscuda.pruning.attention.basis import in_basis
 from rlscuda.pruning.blocks.shortening import shortening_of
-from rlscuda.pruning.choice.measuring import measured
+from rlscuda.pruning.choice.measuring import in_halves, measured
 from rlscuda.pruning.choice.ranking import IMPORTANCES, WITHOUT_MATRIX, rank, targeted, units_gone
 from rlscuda.pruning.choice.refitting import refit
 from rlscuda.pruning.choice.targets import TARGETS, Cut, Ladder, Search, changes_of, checked_target
@@ -39,7 +38,7 @@ from rlscuda.pruning.options import (
     checked_what,
 )
 from rlscuda.pruning.report import PruneReport
-from rlscuda.pruning.running.batch_norms import FEWEST_SAMPLES, Settled, check_finite, settle
+from rlscuda.pruning.running.batch_norms import Settled, check_finite, settle, warn_of_few
 from rlscuda.pruning.running.calls import SlicedBatches, all_tensors, isolated_copy, running
 from rlscuda.pruning.running.distortion import Distortion
 from rlscuda.pruning.running.measure import compare, measure
@@ -109,8 +108,8 @@ class RLSPruner:
         what: ``"channels"``, or ``("channels", "blocks")``: residual branches may go as a whole, or
             become linear maps, see `remove_blocks`. For each number of them, those of the least
             price, channels meet the rest of the target; what then has the least loss (`evaluate`,
-            or how far the outputs over `loader` are from before) is done. It takes one of the
-            targets of size, a `loader` and ``source="calibration"``.
+            or how far the outputs are from before, over every other batch of a `loader` of four and
+            more) is done. It takes a target of size, a `loader` and ``source="calibration"``.
         heads: Whether attention loses whole heads, with the keys they share; by default each head
             loses dimensions, in the basis where that costs least.
 
@@ -215,10 +214,11 @@ class RLSPruner:
         inputs, size = self.example_inputs, partial(SIZES[kind], inputs=self.example_inputs)
         before = measure(whole := isolated_copy(self.model), inputs, repeats=_REPEATS)
         limit = value if value >= 1 else value * size(whole)
-        options = {name: getattr(self, name) for name in _PASSED_ON}
-        loss = self._loss if self.evaluate is not None else Distortion(self.model, self.loader)
+        fitted, judged = in_halves(self.loader) if self.evaluate is None else (self.loader,) * 2
+        options = {name: getattr(self, name) for name in _PASSED_ON} | {"loader": fitted}
+        loss = self._loss if self.evaluate is not None else Distortion(self.model, judged)
         rest = (kind.removeprefix("target_"), self.adapt_norms, self.ignored)
-        shorter, refused = shortening_of(self.model, inputs, self.loader, loss, *rest)
+        shorter, refused = shortening_of(self.model, inputs, fitted, loss, *rest)
 
         def cut(trial: nn.Module) -> None:
             RLSPruner(trial, None, inputs, **{kind: limit}, **options).step()
@@ -258,12 +258,7 @@ class RLSPruner:
         del whole, pruned
         if settled.statistics:
             check_finite(settled.statistics)
-            if settled.samples < FEWEST_SAMPLES:
-                warnings.warn(
-                    f"batch norms adapt to the cut by {settled.samples} samples of loader: give "
-                    f"{FEWEST_SAMPLES} or more, or adapt_norms=False",
-                    stacklevel=3 + ("blocks" in self.what),
-                )
+            warn_of_few(settled.samples, stacklevel=4 + ("blocks" in self.what))
         self._operate(cut, values, settled.statistics)  # the last that can fail
         return PruneReport(
             couplings=changes_of(structure, ladder.candidates, cut.removed),
@@ -365,10 +360,11 @@ class RLSPruner:
             return Settled({}, 0)
         return settle(self.model, pruned, surgery.tensors, self._pairs(surgery))
 
-    def _pairs(self, surgery: Surgery) -> Iterator[tuple[Any, Any]]:
-        """Batches of the loader, each as the whole model and as the pruned one takes it."""
-        for batch in () if self.loader is None else self.loader:  # it may have no length to ask for
-            yield batch, self._sliced_loader(surgery).slice(batch) if surgery.inputs else batch
+    def _pairs(self, surgery: Surgery, given: Iterable | None = None) -> Iterator[tuple[Any, Any]]:
+        """Batches, by default all, each as the whole model and as the pruned one takes it."""
+        given = self.loader if given is None else given  # which may have no length to ask for
+        cut = self._sliced_loader(surgery).slice if surgery.inputs else lambda batch: batch
+        return ((batch, cut(batch)) for batch in (() if given is None else given))
 
     def _sliced_loader(self, surgery: Surgery) -> Any:
         """The loader as the model takes its batches after a surgery."""

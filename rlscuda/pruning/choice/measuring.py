@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rlscuda.pruning.choice.ranking import Candidate
 from rlscuda.pruning.choice.targets import Ladder, Search
-from rlscuda.pruning.running.batch_norms import settle
+from rlscuda.pruning.running.batch_norms import Seen, settle
 from rlscuda.pruning.running.calls import isolated_copy, output_tensors
 from rlscuda.pruning.running.distortion import distortion
 from rlscuda.pruning.surgery.plan import Surgery
@@ -30,17 +30,25 @@ SHARES = (0.25, 0.75)  # of a coupling's units, the cheapest, that are tried
 SAMPLES = 64  # of either half that a trial is run on, or the first batch of more
 _LEAST = 1e-3  # of a loss, that of a further share of the units, which chance may hide
 
-Pairs = Callable[[Surgery], Iterable[tuple[Any, Any]]]
+# what a surgery leaves of the model takes of batches, beside what the model itself takes
+Pairs = Callable[[Surgery, Iterable], Iterable[tuple[Any, Any]]]
 
 
 class EveryOther:
-    """The first, third, fifth ... batch of a loader."""
+    """The first, third, fifth ... batch of a loader, or the second, fourth, sixth ... ."""
 
-    def __init__(self, loader: Iterable):
-        self._loader = loader
+    def __init__(self, loader: Iterable, first: int = 0):
+        self._loader, self._first = loader, first
 
     def __iter__(self) -> Iterator[Any]:
-        return islice(self._loader, 0, None, 2)
+        return islice(self._loader, self._first, None, 2)
+
+
+def in_halves(loader: Iterable) -> tuple[Iterable, Iterable]:
+    """Batches to fit by and others to judge by; all for either where there are less than four."""
+    if sum(1 for _ in islice(loader, 4)) < 4:
+        return loader, loader
+    return EveryOther(loader), EveryOther(loader, 1)
 
 
 def measured(
@@ -60,7 +68,7 @@ def measured(
         search: Cuts of the model.
         candidates: The order of each coupling's units, and their foreseen costs.
         loader: Batches.
-        pairs: Each of them as the model, and as what a surgery leaves of it, take it.
+        pairs: Of a surgery and batches, each as the model, and as what is left of it, take it.
         calibrated: The matrices of a model by a loader; None where those of the search are of other
             samples.
         adapt_norms: Whether batch norms follow.
@@ -70,25 +78,22 @@ def measured(
         Those candidates with other costs, `distortion` of the output; as they are of a loader with
         one batch, and, with a warning, where outputs cannot be compared.
     """
-    if sum(1 for _ in islice(loader, 2)) < 2:
+    known, others = _some(EveryOther(loader)), _some(EveryOther(loader, 1))
+    if not others:
         return candidates
     progress("measuring: calibrating on every other batch")
-    matrices = (
-        search.matrices if calibrated is None else calibrated(search.model, EveryOther(loader))
-    )
+    model, matrices = search.model, search.matrices
+    if calibrated is not None:
+        matrices = calibrated(model, EveryOther(loader))
     how = search.compensate, search.settle, None, search.turned
-    search = Search(search.model, search.structure, search.inputs, matrices, *how)
-    whole, ladder = isolated_copy(search.model), Ladder(candidates, "global")
+    search = Search(model, search.structure, search.inputs, matrices, *how)
+    trials = _Trials(search, candidates, known if adapt_norms else [], others, pairs)
     found = {}
     for name, one in candidates.items():
         progress(f"measuring {name}")
         counts = sorted({min(len(one.order), max(1, int(share * one.units))) for share in SHARES})
         try:
-            losses = [
-                _loss(whole, search, ladder, {name: count}, pairs, adapt_norms)
-                for count in counts
-                if count
-            ]
+            losses = [trials.loss({name: count}) for count in counts if count]
         except ValueError as error:
             warnings.warn(
                 f"couplings compete by what is foreseen of their costs, not by what is measured, "
@@ -100,31 +105,49 @@ def measured(
     return found
 
 
-def _loss(
-    whole: nn.Module,
-    search: Search,
-    ladder: Ladder,
-    counts: dict[str, int],
-    pairs: Pairs,
-    adapt_norms: bool,
-) -> float:
-    """The distortion of the output by a cut; infinite where it is no number."""
-    cut = search.cut(ladder, counts)
-    trial = pruned_copy(search.model, cut.surgery, search.compensated(cut)[0])
-    if adapt_norms:
-        settle(whole, trial, cut.surgery.tensors, _some(pairs(cut.surgery), 0))
-    loss = distortion(whole, trial, _some(pairs(cut.surgery), 1))
-    return loss if math.isfinite(loss) else math.inf
+class _Trials:
+    """What the network loses by cuts.
+
+    Args:
+        search: Cuts of it.
+        candidates: The order of each coupling's units.
+        known: Batches by which batch norms follow; none where they do not.
+        others: Those that the loss is of.
+        pairs: See `measured`.
+    """
+
+    def __init__(
+        self,
+        search: Search,
+        candidates: Mapping[str, Candidate],
+        known: list[Any],
+        others: list[Any],
+        pairs: Pairs,
+    ):
+        self._search, self._ladder = search, Ladder(candidates, "global")
+        self._whole, self._pairs = isolated_copy(search.model), pairs
+        self._known, self._others = known, others
+        self._seen = Seen(search.model, known)
+
+    def loss(self, counts: dict[str, int]) -> float:
+        """The distortion of the output by a cut; infinite where it is no number."""
+        cut = self._search.cut(self._ladder, counts)
+        trial = pruned_copy(self._search.model, cut.surgery, self._search.compensated(cut)[0])
+        if self._known:
+            settle(self._seen, trial, cut.surgery.tensors, self._pairs(cut.surgery, self._known))
+        loss = distortion(self._whole, trial, self._pairs(cut.surgery, self._others))
+        return loss if math.isfinite(loss) else math.inf
 
 
-def _some(pairs: Iterable[tuple[Any, Any]], first: int) -> Iterator[tuple[Any, Any]]:
-    """Every other of the batches, until there are samples enough."""
-    samples = 0
-    for pair in islice(pairs, first, None, 2):
-        yield pair
-        samples += max(len(x) for x in output_tensors(pair[0]) if x.dim())
+def _some(batches: Iterable) -> list[Any]:
+    """Batches, until there are samples enough."""
+    found, samples = [], 0
+    for batch in batches:
+        found.append(batch)
+        samples += max((len(x) for x in output_tensors(batch) if x.dim()), default=1)
         if samples >= SAMPLES:
             break
+    return found
 
 
 def _costs(foreseen: Tensor, counts: Sequence[int], losses: Sequence[float]) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,9 +34,35 @@ class Settled:
     samples: int
 
 
+class Seen:
+    """What the batch norms of a model are given by batches, for many cuts of it.
+
+    Args:
+        whole: The model; a copy of it is run.
+        batches: As `feed` takes them.
+
+    Attributes:
+        after: The moments of each norm's input by its name, after each batch.
+    """
+
+    @torch.no_grad()
+    def __init__(self, whole: nn.Module, batches: Iterable[Any]):
+        model = isolated_copy(whole).eval()
+        norms = {name: m for name, m in model.named_modules() if isinstance(m, BatchNorm)}
+        moments = {name: _Moments() for name in norms}
+        self.after: list[dict[str, _Moments]] = []
+        with rng_kept(model), ExitStack() as hooks:
+            for name, norm in norms.items():
+                hook = norm.register_forward_pre_hook(_showing(moments[name].add))
+                hooks.callback(hook.remove)
+            for batch in batches:
+                feed(model, batch)
+                self.after.append({name: copy.copy(one) for name, one in moments.items()})
+
+
 @torch.no_grad()
 def settle(
-    whole: nn.Module,
+    whole: nn.Module | Seen,
     pruned: nn.Module,
     kept: Mapping[str, Kept],
     batches: Iterable[tuple[Any, Any]],
@@ -58,7 +86,8 @@ def settle(
     batch reaches stay as they are.
 
     Args:
-        whole: The model before the cut; a copy of it is run.
+        whole: The model before the cut, of which a copy is run; or what its norms see of these
+            batches.
         pruned: The copy, with the statistics of the whole model; it is left in eval mode.
         kept: What the cut keeps, by name of a parameter or buffer.
         batches: The same batch for either, as `feed` takes them.
@@ -70,16 +99,22 @@ def settle(
     norms = _norms(pruned)
     if not norms:
         return Settled({}, 0)
-    whole = isolated_copy(whole).eval()
-    modules = dict(whole.named_modules())
     found = {name: _Shift(norm, kept.get(f"{name}.running_mean")) for name, norm in norms.items()}
+    shown = [(norms[name], shift.follow) for name, shift in found.items()]
+    model = None if isinstance(whole, Seen) else isolated_copy(whole).eval()
+    if model is not None:
+        modules = dict(model.named_modules())
+        shown += [(modules[name], shift.whole.add) for name, shift in found.items()]
     count = 0
-    with rng_kept(whole), ExitStack() as hooks:
-        for name, shift in found.items():
-            for norm, see in ((modules[name], shift.whole.add), (norms[name], shift.follow)):
-                hooks.callback(norm.register_forward_pre_hook(_showing(see)).remove)
+    with rng_kept(model or pruned), ExitStack() as hooks:
+        for norm, see in shown:
+            hooks.callback(norm.register_forward_pre_hook(_showing(see)).remove)
         for of_whole, of_pruned in batches:
-            feed(whole, of_whole)
+            if model is not None:
+                feed(model, of_whole)
+            elif isinstance(whole, Seen):
+                for name, shift in found.items():
+                    shift.whole = whole.after[count][name]
             try:
                 feed(pruned, of_pruned)
             except Exception as error:  # the whole model has run
@@ -105,16 +140,16 @@ def measure_again(model: nn.Module, loader: Iterable) -> None:
     Raises:
         ValueError: There is no batch, or a statistic is NaN or infinite.
     """
-    copy = isolated_copy(model)
-    norms = _norms(copy)
+    again = isolated_copy(model)
+    norms = _norms(again)
     for norm in norms.values():
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean
         norm.train()
     empty = True
-    with rng_kept(copy):
+    with rng_kept(again):
         for batch in loader:
-            feed(copy, batch)
+            feed(again, batch)
             empty = False
     if empty:
         raise ValueError("loader must give at least one batch, got none")
@@ -130,6 +165,16 @@ def check_finite(statistics: Mapping[str, Tensor]) -> None:
     for name, values in statistics.items():
         if not torch.isfinite(values).all():
             raise ValueError(f"loader must give {name!r} finite values, got NaN or infinite ones")
+
+
+def warn_of_few(samples: int, stacklevel: int) -> None:
+    """Warns where statistics follow by so few samples that what they show is chance."""
+    if samples < FEWEST_SAMPLES:
+        warnings.warn(
+            f"batch norms adapt to the cut by {samples} samples of loader: give {FEWEST_SAMPLES} "
+            "or more, or adapt_norms=False",
+            stacklevel=stacklevel,
+        )
 
 
 def _norms(model: nn.Module) -> dict[str, Any]:
