@@ -7,7 +7,14 @@ from support.compare import differing, snapshot
 from torch import nn
 
 from rlscuda import RLSOptimizer
-from rlscuda.pruning import PruneSchedule, RLSPruner, load_pruned, remove_blocks, save_pruned
+from rlscuda.pruning import (
+    PruneSchedule,
+    RLSPruner,
+    jointly,
+    load_pruned,
+    remove_blocks,
+    save_pruned,
+)
 from rlscuda.pruning.blocks.stand_ins import StandIn
 from rlscuda.pruning.report import PruneReport
 from rlscuda.pruning.running.distortion import Distortion
@@ -60,6 +67,25 @@ def test_a_mix_is_no_worse_than_either_alone():
     before = copies(model)
     go_on(model, optimizer)
     assert {n for n, p in model.named_parameters() if torch.equal(p, before[n])} == set()
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_a_mix_is_judged_by_batches_that_nothing_was_fitted_by(count, monkeypatch):
+    fitted, judged = [], []
+    original = jointly.best_mix
+
+    def spied(shorter, reached, cut, loss):
+        judged.extend(loss._loader)
+        fitted.extend(shorter._search.loader)
+        return original(shorter, reached, cut, loss)
+
+    monkeypatch.setattr("rlscuda.pruning.pruner.best_mix", spied)
+    loader = [torch.randn(8, 3, 8, 8) for _ in range(count)]
+    model, _ = trained()
+    RLSPruner(model, None, IMAGES[:1], loader=loader, target_flops=0.6, what=BOTH).step()
+    halves = ([0, 2], [1, 3]) if count == 4 else ([0, 1, 2], [0, 1, 2])
+    for batches, expected in zip((fitted, judged), halves):
+        assert [id(x) for x in batches] == [id(loader[k]) for k in expected]
 
 
 def test_idle_branches_go_first():

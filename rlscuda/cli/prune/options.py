@@ -48,7 +48,7 @@ class PruneOptions:
     )
     scope: str = option(
         "layer",
-        "layer (the same share of each) or global (the cheapest of all).",
+        "layer (the same share of each) or global (what costs least for what it saves).",
         choices=("layer", "global"),
     )
     source: str | None = option(

@@ -57,7 +57,7 @@ class Seen:
                 hooks.callback(hook.remove)
             for batch in batches:
                 feed(model, batch)
-                self.after.append({name: copy.copy(one) for name, one in moments.items()})
+                self.after.append({name: copy.deepcopy(one) for name, one in moments.items()})
 
 
 @torch.no_grad()

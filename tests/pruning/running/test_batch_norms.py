@@ -10,7 +10,7 @@ from torch import nn
 
 from rlscuda.optim.kept import Kept
 from rlscuda.pruning import RLSPruner
-from rlscuda.pruning.running.batch_norms import settle
+from rlscuda.pruning.running.batch_norms import Seen, settle
 from rlscuda.pruning.running.calls import SlicedBatches
 
 WITHOUT_MATRICES = {"importance": "l1", "compensate": False}
@@ -51,6 +51,22 @@ def halved(model):
         setattr(pruned[0], name, nn.Parameter(value) if name in ("weight", "bias") else value)
     pruned[0].num_features = 3
     return pruned, kept
+
+
+def test_what_the_whole_model_shows_is_kept_for_many_cuts():
+    torch.manual_seed(0)
+    model = nn.Sequential(*trained(nn.BatchNorm2d, (6, 3, 2)), nn.BatchNorm2d(6)).eval()
+    batches = [torch.randn(size, 6, 3, 2) for size in (4, 1, 7)]
+    before, seen = copy.deepcopy(model.state_dict()), Seen(model, batches)
+    for scale in (0.5, 2.0):
+        pairs = [(x, scale * x) for x in batches]
+        at_once, kept = (
+            settle(whole, copy.deepcopy(model), {}, pairs) for whole in (model, seen)
+        )  # fmt: skip
+        assert kept.samples == at_once.samples == 12
+        for name, value in at_once.statistics.items():
+            assert torch.equal(kept.statistics[name], value)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
