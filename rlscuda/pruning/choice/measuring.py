@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rlscuda.pruning.choice.ranking import Candidate
 from rlscuda.pruning.choice.targets import Ladder, Search
 from rlscuda.pruning.running.batch_norms import Seen, settle
-from rlscuda.pruning.running.calls import isolated_copy, output_tensors
+from rlscuda.pruning.running.calls import isolated_copy, output_tensors, running
 from rlscuda.pruning.running.distortion import distortion
 from rlscuda.pruning.surgery.plan import Surgery
 from rlscuda.pruning.surgery.transaction import pruned_copy
@@ -135,7 +135,8 @@ class _Trials:
         trial = pruned_copy(self._search.model, cut.surgery, self._search.compensated(cut)[0])
         if self._known:
             settle(self._seen, trial, cut.surgery.tensors, self._pairs(cut.surgery, self._known))
-        loss = distortion(self._whole, trial, self._pairs(cut.surgery, self._others))
+        with running("the pruned model fails on loader"):
+            loss = distortion(self._whole, trial, self._pairs(cut.surgery, self._others))
         return loss if math.isfinite(loss) else math.inf
 
 

@@ -120,6 +120,21 @@ def test_outputs_that_cannot_be_compared_leave_the_costs_as_foreseen():
     assert report.gains.after.flops <= 0.5 * report.gains.before.flops
 
 
+def test_a_model_that_fails_without_some_units_is_pruned_by_what_is_foreseen():
+    class Picky(nn.Sequential):
+        def forward(self, x):
+            if len(x) > 2 and len(self[0].weight) < 8:
+                raise RuntimeError("too narrow")
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = Picky(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    options = {"scope": "global", "target_flops": 0.5, "loader": images(34, 2).split([2, 16, 16])}
+    with pytest.warns(UserWarning, match="without units of 0: .*fails on loader.*too narrow"):
+        report = RLSPruner(model, None, images(2, 1), **options).step()
+    assert report.gains.after.flops <= 0.5 * report.gains.before.flops
+
+
 @pytest.mark.parametrize(
     "pack", [lambda x: (x, torch.zeros(len(x))), lambda x: {"input": x, "label": 0}]
 )
