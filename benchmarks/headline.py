@@ -16,7 +16,7 @@ from benchmarks.learning import report as learning
 from benchmarks.learning.optimizers import ROWS
 from benchmarks.learning.tasks import TASKS
 from benchmarks.pruning import adaptive, plots
-from benchmarks.pruning.methods import BASELINES, METHODS
+from benchmarks.pruning.methods.channels import BASELINES, METHODS
 from rlscuda.studies.report import Study, signed
 
 TASKS_SHOWN = ("gpt", "vit", "cifar_cnn")

@@ -26,8 +26,9 @@ from torch import nn
 import rlscuda
 from benchmarks.common import data, environment, grid
 from benchmarks.common.training import BATCH, Run, accuracy
-from benchmarks.pruning import methods, networks, plots
-from benchmarks.pruning.methods import METHODS
+from benchmarks.pruning import networks, plots
+from benchmarks.pruning.methods import channels as methods
+from benchmarks.pruning.methods.channels import METHODS
 from benchmarks.pruning.networks import CASES
 from rlscuda.pruning.running.measure import count_flops, count_parameters
 

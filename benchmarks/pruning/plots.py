@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.pruning.methods import BASELINES, METHODS, RECOVERIES
+from benchmarks.pruning.methods.channels import BASELINES, METHODS, RECOVERIES
 from benchmarks.pruning.networks import CASES
 
 SEEDS = 3

@@ -35,7 +35,7 @@ from benchmarks.common.training import accuracy
 from benchmarks.learning import sources
 from benchmarks.learning.networks import Attention, Block
 from benchmarks.learning.report import markdown
-from benchmarks.pruning import head_methods
+from benchmarks.pruning.methods import heads
 from rlscuda.files.archives import load_archive, save_archive
 from rlscuda.files.atomic import write_atomically
 from rlscuda.pruning import RLSPruner
@@ -63,7 +63,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of `RLSPruner`
     "random": {"importance": "random", "compensate": False},
 }
 GROUP = "torch-pruning, group magnitude"
-HEADS = {"like SlimGPT": head_methods.slim, "like FLAP": head_methods.flap}
+HEADS = {"like SlimGPT": heads.slim, "like FLAP": heads.flap}
 METHODS = {"vit": (*OPTIONS, GROUP), "llama": (*OPTIONS, *HEADS)}
 
 

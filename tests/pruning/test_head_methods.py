@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from benchmarks.pruning.head_methods import flap, slim
+from benchmarks.pruning.methods.heads import flap, slim
 from benchmarks.pruning.transformers import Llama, counts_of
 from rlscuda.pruning.running.measure import count_parameters
 

@@ -17,8 +17,8 @@ from rlscuda.pruning.attention.scale import rescaled
 from rlscuda.pruning.blocks.finding import Block
 from rlscuda.pruning.blocks.proving import with_stand_ins
 from rlscuda.pruning.blocks.transaction import replace_modules
-from rlscuda.pruning.choice.compensation import compensate_layers, lost_columns
 from rlscuda.pruning.choice.refitting import refit
+from rlscuda.pruning.choice.targets import compensate_layers, lost_columns
 from rlscuda.pruning.couplings import Structure
 from rlscuda.pruning.matrices.calibration import Matrices
 from rlscuda.pruning.matrices.tracker import SketchTracker

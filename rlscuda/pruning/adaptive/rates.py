@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
-from rlscuda.pruning.choice.compensation import compensate_layers, lost_columns
 from rlscuda.pruning.choice.ranking import Candidate
+from rlscuda.pruning.choice.targets import compensate_layers, lost_columns
 from rlscuda.pruning.couplings import Structure
 from rlscuda.pruning.matrices.calibration import Matrices
 from rlscuda.pruning.running.batch_norms import settle

@@ -28,7 +28,7 @@ from rlscuda.closed_form.formulas import damped_inverse
 from rlscuda.optim.kept import Kept
 from rlscuda.optim.kinds.modules import has_inputs_first
 from rlscuda.optim.layers import Layer
-from rlscuda.pruning.choice.compensation import parameter_holders
+from rlscuda.pruning.choice.targets import parameter_holders
 from rlscuda.pruning.matrices.calibration import observing, pruning_layers, row_parts
 from rlscuda.pruning.matrices.layers import ProvenLayer, layer_values, layer_weight
 from rlscuda.pruning.running.calls import feed, inference, isolated_copy

@@ -10,7 +10,7 @@ from torch import nn
 
 from rlscuda.pruning import AdaptivePruner, RLSPruner, SketchTracker, calibrate
 from rlscuda.pruning.adaptive.folding import fold_constants
-from rlscuda.pruning.choice.compensation import compensate_layers
+from rlscuda.pruning.choice.targets import compensate_layers
 from rlscuda.pruning.running.measure import count_parameters
 
 IMAGES = torch.randn(20, 3, 7, 7, generator=torch.Generator().manual_seed(1))

@@ -7,8 +7,8 @@ from support.blocks.adaptive import LOADER, started, steps
 
 from rlscuda.pruning.adaptive.listing import BlockCandidate, OneList
 from rlscuda.pruning.adaptive.penalties.ledger import BLOCK
-from rlscuda.pruning.choice.compensation import compensate_layers, lost_columns
 from rlscuda.pruning.choice.ranking import Candidate
+from rlscuda.pruning.choice.targets import compensate_layers, lost_columns
 from rlscuda.pruning.running.batch_norms import settle
 from rlscuda.pruning.running.distortion import Distortion
 from rlscuda.pruning.surgery.plan import plan

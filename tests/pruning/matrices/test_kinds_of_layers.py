@@ -16,8 +16,8 @@ from torch import nn
 
 from rlscuda.closed_form.formulas import block_saliency
 from rlscuda.pruning import RLSPruner
-from rlscuda.pruning.choice.compensation import compensate_layers, lost_columns
 from rlscuda.pruning.choice.ranking import layer_energy, rank
+from rlscuda.pruning.choice.targets import compensate_layers, lost_columns
 from rlscuda.pruning.couplings import Coupling, Member, Structure
 from rlscuda.pruning.matrices.calibration import calibrate
 from rlscuda.pruning.matrices.carried import CarriedMatrices

@@ -1,0 +1,1 @@
+"""What our pruner is compared with."""
