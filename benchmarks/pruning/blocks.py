@@ -5,7 +5,7 @@ A ResNet-20 of widths 8, 16, 32 learns 5,000 images of CIFAR-10 for ten epochs, 
 for the FLOPs or the time that it saves, in one way or another, and nothing is trained any more;
 test accuracy, parameters, FLOPs and the least time of a forward on one core, by turns with the
 whole network's, are read after each. At 30 and 50 % of the FLOPs removed, `RLSPruner` takes
-channels alone, and channels and blocks, by how far the outputs are from before.
+channels alone, and channels and blocks, by how many validation images are labelled wrongly.
 
     python -m benchmarks.pruning.blocks --workers 2  # run, or go on after an interruption
     python -m benchmarks.pruning.blocks --report     # the tables of the results
@@ -108,6 +108,10 @@ def _run(job: dict, args: argparse.Namespace) -> dict:
             )
 
     whole = copy.deepcopy(model)
+
+    def wrong(one: nn.Module) -> float:
+        return 100 - accuracy(one, splits["validation"])
+
     points = [read(model, whole, splits["test"]) | {"gone": []}]
     if job["way"] in WAYS:
         way, price = WAYS[job["way"]]
@@ -122,11 +126,13 @@ def _run(job: dict, args: argparse.Namespace) -> dict:
         model, target = copy.deepcopy(whole), 1 - share
         changes = []
         if job["way"] == BLOCKS:
-            changes = remove_blocks(model, inputs, images, target_flops=target).changes
+            changes = remove_blocks(
+                model, inputs, images, target_flops=target, evaluate=wrong
+            ).changes
         else:
             pruner = RLSPruner(
                 model, None, inputs, target_flops=target, scope="global", loader=images,
-                what=MIXES[job["way"]],
+                evaluate=wrong, what=MIXES[job["way"]],
             )  # fmt: skip
             changes = pruner.step().blocks
         points.append(read(model, whole, splits["test"]) | {"gone": _gone(changes)})
