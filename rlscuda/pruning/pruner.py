@@ -364,7 +364,10 @@ class RLSPruner:
         """Batches, by default all, each as the whole model and as the pruned one takes it."""
         given = self.loader if given is None else given  # which may have no length to ask for
         cut = self._sliced_loader(surgery).slice if surgery.inputs else lambda batch: batch
-        return ((batch, cut(batch)) for batch in (() if given is None else given))
+        for batch in (
+            () if given is None else given
+        ):  # begun where it is used, with its random state
+            yield batch, cut(batch)
 
     def _sliced_loader(self, surgery: Surgery) -> Any:
         """The loader as the model takes its batches after a surgery."""

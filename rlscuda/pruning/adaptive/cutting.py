@@ -23,7 +23,7 @@ from rlscuda.pruning.couplings import Structure
 from rlscuda.pruning.matrices.calibration import Matrices
 from rlscuda.pruning.matrices.tracker import SketchTracker
 from rlscuda.pruning.running.batch_norms import Settled, check_finite, settle
-from rlscuda.pruning.running.calls import inputs_of, isolated_copy, map_tensors, rng_kept
+from rlscuda.pruning.running.calls import inputs_of, isolated_copy, map_tensors, rng_kept, twice
 from rlscuda.pruning.surgery.plan import Surgery, plan
 from rlscuda.pruning.surgery.transaction import commit, operate, pruned_copy, revert
 
@@ -117,7 +117,7 @@ class Patient:
 
     def _pairs(self, surgery: Surgery | None = None) -> Iterator[tuple[Any, Any]]:
         """Batches of the loader, which whole and pruned model take alike."""
-        return ((batch, batch) for batch in (() if self.loader is None else self.loader))
+        return twice(self.loader)
 
     def _settled(self, pruned: nn.Module, surgery: Surgery) -> Settled:
         """Lets the batch norms of a pruned copy follow the cut where there is a loader."""

@@ -35,6 +35,7 @@ from rlscuda.pruning.choice.ranking import Candidate, rank
 from rlscuda.pruning.matrices.calibration import calibrate
 from rlscuda.pruning.matrices.own import of_model
 from rlscuda.pruning.running.batch_norms import settle
+from rlscuda.pruning.running.calls import twice
 from rlscuda.pruning.running.distortion import Distortion
 from rlscuda.pruning.structure.trace import trace
 
@@ -122,7 +123,7 @@ class Plan:
         loss, found = Distortion(options.model, options.loader), {}
         for block in self._blocks:
             trial = with_stand_ins(options.model, block.stand_ins)
-            settle(options.model, trial, {}, ((batch, batch) for batch in options.loader))
+            settle(options.model, trial, {}, twice(options.loader))
             found[BLOCK + block.name] = loss(trial)
         self.penalty.measure_blocks(found)
         self.penalty.rates = exchange_rates(

@@ -16,6 +16,7 @@ from rlscuda.pruning.choice.targets import compensate_layers, lost_columns
 from rlscuda.pruning.couplings import Structure
 from rlscuda.pruning.matrices.calibration import Matrices
 from rlscuda.pruning.running.batch_norms import settle
+from rlscuda.pruning.running.calls import twice
 from rlscuda.pruning.surgery.plan import plan
 from rlscuda.pruning.surgery.transaction import pruned_copy
 
@@ -54,6 +55,6 @@ def exchange_rates(
         lost = lost_columns(structure.couplings, modules, removed)
         values, _ = compensate_layers(model, matrices, lost)
         trial = pruned_copy(model, surgery, values)
-        settle(model, trial, surgery.tensors, ((batch, batch) for batch in loader))
+        settle(model, trial, surgery.tensors, twice(loader))
         rates[name] = max(_LEAST, loss(trial) / foreseen)
     return rates

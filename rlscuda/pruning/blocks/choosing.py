@@ -16,7 +16,7 @@ from rlscuda.pruning.blocks.proving import with_stand_ins
 from rlscuda.pruning.blocks.stand_ins import StandIn
 from rlscuda.pruning.options import checked_loss
 from rlscuda.pruning.running.batch_norms import check_finite, settle
-from rlscuda.pruning.running.calls import isolated_copy
+from rlscuda.pruning.running.calls import isolated_copy, twice
 from rlscuda.pruning.running.measure import count_flops, count_parameters, measure
 
 WAYS = ("delete", "1x1", "3x3", "linear")  # what may become of a branch
@@ -110,8 +110,7 @@ class Search:
                     continue
                 followed: dict[str, Tensor] = {}
                 if self.adapt_norms:
-                    pairs = ((batch, batch) for batch in self.loader)
-                    followed = settle(model, trial, {}, pairs).statistics
+                    followed = settle(model, trial, {}, twice(self.loader)).statistics
                     check_finite(followed)
                 cost = value_of(loss, trial) - value
                 if math.isfinite(cost) and cost / saved < least:

@@ -16,12 +16,13 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rlscuda.pruning.choice.ranking import Candidate
 from rlscuda.pruning.choice.targets import Ladder, Search
 from rlscuda.pruning.running.batch_norms import Seen, settle
-from rlscuda.pruning.running.calls import isolated_copy, output_tensors, running
+from rlscuda.pruning.running.calls import isolated_copy, output_tensors, rng_kept, running
 from rlscuda.pruning.running.distortion import distortion
 from rlscuda.pruning.surgery.plan import Surgery
 from rlscuda.pruning.surgery.transaction import pruned_copy
@@ -46,7 +47,9 @@ class EveryOther:
 
 def in_halves(loader: Iterable) -> tuple[Iterable, Iterable]:
     """Batches to fit by and others to judge by; all for either where there are less than four."""
-    if sum(1 for _ in islice(loader, 4)) < 4:
+    with torch.random.fork_rng(devices=[]):  # by which loaders shuffle
+        count = sum(1 for _ in islice(loader, 4))
+    if count < 4:
         return loader, loader
     return EveryOther(loader), EveryOther(loader, 1)
 
@@ -78,7 +81,7 @@ def measured(
         Those candidates with other costs, `distortion` of the output; as they are of a loader with
         one batch, and, with a warning, where outputs cannot be compared.
     """
-    known, others = _some(EveryOther(loader)), _some(EveryOther(loader, 1))
+    known, others = (_some(EveryOther(loader, first), search.model) for first in (0, 1))
     if not others:
         return candidates
     progress("measuring: calibrating on every other batch")
@@ -140,14 +143,15 @@ class _Trials:
         return loss if math.isfinite(loss) else math.inf
 
 
-def _some(batches: Iterable) -> list[Any]:
-    """Batches, until there are samples enough."""
+def _some(batches: Iterable, model: nn.Module) -> list[Any]:
+    """Batches, until there are samples enough; drawn as whatever runs the model draws them."""
     found, samples = [], 0
-    for batch in batches:
-        found.append(batch)
-        samples += max((len(x) for x in output_tensors(batch) if x.dim()), default=1)
-        if samples >= SAMPLES:
-            break
+    with rng_kept(model):
+        for batch in batches:
+            found.append(batch)
+            samples += max((len(x) for x in output_tensors(batch) if x.dim()), default=1)
+            if samples >= SAMPLES:
+                break
     return found
 
 

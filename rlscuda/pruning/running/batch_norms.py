@@ -106,7 +106,7 @@ def settle(
         modules = dict(model.named_modules())
         shown += [(modules[name], shift.whole.add) for name, shift in found.items()]
     count = 0
-    with rng_kept(model or pruned), ExitStack() as hooks:
+    with rng_kept(pruned if model is None else model), ExitStack() as hooks:
         for norm, see in shown:
             hooks.callback(norm.register_forward_pre_hook(_showing(see)).remove)
         for of_whole, of_pruned in batches:

@@ -224,6 +224,15 @@ def feed(model: nn.Module, batch: Any) -> Any:
         raise
 
 
+def twice(loader: Iterable | None) -> Iterator[tuple[Any, Any]]:
+    """Each batch as two models take it that take the same; of no loader, none.
+
+    A loader is begun where the first is asked for, and so draws of the random state there.
+    """
+    for batch in () if loader is None else loader:
+        yield batch, batch
+
+
 def inputs_of(model: nn.Module, batch: Any) -> Tensor | dict[str, Any]:
     """What a model takes of one batch of a loader, as `call` passes it on.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rlscuda.pruning.running.calls import feed, inference, isolated_copy, output_tensors
+from rlscuda.pruning.running.calls import feed, inference, isolated_copy, output_tensors, twice
 
 
 class Distortion:
@@ -27,7 +27,7 @@ class Distortion:
 
     def __call__(self, model: nn.Module) -> float:
         """See `distortion`."""
-        return distortion(self._whole, model, ((batch, batch) for batch in self._loader))
+        return distortion(self._whole, model, twice(self._loader))
 
 
 def distortion(whole: nn.Module, model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> float:

@@ -7,9 +7,10 @@ from itertools import accumulate
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from rlscuda.pruning import RLSPruner
-from rlscuda.pruning.choice.measuring import _costs
+from rlscuda.pruning.choice.measuring import _costs, in_halves
 from rlscuda.pruning.running.distortion import distortion
 from rlscuda.pruning.running.measure import count_flops, count_parameters
 
@@ -152,6 +153,14 @@ def test_inputs_compete_too():
     kept = report.kept_inputs
     left = images(2, 5)[:, next(iter(kept.values()))] if kept else images(2, 5)
     assert model(left).shape == (2, 5)
+
+
+def test_either_half_of_a_loader_that_shuffles_is_always_the_same():
+    loader, seen = DataLoader(images(64, 2), 8, shuffle=True), []
+    for half in in_halves(loader) * 2:
+        with torch.random.fork_rng():
+            seen.append(torch.cat(list(half)).sum((1, 2, 3)).tolist())
+    assert seen[:2] == seen[2:] and not set(seen[0]) & set(seen[1])
 
 
 def test_measuring_leaves_model_and_random_numbers_alone():
