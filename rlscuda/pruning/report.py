@@ -22,7 +22,8 @@ class CouplingChange:
         removed: The units that went, by their number before, in the order of removal.
         cost: The whole order's costs, removed or not: the saliency spectrum, in units of the
             variance of the outputs that the channels feed. Greedy costs are each given the removal
-            of all before; other importances are in units of their own.
+            of all before; other importances are in units of their own. Where scope ``global`` has
+            measured them, all are in units of the variance of the model's output.
     """
 
     name: str
