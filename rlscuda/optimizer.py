@@ -217,10 +217,9 @@ class RLSOptimizer(Joining, Optimizer):
         weight = layer.weight
         group = self._registry.group_of.get(weight)
         if group is not None and weight.requires_grad:
-            step = self.state[weight].get("step", 0) if weight in self.state else 0
-            registry = self._registry
+            step = self.state.get(weight, {}).get("step", 0)
             place = (self._processes.rank, self._processes.size)
-            inputs, stage = registry.inputs, registry.stages[weight]
+            inputs, stage = self._registry.inputs, self._registry.stages[weight]
             stage.observe(layer, group, step, inputs, place, x, outputs)
 
     def mask(self, mask: Tensor) -> AbstractContextManager[None]:

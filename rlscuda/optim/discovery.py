@@ -216,14 +216,15 @@ class Registry:
 
     def forget_groups(self) -> None:
         """Forgets what was seen of the groups."""
-        self._held: list[tuple[int, ...]] = []
+        self._groups: list[int] = []  # ids, and those of their parameters
+        self._held: list[list[int]] = []
         self.members: set[nn.Parameter] = set()
         self.group_of: dict[nn.Parameter, dict[str, Any]] = {}
         self.idle = 0
 
     def has_other_groups(self, groups: list[dict[str, Any]]) -> bool:
         """Whether a group came, went or was replaced since; their parameters are not looked at."""
-        return [id(group) for group in groups] != [held[0] for held in self._held]
+        return [*map(id, groups)] != self._groups
 
     def follow(
         self, groups: list[dict[str, Any]], may_have_grown: bool, attach: Callable[[], None]
@@ -238,8 +239,8 @@ class Registry:
         Returns:
             The layers whose weights have left the groups while others came that are in no module.
         """
-        held = [(id(group), *map(id, group["params"])) for group in groups]
-        if held == self._held:
+        held = [[*map(id, group["params"])] for group in groups]
+        if held == self._held and not self.has_other_groups(groups):
             return []
         group_of = {p: group for group in groups for p in group["params"]}
         if may_have_grown and not group_of.keys() <= self.members:
@@ -256,7 +257,7 @@ class Registry:
         strange = bool(group_of.keys() - self.members - self.known())
         self.group_of = {p: group for p, group in group_of.items() if p in self.layers}
         attach()
-        self.members, self._held = set(group_of), held
+        self.members, self._held, self._groups = set(group_of), held, [*map(id, groups)]
         return gone if strange else []
 
     def known(self) -> set[nn.Parameter]:
@@ -335,7 +336,7 @@ class Registry:
         }
         cut.group_of = {new(weight): group for weight, group in self.group_of.items()}
         cut.members, cut._bound = set(map(new, self.members)), set(self._bound)
-        cut._held = []  # so that the next look reads the new parameters
+        cut._held, cut._groups = [], []  # so that the next look reads the new parameters
         return cut, kept, changes
 
     def without(self, gone: set[nn.Parameter]) -> Registry:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -76,16 +76,19 @@ class ForwardHook:
     compiles and exports as a whole.
 
     Args:
-        layers: The module's layers, whose inputs to observe.
+        layers: Those of one module, whose inputs to observe.
         observe: Bound method (layer, input, outputs with a gradient to come) of the owner; where
             there are none, as in the first run of a checkpointed segment, it hears of one layer.
     """
 
     __name__ = __qualname__ = "rlscuda_forward_hook"  # tools that list hooks ask for it
 
-    def __init__(self, layers: Iterable[Layer], observe: Callable):
+    def __init__(self, layers: Sequence[Layer], observe: Any):
+        module = layers[0].module
+        self._recurrent = isinstance(module, RECURRENT)
+        self._attends = isinstance(module, nn.MultiheadAttention)
         self._layers = [weakref.ref(layer) for layer in layers]
-        self._observe = weakref.WeakMethod(observe)
+        self._owner, self._observe = weakref.ref(observe.__self__), observe.__func__
 
     def __call__(self, module, args, *kwargs_and_output):
         """Takes the arguments of a hook with or without `with_kwargs`: others re-register it."""
@@ -101,14 +104,13 @@ class ForwardHook:
         self._pass_on(module, args, *kwargs_and_output)
 
     def _pass_on(self, module, args, *kwargs_and_output):
-        observe = self._observe()
+        owner = self._owner()
         layers = [own for layer in self._layers if (own := layer()) and own.module is module]
-        if not layers or observe is None:
+        if not layers or owner is None:
             return
         *kwargs, output = kwargs_and_output
         named = kwargs[0] if kwargs else {}
-        recurrent = isinstance(module, RECURRENT)
-        if isinstance(module, nn.MultiheadAttention):
+        if self._attends:
             x, *others = (*args, *(named[k] for k in ("query", "key", "value")[len(args) :]))[:3]
             layers[0].crossed = any(other is not x for other in others)
             output = output[0]
@@ -118,9 +120,9 @@ class ForwardHook:
         if torch.jit.is_tracing() or layers[0].crossed:
             return
         for layer in layers if outputs else layers[:1]:
-            if recurrent and outputs:
+            if self._recurrent and outputs:
                 x = input_of(module, layer.names[0], args, named, output)
-            observe(layer, x, outputs)
+            self._observe(owner, layer, x, outputs)
 
     def __deepcopy__(self, memo):
         return _INERT

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from rlscuda._torch import (
+    accumulator_near,
     gradient_comes,
     in_backward,
     is_dtensor,
@@ -217,9 +218,9 @@ class Inputs:
         Raises:
             RuntimeError: A checkpointed segment is recomputed where its mask does not hold.
         """
-        leading = x.shape[:-1]
-        if layer.weight.dim() != 2:
+        if self.index is None and not self.left or layer.weight.dim() != 2:
             return x
+        leading = x.shape[:-1]
         if leading == self.shape and self.index is not None:
             return x.flatten(0, -2).index_select(0, self.index.to(x.device))
         if leading in self.left and in_backward():
@@ -317,9 +318,9 @@ class Stage:
         weight = layer.weight
         if weight.grad is None and self.calls and not (in_backward() or is_dtensor(weight)):
             self.clear()  # the gradient was dropped, and so was the step
-        given, x = x, local(x.detach())
+        given, x = x, local(x) if is_dtensor(x) else x.detach()
         some = inputs.take(layer, x)
-        if not some.numel():
+        if some is not x and not some.numel():
             return
         index = None if some is x else inputs.index
         images = layer.images(some)
@@ -340,12 +341,12 @@ class Stage:
             rows = x.reshape(-1, x.shape[-1]).contiguous()
             seen = version_of(rows)
 
-        def commit(slot: int, gradients: tuple[Tensor | None, ...]) -> None:
+        def commit(slot: int, accumulator: Any, gradients: tuple[Tensor | None, ...]) -> None:
             nonlocal counted
             gradient = gradients[slot]
             if gradient is None or counted == self.generation:
                 return
-            if not (is_dtensor(weight) or gradient_comes(weight)):
+            if not (is_dtensor(weight) or gradient_comes(weight, accumulator)):
                 return  # of the input alone
             counted, factors = self.generation, None
             if rows is not None and weight.grad is None and gradient.dtype == rows.dtype:
@@ -354,7 +355,7 @@ class Stage:
 
         for output in outputs:  # what `output.register_hook` does, at half its cost
             node, slot = origin(output)
-            node.register_prehook(partial(commit, slot))
+            node.register_prehook(partial(commit, slot, accumulator_near(node, weight)))
 
 
 def origin(output: Tensor) -> tuple[Any, int]:
@@ -374,5 +375,6 @@ def summarisable(x: Tensor, outputs: Sequence[Tensor]) -> bool:
 
     What a transform such as `vmap` passes through the layers means nothing after it has returned.
     """
-    plain = len(outputs) > 0 and x.layout == torch.strided and x.numel() > 0
-    return plain and not (is_transformed(x) or any(map(is_transformed, outputs)))
+    if not outputs or x.layout != torch.strided or not x.numel() or is_transformed(x):
+        return False
+    return not any(map(is_transformed, outputs))

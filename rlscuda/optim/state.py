@@ -167,8 +167,8 @@ def check_fits(layer: Layer, state: Mapping[str, Any], group: dict[str, Any]) ->
     Whatever refuses a layer must do so before the first one moves.
     """
     weight, P, form = layer.weight, state["P"], group["form"]
-    shapes = _shapes(layer, form)
-    if any((name in state) != (name in shapes) for name in ("power", "first_moment")):
+    kept = ("power" in state, "first_moment" in state)
+    if kept != (form in NORMALISED, form == "adaptive"):
         raise ValueError(f"the state of {layer.name!r} is not one of form {form!r}: the form of a "
                          "group cannot change once it has stepped")  # fmt: skip
     if group["max_fan_in"] != layer.max_fan_in:
