@@ -91,6 +91,8 @@ struct WeightStep {
   int64_t bias_row_stride;
   const void* grad_bias;  // [rows] of the parameter's dtype, or null
   const T* h;             // [groups] or null; a row whose h is not finite is left alone
+  const T* norms;         // [groups] or null: |D| of each group's product, see divisor_of
+  int64_t matrices;       // of all layers of the call: |W| lies so many elements behind |D|
   T* first_moment;        // [rows, n (+ 1)] or null
   T* second_moment;       // [rows] or null
   const double* health;   // [kHealthSlots] or null: counts the steps in place of `step`
@@ -98,7 +100,8 @@ struct WeightStep {
   RowLayout layout;
   int64_t bias_stride, rows, groups, rows_per_group, n;
   double lr, momentum, beta2, weight_decay, eps, step;
-  double gain;  // > 0: lr rises with the gain of an averaging update, lr gain / kappa_t
+  double gain;   // > 0: lr rises with the gain of an averaging update, lr gain / kappa_t
+  double trust;  // with norms: the longest step, as a part of |W|
   bool divide_by_h;
 };
 // W is the dtype of the parameters, the same in all layers.
@@ -106,6 +109,15 @@ template <class T, class W>
 void weight_step_cpu(const WeightStep<T>* layers, int64_t count);
 template <class T, class W>
 void weight_step_cuda(const WeightStep<T>* layers, int64_t count, CudaStream stream);
+
+// Completes the product D of each layer by the bias' part, and writes the norms of D and of the
+// weight with its bias, [2, matrices]. `squares` is room for [2, rows of all layers]; its contents
+// do not matter.
+template <class T, class W>
+void complete_products_cpu(const WeightStep<T>* layers, int64_t count, T* norms, T* squares);
+template <class T, class W>
+void complete_products_cuda(const WeightStep<T>* layers, int64_t count, T* norms, T* squares,
+                            CudaStream stream);
 
 // What a step's place in the series makes of its rate, and the bias corrections of its moments.
 struct StepConstants {
@@ -124,6 +136,19 @@ RLS_HOST_DEVICE inline StepConstants step_constants(const WeightStep<T>& a) {
     c.correction2 = 1 - pow(a.beta2, step);
   }
   return c;
+}
+
+// What the product D of a matrix is divided by: h or 1, or more where the step would be longer than
+// trust |W|. Not finite where the matrix is to be left alone. `norms` is null, or |D| with |W| so
+// many elements behind it; limit is lr / trust.
+template <class T>
+RLS_HOST_DEVICE inline T divisor_of(T h, bool divide_by_h, const T* norms, int64_t behind,
+                                    T limit) {
+  if (!std::isfinite(h)) return h;
+  const T own = divide_by_h ? h : T(1), size = norms ? norms[behind] : T(0);
+  if (!(size > 0)) return own;
+  const T least = limit * *norms / size;
+  return least <= own ? own : least;
 }
 
 // Whether delta^T [x, 1] is [grad, grad_bias], probed with one vector.

@@ -57,8 +57,11 @@ STABLE_TORCH_LIBRARY(rlscuda, m) {
       "foreach_weight_step_(Tensor(a!)[] weight, Tensor(b!)[] bias, Tensor(c!)[] product, "
       "Tensor[] grad, Tensor[] bias_row, Tensor[] grad_bias, Tensor h, int[] groups, "
       "Tensor(d!)[] first_moment, Tensor(e!)[] second_moment, Tensor[] health, Tensor? rate, "
-      "float lr, float momentum, float beta2, float weight_decay, float eps, float gain, "
-      "bool divide_by_h) -> ()");
+      "Tensor? norms, float lr, float momentum, float beta2, float weight_decay, float eps, "
+      "float gain, float trust, bool divide_by_h) -> ()");
+  m.def(
+      "foreach_complete_products_(Tensor(a!)[] product, Tensor[] weight, Tensor[] bias, "
+      "Tensor[] bias_row, Tensor[] grad_bias, int[] groups) -> Tensor");
   m.def(
       "foreach_nesterov_(Tensor[] grad, Tensor[] grad_bias, Tensor(a!)[] average, Tensor h, "
       "int[] place, int groups, int rows, float momentum) -> (Tensor, Tensor)");
@@ -78,6 +81,7 @@ STABLE_TORCH_LIBRARY_IMPL(rlscuda, CPU, m) {
   m.impl("rls_flush_", TORCH_BOX(&rlscuda::rls_flush_));
   m.impl("rls_filter_bank_", TORCH_BOX(&rlscuda::rls_filter_bank_));
   m.impl("foreach_weight_step_", TORCH_BOX(&rlscuda::foreach_weight_step_));
+  m.impl("foreach_complete_products_", TORCH_BOX(&rlscuda::foreach_complete_products_));
   m.impl("foreach_nesterov_", TORCH_BOX(&rlscuda::foreach_nesterov_));
   m.impl("factors_agree", TORCH_BOX(&rlscuda::factors_agree));
   m.impl("nonfinite", TORCH_BOX(&rlscuda::nonfinite));
@@ -98,6 +102,7 @@ STABLE_TORCH_LIBRARY_IMPL(rlscuda, CUDA, m) {
   m.impl("weight_step_", TORCH_BOX(&rlscuda::weight_step_));
   m.impl("adaptive_weight_step_", TORCH_BOX(&rlscuda::adaptive_weight_step_));
   m.impl("foreach_weight_step_", TORCH_BOX(&rlscuda::foreach_weight_step_));
+  m.impl("foreach_complete_products_", TORCH_BOX(&rlscuda::foreach_complete_products_));
   m.impl("foreach_nesterov_", TORCH_BOX(&rlscuda::foreach_nesterov_));
   m.impl("nonfinite", TORCH_BOX(&rlscuda::nonfinite));
   m.impl("patch_mean", TORCH_BOX(&rlscuda::patch_mean));

@@ -58,9 +58,14 @@ void foreach_weight_step_(std::vector<Tensor> weight, std::vector<Tensor> bias,
                           std::vector<Tensor> bias_row, std::vector<Tensor> grad_bias,
                           const Tensor& h, std::vector<int64_t> groups,
                           std::vector<Tensor> first_moment, std::vector<Tensor> second_moment,
-                          std::vector<Tensor> health, const std::optional<Tensor>& rate, double lr,
-                          double momentum, double beta2, double weight_decay, double eps,
-                          double gain, bool divide_by_h);
+                          std::vector<Tensor> health, const std::optional<Tensor>& rate,
+                          const std::optional<Tensor>& norms, double lr, double momentum,
+                          double beta2, double weight_decay, double eps, double gain, double trust,
+                          bool divide_by_h);
+
+Tensor foreach_complete_products_(std::vector<Tensor> product, std::vector<Tensor> weight,
+                                  std::vector<Tensor> bias, std::vector<Tensor> bias_row,
+                                  std::vector<Tensor> grad_bias, std::vector<int64_t> groups);
 
 std::tuple<Tensor, Tensor> foreach_nesterov_(std::vector<Tensor> grad,
                                              std::vector<Tensor> grad_bias,

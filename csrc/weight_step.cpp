@@ -1,87 +1,12 @@
 // weight_step_, adaptive_weight_step_ and foreach_weight_step_: checks, dtype dispatch, launch.
-#include "arguments.h"
 #include "cuda_call.h"
-#include "half.h"
-#include "kernels.h"
 #include "ops.h"
+#include "weight_arguments.h"
 
 namespace rlscuda {
 namespace {
 
-RowLayout row_layout(const Tensor& weight) {
-  RowLayout layout{};
-  layout.dense = weight.is_contiguous();
-  const int64_t dim = weight.dim();
-  for (int64_t d = 0; d < 3; ++d) {
-    layout.size[d] = d + 1 < dim ? weight.size(d + 1) : 1;
-    layout.stride[d] = d + 1 < dim ? weight.stride(d + 1) : 0;
-  }
-  layout.row_stride = weight.numel() ? weight.stride(0) : 0;
-  return layout;
-}
-
-// One row of P or one h for each group; all that say so must agree on the groups.
-template <class T>
-void set_groups(WeightStep<T>& args, const char* name, int64_t groups) {
-  RLS_CHECK(groups > 0 && args.rows % groups == 0, name, " has ", groups,
-            " groups, which do not divide ", args.rows, " rows");
-  RLS_CHECK(args.groups == 0 || args.groups == groups, name, " has ", groups, " groups, bias_row ",
-            args.groups);
-  args.groups = groups;
-  args.rows_per_group = args.rows / groups;
-}
-
 const Tensor* pointer(const std::optional<Tensor>& t) { return t ? &*t : nullptr; }
-
-// A tensor [rows] of the dtype of the weight.
-void check_bias(const char* name, const Tensor& t, const Tensor& weight) {
-  check_shape(name, t, {weight.size(0)});
-  check_same_dtype(name, t, "weight", weight);
-}
-
-// What both forms share: shapes against one another, then the common arguments.
-template <class T>
-WeightStep<T> common_args(Arguments& arguments, const Tensor& weight, const Tensor* bias,
-                          const Tensor& product, const Tensor* bias_row, const Tensor* grad_bias) {
-  RLS_CHECK(weight.dim() == 2 || weight.dim() == 4, "weight must be [c, n] or [c, C, kh, kw], got ",
-            shape_of(weight));
-  WeightStep<T> args{};
-  args.rows = weight.size(0);
-  args.n = args.rows ? weight.numel() / args.rows : 0;
-  args.rows_per_group = args.rows;
-  const int64_t columns = args.n + (bias != nullptr);
-  RLS_CHECK(product.numel() == args.rows * columns, "product must be [", args.rows, ", ", columns,
-            "], got ", shape_of(product));
-  args.weight = arguments.write_strided("weight", weight);
-  args.layout = row_layout(weight);
-  args.product = arguments.write<T>("product", product);
-  if (bias) {
-    check_bias("bias", *bias, weight);
-    args.bias = arguments.write_strided("bias", *bias);
-    args.bias_stride = bias->stride(0);
-  }
-  if (grad_bias) {
-    check_bias("grad_bias", *grad_bias, weight);
-    args.grad_bias = arguments.read<void>("grad_bias", *grad_bias);
-  }
-  if (bias_row) {
-    RLS_CHECK(bias && grad_bias, "bias_row completes the product: bias and grad_bias expected");
-    const int64_t dim = bias_row->dim();
-    RLS_CHECK((dim == 1 || dim == 2) && bias_row->size(-1) == columns, "bias_row must be [",
-              columns, "] or a batch of such, got ", shape_of(*bias_row));
-    check_same_dtype("bias_row", *bias_row, "product", product);
-    const int64_t groups = dim == 2 ? bias_row->size(0) : 1;
-    set_groups(args, "bias_row", groups);
-    if (bias_row->stride(-1) == 1) {  // the rows of P where they lie
-      args.bias_row = static_cast<const T*>(arguments.read_strided("bias_row", *bias_row));
-      args.bias_row_stride = groups > 1 ? bias_row->stride(0) : 0;
-    } else {
-      args.bias_row = arguments.read<T>("bias_row", *bias_row);
-      args.bias_row_stride = columns;
-    }
-  }
-  return args;
-}
 
 template <class T>
 const T* h_pointer(Arguments& arguments, const Tensor& h, const Tensor& product) {
@@ -134,37 +59,14 @@ void check_numbers(const WeightStep<T>& args) {
   }
 }
 
-template <class W, class T>
-void run(const Tensor& weight, const WeightStep<T>* layers, int64_t count) {
-  run_on(
-      weight, [&] { weight_step_cpu<T, W>(layers, count); },
-      [&](auto stream) { weight_step_cuda<T, W>(layers, count, stream); });
-}
-
 template <class T>
 void launch(const Tensor& weight, const WeightStep<T>* layers, int64_t count) {
-  switch (weight.scalar_type()) {
-    case ScalarType::Float:
-      return run<float>(weight, layers, count);
-    case ScalarType::BFloat16:
-      return run<BFloat16>(weight, layers, count);
-    case ScalarType::Half:
-      return run<Half>(weight, layers, count);
-    case ScalarType::Double:
-      if constexpr (std::is_same_v<T, double>) return run<double>(weight, layers, count);
-      [[fallthrough]];
-    default:
-      RLS_CHECK(false, "weight must be float32, bfloat16 or float16, or float64 with a float64 P, ",
-                "got ", dtype_of(weight));
-  }
-}
-
-// Calls f with a value of the compute type of `product`.
-template <class F>
-void dispatch_compute(const Tensor& product, const F& f) {
-  if (product.scalar_type() == ScalarType::Float) return f(float{});
-  check_dtype("product", product, ScalarType::Double, "float32 or float64");
-  f(double{});
+  dispatch_storage<T>(weight, [&](auto zero) {
+    using W = decltype(zero);
+    run_on(
+        weight, [&] { weight_step_cpu<T, W>(layers, count); },
+        [&](auto stream) { weight_step_cuda<T, W>(layers, count, stream); });
+  });
 }
 
 }  // namespace
@@ -227,9 +129,10 @@ void foreach_weight_step_(std::vector<Tensor> weight, std::vector<Tensor> bias,
                           std::vector<Tensor> bias_row, std::vector<Tensor> grad_bias,
                           const Tensor& h, std::vector<int64_t> groups,
                           std::vector<Tensor> first_moment, std::vector<Tensor> second_moment,
-                          std::vector<Tensor> health, const std::optional<Tensor>& rate, double lr,
-                          double momentum, double beta2, double weight_decay, double eps,
-                          double gain, bool divide_by_h) {
+                          std::vector<Tensor> health, const std::optional<Tensor>& rate,
+                          const std::optional<Tensor>& norms, double lr, double momentum,
+                          double beta2, double weight_decay, double eps, double gain, double trust,
+                          bool divide_by_h) {
   const size_t count = weight.size();
   RLS_CHECK(count > 0, "weight must hold at least one layer");
   for (auto* list : {&bias, &product, &bias_row, &grad_bias, &health})
@@ -248,7 +151,16 @@ void foreach_weight_step_(std::vector<Tensor> weight, std::vector<Tensor> bias,
     std::vector<WeightStep<T>> layers;
     const T* next_h = h_pointer<T>(arguments, h, product[0]);
     const float* factor = rate ? arguments.read<float>("rate", *rate) : nullptr;
-    int64_t h_left = h.numel();
+    const int64_t matrices = h.numel();
+    int64_t h_left = matrices;
+    const T* next_norm = nullptr;
+    if (norms) {
+      RLS_CHECK(second_moment.empty(), "the adaptive form takes no norms");
+      RLS_CHECK(trust > 0, "trust must be > 0, got ", trust);
+      check_shape("norms", *norms, {2, matrices});
+      check_same_dtype("norms", *norms, "product", product[0]);
+      next_norm = arguments.read<T>("norms", *norms);
+    }
     for (size_t i = 0; i < count; ++i) {
       check_same_dtype("every weight", weight[i], "the first", weight[0]);
       check_same_dtype("every product", product[i], "the first", product[0]);
@@ -258,6 +170,12 @@ void foreach_weight_step_(std::vector<Tensor> weight, std::vector<Tensor> bias,
       RLS_CHECK(groups[i] <= h_left, "h must have as many elements as the layers have groups");
       args.h = next_h;
       next_h += groups[i];
+      if (norms) {
+        args.norms = next_norm;
+        next_norm += groups[i];
+      }
+      args.matrices = matrices;
+      args.trust = trust;
       h_left -= groups[i];
       if (!first_moment.empty())
         args.first_moment = moment_pointer<T>(arguments, "first_moment", first_moment[i],

@@ -24,7 +24,7 @@ Operator = torch._ops.OpOverload
 # unlike torch.compiler.disable, it leaves the import of dynamo to use
 outside_dynamo = torch._disable_dynamo
 is_transformed = torch._C._functorch.is_functorch_wrapped_tensor  # by vmap, grad and the like
-foreach_copy_, foreach_norm = torch._foreach_copy_, torch._foreach_norm
+foreach_copy_ = torch._foreach_copy_
 
 cpu_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 cudnn_rnn = torch.ops.aten._cudnn_rnn

@@ -111,6 +111,7 @@ def _patches() -> Iterator[tuple[str, Callable[[], object]]]:
 def _weights() -> Iterator[tuple[str, Callable[[], object]]]:
     step, adaptive = torch.ops.rlscuda.weight_step_, torch.ops.rlscuda.adaptive_weight_step_
     ahead = torch.ops.rlscuda.foreach_nesterov_
+    complete = torch.ops.rlscuda.foreach_complete_products_
     for case in shapes.WEIGHTS:
         c, n = case.outputs, case.inputs
         W, b, D, G, M = (torch.ones(s) for s in ((c, n), c, (c, n + 1), (c, n), (c, n + 1)))
@@ -123,6 +124,10 @@ def _weights() -> Iterator[tuple[str, Callable[[], object]]]:
         yield (
             f"weight {case.name}, adaptive",
             lambda x=(*common, G, row, g, h, M, v): adaptive(*x, 1e-3, 0.9, 0.99, 0.01, 1e-8, 5),
+        )
+        yield (
+            f"complete {case.name}",
+            lambda x=([D], [W], [b], [row], [g], [1]): complete(*x),
         )
         yield (
             f"momentum {case.name}",

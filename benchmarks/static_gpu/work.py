@@ -228,12 +228,28 @@ def _weight_step(call: Call, launch: Launch) -> Work:
     for product in sizes["product"] if listed else [sizes["product"]]:
         rows, columns = prod(product["shape"][:-1]), product["shape"][-1]
         elements = rows * columns
-        way = "narrow" if columns <= constant("weight_step.cu", "kNarrow") else "wide"
+        way = "narrow" if columns <= constant("weight_layers.h", "kNarrow") else "wide"
         _add(loaded, f"weight_step {way}", FLOAT * elements * (2 + has_moment + has_row))
         if adaptive:
             _add(loaded, f"weight_step {way}, norm", FLOAT * elements * (2 + has_row))
         moved += FLOAT * elements * (3 + 2 * has_moment + adaptive)
     return Work(_largest_first(loaded), moved, 4 if adaptive else 3)
+
+
+def _complete(call: Call, launch: Launch) -> Work:
+    loaded: dict[str, float] = {}
+    moved = 0.0
+    for product in call.sizes["product"]:
+        rows, columns = prod(product["shape"][:-1]), product["shape"][-1]
+        way = "narrow" if columns <= constant("weight_layers.h", "kNarrow") else "wide"
+        _add(loaded, f"complete {way}", 3 * FLOAT * rows * columns)
+        moved += FLOAT * (3 * rows * columns + 2 * rows)
+    return Work(_largest_first(loaded), moved, 4)
+
+
+def _norms(call: Call, launch: Launch) -> Work:
+    rows = sum(product["shape"][0] for product in call.sizes["product"])
+    return Work({"product norms": 2 * FLOAT * rows}, 2 * FLOAT * rows, 2)
 
 
 def _nesterov(call: Call, launch: Launch) -> Work:
@@ -271,6 +287,8 @@ _KERNELS: dict[str, Callable[[Call, Launch], Work]] = {
     "patch_sketch_rows_kernel": _sketch_rows,
     "patch_sample_kernel": _sample,
     "weight_step_kernel": _weight_step,
+    "complete_products_kernel": _complete,
+    "product_norms_kernel": _norms,
     "nesterov_kernel": _nesterov,
     "nonfinite_kernel": _nonfinite,
     "rls_bank_kernel": _bank,

@@ -11,25 +11,10 @@
 #include "kernels.h"
 #include "parallel.h"
 #include "simd.h"
+#include "weight_rows.h"
 
 namespace rlscuda {
 namespace {
-
-// The parameter row as it lies in memory: dense, or [channels, kh, kw] with strides.
-template <class W, class F>
-ALWAYS_INLINE void for_each_weight(const RowLayout& layout, W* weight, int64_t i, int64_t n,
-                                   const F& f) {
-  W* row = weight + i * layout.row_stride;
-  if (layout.dense) {
-    for (int64_t j = 0; j < n; ++j) f(row[j], j);
-    return;
-  }
-  int64_t j = 0;
-  for (int64_t c = 0; c < layout.size[0]; ++c)
-    for (int64_t y = 0; y < layout.size[1]; ++y)
-      for (int64_t x = 0; x < layout.size[2]; ++x)
-        f(row[c * layout.stride[0] + y * layout.stride[1] + x * layout.stride[2]], j++);
-}
 
 template <class T, class W>
 ALWAYS_INLINE void move_row(const WeightStep<T>& a, const StepConstants& c, int64_t i,
@@ -44,23 +29,17 @@ ALWAYS_INLINE void move_row(const WeightStep<T>& a, const StepConstants& c, int6
   }
 }
 
-// D[i, :] += g_b[i] P[n, :], where the bias was left out of the product.
-template <class T, class W>
-ALWAYS_INLINE void complete_row(const WeightStep<T>& a, int64_t i, T* row, int64_t columns) {
-  if (!a.bias_row) return;
-  const T g = to_compute<T>(static_cast<const W*>(a.grad_bias)[i]);
-  const T* p = a.bias_row + (i / a.rows_per_group) * a.bias_row_stride;
-  for (int64_t j = 0; j < columns; ++j) row[j] += g * p[j];
-}
-
 template <class T, class W>
 ALWAYS_INLINE void linear_rows(const WeightStep<T>& a, const StepConstants& c, int64_t i0,
                                int64_t i1) {
   const int64_t columns = a.n + (a.bias != nullptr);
+  const T limit = T(c.lr / a.trust);
   for (int64_t i = i0; i < i1; ++i) {
-    const T h = a.h ? a.h[i / a.rows_per_group] : T(1);
-    if (!std::isfinite(h)) continue;
-    const T scale = a.divide_by_h ? T(1) / h : T(1);
+    const int64_t group = i / a.rows_per_group;
+    const T divisor = divisor_of(a.h ? a.h[group] : T(1), a.divide_by_h,
+                                 a.norms ? a.norms + group : nullptr, a.matrices, limit);
+    if (!std::isfinite(divisor)) continue;
+    const T scale = T(1) / divisor;
     T* __restrict row = a.product + i * columns;
     complete_row<T, W>(a, i, row, columns);
     if (a.first_moment) {

@@ -7,103 +7,34 @@
 // several rows of one layer, so that the constants of the step, powers in float64, are worked out
 // once for all of them. The product is completed by the bias' part on the way and not written back.
 // Traffic of float32, in bytes an element: D, G and M read, M written, W read and written, 24.
-#include <algorithm>
-#include <stdexcept>
-
-#include "half.h"
-#include "kernels.h"
-#include "launch.h"
-#include "layer_list.h"
+#include "weight_layers.h"
 
 namespace rlscuda {
 namespace {
 
-constexpr int kThreads = 128, kWarps = kThreads / 32;
-constexpr uint32_t kNarrow = 256;  // columns up to which a warp takes a row
-template <class T>
-constexpr uint32_t kUnroll = 16 / sizeof(T);  // elements of a row that a thread has in flight
-constexpr int64_t kTargetBlocks = 2048;  // of a launch; a block has at least kLeastWork elements
-constexpr int64_t kLeastWork = 1024;
-
-template <class T>
-struct Layer {
-  void* weight;
-  void* bias;
-  const T* product;
-  const T* grad;
-  const T* bias_row;
-  const void* grad_bias;
-  const T* h;
-  T* first_moment;
-  T* second_moment;
-  const double* health;
-  int64_t row_stride, stride[3], bias_row_stride, bias_stride;
-  uint32_t height, width;  // of a convolution's kernel; 0 where a row is dense
-  uint32_t rows, rows_per_group, n;
-  uint32_t rows_per_block, end;  // the first block that is not for this layer
-};
-
-template <class T, int LAYERS>
-struct Call {
-  WeightStep<T> common;  // its constants; the pointers are those of the layers
-  int64_t count;
-  Layer<T> layer[LAYERS];
-};
-constexpr int kFewLayers = 21, kManyLayers = 184;
-static_assert(sizeof(Call<float, kFewLayers>) <= 4096);
-static_assert(sizeof(Call<float, kManyLayers>) <= 32764);
+using namespace weights;
 
 // What a row needs of its layer and of the step.
 template <class T>
 struct Step {
-  T rate, keep, momentum, rest, beta2, rest2, correction2, eps;
+  T rate, keep, momentum, rest, beta2, rest2, correction2, eps, limit;
 };
-
-// Sum over the threads that share a row, the same for each of them.
-template <int ROW_THREADS, class T>
-__device__ T row_sum(T x, T* sums) {
-  for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(~0u, x, d);
-  if (ROW_THREADS == 32) return x;
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
-  __syncthreads();
-  T total = 0;
-  for (int w = 0; w < kWarps; ++w) total += sums[w];
-  return total;
-}
-
-// Where column j of a row of the parameter lies.
-template <class T>
-__device__ __forceinline__ int64_t offset(const Layer<T>& a, uint32_t j) {
-  if (a.width == 0) return j;
-  const uint32_t y = j / a.width, x = j % a.width, c = y / a.height;
-  return c * a.stride[0] + (y % a.height) * a.stride[1] + x * a.stride[2];
-}
-
-// Adds the bias' part to D[i, j] of a thread's columns j0, j0 + ROW_THREADS, ...
-template <int ROW_THREADS, class T>
-__device__ __forceinline__ void complete(T (&product)[kUnroll<T>], const T* bias_row, T grad_bias,
-                                         uint32_t j0, uint32_t columns) {
-  if (!bias_row) return;
-#pragma unroll
-  for (uint32_t u = 0; u < kUnroll<T>; ++u)
-    product[u] += grad_bias * bias_row[min(j0 + u * ROW_THREADS, columns - 1)];
-}
 
 template <int ROW_THREADS, class T, class W>
 __device__ void move_row(const Layer<T>& a, const WeightStep<T>& common, const Step<T>& step,
                          uint32_t i, T* sums) {
   const uint32_t first = threadIdx.x % ROW_THREADS, columns = a.n + (a.bias != nullptr);
   const uint32_t group = i / a.rows_per_group;
-  const T h = a.h ? a.h[group] : T(1);
-  if (!std::isfinite(h)) return;
+  const T divisor = divisor_of(a.h ? a.h[group] : T(1), common.divide_by_h,
+                               a.norms ? a.norms + group : nullptr, common.matrices, step.limit);
+  if (!std::isfinite(divisor)) return;
   W* weight = static_cast<W*>(a.weight) + i * a.row_stride;
   const T* product = a.product + int64_t(i) * columns;
   const T* bias_row = a.bias_row ? a.bias_row + group * a.bias_row_stride : nullptr;
   const T grad_bias = a.grad_bias ? to_compute<T>(static_cast<const W*>(a.grad_bias)[i]) : T(0);
   T* moment = a.first_moment ? a.first_moment + int64_t(i) * columns : nullptr;
 
-  T scale = common.divide_by_h ? 1 / h : T(1), rate = step.rate, momentum = step.momentum;
+  T scale = 1 / divisor, rate = step.rate, momentum = step.momentum;
   if (a.second_moment) {
     const T* grad = a.grad + int64_t(i) * a.n;
     T part = 0;
@@ -174,7 +105,8 @@ __global__ void __launch_bounds__(kThreads)
             T(own.beta2),
             T(1 - own.beta2),
             T(c.correction2),
-            T(own.eps)};
+            T(own.eps),
+            T(c.lr / own.trust)};
   }
   __syncthreads();
   const Step<T> here = step;
@@ -192,45 +124,15 @@ template <class T>
 bool same_constants(const WeightStep<T>& a, const WeightStep<T>& b) {
   return a.rate == b.rate && a.lr == b.lr && a.momentum == b.momentum && a.beta2 == b.beta2 &&
          a.weight_decay == b.weight_decay && a.eps == b.eps && a.step == b.step &&
-         a.gain == b.gain && a.divide_by_h == b.divide_by_h;
-}
-
-template <class T>
-Layer<T> layer_of(const WeightStep<T>& a) {
-  const RowLayout& layout = a.layout;
-  Layer<T> layer{a.weight,    a.bias, a.product,      a.grad,          a.bias_row,
-                 a.grad_bias, a.h,    a.first_moment, a.second_moment, a.health};
-  layer.row_stride = layout.row_stride;
-  std::copy(layout.stride, layout.stride + 3, layer.stride);
-  layer.bias_row_stride = a.bias_row_stride;
-  layer.bias_stride = a.bias_stride;
-  layer.height = layout.dense ? 0 : uint32_t(layout.size[1]);
-  layer.width = layout.dense ? 0 : uint32_t(layout.size[2]);
-  layer.rows = uint32_t(a.rows);
-  layer.rows_per_group = uint32_t(a.rows_per_group);
-  layer.n = uint32_t(a.n);
-  return layer;
+         a.gain == b.gain && a.trust == b.trust && a.divide_by_h == b.divide_by_h;
 }
 
 template <class T, class W, int LAYERS>
 void launch_layers(const WeightStep<T>* layers, int64_t count, CudaStream stream) {
   Call<T, LAYERS> call;
-  call.common = layers[0];
-  call.count = count;
-  int64_t work = 0, end = 0;
-  for (int64_t l = 0; l < count; ++l) work += layers[l].rows * (layers[l].n + 1);
-  const int64_t share = std::max(kLeastWork, work / kTargetBlocks);
-  for (int64_t l = 0; l < count; ++l) {
-    Layer<T>& layer = call.layer[l] = layer_of(layers[l]);
-    const int64_t least = layer.n <= kNarrow ? kWarps : 1;
-    const int64_t rows = std::max(least, share / (int64_t(layer.n) + 1));
-    layer.rows_per_block = uint32_t(std::min<int64_t>(rows, UINT32_MAX / 2));
-    end += (int64_t(layer.rows) + rows - 1) / rows;
-    if (end > INT32_MAX) throw std::runtime_error("weight is too large for one launch");
-    layer.end = uint32_t(end);
-  }
-  if (end > 0)
-    launch(weight_step_kernel<T, W, LAYERS>, dim3(uint32_t(end)), dim3(kThreads), 0, stream, call);
+  const int64_t blocks = share_rows(call, layers, count);
+  if (blocks > 0)
+    launch(weight_step_kernel<T, W, LAYERS>, grid_of(blocks), dim3(kThreads), 0, stream, call);
 }
 
 }  // namespace

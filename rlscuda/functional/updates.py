@@ -272,6 +272,11 @@ def _(grad, grad_bias, average, h, place, groups, rows, momentum):
     return first.new_empty(matrices, rows, first.shape[1]), first.new_empty(matrices, rows)
 
 
+@fake("foreach_complete_products_")
+def _(product, weight, bias, bias_row, grad_bias, groups):
+    return product[0].new_empty(2, sum(groups))
+
+
 @fake("nonfinite")
 def _(tensors):
     return tensors[0].new_empty((), dtype=torch.bool)

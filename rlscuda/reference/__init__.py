@@ -19,6 +19,7 @@ from rlscuda.reference.updates import (
     running_power,
     spectral_direction,
     spectral_weight_step,
+    trusted,
     weight_step,
 )
 
@@ -41,5 +42,6 @@ __all__ = [
     "running_power",
     "spectral_direction",
     "spectral_weight_step",
+    "trusted",
     "weight_step",
 ]

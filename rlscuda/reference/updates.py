@@ -178,6 +178,23 @@ def weight_step(
     return (1 - lr * weight_decay) * W - lr * buffer, buffer
 
 
+def trusted(h: Tensor, D: Tensor, W: Tensor, lr: float, trust: float) -> Tensor:
+    r"""What D is divided by so that the step :math:`\eta D / h` is no longer than trust |W|.
+
+    Args:
+        h: What it is divided by anyway [].
+        D: The product of a matrix [c, n].
+        W: Its weight [c, n], a bias as its last column.
+        lr: :math:`\eta`.
+        trust: The longest step, as a part of the norm of a weight that is not zero.
+
+    Returns:
+        [].
+    """
+    size = torch.linalg.vector_norm(W)
+    return torch.maximum(h, lr / trust * torch.linalg.vector_norm(D) / size) if size > 0 else h
+
+
 @dataclass
 class AdaptiveStep:
     r"""The constants of the adaptive weight step.

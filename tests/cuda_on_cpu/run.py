@@ -24,7 +24,7 @@ PATCHES, WEIGHTS = "tests/ops/patches/test_patch_ops.py", "tests/ops/steps/test_
 NONFINITE = "tests/ops/steps/test_nonfinite.py"
 UPDATES, LAYERS = "tests/ops/test_rls_update.py", "tests/ops/test_foreach_ops.py"
 HELD, RIDGES = "tests/ops/test_rls_held.py", "tests/ops/ridges/test_rls_ridge.py"
-AHEAD = "tests/ops/steps/test_nesterov.py"
+AHEAD, MOVES = "tests/ops/steps/test_nesterov.py", "tests/ops/steps/test_many_layers.py"
 BANK = "tests/ops/filters/test_rls_bank.py"
 REAL = "not opcheck and not compiles and not threads and not complex and not conjugated"
 RUNS = [  # order of threads and blocks, pytest arguments
@@ -36,16 +36,18 @@ RUNS = [  # order of threads and blocks, pytest arguments
         [UPDATES, WEIGHTS, NONFINITE, "-k", REAL],
     ),
     ("ascending", [AHEAD]),
+    ("ascending", [MOVES, "-k", "not threads"]),
     ("shuffled", [AHEAD, "-k", "equals or launch"]),
     ("ascending", [HELD, "-k", "not opcheck and not compiles and not follows"]),
     ("ascending", [BANK, "-k", "not opcheck and not threads and not wrong"]),
     ("shuffled", [BANK, "-k", "equals and forget and float64 or named or twice"]),
     ("descending", [BANK, "-k", "equals and ridges or fault or resets"]),
     ("shuffled", [HELD, "-k", "equals and shrinkage or reset_in or refused and None"]),
-    ("descending", [LAYERS, "-k", "not float64"]),
+    ("descending", [LAYERS, MOVES, "-k", "not float64 and not threads"]),
     ("descending", [HELD, "-k", "float32_follows or holds"]),
     ("shuffled", [RIDGES, "-k", "not dead and not 130 and not 200"]),
     ("shuffled", [LAYERS, "-k", "mixed_layers and not float16 or high_ranks or follows"]),
+    ("shuffled", [MOVES, "-k", "measured and 1 and not float16 or within"]),
 ]
 
 

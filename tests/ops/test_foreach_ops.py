@@ -1,12 +1,11 @@
-"""foreach_rls_update_ and foreach_weight_step_: many layers a call, against the reference."""
+"""foreach_rls_update_: the matrices of many layers a call, against the reference."""
 
-import itertools
 import math
 from dataclasses import dataclass
 
 import pytest
 import torch
-from support.compare import TOLERANCE, assert_close, random_spd
+from support.compare import assert_close, random_spd
 from torch import Tensor
 
 import rlscuda.functional  # noqa: F401  (its import registers the operators)
@@ -231,136 +230,6 @@ def test_the_same_call_gives_the_same_bits(n, rank):
         layers.update(RULES["drift"])
         results.append(layers.P[0])
     assert torch.equal(*results)
-
-
-SHAPES = {
-    "linear": ((5, 7), 1), "wide": ((3, 300), 1), "one": ((1, 1), 1), "many": ((40, 33), 1),
-    "conv": ((6, 2, 3, 3), 2), "long": ((4, 31, 3, 3), 1), "depthwise": ((8, 1, 2, 3), 8),
-}  # fmt: skip
-PAIRS = [
-    (torch.float32, torch.float32), (torch.float32, torch.bfloat16),
-    (torch.float32, torch.float16), (torch.float64, torch.float64), (torch.float64, torch.float32),
-]  # fmt: skip
-
-
-class Steps:
-    """The arguments of a step of many layers, and what it must make of them, in float64."""
-
-    def __init__(self, compute, storage, adaptive, momentum=0.9, repeat=1, bad_group=False):
-        self.compute, self.adaptive, self.momentum = compute, adaptive, momentum
-        kinds = list(itertools.product(SHAPES.values(), (True, False), (False, True))) * repeat
-        names = "weight bias product grad bias_row grad_bias h first second health matrices"
-        for name in names.split():
-            setattr(self, name, [])
-        self.groups = []
-        empty = torch.empty(0, dtype=storage)
-        for (shape, groups), bias, last in kinds:
-            c, n = shape[0], math.prod(shape[1:])
-            weight = torch.randn(shape).to(storage)
-            if last:  # another dense layout
-                weight = weight.to(memory_format=torch.channels_last) if len(shape) == 4 else (
-                    weight.t().contiguous().t())  # fmt: skip
-            P = random_spd(groups, n + bias, dtype=compute)
-            grad = torch.randn(c, n).to(compute)
-            grad_bias = torch.randn(c).to(storage) if bias else empty
-            product = torch.zeros(c, n + bias, dtype=compute)
-            product.view(groups, -1, n + bias).copy_(grad.view(groups, -1, n) @ P[:, :n])
-            G = torch.cat([grad, grad_bias[:, None].to(compute)], 1).double() if bias else (
-                grad.double())  # fmt: skip
-            D = (G.view(groups, -1, n + bias) @ P.double()).flatten(0, 1)
-            self.matrices.append((D, G))
-            self.weight.append(weight)
-            self.bias.append(torch.randn(c).to(storage) if bias else empty)
-            self.product.append(product)
-            self.grad.append(grad)
-            self.bias_row.append(P[:, n] if bias else torch.empty(0, dtype=compute))
-            self.grad_bias.append(grad_bias)
-            self.h.append(1 + torch.rand(groups).to(compute))
-            self.first.append(torch.randn(c, n + bias).to(compute))
-            self.second.append(torch.rand(c).to(compute))
-            health = torch.zeros(len(SLOTS), dtype=torch.float64)
-            health[STEPS], health[MISSING] = 4, len(self.health) % 3
-            health[EARLIER] = len(self.health) % 4
-            self.health.append(health)
-            self.groups.append(groups)
-        if bad_group:
-            self.h[-1][0] = math.nan
-
-    def run(self, divide=False, rate=None, gain=0.0):
-        moments = self.adaptive or self.momentum > 0
-        _ops.foreach_weight_step_(
-            self.weight, self.bias, self.product, self.grad if self.adaptive else [],
-            self.bias_row, self.grad_bias, torch.cat(self.h), self.groups,
-            self.first if moments else [], self.second if self.adaptive else [], self.health, rate,
-            0.05, self.momentum, 0.99, 0.1, 1e-8, gain, divide,
-        )  # fmt: skip
-
-    def stacked(self, layer: int) -> Tensor:
-        weight = self.weight[layer].flatten(1)
-        bias = self.bias[layer]
-        return torch.cat([weight, bias[:, None]], 1).double() if len(bias) else weight.double()
-
-    def expected(self, layer: int, divide: bool, rate: float, gain: float):
-        W, (D, G), M = self.stacked(layer), self.matrices[layer], self.first[layer].double()
-        health, lr = self.health[layer], 0.05 * rate
-        if gain > 0:
-            counted = (health[EARLIER] + health[STEPS]).item()  # those that saw no input too
-            lr *= gain / max(gain, 1 / counted)
-        if self.adaptive:
-            constants = reference.AdaptiveStep(lr, self.momentum, 0.99, 0.1, 1e-8)
-            v = self.second[layer].double()
-            W_new, M_new, v_new = reference.adaptive_weight_step(W, D, G, M, v, 4, constants)
-        else:
-            h = self.h[layer].double().repeat_interleave(len(W) // self.groups[layer])
-            W_new, M_new = reference.weight_step(
-                W, D, lr, M if self.momentum else None, self.momentum, 0.1, h if divide else None
-            )
-            v_new = self.second[layer].double()
-        if not (self.adaptive or self.momentum):
-            M_new = M
-        still = self.h[layer].isnan().repeat_interleave(len(W) // self.groups[layer])
-        for old, new in ((W, W_new), (M, M_new), (self.second[layer].double(), v_new)):
-            new[still] = old[still]
-        return W_new, M_new, v_new
-
-    def check(self, **options):
-        values = {"divide": False, "rate": 1.0, "gain": 0.0, **options}
-        exact = [self.expected(layer, **values) for layer in range(len(self.weight))]
-        rate = torch.tensor(values["rate"]) if "rate" in options else None
-        strides = [w.stride() for w in self.weight]
-        self.run(values["divide"], rate, values["gain"])
-        assert strides == [w.stride() for w in self.weight]
-        for layer, (W, M, v) in enumerate(exact):
-            rtol, atol = TOLERANCE[self.weight[layer].dtype]
-            torch.testing.assert_close(self.stacked(layer), W, rtol=2 * rtol, atol=20 * atol)
-            assert_close(self.first[layer], M, 20)
-            assert_close(self.second[layer], v, 50)
-
-
-@pytest.mark.parametrize("compute, storage", PAIRS, ids=str)
-@pytest.mark.parametrize("adaptive", [True, False])
-def test_step_of_mixed_layers_equals_the_reference(compute, storage, adaptive):
-    Steps(compute, storage, adaptive).check()
-
-
-@pytest.mark.parametrize("momentum", [0.0, 0.5])
-@pytest.mark.parametrize("divide", [True, False])
-def test_step_of_the_plain_form(momentum, divide):
-    Steps(torch.float32, torch.float32, False, momentum).check(divide=divide)
-
-
-@pytest.mark.parametrize("adaptive", [True, False])
-def test_rate_and_gain_scale_the_step_on_the_device(adaptive):
-    Steps(torch.float64, torch.float64, adaptive).check(rate=0.25, gain=0.1)
-
-
-@pytest.mark.parametrize("adaptive", [True, False])
-def test_rows_of_a_refused_matrix_are_left_alone(adaptive):
-    Steps(torch.float64, torch.float64, adaptive, bad_group=True).check()
-
-
-def test_step_of_more_layers_than_one_launch_takes():
-    Steps(torch.float32, torch.float32, True, repeat=8).check()
 
 
 WRONG = {

@@ -88,7 +88,15 @@ def _foreach_weight_step() -> list[Any]:
         [torch.randn(4, 4), torch.randn(4, 18)], [torch.randn(4, 3), torch.randn(4, 18)],
         [torch.randn(4), none], [torch.randn(4), none], torch.ones(3), [1, 2],
         [torch.zeros(4, 4), torch.zeros(4, 18)], [torch.zeros(4), torch.zeros(4)],
-        [health(), health()], torch.tensor(0.5), 0.1, 0.9, 0.99, 0.01, 1e-8, 0.1, False,
+        [health(), health()], torch.tensor(0.5), None, 0.1, 0.9, 0.99, 0.01, 1e-8, 0.1, 1.0, False,
+    ]  # fmt: skip
+
+
+def _foreach_complete_products() -> list[Any]:
+    none = torch.empty(0)
+    return [
+        [torch.randn(4, 4), torch.randn(4, 18)], [torch.randn(4, 3), torch.randn(4, 2, 3, 3)],
+        [torch.randn(4), none], [torch.randn(4), none], [torch.randn(4), none], [1, 2],
     ]  # fmt: skip
 
 
@@ -112,6 +120,7 @@ def _factors_agree() -> list[Any]:
 VALID: dict[str, Callable[[], list[Any]]] = {
     "adaptive_weight_step_": _adaptive_weight_step,
     "factors_agree": _factors_agree,
+    "foreach_complete_products_": _foreach_complete_products,
     "foreach_nesterov_": _foreach_nesterov,
     "foreach_rls_update_": _foreach_rls_update,
     "foreach_weight_step_": _foreach_weight_step,

@@ -24,7 +24,8 @@ class Stream:
     Attributes:
         kernel: The kernel, without its template arguments.
         file: The source file of the lines.
-        lines: Texts of the lines whose loads (or products) belong to the stream.
+        lines: Texts of the lines whose loads (or products) belong to the stream, with their file
+            where it is another.
         through: (file, text) of a line that they are inlined by, if that tells them from others.
         products: Whether the stream is of multiply-adds on shared memory, not of loads.
         narrow: Whether it is the one of single elements, of two that are alike but for that.
@@ -32,7 +33,7 @@ class Stream:
 
     kernel: str
     file: str
-    lines: tuple[str, ...]
+    lines: tuple[str | tuple[str, str], ...]
     through: tuple[str, str] | None = None
     products: bool = False
     narrow: bool = False
@@ -41,13 +42,17 @@ class Stream:
 _ROW = ("if (c < left) v = *reinterpret_cast<const Packed<T, VEC>*>(row + c);",)
 _TILE = ("if (i < n && j < n) v = *reinterpret_cast<const Packed<T, VEC>*>(P + i * n + j);",)
 _FMA = ("acc[r][q] -= rows[r] * columns[q];",)
-_BIAS = "product[u] += grad_bias * bias_row[min("
+_BIAS = ("weight_layers.h", "product[u] += grad_bias * bias_row[min(")
 _STEP = (
     "direction[u] = product[j];", "if (moment) old[u] = moment[j];", "before[u] = *w[u];", _BIAS,
 )  # fmt: skip
 _NORM = (" d[u] = product[j];", "g[u] = j < a.n ? grad[j] : grad_bias;", _BIAS)
 _AHEAD = ("seen[u] = j < call.columns ? grad[j] : bias;", "before[u] = average[j];")
+_COMPLETE = (
+    " d[u] = product[j];", "w[u] = j < a.n ? weight[offset(a, j)]", _BIAS,
+)  # fmt: skip
 _PROJECT, _TILES, _WEIGHT = "rls_project.h", "rls_tiles.h", "weight_step.cu"
+_PRODUCTS = "complete_products.cu"
 _RANKS = {
     "1 row": "project_ranks<1, VEC>(",
     "2 to 4 rows": "project_ranks<4, VEC>(",
@@ -100,6 +105,16 @@ STREAMS: dict[str, Stream] = {
         "rls_bank_kernel", "rls_bank.cu", ("P[i * n + j] = scale * (P[i * n + j] -",),
         ("rls_bank.cu", "subtract<THREADS>(P, v, T(1 / rule.forgetting), n);"),
     ),
+    "complete wide": Stream(
+        "complete_products_kernel", _PRODUCTS, _COMPLETE,
+        (_PRODUCTS, "complete_row<kThreads, T, W>("),
+    ),
+    "complete narrow": Stream(
+        "complete_products_kernel", _PRODUCTS, _COMPLETE, (_PRODUCTS, "complete_row<32, T, W>(")
+    ),
+    "product norms": Stream(
+        "product_norms_kernel", _PRODUCTS, ("total += double(squares[i]);",)
+    ),
     "weight_step wide": Stream("weight_step_kernel", _WEIGHT, _STEP, (_WEIGHT, _WIDE)),
     "weight_step narrow": Stream("weight_step_kernel", _WEIGHT, _STEP, (_WEIGHT, _NARROW)),
     "weight_step wide, norm": Stream("weight_step_kernel", _WEIGHT, _NORM, (_WEIGHT, _WIDE)),
@@ -150,7 +165,8 @@ def main_of(stream: Stream, kernel: Kernel) -> Main:
     Raises:
         LookupError: The kernel has no such loads.
     """
-    lines = {line_of(stream.file, text) for text in stream.lines}
+    of_file = [(stream.file, at) if isinstance(at, str) else at for at in stream.lines]
+    lines = {line_of(file, text) for file, text in of_file}
     through = line_of(*stream.through) if stream.through else None
 
     def near(i: Instruction) -> bool | None:

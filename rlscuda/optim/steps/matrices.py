@@ -127,12 +127,12 @@ def follow_power(
     return now, fits
 
 
-def products(chunk: list[Move], P: Tensor, copy: bool) -> list[Tensor]:
+def products(chunk: list[Move], P: Tensor) -> list[Tensor]:
     """Writes every product G P, without a bias' part unless it goes through the factors.
 
     Returns:
         For each layer the row of `P` [n] or [groups, n] that the bias' part takes, an empty tensor
-        where it takes none; copies, if `P` is still to change.
+        where it takes none.
     """
     none = P.new_empty(0)
     bias_rows = [none] * len(chunk)
@@ -149,9 +149,6 @@ def products(chunk: list[Move], P: Tensor, copy: bool) -> list[Tensor]:
             torch.mm(move.factors.delta.t(), projected, out=move.product)
             continue
         layer.multiply(move.grad, matrix, out=move.product)
-        if layer.bias:
+        if layer.bias and move.outputs:  # rows of a weight may all be on other processes
             bias_rows[i] = layer.bias_row(matrix)
-    if not copy or all(row is none for row in bias_rows):
-        return bias_rows
-    copies = torch.cat([row.flatten() for row in bias_rows]).split([r.numel() for r in bias_rows])
-    return [part.view(row.shape) for part, row in zip(copies, bias_rows)]
+    return bias_rows

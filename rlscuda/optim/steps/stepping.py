@@ -8,6 +8,7 @@ spectral  P moves, then W along the direction that G's momentum has in the metri
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -18,7 +19,7 @@ from rlscuda.optim.moves import Move, Workspace, prepare
 from rlscuda.optim.ranks.shards import local
 from rlscuda.optim.steps.matrices import products, update_matrices
 from rlscuda.optim.steps.spectral import write_directions
-from rlscuda.optim.steps.weights import biases_of, move_weights
+from rlscuda.optim.steps.weights import biases_of, complete_products, move_weights
 
 _nonfinite = torch.ops.rlscuda.nonfinite.default
 
@@ -95,15 +96,18 @@ def _most_rows(move: Move) -> int:
 def _step_chunk(chunk: list[Move], found_inf: Tensor | None, workspace: Workspace) -> None:
     """The step of layers of one group, dtype and device."""
     group, P = chunk[0].group, chunk[0].state["P"]
-    form = group["form"]
+    form, bounded = group["form"], group["trust_ratio"] < math.inf
     prepare(chunk, workspace)
-    if form == "paper":  # its product is with the P of before the update
-        bias_rows = products(chunk, P, copy=True)
+    biases, bias_gradients = biases_of(chunk, P)
+    norms, bias_rows = None, [P.new_empty(0)] * len(chunk)
+    if form == "paper":  # its product is with the P of before the update, whose row is lost then
+        norms = complete_products(chunk, biases, bias_gradients, products(chunk, P))
     h = update_matrices(chunk, group, found_inf)
-    biases, bias_gradients = biases_of(chunk, h)
     if form == "spectral":
-        bias_rows = [h[:0]] * len(chunk)
         write_directions(chunk, bias_gradients, h, group)
     elif form != "paper":
-        bias_rows = products(chunk, P, copy=False)
-    move_weights(chunk, group, h, biases, bias_gradients, bias_rows)
+        bias_rows = products(chunk, P)
+        if bounded:
+            norms = complete_products(chunk, biases, bias_gradients, bias_rows)
+            bias_rows = [P.new_empty(0)] * len(chunk)
+    move_weights(chunk, group, h, biases, bias_gradients, bias_rows, norms if bounded else None)

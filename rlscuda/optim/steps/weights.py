@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlscuda._torch import foreach_norm
 from rlscuda.optim.forms import NORMALISED
 from rlscuda.optim.moves import Move
 from rlscuda.optim.ranks.shards import local
 
+_complete_products = torch.ops.rlscuda.foreach_complete_products_.default
 _weight_step = torch.ops.rlscuda.foreach_weight_step_.default
+
+
+def complete_products(
+    chunk: list[Move],
+    biases: list[Tensor],
+    bias_gradients: list[Tensor],
+    bias_rows: list[Tensor],
+) -> Tensor:
+    """Adds to every product the bias' part that it lacks.
+
+    Returns:
+        The norms of the products and of the weights with their biases [2, matrices], each of all
+        rows of a matrix.
+    """
+    norms = _complete_products(
+        [move.product for move in chunk], [move.weight for move in chunk], biases, bias_rows,
+        bias_gradients, [move.layer.groups for move in chunk],
+    )  # fmt: skip
+    shard = chunk[0].shard
+    if shard is None:
+        return norms
+    squares = norms.square_()
+    shard.sum(squares)
+    return squares.sqrt_()
 
 
 def move_weights(
@@ -23,8 +46,19 @@ def move_weights(
     biases: list[Tensor],
     bias_gradients: list[Tensor],
     bias_rows: list[Tensor],
+    norms: Tensor | None,
 ) -> None:
-    """Everything of the weight updates that follows the products, in one fused pass."""
+    """Everything of the weight updates that follows the products, in one fused pass.
+
+    Args:
+        chunk: The layers.
+        group: Their parameter group.
+        h: Of each matrix in turn, not finite where nothing may move.
+        biases: Those in `P`, empty tensors where there are none.
+        bias_gradients: Likewise.
+        bias_rows: What `products` returned; empty tensors where they are complete.
+        norms: What `complete_products` returned, where the trust ratio is to hold.
+    """
     states = [move.state for move in chunk]
     adaptive, spectral = (group["form"] == form for form in ("adaptive", "spectral"))
     first: list[Tensor] = []
@@ -39,14 +73,6 @@ def move_weights(
         rate = group["lr"].to(h.device, torch.float32)  # read there, so that a graph follows it
     else:
         lr = float(group["lr"])
-    divide_by_h = group["form"] == "paper"
-    if group["trust_ratio"] < math.inf:
-        _complete(chunk, bias_rows, bias_gradients)
-        bias_rows = [h[:0]] * len(chunk)
-        h = h if divide_by_h else torch.where(h.isfinite(), 1.0, h)
-        longest = group["trust_ratio"] * (1 - group["momentum"])  # which momentum sums up
-        h = _shortened(chunk, h, biases, (lr if rate is None else rate) / longest)
-        divide_by_h = True
     here = [i for i, move in enumerate(chunk) if move.outputs]  # not all rows on other processes
     if len(here) < len(chunk):
         if not here:
@@ -56,59 +82,25 @@ def move_weights(
             [some[i] for i in here] for some in (biases, bias_rows, bias_gradients)
         )
         first, h = [first[i] for i in here] if first else [], h[here]
+        norms = None if norms is None else norms[:, here]
     states = [move.state for move in chunk]
     _weight_step(
         [move.weight for move in chunk], biases, [move.product for move in chunk],
         [move.grad for move in chunk] if adaptive else [], bias_rows, bias_gradients, h,
         [move.layer.groups for move in chunk], first,
         [state["second_moment"] for state in states] if adaptive else [],
-        [state["health"] for state in states], rate, lr, 0.0 if spectral else group["momentum"],
-        group["beta2"], group["weight_decay"], group["eps"],
+        [state["health"] for state in states], rate, norms, lr,
+        0.0 if spectral else group["momentum"], group["beta2"], group["weight_decay"], group["eps"],
         # P is still far from the input's statistics while its gain is large: warm up with it
-        group["gain"] if group["form"] in NORMALISED else 0.0, divide_by_h,
+        group["gain"] if group["form"] in NORMALISED else 0.0,
+        group["trust_ratio"] * (1 - group["momentum"]),  # which momentum sums up
+        group["form"] == "paper",
     )  # fmt: skip
 
 
-def _complete(chunk: list[Move], bias_rows: list[Tensor], bias_gradients: list[Tensor]) -> None:
-    """Adds to every product the bias' part that it lacks."""
-    for move, row, gradient in zip(chunk, bias_rows, bias_gradients):
-        if row.numel():
-            product = move.product.view(move.layer.groups, -1, move.layer.fan_in)
-            column = gradient.to(row.dtype).view(move.layer.groups, -1, 1)
-            product.addcmul_(column, row.view(move.layer.groups, 1, -1))
-
-
-def _shortened(chunk: list[Move], h: Tensor, biases: list[Tensor], rate: float | Tensor) -> Tensor:
-    """h, larger where rate |D| / h would exceed the norm of a weight that is not zero.
-
-    Norms are those of each matrix in turn: of the weight's rows with their biases.
-    """
-    products = [move.product for move in chunk]
-    weights = [move.weight.detach() for move in chunk]
-    groups = [move.layer.groups for move in chunk]
-    tensors = products + weights + [bias.detach() for bias in biases]
-    if max(groups) == 1:
-        norms = torch.stack(foreach_norm(tensors, 2, h.dtype))
-    else:
-        parts = [t.reshape(n, t.numel() // n) for t, n in zip(tensors, 3 * groups)]
-        norms = torch.cat([torch.linalg.vector_norm(p, dim=1, dtype=h.dtype) for p in parts])
-    step, weight, bias = _of_all_rows(chunk, norms.view(3, -1))
-    size = torch.hypot(weight, bias)
-    return torch.where(size > 0, torch.maximum(h, rate * step / size), h)
-
-
-def _of_all_rows(chunk: list[Move], norms: Tensor) -> Tensor:
-    """Norms [3, matrices] of whole matrices, of those of the rows that are here."""
-    if chunk[0].shard is None:
-        return norms
-    squares = norms.square()
-    chunk[0].shard.sum(squares)
-    return squares.sqrt()
-
-
-def biases_of(chunk: list[Move], h: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def biases_of(chunk: list[Move], P: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """The biases in `P` and their gradients, empty tensors where there are none."""
-    none = h[:0]
+    none = P.new_empty(0)
     biases: list[Tensor] = []
     gradients: list[Tensor] = []
     for move in chunk:
