@@ -29,7 +29,7 @@ foreach_copy_ = torch._foreach_copy_
 cpu_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 cudnn_rnn = torch.ops.aten._cudnn_rnn
 
-_Accumulator: Any = torch._C._functions.AccumulateGrad
+_Accumulator: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
 
 _PLAIN = (Tensor, nn.Parameter)
 
