@@ -62,6 +62,9 @@ STABLE_TORCH_LIBRARY(rlscuda, m) {
   m.def(
       "foreach_nesterov_(Tensor[] grad, Tensor[] grad_bias, Tensor(a!)[] average, Tensor h, "
       "int[] place, int groups, int rows, float momentum) -> (Tensor, Tensor)");
+  m.def(
+      "foreach_spectral_root_(Tensor(a!)[] gram, Tensor[] peak, Tensor[] length, Tensor[] power, "
+      "int[] block, int[] rows, int[] columns, float[] coefficients, float eps) -> ()");
 #define PATCH_ARGS                                                              \
   "(Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, " \
   "int groups, int padding_mode, bool ones"
@@ -79,6 +82,7 @@ STABLE_TORCH_LIBRARY_IMPL(rlscuda, CPU, m) {
   m.impl("rls_filter_bank_", TORCH_BOX(&rlscuda::rls_filter_bank_));
   m.impl("foreach_weight_step_", TORCH_BOX(&rlscuda::foreach_weight_step_));
   m.impl("foreach_nesterov_", TORCH_BOX(&rlscuda::foreach_nesterov_));
+  m.impl("foreach_spectral_root_", TORCH_BOX(&rlscuda::foreach_spectral_root_));
   m.impl("factors_agree", TORCH_BOX(&rlscuda::factors_agree));
   m.impl("nonfinite", TORCH_BOX(&rlscuda::nonfinite));
   m.impl("weight_step_", TORCH_BOX(&rlscuda::weight_step_));
@@ -99,6 +103,7 @@ STABLE_TORCH_LIBRARY_IMPL(rlscuda, CUDA, m) {
   m.impl("adaptive_weight_step_", TORCH_BOX(&rlscuda::adaptive_weight_step_));
   m.impl("foreach_weight_step_", TORCH_BOX(&rlscuda::foreach_weight_step_));
   m.impl("foreach_nesterov_", TORCH_BOX(&rlscuda::foreach_nesterov_));
+  m.impl("foreach_spectral_root_", TORCH_BOX(&rlscuda::foreach_spectral_root_));
   m.impl("nonfinite", TORCH_BOX(&rlscuda::nonfinite));
   m.impl("patch_mean", TORCH_BOX(&rlscuda::patch_mean));
   m.impl("patch_sketch", TORCH_BOX(&rlscuda::patch_sketch));

@@ -68,6 +68,12 @@ std::tuple<Tensor, Tensor> foreach_nesterov_(std::vector<Tensor> grad,
                                              std::vector<int64_t> place, int64_t groups,
                                              int64_t rows, double momentum);
 
+void foreach_spectral_root_(std::vector<Tensor> gram, std::vector<Tensor> peak,
+                            std::vector<Tensor> length, std::vector<Tensor> power,
+                            std::vector<int64_t> block, std::vector<int64_t> rows,
+                            std::vector<int64_t> columns, std::vector<double> coefficients,
+                            double eps);
+
 Tensor patch_mean(const Tensor& x, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
                   std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
                   int64_t padding_mode, bool ones);

@@ -244,6 +244,19 @@ def _nesterov(call: Call, launch: Launch) -> Work:
     return Work({f"nesterov {way}": 2 * FLOAT * elements}, FLOAT * (3 * elements + written), 3)
 
 
+def _spectral_root(call: Call, launch: Launch) -> Work:
+    grams = [gram["shape"] for gram in call.sizes["gram"]]
+    products = 4 * len(call.sizes["coefficients"]) // 3 - 3
+    tile = constant("spectral_root.cu", "kTile")
+    work = 0.0
+    for (blocks, m, _), rows, columns in zip(grams, call.sizes["block"], call.sizes["columns"]):
+        side = ceil(m / tile)
+        tiles = side * (side + 1) // 2 if rows <= columns else side**2
+        work += products * blocks * tiles * tile**2 * m
+    moved = FLOAT * sum(map(prod, grams)) * 2
+    return Work({"spectral_root products": work}, moved, 6)
+
+
 def _nonfinite(call: Call, launch: Launch) -> Work:
     read = sum(prod(t["shape"]) * t["item"] for t in call.sizes["tensors"])
     return Work({"nonfinite": read}, read)
@@ -272,6 +285,7 @@ _KERNELS: dict[str, Callable[[Call, Launch], Work]] = {
     "patch_sample_kernel": _sample,
     "weight_step_kernel": _weight_step,
     "nesterov_kernel": _nesterov,
+    "spectral_root_kernel": _spectral_root,
     "nonfinite_kernel": _nonfinite,
     "rls_bank_kernel": _bank,
 }

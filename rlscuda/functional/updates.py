@@ -282,5 +282,8 @@ def _(grad, x, delta, grad_bias):
     return True
 
 
-for _name in ("rls_flush_", "weight_step_", "adaptive_weight_step_", "foreach_weight_step_"):
+for _name in (
+    "rls_flush_", "weight_step_", "adaptive_weight_step_", "foreach_weight_step_",
+    "foreach_spectral_root_",
+):  # fmt: skip
     fake(_name)(lambda *arguments: None)

@@ -18,6 +18,8 @@ from rlscuda.reference.updates import (
     rls_update,
     running_power,
     spectral_direction,
+    spectral_root,
+    spectral_scale,
     spectral_weight_step,
     weight_step,
 )
@@ -40,6 +42,8 @@ __all__ = [
     "rls_update",
     "running_power",
     "spectral_direction",
+    "spectral_root",
+    "spectral_scale",
     "spectral_weight_step",
     "weight_step",
 ]

@@ -70,6 +70,11 @@ STREAMS: dict[str, Stream] = {
         "nesterov_kernel", "nesterov.cu", _AHEAD,
         ("nesterov.cu", "take_row<32, T, W>(call, q, largest);"),
     ),
+    "spectral_root products": Stream(
+        "spectral_root_kernel", "spectral_root.cu",
+        ("sums[r][q] += column.lane[r] * row.lane[q];",),
+        ("spectral_root.cu", "product(root, factor, root);"), products=True,
+    ),
     "patch_mean sums": Stream(
         "patch_mean_sums_kernel", "patch_mean.cu",
         ("image[u] = load_lanes<LANES>(from + (b + u * step) * g.stride_n);",),
