@@ -62,11 +62,11 @@ void foreach_weight_step_(std::vector<Tensor> weight, std::vector<Tensor> bias,
                           double momentum, double beta2, double weight_decay, double eps,
                           double gain, bool divide_by_h);
 
-std::tuple<Tensor, Tensor> foreach_nesterov_(std::vector<Tensor> grad,
-                                             std::vector<Tensor> grad_bias,
-                                             std::vector<Tensor> average, const Tensor& h,
-                                             std::vector<int64_t> place, int64_t groups,
-                                             int64_t rows, double momentum);
+std::tuple<Tensor, Tensor, Tensor> foreach_nesterov_(std::vector<Tensor> grad,
+                                                     std::vector<Tensor> grad_bias,
+                                                     std::vector<Tensor> average, const Tensor& h,
+                                                     std::vector<int64_t> place, int64_t groups,
+                                                     int64_t rows, double momentum);
 
 void foreach_spectral_root_(std::vector<Tensor> gram, std::vector<Tensor> peak,
                             std::vector<Tensor> length, std::vector<Tensor> power,

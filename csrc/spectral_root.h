@@ -49,12 +49,6 @@ void spectral_root_cpu(const SpectralRoot<T>& args);
 template <class T>
 void spectral_root_cuda(const SpectralRoot<T>& args, CUstream_st* stream);
 
-// NaN where x is.
-template <class T>
-RLS_HOST_DEVICE ALWAYS_INLINE T at_least(T least, T x) {
-  return x < least ? least : x;
-}
-
 // The length of a direction, by how far the momentum's elements are above what counts as nothing.
 template <class T>
 RLS_HOST_DEVICE ALWAYS_INLINE T direction_scale(T length, T peak, T power, T elements, T tallness,

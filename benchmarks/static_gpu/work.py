@@ -244,6 +244,25 @@ def _nesterov(call: Call, launch: Launch) -> Work:
     return Work({f"nesterov {way}": 2 * FLOAT * elements}, FLOAT * (3 * elements + written), 3)
 
 
+def _ahead(call: Call) -> tuple[int, int]:
+    """Rows and columns of all that a call looks ahead."""
+    averages = call.sizes["average"]
+    rows = len(averages) * call.sizes["groups"] * call.sizes["rows"]
+    return rows, averages[0]["shape"][1]
+
+
+def _nesterov_divide(call: Call, launch: Launch) -> Work:
+    rows, columns = _ahead(call)
+    way = "narrow" if columns <= constant("nesterov.cu", "kNarrow") else "wide"
+    read = FLOAT * rows * columns
+    return Work({f"nesterov_divide {way}": read}, 2 * read, 4, cached=True)
+
+
+def _nesterov_length(call: Call, launch: Launch) -> Work:
+    read = FLOAT * _ahead(call)[0]
+    return Work({"nesterov_length": read}, read, 2, cached=True)
+
+
 def _spectral_root(call: Call, launch: Launch) -> Work:
     grams = [gram["shape"] for gram in call.sizes["gram"]]
     products = 4 * len(call.sizes["coefficients"]) // 3 - 3
@@ -285,6 +304,8 @@ _KERNELS: dict[str, Callable[[Call, Launch], Work]] = {
     "patch_sample_kernel": _sample,
     "weight_step_kernel": _weight_step,
     "nesterov_kernel": _nesterov,
+    "nesterov_divide_kernel": _nesterov_divide,
+    "nesterov_length_kernel": _nesterov_length,
     "spectral_root_kernel": _spectral_root,
     "nonfinite_kernel": _nonfinite,
     "rls_bank_kernel": _bank,

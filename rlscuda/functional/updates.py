@@ -268,8 +268,8 @@ def _(P, s, *rest):
 @fake("foreach_nesterov_")
 def _(grad, grad_bias, average, h, place, groups, rows, momentum):
     matrices = len(average) * groups
-    first = average[0]
-    return first.new_empty(matrices, rows, first.shape[1]), first.new_empty(matrices, rows)
+    out = average[0].new_empty(matrices, rows, average[0].shape[1])
+    return out, out.new_empty(matrices), out.new_empty(matrices)
 
 
 @fake("nonfinite")

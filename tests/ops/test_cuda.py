@@ -112,37 +112,6 @@ def test_nonfinite(dtype):
         assert nonfinite(tensors)
 
 
-@pytest.mark.parametrize("c, n", [(5, 7), (64, 128), (300, 784)])
-def test_momentum_of_gradients(c, n):
-    given = [torch.randn(2 * c, *m) for m in ((n,), (), (n + 1,))] + [torch.tensor([1, torch.nan])]
-
-    def call(device):
-        grad, bias, average, (h,) = ([t.to(device, copy=True)] for t in given)
-        ahead = torch.ops.rlscuda.foreach_nesterov_(grad, bias, average, h, [0], 2, c + 1, 0.9)
-        return [t.cpu() for t in (*ahead, *average)]
-
-    for actual, expected in zip(call(DEVICE), call("cpu")):
-        assert_close(actual, expected, 4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_roots_of_grams(dtype):
-    sizes = [(1, 5, 5), (6, 17, 40), (2, 64, 64), (4, 33, 9)]  # blocks, rows and columns of each
-    factors = [torch.randn(b, m, n, dtype=dtype) for b, m, n in sizes]
-    given = [N @ N.mT if N.shape[1] <= N.shape[2] else N.mT @ N for N in factors]
-    ones = [torch.ones(len(N), dtype=dtype) for N in factors]
-    m, n = ([s[d] for s in sizes] for d in (1, 2))
-
-    def call(device):
-        grams, one = ([t.to(device, copy=True) for t in ts] for ts in (given, ones))
-        numbers = [3.0, -4.0, 2.0, 2.0, -1.5, 0.5]
-        torch.ops.rlscuda.foreach_spectral_root_(grams, one, one, one, m, m, n, numbers, 1e-3)
-        return [t.cpu() for t in grams]
-
-    for actual, expected in zip(call(DEVICE), call("cpu")):
-        assert_close(actual, expected, 20)
-
-
 @gpu_only
 def test_elements_beyond_32_bits():
     if torch.cuda.mem_get_info()[0] < 20 << 30:

@@ -47,6 +47,7 @@ _STEP = (
 )  # fmt: skip
 _NORM = (" d[u] = product[j];", "g[u] = j < a.n ? grad[j] : grad_bias;", _BIAS)
 _AHEAD = ("seen[u] = j < call.columns ? grad[j] : bias;", "before[u] = average[j];")
+_AHEAD_PEAK = ("seen[u] = out[min(j0 + u * ROW_THREADS, uint32_t(a.n) - 1)];",)
 _PROJECT, _TILES, _WEIGHT = "rls_project.h", "rls_tiles.h", "weight_step.cu"
 _RANKS = {
     "1 row": "project_ranks<1, VEC>(",
@@ -70,6 +71,15 @@ STREAMS: dict[str, Stream] = {
         "nesterov_kernel", "nesterov.cu", _AHEAD,
         ("nesterov.cu", "take_row<32, T, W>(call, q, largest);"),
     ),
+    "nesterov_divide wide": Stream(
+        "nesterov_divide_kernel", "nesterov.cu", _AHEAD_PEAK,
+        ("nesterov.cu", "divide_rows<kThreads>(a, begin, end, 1, largest, sums);"),
+    ),
+    "nesterov_divide narrow": Stream(
+        "nesterov_divide_kernel", "nesterov.cu", _AHEAD_PEAK,
+        ("nesterov.cu", "divide_rows<32>(a, begin + threadIdx.x / 32, end, kWarps,"),
+    ),
+    "nesterov_length": Stream("nesterov_length_kernel", "nesterov.cu", ("sum += squares[i];",)),
     "spectral_root products": Stream(
         "spectral_root_kernel", "spectral_root.cu",
         ("sums[r][q] += column.lane[r] * row.lane[q];",),

@@ -131,16 +131,16 @@ def _multiplied(
     rows = m * -(-c // ROWS) if shard is None else max(1, here)  # a norm of no rows is none
     averages = [move.state["momentum_buffer"] for move in moves]
     gradients = [move.grad for move in moves]
-    N, peaks = _nesterov(gradients, bias_gradients, averages, h, places, groups, rows, momentum)
+    N, peak, length = _nesterov(
+        gradients, bias_gradients, averages, h, places, groups, rows, momentum
+    )
     first = 0
-    peak = peaks.amax(1)
     if shard is not None:
-        peak = shard.largest(peak)
-    N.div_(peak[:, None, None].clamp(min=torch.finfo(N.dtype).tiny))  # so that squares stay finite
-    length = torch.linalg.vector_norm(N, dim=(1, 2))
-    if shard is not None:
-        length = shard.sum(length.square()).sqrt()
-        N, first = shard.blocks(N, m)
+        tiny = torch.finfo(N.dtype).tiny
+        own, peak = peak, shard.largest(peak.clone())
+        share = own.clamp(min=tiny) / peak.clamp(min=tiny)
+        length = shard.sum((length * share).square()).sqrt()
+        N, first = shard.blocks(N.mul_(share[:, None, None]), m)
     D = torch.empty_like(N)
     for move, part, product in zip(moves, N.view(len(moves), -1, n), D.view(len(moves), -1, n)):
         move.layer.multiply(part, move.state["P"], out=product)
