@@ -12,22 +12,26 @@ constexpr int kVectorBytes = 32;
 template <class T>
 constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
-template <class T>
+template <class T, int BYTES>
 struct VecOf {
-  typedef T type __attribute__((vector_size(kVectorBytes)));
+  typedef T type __attribute__((vector_size(BYTES)));
 };
 template <class T>
-using Vec = typename VecOf<T>::type;
+using Vec = typename VecOf<T, kVectorBytes>::type;
 
-template <class T>
-ALWAYS_INLINE Vec<T> load(const T* from) {
-  Vec<T> v;
+template <class V, class T>
+ALWAYS_INLINE V load_as(const T* from) {
+  V v;
   std::memcpy(&v, from, sizeof v);
   return v;
 }
-
 template <class T>
-ALWAYS_INLINE void store(T* to, const Vec<T>& v) {
+ALWAYS_INLINE Vec<T> load(const T* from) {
+  return load_as<Vec<T>>(from);
+}
+
+template <class T, class V>
+ALWAYS_INLINE void store(T* to, const V& v) {
   std::memcpy(to, &v, sizeof v);
 }
 
