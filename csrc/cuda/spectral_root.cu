@@ -105,25 +105,31 @@ struct Tile {
   }
 };
 
+template <class T>
+__device__ __forceinline__ void add_outer(T (&sums)[kTile][kTile], const Group<T>& column,
+                                          const Group<T>& row) {
+#pragma unroll
+  for (int r = 0; r < kTile; ++r)
+#pragma unroll
+    for (int q = 0; q < kTile; ++q) sums[r][q] += column.lane[r] * row.lane[q];
+}
+
 // out = a I + b A + c A B, where `out` may be A or B.
 template <class T, class Out, class Left, class Right>
 __device__ __forceinline__ void combine(const Out& out, T a, T b, T c, const Left& A,
                                         const Right& B, int m, bool symmetric, const Tile& tile) {
   T sums[kTile][kTile] = {};
   if (tile.works) {
+    if (symmetric) {
 #pragma unroll 4
-    for (int k = 0; k < m; ++k) {
-      Group<T> column;
-      if (symmetric) {
-        column = A.load(k, tile.i);
-      } else {
+      for (int k = 0; k < m; ++k) add_outer(sums, A.load(k, tile.i), B.load(k, tile.j));
+    } else {
+#pragma unroll 4
+      for (int k = 0; k < m; ++k) {
+        Group<T> column;
         for (int r = 0; r < kTile; ++r) column.lane[r] = A(tile.i * kTile + r, k);
+        add_outer(sums, column, B.load(k, tile.j));
       }
-      const Group<T> row = B.load(k, tile.j);
-#pragma unroll
-      for (int r = 0; r < kTile; ++r)
-#pragma unroll
-        for (int q = 0; q < kTile; ++q) sums[r][q] += column.lane[r] * row.lane[q];
     }
 #pragma unroll
     for (int r = 0; r < kTile; ++r) {

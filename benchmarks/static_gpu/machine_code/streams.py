@@ -83,7 +83,8 @@ STREAMS: dict[str, Stream] = {
     "spectral_root products": Stream(
         "spectral_root_kernel", "spectral_root.cu",
         ("sums[r][q] += column.lane[r] * row.lane[q];",),
-        ("spectral_root.cu", "product(root, factor, root);"), products=True,
+        ("spectral_root.cu", "add_outer(sums, A.load(k, tile.i), B.load(k, tile.j));"),
+        products=True,
     ),
     "patch_mean sums": Stream(
         "patch_mean_sums_kernel", "patch_mean.cu",
