@@ -28,8 +28,8 @@ if tuple(map(int, found.groups())) < (2, 10):
 
 ROOT = Path(__file__).parent.resolve()
 PATCHES = ["patch_mean", "patch_sample", "patch_sketch"]
-OPS = ["complete_products", "nesterov", "nonfinite", *PATCHES, "rls_bank", "rls_held", "rls_update",
-       "weight_step"]  # fmt: skip
+OPS = ["complete_products", "nesterov", "nonfinite", *PATCHES, "rls_bank", "rls_held", "rls_update"]
+OPS += ["spectral_root", "weight_step"]
 FILES = [name for op in ["factors_agree", "rls_filter", *OPS] for name in (op, f"cpu/{op}_cpu")]
 FILES += ["cpu/rls_complex_filter_cpu", "cpu/rls_complex_update_cpu", "cpu/rls_root_filter_cpu"]
 CPU_SOURCES = [f"csrc/{name}.cpp" for name in ["library", *FILES]]

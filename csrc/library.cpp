@@ -64,7 +64,10 @@ STABLE_TORCH_LIBRARY(rlscuda, m) {
       "Tensor[] bias_row, Tensor[] grad_bias, int[] groups) -> Tensor");
   m.def(
       "foreach_nesterov_(Tensor[] grad, Tensor[] grad_bias, Tensor(a!)[] average, Tensor h, "
-      "int[] place, int groups, int rows, float momentum) -> (Tensor, Tensor)");
+      "int[] place, int groups, int rows, float momentum) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "foreach_spectral_root_(Tensor(a!)[] gram, Tensor[] peak, Tensor[] length, Tensor[] power, "
+      "int[] block, int[] rows, int[] columns, float[] coefficients, float eps) -> ()");
 #define PATCH_ARGS                                                              \
   "(Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, " \
   "int groups, int padding_mode, bool ones"
@@ -83,6 +86,7 @@ STABLE_TORCH_LIBRARY_IMPL(rlscuda, CPU, m) {
   m.impl("foreach_weight_step_", TORCH_BOX(&rlscuda::foreach_weight_step_));
   m.impl("foreach_complete_products_", TORCH_BOX(&rlscuda::foreach_complete_products_));
   m.impl("foreach_nesterov_", TORCH_BOX(&rlscuda::foreach_nesterov_));
+  m.impl("foreach_spectral_root_", TORCH_BOX(&rlscuda::foreach_spectral_root_));
   m.impl("factors_agree", TORCH_BOX(&rlscuda::factors_agree));
   m.impl("nonfinite", TORCH_BOX(&rlscuda::nonfinite));
   m.impl("weight_step_", TORCH_BOX(&rlscuda::weight_step_));
@@ -104,6 +108,7 @@ STABLE_TORCH_LIBRARY_IMPL(rlscuda, CUDA, m) {
   m.impl("foreach_weight_step_", TORCH_BOX(&rlscuda::foreach_weight_step_));
   m.impl("foreach_complete_products_", TORCH_BOX(&rlscuda::foreach_complete_products_));
   m.impl("foreach_nesterov_", TORCH_BOX(&rlscuda::foreach_nesterov_));
+  m.impl("foreach_spectral_root_", TORCH_BOX(&rlscuda::foreach_spectral_root_));
   m.impl("nonfinite", TORCH_BOX(&rlscuda::nonfinite));
   m.impl("patch_mean", TORCH_BOX(&rlscuda::patch_mean));
   m.impl("patch_sketch", TORCH_BOX(&rlscuda::patch_sketch));

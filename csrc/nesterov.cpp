@@ -46,11 +46,11 @@ auto dispatch_average(const Tensor& average, const F& f) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> foreach_nesterov_(std::vector<Tensor> grad,
-                                             std::vector<Tensor> grad_bias,
-                                             std::vector<Tensor> average, const Tensor& h,
-                                             std::vector<int64_t> place, int64_t groups,
-                                             int64_t rows, double momentum) {
+std::tuple<Tensor, Tensor, Tensor> foreach_nesterov_(std::vector<Tensor> grad,
+                                                     std::vector<Tensor> grad_bias,
+                                                     std::vector<Tensor> average, const Tensor& h,
+                                                     std::vector<int64_t> place, int64_t groups,
+                                                     int64_t rows, double momentum) {
   const size_t count = average.size();
   RLS_CHECK(count > 0, "average must hold at least one layer");
   for (auto* list : {&grad, &grad_bias}) check_list_size("grad and grad_bias", *list, count);
@@ -68,7 +68,8 @@ std::tuple<Tensor, Tensor> foreach_nesterov_(std::vector<Tensor> grad,
     Nesterov<T> args{};
     args.rows = all / groups, args.columns = columns, args.n = n, args.groups = groups;
     args.padded = rows, args.momentum = momentum;
-    RLS_CHECK(rows >= args.rows, "rows must be at least ", args.rows, ", got ", rows);
+    const int64_t least = std::max<int64_t>(1, args.rows);
+    RLS_CHECK(rows >= least, "rows must be at least ", least, ", got ", rows);
     check_same_dtype("h", h, "average[0]", average[0]);
     const T* scales = arguments.read<T>("h", h);
     std::vector<NesterovLayer<T>> layers;
@@ -97,12 +98,17 @@ std::tuple<Tensor, Tensor> foreach_nesterov_(std::vector<Tensor> grad,
     RLS_CHECK(!__builtin_mul_overflow(int64_t(count), groups, &matrices),
               "average must hold fewer matrices");
     Tensor out = new_tensor(average[0], {matrices, rows, n}, average[0].scalar_type());
-    Tensor peak = new_tensor(average[0], {matrices, rows}, average[0].scalar_type());
+    Tensor peak = new_tensor(average[0], {matrices}, average[0].scalar_type());
+    Tensor length = new_tensor(average[0], {matrices}, average[0].scalar_type());
+    Tensor workspace = new_tensor(average[0], {2, matrices, rows}, average[0].scalar_type());
     args.layers = layers.data(), args.count = int64_t(count);
     args.out = static_cast<T*>(out.mutable_data_ptr());
     args.peak = static_cast<T*>(peak.mutable_data_ptr());
+    args.length = static_cast<T*>(length.mutable_data_ptr());
+    args.row_peak = static_cast<T*>(workspace.mutable_data_ptr());
+    args.row_squares = args.row_peak + matrices * rows;
     launch(out, grad_bias[0], args);
-    return std::make_tuple(out, peak);
+    return std::make_tuple(out, peak, length);
   });
 }
 

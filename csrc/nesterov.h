@@ -3,11 +3,14 @@
 //
 //   average <- average + (1 - momentum) (G - average),   out = G + momentum (average - G)
 //
-// A matrix whose h is not finite takes no gradient in, and looks ahead as if it were zero.
+// A matrix whose h is not finite takes no gradient in, and looks ahead as if it were zero. At last
+// each matrix is divided by its largest |element|, so that no square of what is left, and of its
+// products, leaves the range of T; a matrix of zeros stays what it is.
 #pragma once
 
 #include <bit>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include "rls_math.h"
@@ -31,7 +34,10 @@ struct Nesterov {
   int64_t count, groups, rows, columns, n;  // n = columns, + 1 with a bias
   int64_t padded;                           // rows of a matrix of `out`, the last of them zeros
   T* out;                                   // [count * groups, padded, n]
-  T* peak;                                  // [count * groups, padded]: largest |out| of each row
+  T* peak;                                  // [count * groups]: what each was divided by
+  T* length;                                // [count * groups]: Euclidean norm of `out`
+  T* row_peak;                              // [count * groups, padded]: workspace
+  T* row_squares;                           // likewise
   double momentum;
 };
 // W is the dtype of the parameters, the same in all layers.
@@ -53,6 +59,12 @@ using MagnitudeBits = std::conditional_t<sizeof(T) == 4, unsigned, unsigned long
 template <class T>
 RLS_HOST_DEVICE ALWAYS_INLINE MagnitudeBits<T> magnitude_bits(T x) {
   return std::bit_cast<MagnitudeBits<T>>(x) & (~MagnitudeBits<T>(0) >> 1);
+}
+
+// What a matrix is divided by, of its peak.
+template <class T>
+RLS_HOST_DEVICE ALWAYS_INLINE T divisor_of(T peak) {
+  return at_least(std::numeric_limits<T>::min(), peak);
 }
 
 }  // namespace rlscuda

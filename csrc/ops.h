@@ -67,11 +67,17 @@ Tensor foreach_complete_products_(std::vector<Tensor> product, std::vector<Tenso
                                   std::vector<Tensor> bias, std::vector<Tensor> bias_row,
                                   std::vector<Tensor> grad_bias, std::vector<int64_t> groups);
 
-std::tuple<Tensor, Tensor> foreach_nesterov_(std::vector<Tensor> grad,
-                                             std::vector<Tensor> grad_bias,
-                                             std::vector<Tensor> average, const Tensor& h,
-                                             std::vector<int64_t> place, int64_t groups,
-                                             int64_t rows, double momentum);
+std::tuple<Tensor, Tensor, Tensor> foreach_nesterov_(std::vector<Tensor> grad,
+                                                     std::vector<Tensor> grad_bias,
+                                                     std::vector<Tensor> average, const Tensor& h,
+                                                     std::vector<int64_t> place, int64_t groups,
+                                                     int64_t rows, double momentum);
+
+void foreach_spectral_root_(std::vector<Tensor> gram, std::vector<Tensor> peak,
+                            std::vector<Tensor> length, std::vector<Tensor> power,
+                            std::vector<int64_t> block, std::vector<int64_t> rows,
+                            std::vector<int64_t> columns, std::vector<double> coefficients,
+                            double eps);
 
 Tensor patch_mean(const Tensor& x, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
                   std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,

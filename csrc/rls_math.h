@@ -33,6 +33,12 @@
 
 namespace rlscuda {
 
+// NaN where x is.
+template <class T>
+RLS_HOST_DEVICE ALWAYS_INLINE T at_least(T least, T x) {
+  return x < least ? least : x;
+}
+
 // The slots of a layer's health counters (float64, so that they count exactly). Every group of a
 // convolution counts its own updates, refusals and resets; a step of the layer counts once.
 enum Health {

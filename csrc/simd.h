@@ -12,22 +12,26 @@ constexpr int kVectorBytes = 32;
 template <class T>
 constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
-template <class T>
+template <class T, int BYTES>
 struct VecOf {
-  typedef T type __attribute__((vector_size(kVectorBytes)));
+  typedef T type __attribute__((vector_size(BYTES)));
 };
 template <class T>
-using Vec = typename VecOf<T>::type;
+using Vec = typename VecOf<T, kVectorBytes>::type;
 
-template <class T>
-ALWAYS_INLINE Vec<T> load(const T* from) {
-  Vec<T> v;
+template <class V, class T>
+ALWAYS_INLINE V load_as(const T* from) {
+  V v;
   std::memcpy(&v, from, sizeof v);
   return v;
 }
-
 template <class T>
-ALWAYS_INLINE void store(T* to, const Vec<T>& v) {
+ALWAYS_INLINE Vec<T> load(const T* from) {
+  return load_as<Vec<T>>(from);
+}
+
+template <class T, class V>
+ALWAYS_INLINE void store(T* to, const V& v) {
   std::memcpy(to, &v, sizeof v);
 }
 
@@ -53,6 +57,53 @@ ALWAYS_INLINE double sum(const Vec<double>& v) {
   return two[0] + two[1];
 #else
   return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+
+// Makes the columns of a square of vectors its rows: swaps its halves, theirs, and so on.
+ALWAYS_INLINE void transpose(Vec<float> (&v)[kLanes<float>]) {
+#ifdef HAS_SHUFFLE
+  for (int i = 0; i < 4; ++i) {
+    const auto x = v[i], y = v[i + 4];
+    v[i] = __builtin_shufflevector(x, y, 0, 1, 2, 3, 8, 9, 10, 11);
+    v[i + 4] = __builtin_shufflevector(x, y, 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+  for (int i = 0; i < 6; i += i % 4 == 0 ? 1 : 3) {
+    const auto x = v[i], y = v[i + 2];
+    v[i] = __builtin_shufflevector(x, y, 0, 1, 8, 9, 4, 5, 12, 13);
+    v[i + 2] = __builtin_shufflevector(x, y, 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  for (int i = 0; i < 8; i += 2) {
+    const auto x = v[i], y = v[i + 1];
+    v[i] = __builtin_shufflevector(x, y, 0, 8, 2, 10, 4, 12, 6, 14);
+    v[i + 1] = __builtin_shufflevector(x, y, 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+#else
+  for (int i = 0; i < 8; ++i)
+    for (int j = 0; j < i; ++j) {
+      const float x = v[i][j];
+      v[i][j] = v[j][i], v[j][i] = x;
+    }
+#endif
+}
+ALWAYS_INLINE void transpose(Vec<double> (&v)[kLanes<double>]) {
+#ifdef HAS_SHUFFLE
+  for (int i = 0; i < 2; ++i) {
+    const auto x = v[i], y = v[i + 2];
+    v[i] = __builtin_shufflevector(x, y, 0, 1, 4, 5);
+    v[i + 2] = __builtin_shufflevector(x, y, 2, 3, 6, 7);
+  }
+  for (int i = 0; i < 4; i += 2) {
+    const auto x = v[i], y = v[i + 1];
+    v[i] = __builtin_shufflevector(x, y, 0, 4, 2, 6);
+    v[i + 1] = __builtin_shufflevector(x, y, 1, 5, 3, 7);
+  }
+#else
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < i; ++j) {
+      const double x = v[i][j];
+      v[i][j] = v[j][i], v[j][i] = x;
+    }
 #endif
 }
 

@@ -17,7 +17,7 @@ from rlscuda import RLSOptimizer
 from rlscuda.optim.moves import Move, prepare
 from rlscuda.optim.state import ready
 from rlscuda.optim.steps.matrices import update_matrices
-from rlscuda.optim.steps.spectral import _inverse_root, block_rows, write_directions
+from rlscuda.optim.steps.spectral import COEFFICIENTS, block_rows, write_directions
 from rlscuda.optim.steps.whole import _move
 
 N = 2048  # of the layer [N, N] that is timed: its P is larger than caches near a core
@@ -93,9 +93,13 @@ def lanes_of(move: Move) -> dict[str, Any]:
     h = update_matrices([move], group, None)
     out, rows = torch.empty(c, n), torch.randn(c // block_rows(c), block_rows(c), n)
 
+    one, power = h.new_ones(1), move.state["power"]
+    shape = [len(rows[0])], [c], [n], [x for abc in COEFFICIENTS for x in abc]
+
     def direction() -> None:  # the products of `write_directions` that are not with P
         gram = torch.bmm(rows, rows.mT)
-        torch.bmm(_inverse_root(gram.div_(torch.linalg.matrix_norm(gram, keepdim=True))), rows)
+        torch.ops.rlscuda.foreach_spectral_root_([gram], [one], [one], [power], *shape, 1e-8)
+        torch.bmm(gram, rows)
 
     return {
         "product": lambda: torch.mm(move.grad, move.state["P"], out=out),

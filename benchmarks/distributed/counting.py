@@ -164,11 +164,25 @@ class Counter(TorchDispatchMode):
                 self.work.direction += flops
         elif not func.is_view:
             moved = _moved(func, args, kwargs, out)
-            if packet is torch.ops.rlscuda.foreach_rls_update_:
+            if packet is torch.ops.rlscuda.foreach_spectral_root_:
+                self.work.direction += _root_flops(*args)
+            elif packet is torch.ops.rlscuda.foreach_rls_update_:
                 self.work.update += moved
             else:
                 self.work.passes += moved
         return out
+
+
+def _root_flops(
+    gram: list[Tensor], peak: Any, length: Any, power: Any, block: list[int], rows: list[int],
+    columns: list[int], coefficients: list[float], eps: float,
+) -> int:  # fmt: skip
+    """FLOP of the products that make the roots, half of each where it is symmetric."""
+    products = 4 * len(coefficients) // 3 - 3
+    return sum(
+        products * len(K) * K.shape[1] ** 3 * (1 if m <= n else 2)
+        for K, m, n in zip(gram, block, columns)
+    )
 
 
 def _moved(func: Any, args: Any, kwargs: Any, out: Any) -> int:

@@ -26,10 +26,12 @@ from benchmarks.common.shapes import PatchCase, TrainingCase, UpdateCase
 from benchmarks.operators import bench_patch_cuda
 from rlscuda import HeldMatrix, RLSFilterBank, RLSOptimizer, functional, zoo
 from rlscuda.optim.layers import Layer
+from rlscuda.optim.steps.spectral import COEFFICIENTS
 
 SIZES = (128, 256, 512, 1024, 2048, 4096, 8192)
 HELD = (1024, 2048, 4096, 8192)
 RANKED = (128, 512, 1024, 2048, 4096)
+ROOTS = ((1, 64), (28, 64), (1_000, 64), (50, 16))  # blocks, m
 FILTERS = ((10_000, 10), (1_000, 64))  # filters, n
 FORMS: dict[str, dict[str, Any]] = {
     "spectral": {},
@@ -136,6 +138,18 @@ def _weights() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"nonfinite {case.name}", lambda G=G: torch.ops.rlscuda.nonfinite([G])
 
 
+def _roots() -> Iterator[tuple[str, Callable[[], object]]]:
+    roots = torch.ops.rlscuda.foreach_spectral_root_
+    numbers = [x for abc in COEFFICIENTS for x in abc]
+    for blocks, m in ROOTS:
+        gram, one = torch.ones(blocks, m, m), torch.ones(blocks)
+        shape = [m], [m], [m], numbers, 1e-8
+        yield (
+            f"roots of {blocks}, {m} × {m}",
+            lambda x=([gram], [one], [one], [one], *shape): roots(*x),
+        )
+
+
 def _banks() -> Iterator[tuple[str, Callable[[], object]]]:
     for filters, n in FILTERS:
         bank = RLSFilterBank(filters, n, 1, 0.99, ridge=0, dtype=torch.float32)
@@ -171,7 +185,7 @@ def main(launches: Path) -> None:
             run()
         cases.append({"case": name, "calls": recorder.calls})
 
-    for make in (_updates, _patches, _weights, _banks):
+    for make in (_updates, _patches, _weights, _roots, _banks):
         for name, run in make():
             record(name, run)
     for case in shapes.TRAININGS:

@@ -260,6 +260,38 @@ def _nesterov(call: Call, launch: Launch) -> Work:
     return Work({f"nesterov {way}": 2 * FLOAT * elements}, FLOAT * (3 * elements + written), 3)
 
 
+def _ahead(call: Call) -> tuple[int, int]:
+    """Rows and columns of all that a call looks ahead."""
+    averages = call.sizes["average"]
+    rows = len(averages) * call.sizes["groups"] * call.sizes["rows"]
+    return rows, averages[0]["shape"][1]
+
+
+def _nesterov_divide(call: Call, launch: Launch) -> Work:
+    rows, columns = _ahead(call)
+    way = "narrow" if columns <= constant("nesterov.cu", "kNarrow") else "wide"
+    read = FLOAT * rows * columns
+    return Work({f"nesterov_divide {way}": read}, 2 * read, 4, cached=True)
+
+
+def _nesterov_length(call: Call, launch: Launch) -> Work:
+    read = FLOAT * _ahead(call)[0]
+    return Work({"nesterov_length": read}, read, 2, cached=True)
+
+
+def _spectral_root(call: Call, launch: Launch) -> Work:
+    grams = [gram["shape"] for gram in call.sizes["gram"]]
+    products = 4 * len(call.sizes["coefficients"]) // 3 - 3
+    tile = constant("spectral_root.cu", "kTile")
+    work = 0.0
+    for (blocks, m, _), rows, columns in zip(grams, call.sizes["block"], call.sizes["columns"]):
+        side = ceil(m / tile)
+        tiles = side * (side + 1) // 2 if rows <= columns else side**2
+        work += products * blocks * tiles * tile**2 * m
+    moved = FLOAT * sum(map(prod, grams)) * 2
+    return Work({"spectral_root products": work}, moved, 6)
+
+
 def _nonfinite(call: Call, launch: Launch) -> Work:
     read = sum(prod(t["shape"]) * t["item"] for t in call.sizes["tensors"])
     return Work({"nonfinite": read}, read)
@@ -290,6 +322,9 @@ _KERNELS: dict[str, Callable[[Call, Launch], Work]] = {
     "complete_products_kernel": _complete,
     "product_norms_kernel": _norms,
     "nesterov_kernel": _nesterov,
+    "nesterov_divide_kernel": _nesterov_divide,
+    "nesterov_length_kernel": _nesterov_length,
+    "spectral_root_kernel": _spectral_root,
     "nonfinite_kernel": _nonfinite,
     "rls_bank_kernel": _bank,
 }

@@ -1,12 +1,14 @@
-// foreach_nesterov_ on the CPU: one pass over the gradients and the averages, rows shared among the
-// threads.
+// foreach_nesterov_ on the CPU: a pass over the gradients and the averages, and one over the
+// result, rows shared among the threads. Sums of a row have the order of its vectors, those of a
+// matrix that of its rows.
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <numeric>
 
 #include "half.h"
 #include "nesterov.h"
-#include "parallel.h"
+#include "simd.h"
 
 namespace rlscuda {
 namespace {
@@ -19,7 +21,7 @@ ALWAYS_INLINE void rows_ahead(const Nesterov<T>& a, int64_t q0, int64_t q1) {
     T* __restrict out = a.out + q * a.n;
     if (i >= a.rows) {
       std::fill(out, out + a.n, T(0));
-      a.peak[q] = 0;
+      a.row_peak[q] = 0;
       continue;
     }
     const NesterovLayer<T>& layer = a.layers[matrix / a.groups];
@@ -42,11 +44,39 @@ ALWAYS_INLINE void rows_ahead(const Nesterov<T>& a, int64_t q0, int64_t q1) {
         peak = std::max(peak, magnitude_bits(out[j]));
       }
     }
-    a.peak[q] = std::bit_cast<T>(peak);
+    a.row_peak[q] = std::bit_cast<T>(peak);
+  }
+}
+
+template <class T>
+ALWAYS_INLINE void divide_rows(const Nesterov<T>& a, int64_t q0, int64_t q1) {
+  for (int64_t q = q0; q < q1; ++q) {
+    const T divisor = divisor_of(a.peak[q / a.padded]);
+    T* out = a.out + q * a.n;
+    Vec<T> squares = {};
+    int64_t j = 0;
+    for (; j + kLanes<T> <= a.n; j += kLanes<T>) {
+      const Vec<T> x = load(out + j) / divisor;
+      store(out + j, x);
+      squares += x * x;
+    }
+    T rest = 0;
+    for (; j < a.n; ++j) {
+      out[j] /= divisor;
+      rest += out[j] * out[j];
+    }
+    a.row_squares[q] = sum(squares) + rest;
   }
 }
 
 }  // namespace
+
+SIMD_CLONES void nesterov_divide(const Nesterov<float>& a, int64_t q0, int64_t q1) {
+  divide_rows(a, q0, q1);
+}
+SIMD_CLONES void nesterov_divide(const Nesterov<double>& a, int64_t q0, int64_t q1) {
+  divide_rows(a, q0, q1);
+}
 
 #define NESTEROV_ROWS(T, W)                                                                \
   SIMD_CLONES void nesterov_rows(const Nesterov<T>& a, int64_t q0, int64_t q1, const W*) { \
@@ -64,9 +94,21 @@ NESTEROV_ROWS(double, Half)
 template <class T, class W>
 void nesterov_cpu(const Nesterov<T>& args) {
   const int64_t grain = std::max<int64_t>(1, 16384 / (args.n + 1));
-  parallel_for(0, args.count * args.groups * args.padded, grain, [&](int64_t q0, int64_t q1) {
+  const int64_t matrices = args.count * args.groups, rows = matrices * args.padded;
+  parallel_for(0, rows, grain, [&](int64_t q0, int64_t q1) {
     nesterov_rows(args, q0, q1, static_cast<const W*>(nullptr));
   });
+  for (int64_t i = 0; i < matrices; ++i) {
+    MagnitudeBits<T> peak = 0;
+    for (int64_t q = i * args.padded; q < (i + 1) * args.padded; ++q)
+      peak = std::max(peak, magnitude_bits(args.row_peak[q]));
+    args.peak[i] = std::bit_cast<T>(peak);
+  }
+  parallel_for(0, rows, grain, [&](int64_t q0, int64_t q1) { nesterov_divide(args, q0, q1); });
+  for (int64_t i = 0; i < matrices; ++i) {
+    const T* squares = args.row_squares + i * args.padded;
+    args.length[i] = std::sqrt(std::accumulate(squares, squares + args.padded, T(0)));
+  }
 }
 
 template void nesterov_cpu<float, float>(const Nesterov<float>&);

@@ -1,8 +1,10 @@
-// foreach_nesterov_ on the GPU: all rows of all layers of one shape in one launch.
+// foreach_nesterov_ on the GPU: all rows of all layers of one shape in three launches. The first
+// looks ahead, the second divides by the largest element, the third adds the rows' squares.
 //
 // A warp takes a row of up to kNarrow columns, a block a longer one; consecutive threads take
 // consecutive columns. Traffic of float32, in bytes an element: the gradient and the average read,
-// the average and the result written, 16.
+// the average and the result written, 16; the result read and written, 8, of a small one in the L2
+// cache. Sums have a fixed order.
 #include <algorithm>
 #include <bit>
 
@@ -23,7 +25,7 @@ constexpr int64_t kLeastWork = 1024;
 template <class T, int LAYERS>
 struct Call {
   T* out;
-  T* peak;
+  T* row_peak;
   T momentum, share;
   uint32_t total, groups, rows, padded, columns, n, rows_per_block;
   NesterovLayer<T> layer[LAYERS];
@@ -32,16 +34,25 @@ constexpr int kFewLayers = 120, kManyLayers = 1020;
 static_assert(sizeof(Call<double, kFewLayers>) <= 4096);
 static_assert(sizeof(Call<double, kManyLayers>) <= 32764);
 
-// The largest of the threads that share a row, in the first of them.
-template <int ROW_THREADS, class Bits>
-__device__ Bits row_max(Bits x, Bits* largest) {
-  for (int d = 16; d > 0; d /= 2) x = max(x, __shfl_xor_sync(~0u, x, d));
+// What `join` makes of the values of all threads that share a row, known to each of them.
+template <int ROW_THREADS, class X, class Join>
+__device__ X over_row(X x, X* parts, const Join& join) {
+  for (int d = 16; d > 0; d /= 2) x = join(x, __shfl_xor_sync(~0u, x, d));
   if (ROW_THREADS == 32) return x;
   __syncthreads();
-  if (threadIdx.x % 32 == 0) largest[threadIdx.x / 32] = x;
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
   __syncthreads();
-  for (int w = 0; w < kWarps; ++w) x = max(x, largest[w]);
+  x = parts[0];
+  for (int w = 1; w < kWarps; ++w) x = join(x, parts[w]);
   return x;
+}
+template <int ROW_THREADS, class Bits>
+__device__ Bits row_max(Bits x, Bits* parts) {
+  return over_row<ROW_THREADS>(x, parts, [](Bits a, Bits b) { return max(a, b); });
+}
+template <int ROW_THREADS, class T>
+__device__ T row_sum(T x, T* parts) {
+  return over_row<ROW_THREADS>(x, parts, [](T a, T b) { return a + b; });
 }
 
 template <int ROW_THREADS, class T, class W, int LAYERS>
@@ -51,7 +62,7 @@ __device__ void take_row(const Call<T, LAYERS>& call, uint32_t q, MagnitudeBits<
   T* out = call.out + int64_t(q) * call.n;
   if (i >= call.rows) {
     for (uint32_t j = first; j < call.n; j += ROW_THREADS) out[j] = 0;
-    if (first == 0) call.peak[q] = 0;
+    if (first == 0) call.row_peak[q] = 0;
     return;
   }
   const NesterovLayer<T>& layer = call.layer[matrix / call.groups];
@@ -84,7 +95,7 @@ __device__ void take_row(const Call<T, LAYERS>& call, uint32_t q, MagnitudeBits<
     }
   }
   peak = row_max<ROW_THREADS>(peak, largest);
-  if (first == 0) call.peak[q] = std::bit_cast<T>(peak);
+  if (first == 0) call.row_peak[q] = std::bit_cast<T>(peak);
 }
 
 template <class T, class W, int LAYERS>
@@ -101,13 +112,80 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// The rows that a warp or a block takes, from the first of the launch on, to be divided.
+template <int ROW_THREADS, class T>
+__device__ void divide_rows(const Nesterov<T>& a, uint32_t q, uint32_t end, uint32_t step,
+                            MagnitudeBits<T>* largest, T* sums) {
+  const uint32_t first = threadIdx.x % ROW_THREADS, padded = uint32_t(a.padded);
+  T divisor = 1;
+  for (uint32_t matrix = UINT32_MAX; q < end; q += step) {
+    if (q / padded != matrix) {
+      matrix = q / padded;
+      MagnitudeBits<T> peak = 0;
+      for (uint32_t i = first; i < padded; i += ROW_THREADS)
+        peak = max(peak, magnitude_bits(a.row_peak[int64_t(matrix) * padded + i]));
+      peak = row_max<ROW_THREADS>(peak, largest);
+      divisor = divisor_of(std::bit_cast<T>(peak));
+      if (q % padded == 0 && first == 0) a.peak[matrix] = std::bit_cast<T>(peak);
+    }
+    T* out = a.out + int64_t(q) * a.n;
+    T squares = 0;
+    for (uint32_t j0 = first; j0 < a.n; j0 += kUnroll<T> * ROW_THREADS) {
+      T seen[kUnroll<T>];
+#pragma unroll
+      for (uint32_t u = 0; u < kUnroll<T>; ++u)
+        seen[u] = out[min(j0 + u * ROW_THREADS, uint32_t(a.n) - 1)];
+#pragma unroll
+      for (uint32_t u = 0; u < kUnroll<T>; ++u) {
+        const uint32_t j = j0 + u * ROW_THREADS;
+        if (j >= a.n) continue;
+        const T x = seen[u] / divisor;
+        out[j] = x;
+        squares += x * x;
+      }
+    }
+    squares = row_sum<ROW_THREADS>(squares, sums);
+    if (first == 0) a.row_squares[q] = squares;
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    nesterov_divide_kernel(const __grid_constant__ Nesterov<T> a, uint32_t total, uint32_t rows) {
+  __shared__ MagnitudeBits<T> largest[kWarps];
+  __shared__ T sums[kWarps];
+  const uint32_t begin = blockIdx.x * rows, end = min(total, begin + rows);
+  if (a.n <= kNarrow) {
+    divide_rows<32>(a, begin + threadIdx.x / 32, end, kWarps, largest, sums);
+  } else {
+    divide_rows<kThreads>(a, begin, end, 1, largest, sums);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    nesterov_length_kernel(const __grid_constant__ Nesterov<T> a) {
+  __shared__ T sums[kWarps];
+  const T* squares = a.row_squares + blockIdx.x * a.padded;
+  T sum = 0;
+  for (int64_t i = threadIdx.x; i < a.padded; i += kThreads) sum += squares[i];
+  sum = row_sum<kThreads>(sum, sums);
+  if (threadIdx.x == 0) a.length[blockIdx.x] = std::sqrt(sum);
+}
+
+uint32_t rows_per_block(int64_t total, int64_t n) {
+  const int64_t least = n <= kNarrow ? kWarps : 1;
+  const int64_t share = std::max(kLeastWork, total * n / kTargetBlocks);
+  return uint32_t(std::max(least, share / std::max<int64_t>(1, n)));
+}
+
 template <class T, class W, int LAYERS>
 void launch_layers(const Nesterov<T>& a, int64_t begin, int64_t count, cudaStream_t stream) {
   Call<T, LAYERS> call;
   const int64_t before = begin * a.groups * a.padded, total = count * a.groups * a.padded;
   if (total > INT32_MAX || a.n > INT32_MAX) throw std::runtime_error("average is too large");
   call.out = a.out + before * a.n;
-  call.peak = a.peak + before;
+  call.row_peak = a.row_peak + before;
   call.momentum = T(a.momentum);
   call.share = T(1 - a.momentum);
   call.total = uint32_t(total);
@@ -116,9 +194,7 @@ void launch_layers(const Nesterov<T>& a, int64_t begin, int64_t count, cudaStrea
   call.padded = uint32_t(a.padded);
   call.columns = uint32_t(a.columns);
   call.n = uint32_t(a.n);
-  const int64_t least = a.n <= kNarrow ? kWarps : 1;
-  const int64_t share = std::max(kLeastWork, total * a.n / kTargetBlocks);
-  call.rows_per_block = uint32_t(std::max(least, share / std::max<int64_t>(1, a.n)));
+  call.rows_per_block = rows_per_block(total, a.n);
   std::copy_n(a.layers + begin, count, call.layer);
   const int64_t blocks = (total + call.rows_per_block - 1) / call.rows_per_block;
   if (blocks > 0)
@@ -137,6 +213,13 @@ void nesterov_cuda(const Nesterov<T>& args, cudaStream_t stream) {
       launch_layers<T, W, kManyLayers>(args, begin, count, stream);
     }
   }
+  const int64_t matrices = args.count * args.groups, total = matrices * args.padded;
+  if (total > INT32_MAX) throw std::runtime_error("average is too large");
+  if (total == 0) return;
+  const uint32_t rows = rows_per_block(total, args.n);
+  launch(nesterov_divide_kernel<T>, grid_of((total + rows - 1) / rows), dim3(kThreads), 0, stream,
+         args, uint32_t(total), rows);
+  launch(nesterov_length_kernel<T>, grid_of(matrices), dim3(kThreads), 0, stream, args);
 }
 
 template void nesterov_cuda<float, float>(const Nesterov<float>&, cudaStream_t);

@@ -268,8 +268,8 @@ def _(P, s, *rest):
 @fake("foreach_nesterov_")
 def _(grad, grad_bias, average, h, place, groups, rows, momentum):
     matrices = len(average) * groups
-    first = average[0]
-    return first.new_empty(matrices, rows, first.shape[1]), first.new_empty(matrices, rows)
+    out = average[0].new_empty(matrices, rows, average[0].shape[1])
+    return out, out.new_empty(matrices), out.new_empty(matrices)
 
 
 @fake("foreach_complete_products_")
@@ -287,5 +287,8 @@ def _(grad, x, delta, grad_bias):
     return True
 
 
-for _name in ("rls_flush_", "weight_step_", "adaptive_weight_step_", "foreach_weight_step_"):
+for _name in (
+    "rls_flush_", "weight_step_", "adaptive_weight_step_", "foreach_weight_step_",
+    "foreach_spectral_root_",
+):  # fmt: skip
     fake(_name)(lambda *arguments: None)

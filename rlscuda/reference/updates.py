@@ -273,6 +273,48 @@ def spectral_direction(
     return (U * s) @ Vt @ R.T
 
 
+def spectral_root(K: Tensor, coefficients: Iterable[tuple[float, float, float]]) -> Tensor:
+    r"""The polynomials of `spectral_direction` as one matrix, about :math:`K^{-1/2}`.
+
+    That of :math:`K = N P N^T` times N P is the direction, and so is N P times that of
+    :math:`K = N^T N P`.
+
+    .. math:: X = K / \sqrt{\mathrm{tr}\, K^2}, \quad p(X) = a I + b X + c X^2, \quad
+              Y \leftarrow p(X) Y, \quad X \leftarrow p(X)^2 X
+
+    from :math:`Y = I / \sqrt[4]{\mathrm{tr}\, K^2}` on.
+
+    Args:
+        K: [m, m], of eigenvalues that are not negative.
+        coefficients: a, b, c of each polynomial.
+
+    Returns:
+        Y.
+    """
+    size = (K * K.mT).sum().sqrt()
+    X, identity = K / size, torch.eye(len(K), dtype=K.dtype)
+    Y = identity / size.sqrt()
+    for a, b, c in coefficients:
+        p = a * identity + b * X + c * X @ X
+        X, Y = p @ p @ X, p @ Y
+    return Y
+
+
+def spectral_scale(size: Tensor, power: float, rows: int, columns: int, eps: float) -> Tensor:
+    r"""The length of the direction of a block: small where the momentum is, else as if by rows.
+
+    .. math:: \sqrt{\max(1, rows / n)}\; \frac{q}{q + eps \sqrt{power}}
+
+    Args:
+        size: Root mean square q of the momentum.
+        power: Running mean of the squared input, in whose units eps is.
+        rows: Of the block.
+        columns: n.
+        eps: Momentum of about that size, over the root of `power`, moves little.
+    """
+    return max(1, rows / columns) ** 0.5 * size / (size + eps * power**0.5)
+
+
 @dataclass
 class SpectralStep:
     r"""The constants of the spectral weight step.
@@ -320,11 +362,7 @@ def spectral_weight_step(
 
     .. math:: W \leftarrow (1 - \eta\, wd) W - \eta\, s\, (N P N^T)^{-1/2} N P
 
-    of some rows at a time, with
-
-    .. math:: s = \sqrt{\max(1, rows / n)}\; \frac{q}{q + eps \sqrt{power}},
-
-    q the root mean square of N.
+    of some rows at a time, s the `spectral_scale` of the root mean square of N.
 
     Args:
         W: [c, n], a bias as its last column.
@@ -340,6 +378,6 @@ def spectral_weight_step(
     k = constants
     M, N = nesterov(M, G, k.momentum)
     size = N.square().mean().sqrt()
-    scale = max(1, k.rows / N.shape[1]) ** 0.5 * size / (size + k.eps * power**0.5)
+    scale = spectral_scale(size, power, k.rows, N.shape[1], k.eps)
     direction = torch.cat([spectral_direction(B, P, k.coefficients) for B in N.split(k.rows)])
     return (1 - k.lr * k.weight_decay) * W - k.lr * scale * direction, M

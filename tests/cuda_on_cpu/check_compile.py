@@ -90,7 +90,8 @@ def main(update: bool) -> int:
         print(f"{time.perf_counter() - start:6.1f} s  {source.name}", flush=True)
     budget = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
     if update:
-        BUDGET.write_text(json.dumps(kernels, indent=1) + "\n")
+        lines = (f" {json.dumps(name)}: {json.dumps(taken)}" for name, taken in kernels.items())
+        BUDGET.write_text("{\n" + ",\n".join(lines) + "\n}\n")
         budget = kernels
     bad = []
     for name, taken in kernels.items():

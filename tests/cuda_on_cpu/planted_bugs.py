@@ -32,6 +32,7 @@ BANK = ["tests/ops/filters/test_rls_bank.py", "-k", "equals and 33 and ridges or
 MOVES = "tests/ops/steps/test_many_layers.py"
 ROWS = [MOVES, "-k", "step_of_mixed and True and not float16 and not float64"]
 NORMS = [MOVES, "-k", "measured and 1 and not float16 and not float64"]
+ROOTS = ["tests/ops/steps/test_spectral_root.py", "-k", "equals and (17 or 33)"]
 AHEAD = ["tests/ops/steps/test_nesterov.py", "-k", "equals_the_reference_with_biases"]
 
 
@@ -103,10 +104,17 @@ BUGS = [
     Bug("the rows of a matrix beyond the first 32", "csrc/cuda/complete_products.cu",
         "i < rows; i += 32) total", "i < min(rows, 32u); i += 32) total", NORMS),
     Bug("a missing barrier before the largest of a row is written", "csrc/cuda/nesterov.cu",
-        "  __syncthreads();\n  if (threadIdx.x % 32 == 0) largest",
-        "  if (threadIdx.x % 32 == 0) largest", AHEAD, "descending"),
+        "  __syncthreads();\n  if (threadIdx.x % 32 == 0) parts",
+        "  if (threadIdx.x % 32 == 0) parts", AHEAD, "descending"),
+    Bug("a row that is divided by the largest of the matrix before", "csrc/cuda/nesterov.cu",
+        "if (q / padded != matrix) {", "if (matrix == UINT32_MAX) {", AHEAD),
     Bug("off by one: a column too many", "csrc/cuda/nesterov.cu", "if (j >= call.n) continue;",
         "if (j > call.n) continue;", AHEAD),
+    Bug("a missing barrier before a product overwrites its factor", "csrc/cuda/spectral_root.cu",
+        "  __syncthreads();  // until all have read what this overwrites\n", "", ROOTS),
+    Bug("a column of a tile too few in its mirror image", "csrc/cuda/spectral_root.cu",
+        "for (int q = r + 1; q < kTile; ++q) sums[r][q] = sums[q][r];",
+        "for (int q = r + 1; q + 1 < kTile; ++q) sums[r][q] = sums[q][r];", ROOTS),
 ]  # fmt: skip
 
 

@@ -25,6 +25,7 @@ NONFINITE = "tests/ops/steps/test_nonfinite.py"
 UPDATES, LAYERS = "tests/ops/test_rls_update.py", "tests/ops/test_foreach_ops.py"
 HELD, RIDGES = "tests/ops/test_rls_held.py", "tests/ops/ridges/test_rls_ridge.py"
 AHEAD, MOVES = "tests/ops/steps/test_nesterov.py", "tests/ops/steps/test_many_layers.py"
+ROOTS = "tests/ops/steps/test_spectral_root.py"
 BANK = "tests/ops/filters/test_rls_bank.py"
 REAL = "not opcheck and not compiles and not threads and not complex and not conjugated"
 RUNS = [  # order of threads and blocks, pytest arguments
@@ -38,6 +39,9 @@ RUNS = [  # order of threads and blocks, pytest arguments
     ("ascending", [AHEAD]),
     ("ascending", [MOVES, "-k", "not threads"]),
     ("shuffled", [AHEAD, "-k", "equals or launch"]),
+    ("ascending", [ROOTS, "-k", "not opcheck and not threads and not 370"]),
+    ("shuffled", [ROOTS, "-k", "equals and (17 or 33) or singular and 5 or shapes_layers"]),
+    ("descending", [ROOTS, "-k", "equals and (3 or 16) or finite_stays"]),
     ("ascending", [HELD, "-k", "not opcheck and not compiles and not follows"]),
     ("ascending", [BANK, "-k", "not opcheck and not threads and not wrong"]),
     ("shuffled", [BANK, "-k", "equals and forget and float64 or named or twice"]),

@@ -112,32 +112,6 @@ def test_nonfinite(dtype):
         assert nonfinite(tensors)
 
 
-@pytest.mark.parametrize("c, n", [(5, 7), (64, 128), (300, 784)])
-def test_momentum_of_gradients(c, n):
-    given = [torch.randn(2 * c, *m) for m in ((n,), (), (n + 1,))] + [torch.tensor([1, torch.nan])]
-
-    def call(device):
-        grad, bias, average, (h,) = ([t.to(device, copy=True)] for t in given)
-        ahead = torch.ops.rlscuda.foreach_nesterov_(grad, bias, average, h, [0], 2, c + 1, 0.9)
-        return [t.cpu() for t in (*ahead, *average)]
-
-    for actual, expected in zip(call(DEVICE), call("cpu")):
-        assert_close(actual, expected, 4)
-
-
-@pytest.mark.parametrize("c, n", [(5, 7), (64, 128), (300, 784)])
-def test_completed_products(c, n):
-    given = [torch.randn(c, *m) for m in ((n + 1,), (n,), ())] + [torch.randn(n + 1)]
-
-    def call(device):
-        product, weight, bias, row = ([t.to(device, copy=True)] for t in given)
-        arguments = (product, weight, bias, row, bias, [1])
-        return [torch.ops.rlscuda.foreach_complete_products_(*arguments).cpu(), product[0].cpu()]
-
-    for actual, expected in zip(call(DEVICE), call("cpu")):
-        assert_close(actual, expected, 20)
-
-
 @gpu_only
 def test_elements_beyond_32_bits():
     if torch.cuda.mem_get_info()[0] < 20 << 30:

@@ -11,8 +11,8 @@ import rlscuda.functional as RF
 COMPOSED = {"rls_ridge_"}  # of other operators
 EXPECTED = {*RF.__all__, "weight_step_", "adaptive_weight_step_", "nonfinite", "factors_agree"}
 EXPECTED = EXPECTED - COMPOSED
-EXPECTED |= {"foreach_nesterov_", "foreach_rls_update_", "foreach_weight_step_"}
-EXPECTED |= {"foreach_complete_products_"}
+EXPECTED |= {"foreach_complete_products_", "foreach_nesterov_", "foreach_rls_update_"}
+EXPECTED |= {"foreach_spectral_root_", "foreach_weight_step_"}
 CPU_ONLY = {"factors_agree"}  # of the factored product, which is the CPU's
 
 

@@ -51,6 +51,7 @@ _AHEAD = ("seen[u] = j < call.columns ? grad[j] : bias;", "before[u] = average[j
 _COMPLETE = (
     " d[u] = product[j];", "w[u] = j < a.n ? weight[offset(a, j)]", _BIAS,
 )  # fmt: skip
+_AHEAD_PEAK = ("seen[u] = out[min(j0 + u * ROW_THREADS, uint32_t(a.n) - 1)];",)
 _PROJECT, _TILES, _WEIGHT = "rls_project.h", "rls_tiles.h", "weight_step.cu"
 _PRODUCTS = "complete_products.cu"
 _RANKS = {
@@ -74,6 +75,21 @@ STREAMS: dict[str, Stream] = {
     "nesterov narrow": Stream(
         "nesterov_kernel", "nesterov.cu", _AHEAD,
         ("nesterov.cu", "take_row<32, T, W>(call, q, largest);"),
+    ),
+    "nesterov_divide wide": Stream(
+        "nesterov_divide_kernel", "nesterov.cu", _AHEAD_PEAK,
+        ("nesterov.cu", "divide_rows<kThreads>(a, begin, end, 1, largest, sums);"),
+    ),
+    "nesterov_divide narrow": Stream(
+        "nesterov_divide_kernel", "nesterov.cu", _AHEAD_PEAK,
+        ("nesterov.cu", "divide_rows<32>(a, begin + threadIdx.x / 32, end, kWarps,"),
+    ),
+    "nesterov_length": Stream("nesterov_length_kernel", "nesterov.cu", ("sum += squares[i];",)),
+    "spectral_root products": Stream(
+        "spectral_root_kernel", "spectral_root.cu",
+        ("sums[r][q] += column.lane[r] * row.lane[q];",),
+        ("spectral_root.cu", "add_outer(sums, A.load(k, tile.i), B.load(k, tile.j));"),
+        products=True,
     ),
     "patch_mean sums": Stream(
         "patch_mean_sums_kernel", "patch_mean.cu",

@@ -8,14 +8,14 @@ singular values N R = U S V^T, the direction is
 the steepest way down where a bound holds for the spectral norm of what the step does to an input
 that P whitens: all directions of the momentum move the output alike. It is taken of some rows at a
 time, at most `ROWS`: that costs little beside N P and learns as well. Nothing is decomposed: a
-polynomial of the smaller one of N P N^T and N^T N P stands for the inverse root.
+polynomial of the smaller one of N P N^T and N^T N P, its gram, stands for the inverse root.
 `rlscuda.reference.spectral_weight_step` is the definition.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from rlscuda.optim.moves import Move
 
 _nesterov = torch.ops.rlscuda.foreach_nesterov_.default
+_take_roots = torch.ops.rlscuda.foreach_spectral_root_.default
 
 ROWS = 64
 # a + b x + c x^2 of each iteration: x p(x^2) one after another map singular values of [.03, 1] to
@@ -34,6 +35,7 @@ COEFFICIENTS = (
     (2.917538, -2.182405, 0.475529),
     (2.046310, -1.429475, 0.393352),
 )
+_NUMBERS = list(itertools.chain(*COEFFICIENTS))
 
 
 def write_directions(
@@ -41,7 +43,7 @@ def write_directions(
 ) -> None:
     """Makes every move's product its direction, and takes its gradient into the momentum.
 
-    Layers of one shape are one batch.
+    Layers of one shape are one batch; the roots of all shapes are taken by one call.
 
     Args:
         moves: Layers of one group, dtype and device.
@@ -53,8 +55,13 @@ def write_directions(
     places = itertools.accumulate(groups, initial=0)  # of each layer's first h
     rows = sorted(zip(moves, bias_gradients, places), key=_shape)
     with torch.autocast(h.device.type, enabled=False):
-        for shape, batch in itertools.groupby(rows, key=_shape):
-            _write_batch(shape, group, h, *map(list, zip(*batch)))
+        batches = [
+            _multiplied(shape, group["momentum"], h, *map(list, zip(*batch)))
+            for shape, batch in itertools.groupby(rows, key=_shape)
+        ]
+        _scale_roots(batches, group["eps"])
+        for batch in batches:
+            batch.write()
 
 
 def block_rows(rows: int) -> int:
@@ -71,55 +78,87 @@ def _shape(row: tuple[Move, Tensor, int]) -> tuple[int, int, int, bool]:
     return layer.groups, layer.outputs // layer.groups, layer.fan_in, layer.bias
 
 
-def _write_batch(
+@dataclass(eq=False)
+class _Batch:
+    """Layers of one shape on the way to their directions.
+
+    Attributes:
+        moves: The layers.
+        N: Their momentum over its peak [b, rows, n], of whole blocks.
+        D: The products N P.
+        gram: Of each block, the smaller one of N P N^T and N^T N P; then its scaled root.
+        peak: The largest |element| of each matrix of the momentum.
+        length: The Euclidean norm of each, over its peak.
+        rows: Of a matrix, on all processes.
+        block: Rows of a block.
+        first: The place in N of the first row of this process.
+    """
+
+    moves: list[Move]
+    N: Tensor
+    D: Tensor
+    gram: Tensor
+    peak: Tensor
+    length: Tensor
+    rows: int
+    block: int
+    first: int
+
+    def write(self) -> None:
+        """Makes the product of every layer its direction, of the roots in `gram`."""
+        n, layers = self.N.shape[2], len(self.moves)
+        here = self.moves[0].outputs // self.moves[0].layer.groups
+        D = self.D.view(-1, self.block, n)
+        pair = (self.gram, D) if self.block <= n else (D, self.gram)
+        torch.bmm(*pair, out=self.N.view(-1, self.block, n))
+        all_rows = self.N.view(layers, self.moves[0].layer.groups, -1, n)
+        mine = all_rows[:, :, self.first : self.first + here].reshape(layers, -1, n)
+        for move, direction in zip(self.moves, mine.unbind()):
+            move.product = direction
+
+
+def _multiplied(
     shape: tuple[int, int, int, bool],
-    group: dict[str, Any],
+    momentum: float,
     h: Tensor,
     moves: list[Move],
     bias_gradients: list[Tensor],
     places: list[int],
-) -> None:
+) -> _Batch:
+    """Takes the gradients of layers of one shape in, and multiplies what that gives by `P`."""
     groups, c, n, _ = shape
     m, shard, here = block_rows(c), moves[0].shard, moves[0].outputs // groups
     rows = m * -(-c // ROWS) if shard is None else max(1, here)  # a norm of no rows is none
     averages = [move.state["momentum_buffer"] for move in moves]
     gradients = [move.grad for move in moves]
-    N, peaks = _nesterov(
-        gradients, bias_gradients, averages, h, places, groups, rows, group["momentum"]
+    N, peak, length = _nesterov(
+        gradients, bias_gradients, averages, h, places, groups, rows, momentum
     )
-    tiny, first = torch.finfo(N.dtype).tiny, 0
-    peak = peaks.amax(1)[:, None, None]
+    first = 0
     if shard is not None:
-        peak = shard.largest(peak)
-    N.div_(peak.clamp(min=tiny))  # so that no square leaves its range
-    length = torch.linalg.vector_norm(N, dim=(1, 2), keepdim=True)
-    if shard is not None:
-        length = shard.sum(length.square()).sqrt()
-        N, first = shard.blocks(N, m)
-    length.mul_(peak / math.sqrt(c * n))
+        tiny = torch.finfo(N.dtype).tiny
+        own, peak = peak, shard.largest(peak.clone())
+        share = own.clamp(min=tiny) / peak.clamp(min=tiny)
+        length = shard.sum((length * share).square()).sqrt()
+        N, first = shard.blocks(N.mul_(share[:, None, None]), m)
     D = torch.empty_like(N)
     for move, part, product in zip(moves, N.view(len(moves), -1, n), D.view(len(moves), -1, n)):
         move.layer.multiply(part, move.state["P"], out=product)
-    N, scaled = N.view(-1, m, n), D.view(-1, m, n)
-    gram = torch.bmm(scaled, N.mT) if m <= n else torch.bmm(N.mT, scaled)
-    size = (gram * gram.mT).sum((1, 2), keepdim=True).clamp(min=tiny).sqrt()  # >= any eigenvalue
-    root = _inverse_root(gram.div_(size)).div_(size.sqrt())
-    power = torch.cat([move.state["power"] for move in moves]).view(-1, 1, 1)
-    floor = (group["eps"] * power.sqrt()).clamp(min=tiny)
-    D.mul_(math.sqrt(m / min(m, n)) * length / (length + floor))
-    torch.bmm(*((root, scaled) if m <= n else (scaled, root)), out=N)
-    for move, direction in zip(moves, N.view(len(moves), groups, -1, n)):
-        move.product = direction[:, first : first + here].reshape(-1, n)
+    blocks, products = N.view(-1, m, n), D.view(-1, m, n)
+    gram = torch.bmm(products, blocks.mT) if m <= n else torch.bmm(blocks.mT, products)
+    return _Batch(moves, N, D, gram, peak, length, c, m, first)
 
 
-def _inverse_root(x: Tensor) -> Tensor:
-    """About x^(-1/2) of each matrix [b, m, m] whose eigenvalues are in [0, 1]."""
-    root = None
-    for i, (a, b, c) in enumerate(COEFFICIENTS):
-        factor = torch.baddbmm(x, x, x, beta=b, alpha=c)
-        factor.diagonal(dim1=1, dim2=2).add_(a)
-        root = factor if root is None else torch.bmm(factor, root)
-        if i + 1 < len(COEFFICIENTS):
-            x = torch.bmm(factor, torch.bmm(factor, x))
-    assert root is not None
-    return root
+def _scale_roots(batches: list[_Batch], eps: float) -> None:
+    """Makes every gram its inverse root, scaled to the length of the direction."""
+    _take_roots(
+        [batch.gram for batch in batches],
+        [batch.peak for batch in batches],
+        [batch.length for batch in batches],
+        [move.state["power"] for batch in batches for move in batch.moves],
+        [batch.block for batch in batches],
+        [batch.rows for batch in batches],
+        [batch.N.shape[2] for batch in batches],
+        _NUMBERS,
+        eps,
+    )

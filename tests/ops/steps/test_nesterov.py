@@ -22,6 +22,10 @@ SHAPES = [
 ]  # fmt: skip
 
 
+def tiny_of(x: Tensor) -> float:
+    return torch.finfo(x.dtype).tiny
+
+
 class Layers:
     """The arguments of a call, and what it must make of them, in float64."""
 
@@ -36,7 +40,7 @@ class Layers:
         self.h = 1 + torch.rand(count * self.groups + 2, dtype=compute)
         self.place = [2 + self.groups * layer for layer in reversed(range(count))]
 
-    def run(self, momentum: float) -> tuple[Tensor, Tensor]:
+    def run(self, momentum: float) -> tuple[Tensor, Tensor, Tensor]:
         return _nesterov(self.grad, self.bias, self.average, self.h, self.place, self.groups,
                          self.padded, momentum)  # fmt: skip
 
@@ -60,12 +64,16 @@ class Layers:
     def check(self, momentum: float = 0.9) -> None:
         averages, ahead = self.expected(momentum)
         before = [M.data_ptr() for M in self.average]
-        out, peak = self.run(momentum)
+        out, peak, length = self.run(momentum)
         assert before == [M.data_ptr() for M in self.average]
         for M, exact in zip(self.average, averages):
             assert_close(M, exact, 4)
-        assert_close(out, ahead, 4)
-        assert torch.equal(peak, out.abs().amax(2))
+        exact = ahead.abs().amax((1, 2)) if self.rows else peak.new_zeros(len(peak))
+        assert_close(peak, exact, 4)
+        assert_close(out, ahead / exact.clamp(min=tiny_of(out))[:, None, None], 4)
+        assert_close(length, out.double().square().sum((1, 2)).sqrt(), 4)
+        largest = out.abs().amax((1, 2))
+        assert torch.equal(largest, (peak >= tiny_of(out)).to(largest))
 
 
 @pytest.mark.parametrize("compute, storage", PAIRS, ids=str)
@@ -97,16 +105,52 @@ def test_a_refused_matrix_takes_nothing_in(shape, bad):
     assert torch.equal(layers.average[1][: layers.rows], before)
 
 
-def test_the_peak_of_a_row_with_nan():
-    layers = Layers((1, 3, 40, 3), torch.float32)
-    layers.average[0][0, 5], layers.average[0][1, 39] = math.nan, math.nan
-    assert layers.run(0.9)[1][0].isnan().tolist() == [True, True, False]
+@pytest.mark.parametrize("columns", [40, 400])
+def test_a_matrix_with_nan_is_nan_and_no_other(columns):
+    layers = Layers((2, 3, columns, 3), torch.float32)
+    layers.average[0][1, 5], layers.average[1][4, columns - 1] = math.nan, math.nan
+    out, peak, length = layers.run(0.9)
+    nan = [True, False, False, True, False, False]
+    assert peak.isnan().tolist() == length.isnan().tolist() == nan
+    assert out.isnan().any(2).any(1).tolist() == nan
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("columns", [40, 400])
+def test_momentum_of_any_size(columns, dtype):
+    """No square leaves the range of the dtype; what is no normal number is not blown up to one."""
+    info = torch.finfo(dtype)
+    sizes = [0.0, info.smallest_normal / 64, info.tiny * 2, 1.0, info.max / 8]
+    layers = Layers((1, 3, columns, 4), dtype, count=len(sizes))
+    for average, grad, size in zip(layers.average, layers.grad, sizes):
+        grad.zero_()
+        average.copy_(torch.rand_like(average) * size)
+    out, peak, length = layers.run(0.9)
+    exact = torch.stack(layers.average).double() * 0.9  # as it is now
+    assert_close(peak / (info.max / 8), exact.amax((1, 2)) / (info.max / 8))
+    assert out.isfinite().all() and length.isfinite().all()
+    assert not out[0].any() and length[0] == 0
+    assert out[1].max() < 1 / 32 and (out[2:].amax((1, 2)) == 1).all()
+
+
+def test_nothing_depends_on_the_number_of_threads():
+    results = []
+    for threads in (1, 2, 5):
+        torch.manual_seed(0)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            results.append(Layers((2, 100, 130, 128), torch.float32).run(0.9))
+        finally:
+            torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
 
 
 def test_layers_without_rows():  # as of a weight whose rows are on other processes
     layers = Layers((1, 0, 5, 2), torch.float32, torch.float32)
-    out, peak = layers.run(0.9)
-    assert out.shape == (3, 2, 6) and not out.any() and not peak.any()
+    out, peak, length = layers.run(0.9)
+    assert out.shape == (3, 2, 6) and not out.any() and not peak.any() and not length.any()
 
 
 def test_gradients_that_lie_anyhow():
