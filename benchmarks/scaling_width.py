@@ -34,8 +34,9 @@ RESULT = Path(__file__).resolve().parent / "results" / "scaling_width.json"
 PLOT = RESULT.with_suffix(".png")
 BASELINE = "AdamW"
 OURS = ("RLS spectral", "RLS adaptive")
-# of the spectral form's blocks of 64 rows: FLOP over n² of products, over n of inverse roots
-BLOCKS, ROOTS = 4 * 64, 18 * 64**2
+# of the spectral form's blocks of 64 rows: FLOP over n² of products, over n of inverse roots, whose
+# products are symmetric
+BLOCKS, ROOTS = 4 * 64, 9 * 64**2
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ class Counter(TorchDispatchMode):
         elif not func.is_view:
             moved = _moved(func, args, kwargs, out)
             if packet is torch.ops.rlscuda.foreach_spectral_root_:
-                self.work.direction += _root_flops(*args)
+                self.work.direction += root_flops(*args)
             elif packet is torch.ops.rlscuda.foreach_rls_update_:
                 self.work.update += moved
             else:
@@ -173,7 +173,7 @@ class Counter(TorchDispatchMode):
         return out
 
 
-def _root_flops(
+def root_flops(
     gram: list[Tensor], peak: Any, length: Any, power: Any, block: list[int], rows: list[int],
     columns: list[int], coefficients: list[float], eps: float,
 ) -> int:  # fmt: skip

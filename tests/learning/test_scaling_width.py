@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("benchmarks.common.environment", reason="needs the source tree")
 from benchmarks import scaling_width as width
+from benchmarks.distributed.counting import root_flops
 from benchmarks.scaling_width import Case, crossing, exponent, work
 
 
@@ -30,14 +31,19 @@ def test_a_crossing_lies_between_two_points():
 
 
 def test_formulas_are_those_of_the_products():
-    """Counted by torch over one step; the update of P is no product to it."""
+    """Counted by torch over one step, but for the roots; the update of P is no product to it."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    def roots(*arguments, out_val):
+        return root_flops(*arguments)
+
+    roots._get_raw = True  # tensors, not their shapes
+    ours = {torch.ops.rlscuda.foreach_spectral_root_: roots}
     case = Case(width=512, depth=2, batch=64)
     for name in ("RLS spectral", "Muon"):
         lane = width.Lane(name, case)
         lane()
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=ours) as counter:
             lane()
         said = work(case)["training"] + work(replace(case, rank=0))[name]
         assert counter.get_total_flops() == pytest.approx(said, rel=0.01), name

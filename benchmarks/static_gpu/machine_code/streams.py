@@ -38,6 +38,11 @@ class Stream:
     products: bool = False
     narrow: bool = False
 
+    @property
+    def places(self) -> list[tuple[str, str]]:
+        """File and text of each of the lines."""
+        return [(self.file, line) if isinstance(line, str) else line for line in self.lines]
+
 
 _ROW = ("if (c < left) v = *reinterpret_cast<const Packed<T, VEC>*>(row + c);",)
 _TILE = ("if (i < n && j < n) v = *reinterpret_cast<const Packed<T, VEC>*>(P + i * n + j);",)
@@ -181,8 +186,7 @@ def main_of(stream: Stream, kernel: Kernel) -> Main:
     Raises:
         LookupError: The kernel has no such loads.
     """
-    of_file = [(stream.file, at) if isinstance(at, str) else at for at in stream.lines]
-    lines = {line_of(file, text) for file, text in of_file}
+    lines = {line_of(*place) for place in stream.places}
     through = line_of(*stream.through) if stream.through else None
 
     def near(i: Instruction) -> bool | None:
