@@ -64,7 +64,7 @@ STABLE_TORCH_LIBRARY(rlscuda, m) {
       "Tensor[] bias_row, Tensor[] grad_bias, int[] groups) -> Tensor");
   m.def(
       "foreach_nesterov_(Tensor[] grad, Tensor[] grad_bias, Tensor(a!)[] average, Tensor h, "
-      "int[] place, int groups, int rows, float momentum) -> (Tensor, Tensor, Tensor)");
+      "int[] place, int[] groups, int[] rows, float momentum) -> (Tensor, Tensor, Tensor)");
   m.def(
       "foreach_spectral_root_(Tensor(a!)[] gram, Tensor[] peak, Tensor[] length, Tensor[] power, "
       "int[] block, int[] rows, int[] columns, float[] coefficients, float eps) -> ()");

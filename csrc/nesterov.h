@@ -1,5 +1,5 @@
-// The momentum of the gradients of many layers of one shape, looked ahead as Nesterov does: what it
-// will be if the next gradient is the same.
+// The momentum of the gradients of many layers, looked ahead as Nesterov does: what it will be if
+// the next gradient is the same.
 //
 //   average <- average + (1 - momentum) (G - average),   out = G + momentum (average - G)
 //
@@ -22,22 +22,23 @@ namespace rlscuda {
 // One layer: its weight's gradient, that of a bias in its last column, and their average.
 template <class T>
 struct NesterovLayer {
-  const T* grad;          // [groups * rows, columns]
-  const void* grad_bias;  // [groups * rows] of the parameter's dtype, or null
-  T* average;             // [groups * rows, n], updated in place
-  const T* h;             // [groups]
+  const T* grad;                             // [groups * rows, columns]
+  const void* grad_bias;                     // [groups * rows] of the parameter's dtype, or null
+  T* average;                                // [groups * rows, n], updated in place
+  const T* h;                                // [groups]
+  T* out;                                    // [groups, padded, n]: rows beyond `rows` are zeros
+  int64_t groups, rows, padded, columns, n;  // n = columns, + 1 with a bias
+  int64_t first_row, first_matrix;           // those of `out` of all layers before it
 };
 
 template <class T>
 struct Nesterov {
   const NesterovLayer<T>* layers;
-  int64_t count, groups, rows, columns, n;  // n = columns, + 1 with a bias
-  int64_t padded;                           // rows of a matrix of `out`, the last of them zeros
-  T* out;                                   // [count * groups, padded, n]
-  T* peak;                                  // [count * groups]: what each was divided by
-  T* length;                                // [count * groups]: Euclidean norm of `out`
-  T* row_peak;                              // [count * groups, padded]: workspace
-  T* row_squares;                           // likewise
+  int64_t count;
+  T* peak;         // [matrices]: what each was divided by
+  T* length;       // [matrices]: Euclidean norm of `out`
+  T* row_peak;     // [rows of all `out`]: workspace
+  T* row_squares;  // likewise
   double momentum;
 };
 // W is the dtype of the parameters, the same in all layers.

@@ -70,8 +70,9 @@ Tensor foreach_complete_products_(std::vector<Tensor> product, std::vector<Tenso
 std::tuple<Tensor, Tensor, Tensor> foreach_nesterov_(std::vector<Tensor> grad,
                                                      std::vector<Tensor> grad_bias,
                                                      std::vector<Tensor> average, const Tensor& h,
-                                                     std::vector<int64_t> place, int64_t groups,
-                                                     int64_t rows, double momentum);
+                                                     std::vector<int64_t> place,
+                                                     std::vector<int64_t> groups,
+                                                     std::vector<int64_t> rows, double momentum);
 
 void foreach_spectral_root_(std::vector<Tensor> gram, std::vector<Tensor> peak,
                             std::vector<Tensor> length, std::vector<Tensor> power,

@@ -116,9 +116,10 @@ def test_weight_step(race, case, form):
 
 def fused_momentum(p):
     one = p.h.view(1)
-    return _ops.foreach_nesterov_(
-        [p.grad], [p.grad_bias], [p.moment], one, [0], 1, len(p.grad), MOMENTUM
+    flat, peak, length = _ops.foreach_nesterov_(
+        [p.grad], [p.grad_bias], [p.moment], one, [0], [1], [len(p.grad)], MOMENTUM
     )  # fmt: skip
+    return flat.view(1, *p.moment.shape), peak, length
 
 
 def eager_momentum(p):

@@ -133,7 +133,7 @@ def _weights() -> Iterator[tuple[str, Callable[[], object]]]:
         )
         yield (
             f"momentum {case.name}",
-            lambda x=([G], [g], [M], h, [0], 1, c, 0.9): ahead(*x),
+            lambda x=([G], [g], [M], h, [0], [1], [c], 0.9): ahead(*x),
         )
         yield f"nonfinite {case.name}", lambda G=G: torch.ops.rlscuda.nonfinite([G])
 

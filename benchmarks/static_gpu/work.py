@@ -252,30 +252,29 @@ def _norms(call: Call, launch: Launch) -> Work:
     return Work({"product norms": 2 * FLOAT * rows}, 2 * FLOAT * rows, 2)
 
 
+def _ahead(call: Call, name: str, each: float) -> dict[str, float]:
+    """Bytes that a stream of rows and another of long ones load, `each` bytes an element."""
+    loaded: dict[str, float] = {}
+    sizes = call.sizes
+    for average, groups, rows in zip(sizes["average"], sizes["groups"], sizes["rows"]):
+        columns = average["shape"][1]
+        way = "narrow" if columns <= constant("nesterov.cu", "kNarrow") else "wide"
+        _add(loaded, f"{name} {way}", each * groups * rows * columns)
+    return loaded
+
+
 def _nesterov(call: Call, launch: Launch) -> Work:
-    shapes = [average["shape"] for average in call.sizes["average"]]
-    elements = sum(map(prod, shapes))
-    written = len(shapes) * call.sizes["groups"] * call.sizes["rows"] * shapes[0][1]
-    way = "narrow" if shapes[0][1] <= constant("nesterov.cu", "kNarrow") else "wide"
-    return Work({f"nesterov {way}": 2 * FLOAT * elements}, FLOAT * (3 * elements + written), 3)
-
-
-def _ahead(call: Call) -> tuple[int, int]:
-    """Rows and columns of all that a call looks ahead."""
-    averages = call.sizes["average"]
-    rows = len(averages) * call.sizes["groups"] * call.sizes["rows"]
-    return rows, averages[0]["shape"][1]
+    loaded = _ahead(call, "nesterov", 2 * FLOAT)
+    return Work(_largest_first(loaded), 2 * sum(loaded.values()), 3)
 
 
 def _nesterov_divide(call: Call, launch: Launch) -> Work:
-    rows, columns = _ahead(call)
-    way = "narrow" if columns <= constant("nesterov.cu", "kNarrow") else "wide"
-    read = FLOAT * rows * columns
-    return Work({f"nesterov_divide {way}": read}, 2 * read, 4, cached=True)
+    loaded = _ahead(call, "nesterov_divide", FLOAT)
+    return Work(_largest_first(loaded), 2 * sum(loaded.values()), 4, cached=True)
 
 
 def _nesterov_length(call: Call, launch: Launch) -> Work:
-    read = FLOAT * _ahead(call)[0]
+    read = FLOAT * sum(g * r for g, r in zip(call.sizes["groups"], call.sizes["rows"]))
     return Work({"nesterov_length": read}, read, 2, cached=True)
 
 

@@ -1,4 +1,4 @@
-// foreach_nesterov_ on the GPU: all rows of all layers of one shape in three launches. The first
+// foreach_nesterov_ on the GPU: all rows of all layers in three launches. The first
 // looks ahead, the second divides by the largest element, the third adds the rows' squares.
 //
 // A warp takes a row of up to kNarrow columns, a block a longer one; consecutive threads take
@@ -10,6 +10,7 @@
 
 #include "half.h"
 #include "launch.h"
+#include "layer_list.h"
 #include "nesterov.h"
 
 namespace rlscuda {
@@ -22,17 +23,47 @@ constexpr uint32_t kUnroll = 16 / sizeof(T);  // elements of a row that a thread
 constexpr int64_t kTargetBlocks = 2048;  // of a launch; a block has at least kLeastWork elements
 constexpr int64_t kLeastWork = 1024;
 
+template <class T>
+struct Layer {
+  const T* grad;
+  const void* grad_bias;
+  T* average;
+  const T* h;
+  T* out;
+  uint32_t groups, rows, padded, columns, n;
+  uint32_t first_row, first_matrix;  // of the launch's
+  uint32_t rows_per_block, end;      // the first block that is not for this layer
+};
+
 template <class T, int LAYERS>
 struct Call {
-  T* out;
+  T* peak;
+  T* length;
   T* row_peak;
+  T* row_squares;
   T momentum, share;
-  uint32_t total, groups, rows, padded, columns, n, rows_per_block;
-  NesterovLayer<T> layer[LAYERS];
+  uint32_t count;
+  Layer<T> layer[LAYERS];
 };
-constexpr int kFewLayers = 120, kManyLayers = 1020;
+constexpr int kFewLayers = 50, kManyLayers = 408;
 static_assert(sizeof(Call<double, kFewLayers>) <= 4096);
 static_assert(sizeof(Call<double, kManyLayers>) <= 32764);
+
+// The layer of a block, and the rows of its `out` that the block takes.
+template <class T>
+struct Share {
+  const Layer<T>& layer;
+  uint32_t begin, end;
+};
+template <class T, int LAYERS>
+__device__ __forceinline__ Share<T> share_of(const Call<T, LAYERS>& call) {
+  const int l = layer_of_block(call.layer, call.count, blockIdx.x,
+                               [](const Layer<T>& layer) { return layer.end; });
+  const Layer<T>& layer = call.layer[l];
+  const uint32_t block = blockIdx.x - (l ? call.layer[l - 1].end : 0);
+  const uint32_t begin = block * layer.rows_per_block;
+  return {layer, begin, min(layer.groups * layer.padded, begin + layer.rows_per_block)};
+}
 
 // What `join` makes of the values of all threads that share a row, known to each of them.
 template <int ROW_THREADS, class X, class Join>
@@ -56,37 +87,36 @@ __device__ T row_sum(T x, T* parts) {
 }
 
 template <int ROW_THREADS, class T, class W, int LAYERS>
-__device__ void take_row(const Call<T, LAYERS>& call, uint32_t q, MagnitudeBits<T>* largest) {
+__device__ void take_row(const Call<T, LAYERS>& call, const Layer<T>& a, uint32_t q,
+                         MagnitudeBits<T>* largest) {
   const uint32_t first = threadIdx.x % ROW_THREADS;
-  const uint32_t matrix = q / call.padded, i = q % call.padded;
-  T* out = call.out + int64_t(q) * call.n;
-  if (i >= call.rows) {
-    for (uint32_t j = first; j < call.n; j += ROW_THREADS) out[j] = 0;
-    if (first == 0) call.row_peak[q] = 0;
+  const uint32_t group = q / a.padded, i = q % a.padded;
+  T* out = a.out + int64_t(q) * a.n;
+  T& row_peak = call.row_peak[a.first_row + q];
+  if (i >= a.rows) {
+    for (uint32_t j = first; j < a.n; j += ROW_THREADS) out[j] = 0;
+    if (first == 0) row_peak = 0;
     return;
   }
-  const NesterovLayer<T>& layer = call.layer[matrix / call.groups];
-  const uint32_t group = matrix % call.groups;
-  const int64_t row = int64_t(group) * call.rows + i;
-  const bool enters = std::isfinite(layer.h[group]);
-  const T* grad = layer.grad + row * call.columns;
-  T* average = layer.average + row * call.n;
-  const T bias =
-      call.columns < call.n ? to_compute<T>(static_cast<const W*>(layer.grad_bias)[row]) : T(0);
+  const int64_t row = int64_t(group) * a.rows + i;
+  const bool enters = std::isfinite(a.h[group]);
+  const T* grad = a.grad + row * a.columns;
+  T* average = a.average + row * a.n;
+  const T bias = a.columns < a.n ? to_compute<T>(static_cast<const W*>(a.grad_bias)[row]) : T(0);
   MagnitudeBits<T> peak = 0;
-  for (uint32_t j0 = first; j0 < call.n; j0 += kUnroll<T> * ROW_THREADS) {
+  for (uint32_t j0 = first; j0 < a.n; j0 += kUnroll<T> * ROW_THREADS) {
     // all loads before the first use, those beyond the row of its last column
     T seen[kUnroll<T>], before[kUnroll<T>];
 #pragma unroll
     for (uint32_t u = 0; u < kUnroll<T>; ++u) {
-      const uint32_t j = min(j0 + u * ROW_THREADS, call.n - 1);
-      seen[u] = j < call.columns ? grad[j] : bias;
+      const uint32_t j = min(j0 + u * ROW_THREADS, a.n - 1);
+      seen[u] = j < a.columns ? grad[j] : bias;
       before[u] = average[j];
     }
 #pragma unroll
     for (uint32_t u = 0; u < kUnroll<T>; ++u) {
       const uint32_t j = j0 + u * ROW_THREADS;
-      if (j >= call.n) continue;
+      if (j >= a.n) continue;
       const T g = enters ? seen[u] : T(0);
       const T after = enters ? lerp(before[u], g, call.share) : before[u];
       average[j] = after;
@@ -95,46 +125,47 @@ __device__ void take_row(const Call<T, LAYERS>& call, uint32_t q, MagnitudeBits<
     }
   }
   peak = row_max<ROW_THREADS>(peak, largest);
-  if (first == 0) call.row_peak[q] = std::bit_cast<T>(peak);
+  if (first == 0) row_peak = std::bit_cast<T>(peak);
 }
 
 template <class T, class W, int LAYERS>
 __global__ void __launch_bounds__(kThreads)
     nesterov_kernel(const __grid_constant__ Call<T, LAYERS> call) {
   __shared__ MagnitudeBits<T> largest[kWarps];
-  const uint32_t begin = blockIdx.x * call.rows_per_block;
-  const uint32_t end = min(call.total, begin + call.rows_per_block);
-  if (call.n <= kNarrow) {
-    for (uint32_t q = begin + threadIdx.x / 32; q < end; q += kWarps)
-      take_row<32, T, W>(call, q, largest);
+  const Share<T> own = share_of(call);
+  if (own.layer.n <= kNarrow) {
+    for (uint32_t q = own.begin + threadIdx.x / 32; q < own.end; q += kWarps)
+      take_row<32, T, W>(call, own.layer, q, largest);
   } else {
-    for (uint32_t q = begin; q < end; ++q) take_row<kThreads, T, W>(call, q, largest);
+    for (uint32_t q = own.begin; q < own.end; ++q)
+      take_row<kThreads, T, W>(call, own.layer, q, largest);
   }
 }
 
-// The rows that a warp or a block takes, from the first of the launch on, to be divided.
-template <int ROW_THREADS, class T>
-__device__ void divide_rows(const Nesterov<T>& a, uint32_t q, uint32_t end, uint32_t step,
-                            MagnitudeBits<T>* largest, T* sums) {
-  const uint32_t first = threadIdx.x % ROW_THREADS, padded = uint32_t(a.padded);
+// The rows that a warp or a block takes, to be divided.
+template <int ROW_THREADS, class T, int LAYERS>
+__device__ void divide_rows(const Call<T, LAYERS>& call, const Layer<T>& a, uint32_t q,
+                            uint32_t end, uint32_t step, MagnitudeBits<T>* largest, T* sums) {
+  const uint32_t first = threadIdx.x % ROW_THREADS;
   T divisor = 1;
-  for (uint32_t matrix = UINT32_MAX; q < end; q += step) {
-    if (q / padded != matrix) {
-      matrix = q / padded;
+  for (uint32_t group = UINT32_MAX; q < end; q += step) {
+    if (q / a.padded != group) {
+      group = q / a.padded;
+      const T* peaks = call.row_peak + a.first_row + group * a.padded;
       MagnitudeBits<T> peak = 0;
-      for (uint32_t i = first; i < padded; i += ROW_THREADS)
-        peak = max(peak, magnitude_bits(a.row_peak[int64_t(matrix) * padded + i]));
+      for (uint32_t i = first; i < a.padded; i += ROW_THREADS)
+        peak = max(peak, magnitude_bits(peaks[i]));
       peak = row_max<ROW_THREADS>(peak, largest);
       divisor = divisor_of(std::bit_cast<T>(peak));
-      if (q % padded == 0 && first == 0) a.peak[matrix] = std::bit_cast<T>(peak);
+      if (q % a.padded == 0 && first == 0)
+        call.peak[a.first_matrix + group] = std::bit_cast<T>(peak);
     }
     T* out = a.out + int64_t(q) * a.n;
     T squares = 0;
     for (uint32_t j0 = first; j0 < a.n; j0 += kUnroll<T> * ROW_THREADS) {
       T seen[kUnroll<T>];
 #pragma unroll
-      for (uint32_t u = 0; u < kUnroll<T>; ++u)
-        seen[u] = out[min(j0 + u * ROW_THREADS, uint32_t(a.n) - 1)];
+      for (uint32_t u = 0; u < kUnroll<T>; ++u) seen[u] = out[min(j0 + u * ROW_THREADS, a.n - 1)];
 #pragma unroll
       for (uint32_t u = 0; u < kUnroll<T>; ++u) {
         const uint32_t j = j0 + u * ROW_THREADS;
@@ -145,60 +176,80 @@ __device__ void divide_rows(const Nesterov<T>& a, uint32_t q, uint32_t end, uint
       }
     }
     squares = row_sum<ROW_THREADS>(squares, sums);
-    if (first == 0) a.row_squares[q] = squares;
+    if (first == 0) call.row_squares[a.first_row + q] = squares;
   }
 }
 
-template <class T>
+template <class T, int LAYERS>
 __global__ void __launch_bounds__(kThreads)
-    nesterov_divide_kernel(const __grid_constant__ Nesterov<T> a, uint32_t total, uint32_t rows) {
+    nesterov_divide_kernel(const __grid_constant__ Call<T, LAYERS> call) {
   __shared__ MagnitudeBits<T> largest[kWarps];
   __shared__ T sums[kWarps];
-  const uint32_t begin = blockIdx.x * rows, end = min(total, begin + rows);
-  if (a.n <= kNarrow) {
-    divide_rows<32>(a, begin + threadIdx.x / 32, end, kWarps, largest, sums);
+  const Share<T> own = share_of(call);
+  if (own.layer.n <= kNarrow) {
+    divide_rows<32>(call, own.layer, own.begin + threadIdx.x / 32, own.end, kWarps, largest, sums);
   } else {
-    divide_rows<kThreads>(a, begin, end, 1, largest, sums);
+    divide_rows<kThreads>(call, own.layer, own.begin, own.end, 1, largest, sums);
   }
 }
 
-template <class T>
+// A block a matrix.
+template <class T, int LAYERS>
 __global__ void __launch_bounds__(kThreads)
-    nesterov_length_kernel(const __grid_constant__ Nesterov<T> a) {
+    nesterov_length_kernel(const __grid_constant__ Call<T, LAYERS> call) {
   __shared__ T sums[kWarps];
-  const T* squares = a.row_squares + blockIdx.x * a.padded;
+  const Layer<T>& a =
+      call.layer[layer_of_block(call.layer, call.count, blockIdx.x, [](const Layer<T>& layer) {
+        return layer.first_matrix + layer.groups;
+      })];
+  const T* squares = call.row_squares + a.first_row + (blockIdx.x - a.first_matrix) * a.padded;
   T sum = 0;
-  for (int64_t i = threadIdx.x; i < a.padded; i += kThreads) sum += squares[i];
+  for (uint32_t i = threadIdx.x; i < a.padded; i += kThreads) sum += squares[i];
   sum = row_sum<kThreads>(sum, sums);
-  if (threadIdx.x == 0) a.length[blockIdx.x] = std::sqrt(sum);
-}
-
-uint32_t rows_per_block(int64_t total, int64_t n) {
-  const int64_t least = n <= kNarrow ? kWarps : 1;
-  const int64_t share = std::max(kLeastWork, total * n / kTargetBlocks);
-  return uint32_t(std::max(least, share / std::max<int64_t>(1, n)));
+  if (threadIdx.x == 0) call.length[blockIdx.x] = std::sqrt(sum);
 }
 
 template <class T, class W, int LAYERS>
 void launch_layers(const Nesterov<T>& a, int64_t begin, int64_t count, cudaStream_t stream) {
   Call<T, LAYERS> call;
-  const int64_t before = begin * a.groups * a.padded, total = count * a.groups * a.padded;
-  if (total > INT32_MAX || a.n > INT32_MAX) throw std::runtime_error("average is too large");
-  call.out = a.out + before * a.n;
-  call.row_peak = a.row_peak + before;
+  const NesterovLayer<T>& first = a.layers[begin];
+  call.peak = a.peak + first.first_matrix;
+  call.length = a.length + first.first_matrix;
+  call.row_peak = a.row_peak + first.first_row;
+  call.row_squares = a.row_squares + first.first_row;
   call.momentum = T(a.momentum);
   call.share = T(1 - a.momentum);
-  call.total = uint32_t(total);
-  call.groups = uint32_t(a.groups);
-  call.rows = uint32_t(a.rows);
-  call.padded = uint32_t(a.padded);
-  call.columns = uint32_t(a.columns);
-  call.n = uint32_t(a.n);
-  call.rows_per_block = rows_per_block(total, a.n);
-  std::copy_n(a.layers + begin, count, call.layer);
-  const int64_t blocks = (total + call.rows_per_block - 1) / call.rows_per_block;
-  if (blocks > 0)
-    launch(nesterov_kernel<T, W, LAYERS>, grid_of(blocks), dim3(kThreads), 0, stream, call);
+  call.count = uint32_t(count);
+  int64_t elements = 0, rows = 0, matrices = 0, blocks = 0;
+  for (int64_t l = begin; l < begin + count; ++l)
+    elements += a.layers[l].groups * a.layers[l].padded * a.layers[l].n;
+  const int64_t share = std::max(kLeastWork, elements / kTargetBlocks);
+  for (int64_t l = 0; l < count; ++l) {
+    const NesterovLayer<T>& from = a.layers[begin + l];
+    const int64_t least = from.n <= kNarrow ? kWarps : 1;
+    const int64_t per_block = std::max(least, share / from.n);
+    rows += from.groups * from.padded, matrices += from.groups;
+    blocks += (from.groups * from.padded + per_block - 1) / per_block;
+    if (std::max({rows, matrices, blocks, from.n, per_block}) > INT32_MAX)
+      throw std::runtime_error("average is too large");
+    call.layer[l] = {from.grad,
+                     from.grad_bias,
+                     from.average,
+                     from.h,
+                     from.out,
+                     uint32_t(from.groups),
+                     uint32_t(from.rows),
+                     uint32_t(from.padded),
+                     uint32_t(from.columns),
+                     uint32_t(from.n),
+                     uint32_t(from.first_row - first.first_row),
+                     uint32_t(from.first_matrix - first.first_matrix),
+                     uint32_t(per_block),
+                     uint32_t(blocks)};
+  }
+  launch(nesterov_kernel<T, W, LAYERS>, grid_of(blocks), dim3(kThreads), 0, stream, call);
+  launch(nesterov_divide_kernel<T, LAYERS>, grid_of(blocks), dim3(kThreads), 0, stream, call);
+  launch(nesterov_length_kernel<T, LAYERS>, grid_of(matrices), dim3(kThreads), 0, stream, call);
 }
 
 }  // namespace
@@ -213,13 +264,6 @@ void nesterov_cuda(const Nesterov<T>& args, cudaStream_t stream) {
       launch_layers<T, W, kManyLayers>(args, begin, count, stream);
     }
   }
-  const int64_t matrices = args.count * args.groups, total = matrices * args.padded;
-  if (total > INT32_MAX) throw std::runtime_error("average is too large");
-  if (total == 0) return;
-  const uint32_t rows = rows_per_block(total, args.n);
-  launch(nesterov_divide_kernel<T>, grid_of((total + rows - 1) / rows), dim3(kThreads), 0, stream,
-         args, uint32_t(total), rows);
-  launch(nesterov_length_kernel<T>, grid_of(matrices), dim3(kThreads), 0, stream, args);
 }
 
 template void nesterov_cuda<float, float>(const Nesterov<float>&, cudaStream_t);

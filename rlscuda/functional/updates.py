@@ -267,9 +267,9 @@ def _(P, s, *rest):
 
 @fake("foreach_nesterov_")
 def _(grad, grad_bias, average, h, place, groups, rows, momentum):
-    matrices = len(average) * groups
-    out = average[0].new_empty(matrices, rows, average[0].shape[1])
-    return out, out.new_empty(matrices), out.new_empty(matrices)
+    sizes = (k * padded * M.shape[1] for k, padded, M in zip(groups, rows, average))
+    matrices = sum(groups)
+    return h.new_empty(sum(sizes)), h.new_empty(matrices), h.new_empty(matrices)
 
 
 @fake("foreach_complete_products_")

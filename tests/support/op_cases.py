@@ -103,7 +103,7 @@ def _foreach_complete_products() -> list[Any]:
 def _foreach_nesterov() -> list[Any]:
     return [
         [torch.randn(4, 3), torch.randn(4, 3)], [torch.randn(4), torch.randn(4)],
-        [torch.randn(4, 4), torch.randn(4, 4)], torch.ones(5), [3, 0], 2, 3, 0.9,
+        [torch.randn(4, 4), torch.randn(4, 4)], torch.ones(5), [3, 0], [2, 2], [3, 3], 0.9,
     ]  # fmt: skip
 
 

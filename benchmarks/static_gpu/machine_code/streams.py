@@ -52,11 +52,11 @@ _STEP = (
     "direction[u] = product[j];", "if (moment) old[u] = moment[j];", "before[u] = *w[u];", _BIAS,
 )  # fmt: skip
 _NORM = (" d[u] = product[j];", "g[u] = j < a.n ? grad[j] : grad_bias;", _BIAS)
-_AHEAD = ("seen[u] = j < call.columns ? grad[j] : bias;", "before[u] = average[j];")
+_AHEAD = ("seen[u] = j < a.columns ? grad[j] : bias;", "before[u] = average[j];")
 _COMPLETE = (
     " d[u] = product[j];", "w[u] = j < a.n ? weight[offset(a, j)]", _BIAS,
 )  # fmt: skip
-_AHEAD_PEAK = ("seen[u] = out[min(j0 + u * ROW_THREADS, uint32_t(a.n) - 1)];",)
+_AHEAD_PEAK = ("seen[u] = out[min(j0 + u * ROW_THREADS, a.n - 1)];",)
 _PROJECT, _TILES, _WEIGHT = "rls_project.h", "rls_tiles.h", "weight_step.cu"
 _PRODUCTS = "complete_products.cu"
 _RANKS = {
@@ -75,19 +75,19 @@ STREAMS: dict[str, Stream] = {
     ),
     "nesterov wide": Stream(
         "nesterov_kernel", "nesterov.cu", _AHEAD,
-        ("nesterov.cu", "take_row<kThreads, T, W>(call, q, largest);"),
+        ("nesterov.cu", "take_row<kThreads, T, W>(call, own.layer, q,"),
     ),
     "nesterov narrow": Stream(
         "nesterov_kernel", "nesterov.cu", _AHEAD,
-        ("nesterov.cu", "take_row<32, T, W>(call, q, largest);"),
+        ("nesterov.cu", "take_row<32, T, W>(call, own.layer, q,"),
     ),
     "nesterov_divide wide": Stream(
         "nesterov_divide_kernel", "nesterov.cu", _AHEAD_PEAK,
-        ("nesterov.cu", "divide_rows<kThreads>(a, begin, end, 1, largest, sums);"),
+        ("nesterov.cu", "divide_rows<kThreads>(call, own.layer,"),
     ),
     "nesterov_divide narrow": Stream(
         "nesterov_divide_kernel", "nesterov.cu", _AHEAD_PEAK,
-        ("nesterov.cu", "divide_rows<32>(a, begin + threadIdx.x / 32, end, kWarps,"),
+        ("nesterov.cu", "divide_rows<32>(call, own.layer,"),
     ),
     "nesterov_length": Stream("nesterov_length_kernel", "nesterov.cu", ("sum += squares[i];",)),
     "spectral_root products": Stream(

@@ -15,7 +15,6 @@ polynomial of the smaller one of N P N^T and N^T N P, its gram, stands for the i
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ def write_directions(
 ) -> None:
     """Makes every move's product its direction, and takes its gradient into the momentum.
 
-    Layers of one shape are one batch; the roots of all shapes are taken by one call.
+    Layers of one shape are one batch; momenta and roots of all shapes are made by one call each.
 
     Args:
         moves: Layers of one group, dtype and device.
@@ -51,14 +50,12 @@ def write_directions(
         h: Of each matrix in turn, not finite where nothing may move.
         group: The parameter group.
     """
-    groups = [move.layer.groups for move in moves]
-    places = itertools.accumulate(groups, initial=0)  # of each layer's first h
+    places = itertools.accumulate((move.layer.groups for move in moves), initial=0)
     rows = sorted(zip(moves, bias_gradients, places), key=_shape)
     with torch.autocast(h.device.type, enabled=False):
-        batches = [
-            _multiplied(shape, group["momentum"], h, *map(list, zip(*batch)))
-            for shape, batch in itertools.groupby(rows, key=_shape)
-        ]
+        batches = _looked_ahead(rows, h, group["momentum"])
+        for batch in batches:
+            batch.multiply()
         _scale_roots(batches, group["eps"])
         for batch in batches:
             batch.write()
@@ -78,75 +75,106 @@ def _shape(row: tuple[Move, Tensor, int]) -> tuple[int, int, int, bool]:
     return layer.groups, layer.outputs // layer.groups, layer.fan_in, layer.bias
 
 
-@dataclass(eq=False)
 class _Batch:
     """Layers of one shape on the way to their directions.
 
     Attributes:
         moves: The layers.
-        N: Their momentum over its peak [b, rows, n], of whole blocks.
-        D: The products N P.
-        gram: Of each block, the smaller one of N P N^T and N^T N P; then its scaled root.
+        groups: Matrices of each.
+        rows: Of a matrix, on all processes.
+        columns: n.
+        block: Rows of a block.
+        padded: Rows of a matrix of `N`, those of whole blocks where it is not sharded.
+        N: Their momentum over its peak [b, rows, n]; then the directions.
         peak: The largest |element| of each matrix of the momentum.
         length: The Euclidean norm of each, over its peak.
-        rows: Of a matrix, on all processes.
-        block: Rows of a block.
+        D: The products N P.
+        gram: Of each block, the smaller one of N P N^T and N^T N P; then its scaled root.
         first: The place in N of the first row of this process.
     """
 
-    moves: list[Move]
     N: Tensor
-    D: Tensor
-    gram: Tensor
     peak: Tensor
     length: Tensor
-    rows: int
-    block: int
-    first: int
+    D: Tensor
+    gram: Tensor
+    first: int = 0
+
+    def __init__(self, moves: list[Move]):
+        layer = moves[0].layer
+        self.moves, self.groups, self.columns = moves, layer.groups, layer.fan_in
+        self.rows, self.here = layer.outputs // self.groups, moves[0].outputs // self.groups
+        self.block = block_rows(self.rows)
+        whole = self.block * -(-self.rows // ROWS)
+        self.padded = whole if moves[0].shard is None else max(1, self.here)  # no norm of no rows
+
+    @property
+    def matrices(self) -> int:
+        """Those of all layers."""
+        return len(self.moves) * self.groups
+
+    def take(self, N: Tensor, peak: Tensor, length: Tensor) -> None:
+        """Takes what `_nesterov` has made of the layers, one after another."""
+        N, shard = N.view(-1, self.padded, self.columns), self.moves[0].shard
+        if shard is not None:
+            tiny = torch.finfo(N.dtype).tiny
+            own, peak = peak, shard.largest(peak.clone())
+            share = own.clamp(min=tiny) / peak.clamp(min=tiny)
+            length = shard.sum((length * share).square()).sqrt()
+            N, self.first = shard.blocks(N.mul_(share[:, None, None]), self.block)
+        self.N, self.peak, self.length = N, peak, length
+
+    def multiply(self) -> None:
+        """Multiplies the momentum by `P`."""
+        layers, m, n = len(self.moves), self.block, self.columns
+        self.D = torch.empty_like(self.N)
+        parts = zip(self.moves, self.N.view(layers, -1, n), self.D.view(layers, -1, n))
+        for move, part, product in parts:
+            move.layer.multiply(part, move.state["P"], out=product)
+        blocks, products = self.N.view(-1, m, n), self.D.view(-1, m, n)
+        pair = (products, blocks.mT) if m <= n else (blocks.mT, products)
+        self.gram = torch.bmm(*pair)
 
     def write(self) -> None:
         """Makes the product of every layer its direction, of the roots in `gram`."""
-        n, layers = self.N.shape[2], len(self.moves)
-        here = self.moves[0].outputs // self.moves[0].layer.groups
-        D = self.D.view(-1, self.block, n)
-        pair = (self.gram, D) if self.block <= n else (D, self.gram)
-        torch.bmm(*pair, out=self.N.view(-1, self.block, n))
-        all_rows = self.N.view(layers, self.moves[0].layer.groups, -1, n)
-        mine = all_rows[:, :, self.first : self.first + here].reshape(layers, -1, n)
+        layers, m, n = len(self.moves), self.block, self.columns
+        D = self.D.view(-1, m, n)
+        torch.bmm(*((self.gram, D) if m <= n else (D, self.gram)), out=self.N.view(-1, m, n))
+        all_rows = self.N.view(layers, self.groups, -1, n)
+        mine = all_rows[:, :, self.first : self.first + self.here].reshape(layers, -1, n)
         for move, direction in zip(self.moves, mine.unbind()):
             move.product = direction
 
 
-def _multiplied(
-    shape: tuple[int, int, int, bool],
-    momentum: float,
-    h: Tensor,
-    moves: list[Move],
-    bias_gradients: list[Tensor],
-    places: list[int],
-) -> _Batch:
-    """Takes the gradients of layers of one shape in, and multiplies what that gives by `P`."""
-    groups, c, n, _ = shape
-    m, shard, here = block_rows(c), moves[0].shard, moves[0].outputs // groups
-    rows = m * -(-c // ROWS) if shard is None else max(1, here)  # a norm of no rows is none
-    averages = [move.state["momentum_buffer"] for move in moves]
-    gradients = [move.grad for move in moves]
-    N, peak, length = _nesterov(
-        gradients, bias_gradients, averages, h, places, groups, rows, momentum
+def _looked_ahead(rows: list[tuple[Move, Tensor, int]], h: Tensor, momentum: float) -> list[_Batch]:
+    """Takes all gradients into their momenta, and looks ahead.
+
+    Args:
+        rows: Of each layer the move, the gradient of its bias and the place of its first h, those
+            of one shape side by side.
+        h: See `write_directions`.
+        momentum: The share that a momentum keeps.
+    """
+    moves, bias_gradients, places = map(list, zip(*rows))
+    batches = [
+        _Batch([move for move, *_ in batch]) for _, batch in itertools.groupby(rows, key=_shape)
+    ]
+    flat, peak, length = _nesterov(
+        [move.grad for move in moves],
+        bias_gradients,
+        [move.state["momentum_buffer"] for move in moves],
+        h,
+        places,
+        [batch.groups for batch in batches for _ in batch.moves],
+        [batch.padded for batch in batches for _ in batch.moves],
+        momentum,
     )
-    first = 0
-    if shard is not None:
-        tiny = torch.finfo(N.dtype).tiny
-        own, peak = peak, shard.largest(peak.clone())
-        share = own.clamp(min=tiny) / peak.clamp(min=tiny)
-        length = shard.sum((length * share).square()).sqrt()
-        N, first = shard.blocks(N.mul_(share[:, None, None]), m)
-    D = torch.empty_like(N)
-    for move, part, product in zip(moves, N.view(len(moves), -1, n), D.view(len(moves), -1, n)):
-        move.layer.multiply(part, move.state["P"], out=product)
-    blocks, products = N.view(-1, m, n), D.view(-1, m, n)
-    gram = torch.bmm(products, blocks.mT) if m <= n else torch.bmm(blocks.mT, products)
-    return _Batch(moves, N, D, gram, peak, length, c, m, first)
+    counts = [batch.matrices for batch in batches]
+    sizes = [batch.matrices * batch.padded * batch.columns for batch in batches]
+    parts = zip(flat.split(sizes), peak.split(counts), length.split(counts))
+    for batch, part in zip(batches, parts):
+        batch.take(*part)
+    return batches
 
 
 def _scale_roots(batches: list[_Batch], eps: float) -> None:
@@ -158,7 +186,7 @@ def _scale_roots(batches: list[_Batch], eps: float) -> None:
         [move.state["power"] for batch in batches for move in batch.moves],
         [batch.block for batch in batches],
         [batch.rows for batch in batches],
-        [batch.N.shape[2] for batch in batches],
+        [batch.columns for batch in batches],
         _NUMBERS,
         eps,
     )

@@ -1,5 +1,7 @@
 """foreach_nesterov_: the momentum of the gradients of many layers, against the reference."""
 
+import copy
+import itertools
 import math
 
 import pytest
@@ -40,9 +42,18 @@ class Layers:
         self.h = 1 + torch.rand(count * self.groups + 2, dtype=compute)
         self.place = [2 + self.groups * layer for layer in reversed(range(count))]
 
+    @property
+    def lists(self) -> list[list]:
+        """The arguments that have an entry a layer, but for the places."""
+        each = [[number] * len(self.average) for number in (self.groups, self.padded)]
+        return [self.grad, self.bias, self.average, *each]
+
     def run(self, momentum: float) -> tuple[Tensor, Tensor, Tensor]:
-        return _nesterov(self.grad, self.bias, self.average, self.h, self.place, self.groups,
-                         self.padded, momentum)  # fmt: skip
+        grad, bias, average, groups, rows = self.lists
+        flat, peak, length = _nesterov(
+            grad, bias, average, self.h, self.place, groups, rows, momentum
+        )
+        return flat.view(len(peak), self.padded, average[0].shape[1]), peak, length
 
     def expected(self, momentum: float) -> tuple[list[Tensor], Tensor]:
         averages, ahead = [], []
@@ -88,9 +99,27 @@ def test_equals_the_reference_without(shape, momentum):
     Layers(shape, torch.float32).check(momentum)
 
 
-@pytest.mark.parametrize("count", [1, 121, 1021])
+@pytest.mark.parametrize("count", [1, 51, 409])
 def test_more_layers_than_one_launch_takes(count):
     Layers((2, 2, 3, 3), torch.float32, torch.float32, count).check()
+
+
+@pytest.mark.parametrize("compute, storage", PAIRS, ids=str)
+def test_layers_of_many_shapes_are_as_by_themselves(compute, storage):
+    """With biases and without, of a warp's rows and a block's, in one call."""
+    parts = [Layers(shape, compute, (None, storage)[i % 2]) for i, shape in enumerate(SHAPES * 2)]
+    own = copy.deepcopy(parts)
+    lists = [list(itertools.chain(*each)) for each in zip(*(part.lists for part in parts))]
+    starts = itertools.accumulate((len(part.h) for part in parts), initial=0)
+    places = [start + place for start, part in zip(starts, parts) for place in part.place]
+    grad, bias, average, groups, rows = lists
+    h = torch.cat([part.h for part in parts])
+    together = _nesterov(grad, bias, average, h, places, groups, rows, 0.9)
+    apart = [[t.flatten() for t in part.run(0.9)] for part in own]
+    for joined, separate in zip(together, zip(*apart)):
+        assert torch.equal(joined, torch.cat(separate))
+    for M, exact in zip(average, itertools.chain(*(part.average for part in own))):
+        assert torch.equal(M, exact)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -163,19 +192,23 @@ def test_gradients_that_lie_anyhow():
 WRONG = {  # message -> argument, value
     r"average must hold at least one layer": (2, []),
     r"grad and grad_bias must have 2 tensors, got 1": (0, [torch.randn(4, 3)]),
-    r"place must have 2 entries, got 1": (4, [0]),
+    r"place, groups and rows must have 2 entries, got 1": (4, [0]),
     r"momentum must be in \[0, 1\), got 1": (7, 1.0),
     r"momentum must be in \[0, 1\), got nan": (7, math.nan),
-    r"groups must divide 4 rows, got 3": (5, 3),
-    r"groups must divide 4 rows, got 0": (5, 0),
-    r"rows must be at least 2, got 1": (6, 1),
+    r"groups must divide 4 rows, got 3": (5, [2, 3]),
+    r"groups must divide 4 rows, got 0": (5, [0, 2]),
+    r"rows must be at least 2, got 1": (6, [3, 1]),
     r"place must be in h, which has 5 elements, got 4 for 2 groups": (4, [4, 0]),
     r"place must be in h, which has 5 elements, got -1 for 2 groups": (4, [0, -1]),
-    r"every average must be \[4, 4\], got \[4, 5\]": (2, [torch.ones(4, 4), torch.ones(4, 5)]),
-    r"every grad must be \[4, 3\], got \[4, 4\]": (0, [torch.ones(4, 3), torch.ones(4, 4)]),
+    r"grad must have 5 columns, or one less with a grad_bias, got 3":
+        (2, [torch.ones(4, 4), torch.ones(4, 5)]),
+    r"every grad must be \[4, 3\], got \[5, 3\]": (0, [torch.ones(4, 3), torch.ones(5, 3)]),
     r"grad must have 4 columns, or one less with a grad_bias, got 2": (0, [torch.ones(4, 2)] * 2),
     r"every grad_bias must be \[4\], got \[3\]": (1, [torch.ones(4), torch.ones(3)]),
     r"h must have the dtype of average\[0\], float32, got float64": (3, torch.ones(5).double()),
+    r"average must have columns, got \[4, 0\]": (2, [torch.ones(4, 0), torch.ones(4, 4)]),
+    r"grad must have the dtype of average": (0, [torch.ones(4, 3).double()] * 2),
+    r"every grad_bias must be \[0\], got \[4\]": (0, [torch.ones(4, 4)] * 2),
     r"average must be \[c, n\] and grad": (2, [torch.ones(16), torch.ones(16)]),
     r"grad_bias must be float32, bfloat16 or float16": (1, [torch.ones(4).double()] * 2),
 }  # fmt: skip

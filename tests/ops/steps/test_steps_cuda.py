@@ -23,7 +23,7 @@ def test_momentum_of_gradients(c, n):
 
     def call(device):
         grad, bias, average, (h,) = ([t.to(device, copy=True)] for t in given)
-        ahead = _ops.foreach_nesterov_(grad, bias, average, h, [0], 2, c + 1, 0.9)
+        ahead = _ops.foreach_nesterov_(grad, bias, average, h, [0], [2], [c + 1], 0.9)
         return [t.cpu() for t in (*ahead, *average)]
 
     for actual, expected in zip(call(DEVICE), call("cpu")):
