@@ -19,7 +19,8 @@ def alike(of: str, name: str = "") -> set[str]:
 
     `results/alike.json` names them for one state of the CPU's sources: times hold where nothing has
     changed that the benchmark runs, as in csrc/cuda; what was learnt holds where
-    `tests/identical/run.py` has shown that networks train and are pruned to the same bits.
+    `tests/identical/run.py` has shown that networks train and are pruned to the same bits, or to
+    rounding errors, and runs made again have ended within the spread of their seeds.
 
     Args:
         of: `times` on a CPU; what was learnt, `trains`; or `all` that is in the sources.
