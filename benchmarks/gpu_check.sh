@@ -93,8 +93,9 @@ prove() {
     prefix=(env RLSCUDA_TEST_DEVICE=cuda)
     tests operators 95 -p no:benchmark tests/ops/test_rls_update.py tests/ops/steps/test_weight_step.py \
       tests/ops/steps/test_nonfinite.py tests/ops/steps/test_nesterov.py \
-      tests/ops/steps/test_spectral_root.py tests/ops/steps/test_many_layers.py tests/ops/test_foreach_ops.py tests/ops/test_rls_held.py \
-      tests/ops/filters tests/streaming/test_held_matrix.py -k "$plain"
+      tests/ops/steps/test_spectral_root.py tests/ops/steps/test_many_layers.py \
+      tests/ops/test_foreach_ops.py tests/ops/test_rls_held.py tests/ops/filters \
+      tests/streaming/test_held_matrix.py -k "$plain"
     prefix=()
     tests test_cuda 90 -p no:benchmark tests/ops/test_cuda.py tests/ops/steps/test_steps_cuda.py
   }

@@ -106,6 +106,7 @@ def measure(case: Case, seconds: float, most: int) -> dict[str, dict[str, float]
     """
     lanes = {name: Lane(name, case) for name in OPTIMIZERS}
     slow = {name for name, lane in lanes.items() if lane()[1] > seconds}  # it makes its state, too
+    slow.discard(BASELINE)  # all the others are ratios to it
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in lanes}
     grown = growth if slow else live_bytes
     peaks = {

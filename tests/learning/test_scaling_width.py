@@ -62,6 +62,12 @@ def test_a_lane_holds_what_its_state_has():
     assert held["RLS spectral"] >= 2 * weights and held["RLS adaptive"] >= 2 * weights
 
 
+def test_where_every_step_is_slow_the_baseline_is_measured_all_the_same():
+    found = width.measure(Case(width=16, batch=8, rank=2), 0.0, 3)
+    assert set(found) == set(width.OPTIMIZERS)
+    assert all(row["steps"] == 1 and row["ratio"] > 0 for row in found.values())
+
+
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """Series of small networks, and a file for their results."""
