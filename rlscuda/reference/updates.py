@@ -179,7 +179,7 @@ def weight_step(
 
 
 def trusted(h: Tensor, D: Tensor, W: Tensor, lr: float, trust: float) -> Tensor:
-    r"""What D is divided by so that the step :math:`\eta D / h` is no longer than trust |W|.
+    r"""What D is divided by so that no step :math:`\eta D / h` is longer than `trust` times W.
 
     Args:
         h: What it is divided by anyway [].
