@@ -228,7 +228,7 @@ def _weight_step(call: Call, launch: Launch) -> Work:
     for product in sizes["product"] if listed else [sizes["product"]]:
         rows, columns = prod(product["shape"][:-1]), product["shape"][-1]
         elements = rows * columns
-        way = "narrow" if columns <= constant("weight_layers.h", "kNarrow") else "wide"
+        way = "narrow" if columns <= constant("rows.h", "kNarrow") else "wide"
         _add(loaded, f"weight_step {way}", FLOAT * elements * (2 + has_moment + has_row))
         if adaptive:
             _add(loaded, f"weight_step {way}, norm", FLOAT * elements * (2 + has_row))
@@ -241,7 +241,7 @@ def _complete(call: Call, launch: Launch) -> Work:
     moved = 0.0
     for product in call.sizes["product"]:
         rows, columns = prod(product["shape"][:-1]), product["shape"][-1]
-        way = "narrow" if columns <= constant("weight_layers.h", "kNarrow") else "wide"
+        way = "narrow" if columns <= constant("rows.h", "kNarrow") else "wide"
         _add(loaded, f"complete {way}", 3 * FLOAT * rows * columns)
         moved += FLOAT * (3 * rows * columns + 2 * rows)
     return Work(_largest_first(loaded), moved, 4)
@@ -258,7 +258,7 @@ def _ahead(call: Call, name: str, each: float) -> dict[str, float]:
     sizes = call.sizes
     for average, groups, rows in zip(sizes["average"], sizes["groups"], sizes["rows"]):
         columns = average["shape"][1]
-        way = "narrow" if columns <= constant("nesterov.cu", "kNarrow") else "wide"
+        way = "narrow" if columns <= constant("rows.h", "kNarrow") else "wide"
         _add(loaded, f"{name} {way}", each * groups * rows * columns)
     return loaded
 

@@ -1,10 +1,9 @@
-// foreach_nesterov_ on the GPU: all rows of all layers in three launches. The first
-// looks ahead, the second divides by the largest element, the third adds the rows' squares.
+// foreach_nesterov_ on the GPU: all rows of all layers in three launches. The first looks ahead,
+// the second divides by the largest element, the third adds the rows' squares.
 //
-// A warp takes a row of up to kNarrow columns, a block a longer one; consecutive threads take
-// consecutive columns. Traffic of float32, in bytes an element: the gradient and the average read,
-// the average and the result written, 16; the result read and written, 8, of a small one in the L2
-// cache. Sums have a fixed order.
+// Traffic of float32, in bytes an element: the gradient and the average read, the average and the
+// result written, 16; the result read and written, 8, of a small one in the L2 cache. Sums have a
+// fixed order.
 #include <algorithm>
 #include <bit>
 
@@ -12,16 +11,12 @@
 #include "launch.h"
 #include "layer_list.h"
 #include "nesterov.h"
+#include "rows.h"
 
 namespace rlscuda {
 namespace {
 
-constexpr int kThreads = 128, kWarps = kThreads / 32;
-constexpr uint32_t kNarrow = 256;  // columns up to which a warp takes a row
-template <class T>
-constexpr uint32_t kUnroll = 16 / sizeof(T);  // elements of a row that a thread has in flight
-constexpr int64_t kTargetBlocks = 2048;  // of a launch; a block has at least kLeastWork elements
-constexpr int64_t kLeastWork = 1024;
+using namespace rows;
 
 template <class T>
 struct Layer {
@@ -63,27 +58,6 @@ __device__ __forceinline__ Share<T> share_of(const Call<T, LAYERS>& call) {
   const uint32_t block = blockIdx.x - (l ? call.layer[l - 1].end : 0);
   const uint32_t begin = block * layer.rows_per_block;
   return {layer, begin, min(layer.groups * layer.padded, begin + layer.rows_per_block)};
-}
-
-// What `join` makes of the values of all threads that share a row, known to each of them.
-template <int ROW_THREADS, class X, class Join>
-__device__ X over_row(X x, X* parts, const Join& join) {
-  for (int d = 16; d > 0; d /= 2) x = join(x, __shfl_xor_sync(~0u, x, d));
-  if (ROW_THREADS == 32) return x;
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = parts[0];
-  for (int w = 1; w < kWarps; ++w) x = join(x, parts[w]);
-  return x;
-}
-template <int ROW_THREADS, class Bits>
-__device__ Bits row_max(Bits x, Bits* parts) {
-  return over_row<ROW_THREADS>(x, parts, [](Bits a, Bits b) { return max(a, b); });
-}
-template <int ROW_THREADS, class T>
-__device__ T row_sum(T x, T* parts) {
-  return over_row<ROW_THREADS>(x, parts, [](T a, T b) { return a + b; });
 }
 
 template <int ROW_THREADS, class T, class W, int LAYERS>

@@ -1,7 +1,5 @@
-// The rows of the weights of many layers and of the products that move them, in one launch.
-//
-// A warp takes a row of up to kNarrow columns, a block a longer one; consecutive threads take
-// consecutive columns. A block takes several rows of one layer.
+// The rows of the weights of many layers and of the products that move them, in one launch. A block
+// takes several rows of one layer.
 #pragma once
 
 #include <algorithm>
@@ -11,16 +9,12 @@
 #include "kernels.h"
 #include "launch.h"
 #include "layer_list.h"
+#include "rows.h"
 
 namespace rlscuda {
 namespace weights {
 
-constexpr int kThreads = 128, kWarps = kThreads / 32;
-constexpr uint32_t kNarrow = 256;  // columns up to which a warp takes a row
-template <class T>
-constexpr uint32_t kUnroll = 16 / sizeof(T);  // elements of a row that a thread has in flight
-constexpr int64_t kTargetBlocks = 2048;  // of a launch; a block has at least kLeastWork elements
-constexpr int64_t kLeastWork = 1024;
+using namespace rows;
 
 template <class T>
 struct Layer {
@@ -50,19 +44,6 @@ struct Call {
 constexpr int kFewLayers = 21, kManyLayers = 184;
 static_assert(sizeof(Call<float, kFewLayers>) <= 4096);
 static_assert(sizeof(Call<float, kManyLayers>) <= 32764);
-
-// Sum over the threads that share a row, the same for each of them.
-template <int ROW_THREADS, class T>
-__device__ T row_sum(T x, T* sums) {
-  for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(~0u, x, d);
-  if (ROW_THREADS == 32) return x;
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
-  __syncthreads();
-  T total = 0;
-  for (int w = 0; w < kWarps; ++w) total += sums[w];
-  return total;
-}
 
 // Where column j of a row of the parameter lies.
 template <class T>
