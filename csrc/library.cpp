@@ -21,6 +21,15 @@ const char* simd_level() {
   return "default";
 }
 
+// Whose processor this is, as far as a library's choice of kernels depends on it.
+const char* cpu_vendor() {
+#if HAS_SIMD_CLONES
+  if (__builtin_cpu_is("amd")) return "amd";
+  if (__builtin_cpu_is("intel")) return "intel";
+#endif
+  return "other";
+}
+
 }  // namespace
 }  // namespace rlscuda
 
@@ -125,6 +134,7 @@ PYBIND11_MODULE(_C, m) {
   for (int i = 0; i < rlscuda::kHealthSlots; ++i) slots[i] = rlscuda::kHealthNames[i];
   m.attr("health_slots") = slots;
   m.attr("simd") = rlscuda::simd_level();
+  m.attr("cpu_vendor") = rlscuda::cpu_vendor();
 #ifdef RLSCUDA_WITH_CUDA
   m.attr("cuda_runtime") = rlscuda::cuda_runtime_version();
 #else

@@ -26,6 +26,9 @@ outside_dynamo = torch._disable_dynamo
 is_transformed = torch._C._functorch.is_functorch_wrapped_tensor  # by vmap, grad and the like
 foreach_copy_ = torch._foreach_copy_
 
+# x W^T + b by oneDNN whatever torch.mm calls; what torch's own compiler makes of a linear layer
+onednn_linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
 cpu_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 cudnn_rnn = torch.ops.aten._cudnn_rnn
 

@@ -16,6 +16,7 @@ from rlscuda.functional.patches import PADDING_MODES
 from rlscuda.optim.kinds.modules import is_transposed
 from rlscuda.optim.kinds.padded import padding_of, pads_itself
 from rlscuda.optim.kinds.recurrent import RECURRENT
+from rlscuda.optim.steps.gemm import multiply
 
 SUMMARIES = ("mean", "sketch", "sample")
 
@@ -233,7 +234,7 @@ class Layer:
         """Writes rows P [k, fan_in], of rows [k, fan_in] or without the bias' column."""
         n = rows.shape[1]
         if P.dim() == 2:
-            torch.mm(rows, P[:n], out=out)
+            multiply(rows, P[:n], out)
             return
         rows, out = (t.unflatten(0, (self.groups, -1)) for t in (rows, out))
         for k, start, stop in self.spans():

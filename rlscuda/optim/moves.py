@@ -12,6 +12,7 @@ from rlscuda._torch import foreach_copy_
 from rlscuda.optim.layers import Layer
 from rlscuda.optim.ranks.shards import Rows, local
 from rlscuda.optim.staging import Factors, Summary
+from rlscuda.optim.steps.gemm import multiply
 
 Workspace = dict[tuple[str, torch.dtype, torch.device], Tensor]
 
@@ -119,5 +120,7 @@ def _project(layer: Layer, P: Tensor, X: Tensor, workspace: Workspace) -> Tensor
     name = f"projected {id(layer)}"  # several wait at once
     out = buffer(workspace, name, P, len(X) * layer.fan_in).view(len(X), layer.fan_in)
     if layer.bias:
-        return torch.addmm(P[-1], X, P[:-1], out=out)
-    return torch.mm(X, P, out=out)
+        multiply(X, P[:-1], out, P[-1])
+    else:
+        multiply(X, P, out)
+    return out

@@ -11,6 +11,7 @@ from torch import Tensor
 from rlscuda import _C
 from rlscuda.optim.forms import NORMALISED
 from rlscuda.optim.moves import Move, first_of_each
+from rlscuda.optim.steps.gemm import multiply
 from rlscuda.optim.steps.ridges import has_ridge, raise_matrices
 
 _rls_update = torch.ops.rlscuda.foreach_rls_update_.default
@@ -146,7 +147,7 @@ def products(chunk: list[Move], P: Tensor) -> list[Tensor]:
                 layer.multiply(x, matrix, out=projected)
                 if layer.bias:
                     projected += layer.bias_row(matrix)
-            torch.mm(move.factors.delta.t(), projected, out=move.product)
+            multiply(move.factors.delta.t(), projected, move.product)
             continue
         layer.multiply(move.grad, matrix, out=move.product)
         if layer.bias and move.outputs:  # rows of a weight may all be on other processes
