@@ -36,7 +36,7 @@ BASELINE = "AdamW"
 OURS = ("RLS spectral", "RLS adaptive")
 # of the spectral form's blocks of 64 rows: FLOP over n² of products, over n of inverse roots, whose
 # products are symmetric
-BLOCKS, ROOTS = 4 * 64, 9 * 64**2
+BLOCKS, ROOTS = 3 * 64, 9 * 64**2
 
 
 @dataclass(frozen=True)

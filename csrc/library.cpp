@@ -75,6 +75,10 @@ STABLE_TORCH_LIBRARY(rlscuda, m) {
       "foreach_nesterov_(Tensor[] grad, Tensor[] grad_bias, Tensor(a!)[] average, Tensor h, "
       "int[] place, int[] groups, int[] rows, float momentum) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "foreach_spectral_direction_(Tensor(a!)[] momentum, Tensor(b!)[] product, Tensor[] P, "
+      "Tensor[] peak, Tensor[] length, Tensor[] power, int[] block, int[] rows, int[] columns, "
+      "float[] coefficients, float eps) -> ()");
+  m.def(
       "foreach_spectral_root_(Tensor(a!)[] gram, Tensor[] peak, Tensor[] length, Tensor[] power, "
       "int[] block, int[] rows, int[] columns, float[] coefficients, float eps) -> ()");
 #define PATCH_ARGS                                                              \
@@ -95,6 +99,7 @@ STABLE_TORCH_LIBRARY_IMPL(rlscuda, CPU, m) {
   m.impl("foreach_weight_step_", TORCH_BOX(&rlscuda::foreach_weight_step_));
   m.impl("foreach_complete_products_", TORCH_BOX(&rlscuda::foreach_complete_products_));
   m.impl("foreach_nesterov_", TORCH_BOX(&rlscuda::foreach_nesterov_));
+  m.impl("foreach_spectral_direction_", TORCH_BOX(&rlscuda::foreach_spectral_direction_));
   m.impl("foreach_spectral_root_", TORCH_BOX(&rlscuda::foreach_spectral_root_));
   m.impl("factors_agree", TORCH_BOX(&rlscuda::factors_agree));
   m.impl("nonfinite", TORCH_BOX(&rlscuda::nonfinite));

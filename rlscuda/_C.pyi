@@ -4,6 +4,7 @@ from numpy.typing import NDArray
 
 source_hash: str
 simd: str
+cpu_vendor: str
 cuda_runtime: int | None
 cuda_archs: str
 health_slots: tuple[str, ...]

@@ -92,17 +92,18 @@ def lanes_of(move: Move) -> dict[str, Any]:
     group, c, n = move.group, move.outputs, move.layer.fan_in
     h = update_matrices([move], group, None)
     out, rows = torch.empty(c, n), torch.randn(c // block_rows(c), block_rows(c), n)
+    made = torch.randn(rows.shape)
 
     one, power = h.new_ones(1), move.state["power"]
     shape = [len(rows[0])], [c], [n], [x for abc in COEFFICIENTS for x in abc]
 
     def direction() -> None:  # the products of `write_directions` that are not with P
-        gram = torch.bmm(rows, rows.mT)
-        torch.ops.rlscuda.foreach_spectral_root_([gram], [one], [one], [power], *shape, 1e-8)
-        torch.bmm(gram, rows)
+        torch.ops.rlscuda.foreach_spectral_direction_(
+            [rows], [made], [one[:0]], [one], [one], [power], *shape, 1e-8
+        )
 
     return {
-        "product": lambda: torch.mm(move.grad, move.state["P"], out=out),
+        "product": lambda: move.layer.multiply(move.grad, move.state["P"], out),
         "direction": direction,
         "update": lambda: update_matrices([move], group, None),
         "passes": copy_lane(COPIED),

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from rlscuda._torch import onednn_linear
 from rlscuda.optim.layers import Layer
 from rlscuda.optim.ranks.shards import local
 
@@ -156,33 +157,63 @@ class Counter(TorchDispatchMode):
             return NotImplemented  # it comes again with what is here of each
         out = func(*args, **kwargs)
         packet = func.overloadpacket
-        if packet in flop_registry:
-            flops = flop_registry[packet](*args, **kwargs, out_val=out)
+        if packet in flop_registry or packet in PRODUCTS:
+            count = PRODUCTS.get(packet) or flop_registry[packet]
+            flops = count(*args, **kwargs, out_val=out)
             if self._multiplying:
                 self.work.product += flops
             else:
                 self.work.direction += flops
         elif not func.is_view:
             moved = _moved(func, args, kwargs, out)
-            if packet is torch.ops.rlscuda.foreach_spectral_root_:
-                self.work.direction += root_flops(*args)
-            elif packet is torch.ops.rlscuda.foreach_rls_update_:
+            if packet is torch.ops.rlscuda.foreach_rls_update_:
                 self.work.update += moved
             else:
                 self.work.passes += moved
         return out
 
 
-def root_flops(
-    gram: list[Tensor], peak: Any, length: Any, power: Any, block: list[int], rows: list[int],
-    columns: list[int], coefficients: list[float], eps: float,
+def _linear_flops(x: Tensor, weight: Tensor, *rest: Any, out_val: Any = None) -> int:
+    return 2 * x.numel() * len(weight)
+
+
+def _root_flops(
+    gram: list[Tensor], peak: Any, length: Any, power: Any, block: list[int], rows: Any,
+    columns: list[int], coefficients: list[float], eps: float, out_val: Any = None,
 ) -> int:  # fmt: skip
     """FLOP of the products that make the roots, half of each where it is symmetric."""
+    return sum(len(K) * _of_a_root(m, n, coefficients) for K, m, n in zip(gram, block, columns))
+
+
+def _of_a_root(block: int, columns: int, coefficients: list[float]) -> int:
     products = 4 * len(coefficients) // 3 - 3
-    return sum(
-        products * len(K) * K.shape[1] ** 3 * (1 if m <= n else 2)
-        for K, m, n in zip(gram, block, columns)
-    )
+    return products * min(block, columns) ** 3 * (1 if block <= columns else 2)
+
+
+def _direction_flops(
+    momentum: list[Tensor], product: Any, P: list[Tensor], peak: list[Tensor], length: Any,
+    power: list[Tensor], block: list[int], rows: Any, columns: list[int],
+    coefficients: list[float], eps: float, out_val: Any = None,
+) -> int:  # fmt: skip
+    """FLOP of the products left to be made, the grams, their roots and the directions."""
+    flops, layers = 0, iter(zip(P, power))
+    for N, of_each, m, n in zip(momentum, peak, block, columns):
+        matrices, least = len(of_each), min(m, n)
+        grams = least * (least + 1 if m <= n else 2 * m) * n
+        flops += len(N) * (grams + _of_a_root(m, n, coefficients) + 2 * m * n * least)
+        left = matrices
+        while left:
+            matrix, groups = next(layers)
+            flops += bool(matrix.numel()) * 2 * N.numel() // matrices * len(groups) * n
+            left -= len(groups)
+    return flops
+
+
+PRODUCTS = {
+    torch.ops.rlscuda.foreach_spectral_root_: _root_flops,
+    torch.ops.rlscuda.foreach_spectral_direction_: _direction_flops,
+    onednn_linear: _linear_flops,
+}
 
 
 def _moved(func: Any, args: Any, kwargs: Any, out: Any) -> int:

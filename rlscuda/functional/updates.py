@@ -289,6 +289,6 @@ def _(grad, x, delta, grad_bias):
 
 for _name in (
     "rls_flush_", "weight_step_", "adaptive_weight_step_", "foreach_weight_step_",
-    "foreach_spectral_root_",
+    "foreach_spectral_root_", "foreach_spectral_direction_",
 ):  # fmt: skip
     fake(_name)(lambda *arguments: None)

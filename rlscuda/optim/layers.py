@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlscuda._torch import own_parameters
+from rlscuda.functional.gemm import multiply
 from rlscuda.functional.patches import PADDING_MODES
 from rlscuda.optim.kinds.modules import is_transposed
 from rlscuda.optim.kinds.padded import padding_of, pads_itself
 from rlscuda.optim.kinds.recurrent import RECURRENT
-from rlscuda.optim.steps.gemm import multiply
 
 SUMMARIES = ("mean", "sketch", "sample")
 

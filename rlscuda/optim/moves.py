@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from rlscuda._torch import foreach_copy_
+from rlscuda.functional.gemm import multiply
 from rlscuda.optim.layers import Layer
 from rlscuda.optim.ranks.shards import Rows, local
 from rlscuda.optim.staging import Factors, Summary
-from rlscuda.optim.steps.gemm import multiply
 
 Workspace = dict[tuple[str, torch.dtype, torch.device], Tensor]
 

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("benchmarks.common.environment", reason="needs the source tree")
 from benchmarks import scaling_width as width
-from benchmarks.distributed.counting import root_flops
+from benchmarks.distributed.counting import PRODUCTS
 from benchmarks.scaling_width import Case, crossing, exponent, work
 
 
@@ -31,14 +31,17 @@ def test_a_crossing_lies_between_two_points():
 
 
 def test_formulas_are_those_of_the_products():
-    """Counted by torch over one step, but for the roots; the update of P is no product to it."""
+    """Counted by torch over one step, own operators by theirs; the update of P is no product."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    def roots(*arguments, out_val):
-        return root_flops(*arguments)
+    def raw(count):  # from tensors, not their shapes
+        def counted(*arguments, **named):
+            return count(*arguments, **named)
 
-    roots._get_raw = True  # tensors, not their shapes
-    ours = {torch.ops.rlscuda.foreach_spectral_root_: roots}
+        counted._get_raw = True
+        return counted
+
+    ours = {packet: raw(count) for packet, count in PRODUCTS.items() if packet is not None}
     case = Case(width=512, depth=2, batch=64)
     for name in ("RLS spectral", "Muon"):
         lane = width.Lane(name, case)

@@ -116,6 +116,16 @@ def _foreach_spectral_root() -> list[Any]:
     ]  # fmt: skip
 
 
+def _foreach_spectral_direction() -> list[Any]:
+    none, like = torch.empty(0), {"dtype": torch.float32}
+    return [
+        [torch.randn(4, 5, 7), torch.randn(2, 3, 2)], [torch.randn(4, 5, 7), torch.randn(2, 3, 2)],
+        [random_spd(7, **like), random_spd(3, 7, **like), none], [torch.ones(4), torch.ones(1)],
+        [torch.ones(4), torch.ones(1)], [torch.ones(1), torch.ones(3), torch.ones(1)],
+        [5, 3], [5, 6], [7, 2], [3.0, -4.0, 2.0, 2.0, -1.5, 0.5], 1e-8,
+    ]  # fmt: skip
+
+
 def _patches(*draw: int) -> Callable[[], list[Any]]:
     geometry = [[3, 3], [2, 1], [1, 1, 0, 2], [1, 2], 2, 1, True]
     return lambda: [torch.randn(3, 4, 8, 9), *geometry, *draw]
@@ -132,6 +142,7 @@ VALID: dict[str, Callable[[], list[Any]]] = {
     "foreach_complete_products_": _foreach_complete_products,
     "foreach_nesterov_": _foreach_nesterov,
     "foreach_rls_update_": _foreach_rls_update,
+    "foreach_spectral_direction_": _foreach_spectral_direction,
     "foreach_spectral_root_": _foreach_spectral_root,
     "foreach_weight_step_": _foreach_weight_step,
     "nonfinite": lambda: [[torch.randn(3), torch.randn(4, 2).t()[:, ::2], torch.zeros(2).half()]],

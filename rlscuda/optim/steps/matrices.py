@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from rlscuda import _C
+from rlscuda.functional.gemm import multiply
 from rlscuda.optim.forms import NORMALISED
 from rlscuda.optim.moves import Move, first_of_each
-from rlscuda.optim.steps.gemm import multiply
 from rlscuda.optim.steps.ridges import has_ridge, raise_matrices
 
 _rls_update = torch.ops.rlscuda.foreach_rls_update_.default

@@ -20,12 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlscuda.functional.gemm import WORTH
 from rlscuda.optim.moves import Move
 
 _nesterov = torch.ops.rlscuda.foreach_nesterov_.default
 _take_roots = torch.ops.rlscuda.foreach_spectral_root_.default
+_take_directions = torch.ops.rlscuda.foreach_spectral_direction_.default
 
 ROWS = 64
+ONE_CALL = {"cpu"}  # where directions are one operator; others have libraries for its products
 # a + b x + c x^2 of each iteration: x p(x^2) one after another map singular values of [.03, 1] to
 # 1 +- .037, each the best such polynomial on what the last one leaves; smaller ones grow likewise
 # by a factor of 44 at most.
@@ -42,7 +45,8 @@ def write_directions(
 ) -> None:
     """Makes every move's product its direction, and takes its gradient into the momentum.
 
-    Layers of one shape are one batch; momenta and roots of all shapes are made by one call each.
+    Layers of one shape are one batch; momenta and roots of all shapes are made by one call each, on
+    a CPU all that is small and all that follows the products, too.
 
     Args:
         moves: Layers of one group, dtype and device.
@@ -54,11 +58,22 @@ def write_directions(
     rows = sorted(zip(moves, bias_gradients, places), key=_shape)
     with torch.autocast(h.device.type, enabled=False):
         batches = _looked_ahead(rows, h, group["momentum"])
+        at_once = h.device.type in ONE_CALL
         for batch in batches:
-            batch.multiply()
-        _scale_roots(batches, group["eps"])
+            batch.multiply(leave=WORTH if at_once else 0)
+        if at_once:
+            _take_directions(
+                [batch.blocks(batch.N) for batch in batches],
+                [batch.blocks(batch.D) for batch in batches],
+                [P for batch in batches for P in batch.left], *_numbers(batches, group["eps"]),
+            )  # fmt: skip
+        else:
+            grams = [batch.square() for batch in batches]
+            _take_roots(grams, *_numbers(batches, group["eps"]))
+            for batch, root in zip(batches, grams):
+                batch.apply(root)
         for batch in batches:
-            batch.write()
+            batch.deal()
 
 
 def block_rows(rows: int) -> int:
@@ -89,7 +104,7 @@ class _Batch:
         peak: The largest |element| of each matrix of the momentum.
         length: The Euclidean norm of each, over its peak.
         D: The products N P.
-        gram: Of each block, the smaller one of N P N^T and N^T N P; then its scaled root.
+        left: Of each layer the P of a product that is left to be made, an empty tensor where it is.
         first: The place in N of the first row of this process.
     """
 
@@ -97,7 +112,7 @@ class _Batch:
     peak: Tensor
     length: Tensor
     D: Tensor
-    gram: Tensor
+    left: list[Tensor]
     first: int = 0
 
     def __init__(self, moves: list[Move]):
@@ -124,22 +139,38 @@ class _Batch:
             N, self.first = shard.blocks(N.mul_(share[:, None, None]), self.block)
         self.N, self.peak, self.length = N, peak, length
 
-    def multiply(self) -> None:
-        """Multiplies the momentum by `P`."""
-        layers, m, n = len(self.moves), self.block, self.columns
-        self.D = torch.empty_like(self.N)
-        parts = zip(self.moves, self.N.view(layers, -1, n), self.D.view(layers, -1, n))
-        for move, part, product in parts:
-            move.layer.multiply(part, move.state["P"], out=product)
-        blocks, products = self.N.view(-1, m, n), self.D.view(-1, m, n)
-        pair = (products, blocks.mT) if m <= n else (blocks.mT, products)
-        self.gram = torch.bmm(*pair)
+    def multiply(self, leave: int) -> None:
+        """Multiplies the momentum by `P`.
 
-    def write(self) -> None:
-        """Makes the product of every layer its direction, of the roots in `gram`."""
-        layers, m, n = len(self.moves), self.block, self.columns
-        D = self.D.view(-1, m, n)
-        torch.bmm(*((self.gram, D) if m <= n else (D, self.gram)), out=self.N.view(-1, m, n))
+        Args:
+            leave: Multiplications below which the product of a layer is left to be made.
+        """
+        layers, n = len(self.moves), self.columns
+        self.D, none = torch.empty_like(self.N), self.N.new_empty(0)
+        small = self.N.numel() // layers * n < leave and self.moves[0].layer.blocks == 1
+        self.left = [move.state["P"] if small else none for move in self.moves]
+        if not small:
+            parts = zip(self.moves, self.N.view(layers, -1, n), self.D.view(layers, -1, n))
+            for move, part, product in parts:
+                move.layer.multiply(part, move.state["P"], out=product)
+
+    def blocks(self, rows: Tensor) -> Tensor:
+        """`N` or `D` as blocks [b, block, n]."""
+        return rows.view(-1, self.block, self.columns)
+
+    def square(self) -> Tensor:
+        """The grams of all blocks."""
+        N, D = self.blocks(self.N), self.blocks(self.D)
+        return torch.bmm(*((D, N.mT) if self.block <= self.columns else (N.mT, D)))
+
+    def apply(self, root: Tensor) -> None:
+        """Makes `N` the directions."""
+        N, D = self.blocks(self.N), self.blocks(self.D)
+        torch.bmm(*((root, D) if self.block <= self.columns else (D, root)), out=N)
+
+    def deal(self) -> None:
+        """Makes the product of every layer its direction."""
+        layers, n = len(self.moves), self.columns
         all_rows = self.N.view(layers, self.groups, -1, n)
         mine = all_rows[:, :, self.first : self.first + self.here].reshape(layers, -1, n)
         for move, direction in zip(self.moves, mine.unbind()):
@@ -177,10 +208,9 @@ def _looked_ahead(rows: list[tuple[Move, Tensor, int]], h: Tensor, momentum: flo
     return batches
 
 
-def _scale_roots(batches: list[_Batch], eps: float) -> None:
-    """Makes every gram its inverse root, scaled to the length of the direction."""
-    _take_roots(
-        [batch.gram for batch in batches],
+def _numbers(batches: list[_Batch], eps: float) -> tuple:
+    """What both operators need of all shapes."""
+    return (
         [batch.peak for batch in batches],
         [batch.length for batch in batches],
         [move.state["power"] for batch in batches for move in batch.moves],

@@ -7,6 +7,7 @@ from support.training import batch, cnn, train
 from torch import nn
 
 from rlscuda import RLSOptimizer, reference
+from rlscuda.optim.steps import spectral
 from rlscuda.optim.steps.spectral import COEFFICIENTS, ROWS, block_rows
 
 NETWORKS = {
@@ -40,8 +41,10 @@ def matrix(parameter, bias, groups):
     return rows.view(groups, -1, rows.shape[1]).detach().clone()
 
 
+@pytest.mark.parametrize("at_once", [True, False], ids=["by one operator", "by libraries"])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_steps_are_those_of_the_specification(network):
+def test_steps_are_those_of_the_specification(network, at_once, monkeypatch):
+    monkeypatch.setattr(spectral, "ONE_CALL", {"cpu"} if at_once else set())  # else as on a GPU
     torch.manual_seed(3)
     model = NETWORKS[network]().double()
     optimizer = RLSOptimizer(model, form="spectral", rank=3, lr=0.3, eps=1e-3, gain=0.2,

@@ -18,7 +18,7 @@ ONEDNN_IS_FASTER = (
     and torch.backends.mkl.is_available()
     and torch.backends.mkldnn.is_available()
 )
-_WORTH = 1_500_000  # multiplications: fewer do not pay for its longer call
+WORTH = 1_500_000  # multiplications: fewer do not pay for its longer call
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
@@ -39,8 +39,8 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> N
 
 
 def _suits_onednn(a: Tensor, b: Tensor) -> bool:
-    if len(a) * b.numel() < _WORTH or a.dtype != torch.float32 or a.device.type != "cpu":
+    if len(a) * b.numel() < WORTH or a.dtype != torch.float32 or a.device.type != "cpu":
         return False
     # with other strides it falls back to loops
     dense = all(x.is_contiguous() or x.t().is_contiguous() for x in (a, b))
-    return dense and torch.backends.mkldnn.enabled
+    return dense and bool(torch.backends.mkldnn.enabled)
