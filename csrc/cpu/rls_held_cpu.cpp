@@ -21,9 +21,11 @@ namespace {
 template <class T, int BYTES>
 ALWAYS_INLINE void apply_strip(Rows<T> P, Rows<const T> V, int64_t n, int64_t rows, T scale,
                                T shift, int64_t i0, int64_t i1) {
-  constexpr int64_t kTile = kApplyBytes / int64_t(sizeof(T));
-  for (int64_t j0 = 0; j0 < n; j0 += kTile)
-    update<T, BYTES>(P, V, V, rows, scale, i0, i1, j0, std::min(j0 + kTile, n));
+  constexpr int64_t kTile = kApplyBytes / int64_t(sizeof(T)), kLeast = BYTES / int64_t(sizeof(T));
+  for (int64_t j0 = 0, j1; j0 < n; j0 = j1) {
+    j1 = n - j0 < kTile + kLeast ? n : j0 + kTile;  // no tile is narrower than a vector
+    update<T, BYTES>(P, V, V, rows, scale, i0, i1, j0, j1);
+  }
   for (int64_t i = i0; i < i1; ++i) P[i][i] += shift;
 }
 
