@@ -40,11 +40,7 @@ ALWAYS_INLINE void axpy(T* __restrict y, const T* __restrict x, T factor, int64_
                                    double root) {                                                  \
     substitute(L, U, V, n, r, root);                                                               \
   }                                                                                                \
-  SIMD_CLONES void add_scaled(T* y, const T* x, T factor, int64_t n) { axpy(y, x, factor, n); }    \
-  SIMD_CLONES void symmetric_rows(const T* P, const T* s, T* u, int64_t n, int64_t i0,             \
-                                  int64_t i1) {                                                    \
-    symmetric_bands(P, s, u, n, i0, i1);                                                           \
-  }
+  SIMD_CLONES void add_scaled(T* y, const T* x, T factor, int64_t n) { axpy(y, x, factor, n); }
 RLS_UPDATE_CLONES(float)
 RLS_UPDATE_CLONES(double)
 #undef RLS_UPDATE_CLONES
@@ -57,6 +53,10 @@ RLS_UPDATE_CLONES(double)
   TARGET void update_rows(Width<BYTES>, Rows<T> M, Rows<const T> L, Rows<const T> V, int64_t n,  \
                           int64_t r, T scale, int64_t i0, int64_t i1) {                          \
     update<T, BYTES>(M, L, V, r, scale, i0, i1, 0, n);                                           \
+  }                                                                                              \
+  TARGET void symmetric_rows(Width<BYTES>, const T* P, const T* s, T* u, int64_t n, int64_t i0,  \
+                             int64_t i1) {                                                       \
+    symmetric_bands<BYTES>(P, s, u, n, i0, i1);                                                  \
   }
 AT_EACH_WIDTH(RLS_UPDATE_KERNELS, float)
 AT_EACH_WIDTH(RLS_UPDATE_KERNELS, double)
@@ -114,7 +114,9 @@ void update_matrix(const RlsUpdate<T>& args, const UpdateRule& rule, int64_t b, 
   if (args.projection) {
     std::copy_n(args.projection, r * n, U);
   } else if (r == 1 && n * n * int64_t(sizeof(T)) > kNearCache) {
-    symmetric_project(P, S, U, n, [](auto... rows) { symmetric_rows(rows...); });
+    symmetric_project(P, S, U, n, [](auto... rows) {
+      at_width(true, [&](auto width) { symmetric_rows(width, rows...); });
+    });
   } else {
     parallel_for(0, n, grain, [&](int64_t i0, int64_t i1) {
       at_width_of_rows<T>(n, [&](auto width) {
