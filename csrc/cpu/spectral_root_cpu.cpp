@@ -19,7 +19,6 @@ namespace {
 
 constexpr int64_t kTile = 8;
 constexpr int64_t kSquares = 5;
-constexpr int kWidest = 64;          // bytes of a vector
 constexpr int64_t kGrain = 1 << 17;  // multiply-adds of a product of those that a thread takes
 
 // The side of the squares of m rows, for columns by vectors of so many bytes.
@@ -143,34 +142,18 @@ struct Squares {
 
 }  // namespace
 
-#define SPECTRAL_ROOT(T, NAME, BYTES, TARGET)                                                \
-  TARGET void NAME(T* gram, int64_t m, bool symmetric, T scale, const SpectralRoot<T>& args, \
-                   T* memory) {                                                              \
-    Squares<T, BYTES> squares(memory, m, symmetric);                                         \
-    scale *= squares.normalise(gram);                                                        \
-    squares.take_root(args);                                                                 \
-    for (int64_t i = 0; i < m; ++i)                                                          \
-      for (int64_t j = 0; j < m; ++j) gram[i * m + j] = scale * squares.root[i][j];          \
+#define SPECTRAL_ROOT(T, BYTES, TARGET)                                                \
+  TARGET void spectral_root(Width<BYTES>, T* gram, int64_t m, bool symmetric, T scale, \
+                            const SpectralRoot<T>& args, T* memory) {                  \
+    Squares<T, BYTES> squares(memory, m, symmetric);                                   \
+    scale *= squares.normalise(gram);                                                  \
+    squares.take_root(args);                                                           \
+    for (int64_t i = 0; i < m; ++i)                                                    \
+      for (int64_t j = 0; j < m; ++j) gram[i * m + j] = scale * squares.root[i][j];    \
   }
-SPECTRAL_ROOT(float, spectral_root, kVectorBytes, SIMD_CLONES)
-SPECTRAL_ROOT(double, spectral_root, kVectorBytes, SIMD_CLONES)
-#if HAS_SIMD_CLONES
-#define WIDEST __attribute__((target("arch=x86-64-v4")))
-SPECTRAL_ROOT(float, spectral_root_widest, kWidest, WIDEST)
-SPECTRAL_ROOT(double, spectral_root_widest, kWidest, WIDEST)
-#undef WIDEST
-#endif
+AT_EACH_WIDTH(SPECTRAL_ROOT, float)
+AT_EACH_WIDTH(SPECTRAL_ROOT, double)
 #undef SPECTRAL_ROOT
-
-// The kernel for matrices of m rows on this machine.
-template <class T>
-auto kernel_for(int64_t m) {
-  void (*kernel)(T*, int64_t, bool, T, const SpectralRoot<T>&, T*) = spectral_root;
-#if HAS_SIMD_CLONES
-  if (m > kTile && __builtin_cpu_supports("x86-64-v4")) kernel = spectral_root_widest;
-#endif
-  return kernel;
-}
 
 template <class T>
 void spectral_root_cpu(const SpectralRoot<T>& args) {
@@ -193,13 +176,14 @@ void spectral_root_cpu(const SpectralRoot<T>& args) {
       const int64_t each = cost(layer), blocks = layer.groups * layer.parts;
       const int64_t first = std::max<int64_t>(0, (begin - start + each - 1) / each);
       const int64_t last = std::min(blocks, (end - start + each - 1) / each);
-      const auto take_root = kernel_for<T>(layer.m);
       for (int64_t b = first; b < last; ++b) {
         const int64_t g = b / layer.parts;
         const T scale = direction_scale(layer.length[g], layer.peak[g], layer.power[g],
                                         layer.elements, layer.tallness, args.eps);
-        take_root(layer.gram + b * layer.m * layer.m, layer.m, layer.symmetric, scale, args,
-                  static_cast<T*>(aligned));
+        at_width(layer.m > kTile, [&](auto width) {
+          spectral_root(width, layer.gram + b * layer.m * layer.m, layer.m, layer.symmetric, scale,
+                        args, static_cast<T*>(aligned));
+        });
       }
       start += blocks * each;
     }

@@ -15,18 +15,19 @@
 namespace rlscuda {
 
 // Adds to u the part of P s that the rows [i, i + ROWS) of the lower triangle make.
-template <class T, int ROWS>
+template <int BYTES, int ROWS, class T>
 ALWAYS_INLINE void symmetric_band(const T* P, const T* s, T* u, int64_t n, int64_t i) {
-  constexpr int W = kLanes<T>;
+  using V = typename VecOf<T, BYTES>::type;
+  constexpr int W = BYTES / int(sizeof(T));
   const T* rows = P + i * n;
-  Vec<T> acc[ROWS] = {};
+  V acc[ROWS] = {};
   T tail[ROWS] = {};
   int64_t j = 0;
   for (; j + W <= i; j += W) {
-    const Vec<T> sj = load(s + j);
-    Vec<T> uj = load(u + j);
+    const V sj = load_as<V>(s + j);
+    V uj = load_as<V>(u + j);
     for (int a = 0; a < ROWS; ++a) {
-      const Vec<T> p = load(rows + a * n + j);
+      const V p = load_as<V>(rows + a * n + j);
       acc[a] += p * sj;
       uj += p * s[i + a];
     }
@@ -42,12 +43,12 @@ ALWAYS_INLINE void symmetric_band(const T* P, const T* s, T* u, int64_t n, int64
   for (int a = 0; a < ROWS; ++a) u[i + a] += tail[a] + sum(acc[a]);
 }
 
-template <class T>
+template <int BYTES = kVectorBytes, class T>
 ALWAYS_INLINE void symmetric_bands(const T* P, const T* s, T* u, int64_t n, int64_t i0,
                                    int64_t i1) {
   int64_t i = i0;
-  for (; i + 4 <= i1; i += 4) symmetric_band<T, 4>(P, s, u, n, i);
-  for (; i < i1; ++i) symmetric_band<T, 1>(P, s, u, n, i);
+  for (; i + 4 <= i1; i += 4) symmetric_band<BYTES, 4>(P, s, u, n, i);
+  for (; i < i1; ++i) symmetric_band<BYTES, 1>(P, s, u, n, i);
 }
 
 // Calls rows(P, s, u, n, i0, i1), a SIMD clone of symmetric_bands, over all chunks.
