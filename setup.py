@@ -33,6 +33,7 @@ OPS += ["spectral_root", "weight_step"]
 ON_CPU = ["factors_agree", "rls_filter", "spectral_direction"]
 FILES = [name for op in [*ON_CPU, *OPS] for name in (op, f"cpu/{op}_cpu")]
 FILES += ["cpu/rls_complex_filter_cpu", "cpu/rls_complex_update_cpu", "cpu/rls_root_filter_cpu"]
+FILES += ["cpu/rls_calls_cpu"]
 CPU_SOURCES = [f"csrc/{name}.cpp" for name in ["library", *FILES]]
 CUDA_SOURCES = ["csrc/cuda_call.cpp", *(f"csrc/cuda/{op}.cu" for op in ["runtime", *OPS])]
 ARCHS = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0 8.6 8.9 9.0+PTX")  # torch reads it

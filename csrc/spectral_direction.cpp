@@ -26,8 +26,7 @@ std::vector<DirectionLayer<T>> directions_of(const Blocks& blocks, const Shapes&
       const Tensor& P = blocks.P[found.size()];
       check_same_dtype("every P", P, "momentum[0]", blocks.momentum[0]);
       if (P.numel() > 0 && P.dim() == 2) check_shape("every P", P, {layer.n, layer.n});
-      if (P.numel() > 0 && P.dim() != 2)
-        check_shape("every P", P, {root.groups, layer.n, layer.n});
+      if (P.numel() > 0 && P.dim() != 2) check_shape("every P", P, {root.groups, layer.n, layer.n});
       layer.P = P.numel() > 0 ? arguments.read<T>("P", P) : nullptr;
       RLS_CHECK(P.numel() == 0 || P.numel() == root.groups * layer.n * layer.n, "P must be of ",
                 root.groups, " matrices, got ", shape_of(P));

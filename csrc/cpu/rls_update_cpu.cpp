@@ -11,7 +11,7 @@
 #include "held_rows.h"
 #include "kernels.h"
 #include "parallel.h"
-#include "rls_kernels.h"
+#include "rls_calls.h"
 #include "rls_layer.h"
 #include "rls_math.h"
 #include "rls_rows.h"
@@ -45,22 +45,14 @@ RLS_UPDATE_CLONES(float)
 RLS_UPDATE_CLONES(double)
 #undef RLS_UPDATE_CLONES
 
-#define RLS_UPDATE_KERNELS(T, BYTES, TARGET)                                                     \
-  TARGET void project_rows(Width<BYTES>, Rows<const T> M, Rows<const T> S, Rows<T> U, int64_t n, \
-                           int64_t r, int64_t i0, int64_t i1) {                                  \
-    project<T, BYTES>(M, S, U, n, r, i0, i1);                                                    \
-  }                                                                                              \
-  TARGET void update_rows(Width<BYTES>, Rows<T> M, Rows<const T> L, Rows<const T> V, int64_t n,  \
-                          int64_t r, T scale, int64_t i0, int64_t i1) {                          \
-    update<T, BYTES>(M, L, V, r, scale, i0, i1, 0, n);                                           \
-  }                                                                                              \
-  TARGET void symmetric_rows(Width<BYTES>, const T* P, const T* s, T* u, int64_t n, int64_t i0,  \
-                             int64_t i1) {                                                       \
-    symmetric_bands<BYTES>(P, s, u, n, i0, i1);                                                  \
+#define SYMMETRIC_ROWS(T, BYTES, TARGET)                                                        \
+  TARGET void symmetric_rows(Width<BYTES>, const T* P, const T* s, T* u, int64_t n, int64_t i0, \
+                             int64_t i1) {                                                      \
+    symmetric_bands<BYTES>(P, s, u, n, i0, i1);                                                 \
   }
-AT_EACH_WIDTH(RLS_UPDATE_KERNELS, float)
-AT_EACH_WIDTH(RLS_UPDATE_KERNELS, double)
-#undef RLS_UPDATE_KERNELS
+AT_EACH_WIDTH(SYMMETRIC_ROWS, float)
+AT_EACH_WIDTH(SYMMETRIC_ROWS, double)
+#undef SYMMETRIC_ROWS
 
 namespace {
 
@@ -76,17 +68,12 @@ void turn_projected(const RlsUpdate<T>& args, const UpdateRule& rule, const doub
   const int64_t grain = 65536 / std::max<int64_t>(1, n * r) + 4;
   const T diffusion = T(rule.diffusion);
   parallel_for(0, rows, grain, [&](int64_t i0, int64_t i1) {
-    at_width_of_rows<T>(n, [&](auto width) {
-      project_rows(width, Rows<const T>{args.projected, n}, Rows<const T>{args.S, n}, factor, n, r,
-                   i0, i1);
-    });
+    project_rows<T>({args.projected, n}, {args.S, n}, factor, n, r, i0, i1);
   });
   substitute_rows(L, factor.data, factor.data, rows, r, root);
   parallel_for(0, rows, grain, [&](int64_t i0, int64_t i1) {
-    at_width_of_rows<T>(n, [&](auto width) {
-      update_rows(width, projected, Rows<const T>{factor.data, rows}, Rows<const T>{V, n}, n, r,
-                  T(rule.decay / rule.forgetting), i0, i1);
-    });
+    update_rows<T>(projected, {factor.data, rows}, {V, n}, n, r, T(rule.decay / rule.forgetting),
+                   i0, i1);
     for (int64_t i = i0; i < i1; ++i) {
       add_scaled(projected[i], args.projected_x + i * columns, diffusion, columns);
       for (int64_t j = columns; j < n; ++j) projected[i][j] += diffusion;
@@ -119,9 +106,7 @@ void update_matrix(const RlsUpdate<T>& args, const UpdateRule& rule, int64_t b, 
     });
   } else {
     parallel_for(0, n, grain, [&](int64_t i0, int64_t i1) {
-      at_width_of_rows<T>(n, [&](auto width) {
-        project_rows(width, Rows<const T>{P, n}, Rows<const T>{S, n}, Rows<T>{U, n}, n, r, i0, i1);
-      });
+      project_rows<T>({P, n}, {S, n}, {U, n}, n, r, i0, i1);
     });
   }
 
@@ -149,9 +134,7 @@ void update_matrix(const RlsUpdate<T>& args, const UpdateRule& rule, int64_t b, 
   const T scale = T(rule.decay / rule.forgetting), diffusion = T(rule.diffusion);
   const Rows<const T> factor{V, n};
   parallel_for(0, n, grain, [&](int64_t i0, int64_t i1) {
-    at_width_of_rows<T>(n, [&](auto width) {
-      update_rows(width, Rows<T>{P, n}, factor, factor, n, r, scale, i0, i1);
-    });
+    update_rows<T>({P, n}, factor, factor, n, r, scale, i0, i1);
     for (int64_t i = i0; i < i1; ++i) P[i * n + i] += diffusion;
   });
   if (args.projected) turn_projected(args, rule, H.data(), V, root);

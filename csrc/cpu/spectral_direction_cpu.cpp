@@ -56,7 +56,7 @@ template <class T>
 void multiply_transposed(Rows<T> M, Rows<const T> A, Rows<const T> B, int64_t n, int64_t rows,
                          int64_t i0, int64_t i1) {
   for (int64_t i = i0; i < i1; ++i) std::fill_n(M[i], n, T(0));
-  update_rows(M, A, B, n, rows, T(-1), i0, i1);
+  update_rows<T>(M, A, B, n, rows, T(-1), i0, i1);
 }
 
 // The blocks of one layer.
@@ -80,7 +80,7 @@ struct Layer {
   void multiply(int64_t g, int64_t i0, int64_t i1) const {
     const int64_t n = own.n, first = g * root.parts;
     const Rows<const T> P{own.P + g * n * n, n}, momentum{N(first).data, n};
-    project_rows(P, momentum, D(first), n, rows(), i0, i1);
+    project_rows<T>(P, momentum, D(first), n, rows(), i0, i1);
   }
   // Rows of N P N^T as far as its diagonal, or of N^T N P.
   void square(const Unit& u) const {
@@ -88,7 +88,7 @@ struct Layer {
     if (root.symmetric) {
       const Rows<const T> some{N(u.b)[u.begin], n};
       const Rows<T> out{gram(u.b)[u.begin], m};
-      project_rows(product(u.b), some, out, n, u.end - u.begin, 0, u.end);
+      project_rows<T>(product(u.b), some, out, n, u.end - u.begin, 0, u.end);
     } else {
       const Rows<const T> momentum{N(u.b).data, n};
       multiply_transposed(gram(u.b), momentum, product(u.b), n, own.block, u.begin, u.end);
@@ -105,7 +105,7 @@ struct Layer {
       for (int64_t j = 0; j < m; ++j) flipped[i * m + j] = taken(u.b)[j][i];
     const Rows<const T> some{product(u.b)[u.begin], own.n};
     const Rows<T> out{N(u.b)[u.begin], own.n};
-    project_rows(Rows<const T>{flipped.data(), m}, some, out, m, u.end - u.begin, 0, m);
+    project_rows<T>(Rows<const T>{flipped.data(), m}, some, out, m, u.end - u.begin, 0, m);
   }
 };
 
@@ -122,9 +122,8 @@ void spectral_direction_cpu(const DirectionLayer<T>* layers, const SpectralRoot<
     if (layer.own.P)
       products.add(l, layer.root.groups, n, 3 * kBand,
                    [&](int64_t i, int64_t end) { return (end - i) * n * rows; });
-    squares.add(l, layer.blocks(), m, kBand, [&](int64_t i, int64_t end) {
-      return (end - i) * n * (symmetric ? end : block);
-    });
+    squares.add(l, layer.blocks(), m, kBand,
+                [&](int64_t i, int64_t end) { return (end - i) * n * (symmetric ? end : block); });
     directions.add(l, layer.blocks(), block, symmetric ? kBand : block,
                    [&](int64_t i, int64_t end) { return (end - i) * n * m; });
   }
