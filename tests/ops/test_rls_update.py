@@ -20,7 +20,7 @@ OPTIONS = {
     "drift": {"gain": 0.05, "decay": 0.985, "diffusion": 0.05},
     "to_the_start": {"decay": 0.0, "diffusion": 2.0},
 }
-SIZES = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 40, 64, 71]
+SIZES = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 40, 47, 63, 64, 65, 71, 100]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -28,7 +28,7 @@ SIZES = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 40, 64, 71]
 @pytest.mark.parametrize("batch", [None, 1, 3])
 @pytest.mark.parametrize("rank", [1, 2, 3, 4, 5, 16])
 def test_equals_the_specification(dtype, name, batch, rank):
-    for n in (1, 2, 9, 26):
+    for n in (1, 2, 9, 26, 47):
         shape = (n,) if batch is None else (batch, n)
         P, S = random_spd(*shape, dtype=dtype), torch.randn(*shape[:-1], rank, n, dtype=dtype)
         exact = [
