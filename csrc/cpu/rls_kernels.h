@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -24,6 +25,12 @@ struct Rows {
   T* data;
   int64_t stride;
   ALWAYS_INLINE T* operator[](int64_t i) const { return data + i * stride; }
+  ALWAYS_INLINE Rows from(int64_t i) const { return {data + i * stride, stride}; }
+  ALWAYS_INLINE operator Rows<const T>() const
+    requires(!std::is_const_v<T>)
+  {
+    return {data, stride};
+  }
 };
 
 template <int BYTES>

@@ -72,40 +72,33 @@ struct Layer {
   int64_t rows() const { return root.parts * own.block; }  // of a matrix
   Rows<T> N(int64_t b) const { return {own.blocks + b * size, own.n}; }
   Rows<T> D(int64_t b) const { return {own.product + b * size, own.n}; }
-  Rows<const T> product(int64_t b) const { return {own.product + b * size, own.n}; }
   Rows<T> gram(int64_t b) const { return {root.gram + b * m * m, m}; }
-  Rows<const T> taken(int64_t b) const { return {root.gram + b * m * m, m}; }
 
-  // Columns [i0, i1) of N P of matrix g.
-  void multiply(int64_t g, int64_t i0, int64_t i1) const {
-    const int64_t n = own.n, first = g * root.parts;
-    const Rows<const T> P{own.P + g * n * n, n}, momentum{N(first).data, n};
-    project_rows<T>(P, momentum, D(first), n, rows(), i0, i1);
+  // Some columns of N P of a matrix.
+  void multiply(const Unit& u) const {
+    const int64_t n = own.n, first = u.b * root.parts;
+    project_rows<T>({own.P + u.b * n * n, n}, N(first), D(first), n, rows(), u.begin, u.end);
   }
   // Rows of N P N^T as far as its diagonal, or of N^T N P.
   void square(const Unit& u) const {
-    const int64_t n = own.n;
     if (root.symmetric) {
-      const Rows<const T> some{N(u.b)[u.begin], n};
-      const Rows<T> out{gram(u.b)[u.begin], m};
-      project_rows<T>(product(u.b), some, out, n, u.end - u.begin, 0, u.end);
+      const Rows<T> out = gram(u.b).from(u.begin);
+      project_rows<T>(D(u.b), N(u.b).from(u.begin), out, own.n, u.end - u.begin, 0, u.end);
     } else {
-      const Rows<const T> momentum{N(u.b).data, n};
-      multiply_transposed(gram(u.b), momentum, product(u.b), n, own.block, u.begin, u.end);
+      multiply_transposed<T>(gram(u.b), N(u.b), D(u.b), own.n, own.block, u.begin, u.end);
     }
   }
-  // Rows of the root times N P, which is symmetric, or of N P times the root.
+  // Rows of the root, which is symmetric, times N P, or of N P times the root.
   void direct(const Unit& u) const {
     if (root.symmetric) {
-      multiply_transposed(N(u.b), taken(u.b), product(u.b), own.n, m, u.begin, u.end);
+      multiply_transposed<T>(N(u.b), gram(u.b), D(u.b), own.n, m, u.begin, u.end);
       return;
     }
     Scratch<T> flipped(m * m);
     for (int64_t i = 0; i < m; ++i)
-      for (int64_t j = 0; j < m; ++j) flipped[i * m + j] = taken(u.b)[j][i];
-    const Rows<const T> some{product(u.b)[u.begin], own.n};
-    const Rows<T> out{N(u.b)[u.begin], own.n};
-    project_rows<T>(Rows<const T>{flipped.data(), m}, some, out, m, u.end - u.begin, 0, m);
+      for (int64_t j = 0; j < m; ++j) flipped[i * m + j] = gram(u.b)[j][i];
+    project_rows<T>({flipped.data(), m}, D(u.b).from(u.begin), N(u.b).from(u.begin), m,
+                    u.end - u.begin, 0, m);
   }
 };
 
@@ -127,7 +120,7 @@ void spectral_direction_cpu(const DirectionLayer<T>* layers, const SpectralRoot<
     directions.add(l, layer.blocks(), block, symmetric ? kBand : block,
                    [&](int64_t i, int64_t end) { return (end - i) * n * m; });
   }
-  products.share([&](const Unit& u) { all[u.layer].multiply(u.b, u.begin, u.end); });
+  products.share([&](const Unit& u) { all[u.layer].multiply(u); });
   squares.share([&](const Unit& u) { all[u.layer].square(u); });
   spectral_root_cpu(args);
   directions.share([&](const Unit& u) { all[u.layer].direct(u); });

@@ -19,9 +19,14 @@ ONEDNN_IS_FASTER = (
     and torch.backends.mkldnn.is_available()
 )
 WORTH = 1_500_000  # multiplications: fewer do not pay for its longer call
+# oneDNN makes code for every shape, in a millisecond and .8 MB: a size that may change from step to
+# step must be a multiple of this
+REGULAR = 16
 
 
-def multiply(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+def multiply(
+    a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, varying: int = 0
+) -> None:
     """Writes a b + bias.
 
     Args:
@@ -29,8 +34,9 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> N
         b: [k, n].
         out: [m, n], none of the others.
         bias: [n], contiguous, or None.
+        varying: The one of m, k and n that is that of a minibatch.
     """
-    if ONEDNN_IS_FASTER and _suits_onednn(a, b):
+    if ONEDNN_IS_FASTER and varying % REGULAR == 0 and _suits_onednn(a, b):
         out.copy_(onednn_linear(a, b.t(), bias, "none", [], ""))
     elif bias is None:
         torch.mm(a, b, out=out)

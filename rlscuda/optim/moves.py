@@ -120,7 +120,7 @@ def _project(layer: Layer, P: Tensor, X: Tensor, workspace: Workspace) -> Tensor
     name = f"projected {id(layer)}"  # several wait at once
     out = buffer(workspace, name, P, len(X) * layer.fan_in).view(len(X), layer.fan_in)
     if layer.bias:
-        multiply(X, P[:-1], out, P[-1])
+        multiply(X, P[:-1], out, P[-1], varying=len(X))
     else:
-        multiply(X, P, out)
+        multiply(X, P, out, varying=len(X))
     return out

@@ -37,7 +37,7 @@ def test_a_checkpointed_network_is_called_by_ddp_too(two):
     ranks = results(two, "checkpointed")
     one = one_process(mlp, 2, 4)
     assert not spread(ranks)
-    assert distance(ranks[0], one, "P ") <= 1e-15 and distance(ranks[0], one, "W ") <= 1e-15
+    assert distance(ranks[0], one, "P ") <= 4e-15 and distance(ranks[0], one, "W ") <= 4e-15
     assert not any("process_group" in text for texts in two["checkpointed"][1] for text in texts)
 
 

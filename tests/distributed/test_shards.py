@@ -119,7 +119,7 @@ def test_minibatches_that_are_not_synchronised_count(two):
     ranks = results(two, "accumulates")
     one = one_process(mlp, 2, 4, micro=3)
     assert not spread(ranks)
-    assert distance(ranks[0], one, "P ") <= 1e-15 and distance(ranks[0], one, "W ") <= 1e-15
+    assert distance(ranks[0], one, "P ") <= 4e-15 and distance(ranks[0], one, "W ") <= 4e-15
 
 
 @pytest.mark.combination("FSDP2, an input of one rank not finite", "the step is void on all ranks")

@@ -147,7 +147,8 @@ def products(chunk: list[Move], P: Tensor) -> list[Tensor]:
                 layer.multiply(x, matrix, out=projected)
                 if layer.bias:
                     projected += layer.bias_row(matrix)
-            multiply(move.factors.delta.t(), projected, move.product)
+            delta = move.factors.delta
+            multiply(delta.t(), projected, move.product, varying=len(delta))
             continue
         layer.multiply(move.grad, matrix, out=move.product)
         if layer.bias and move.outputs:  # rows of a weight may all be on other processes
