@@ -26,7 +26,7 @@ from benchmarks.common.shapes import PatchCase, TrainingCase, UpdateCase
 from benchmarks.operators import bench_patch_cuda
 from rlscuda import HeldMatrix, RLSFilterBank, RLSOptimizer, functional, zoo
 from rlscuda.optim.layers import Layer
-from rlscuda.optim.steps.spectral import COEFFICIENTS
+from rlscuda.optim.steps import spectral
 
 SIZES = (128, 256, 512, 1024, 2048, 4096, 8192)
 HELD = (1024, 2048, 4096, 8192)
@@ -140,7 +140,7 @@ def _weights() -> Iterator[tuple[str, Callable[[], object]]]:
 
 def _roots() -> Iterator[tuple[str, Callable[[], object]]]:
     roots = torch.ops.rlscuda.foreach_spectral_root_
-    numbers = [x for abc in COEFFICIENTS for x in abc]
+    numbers = [x for abc in spectral.COEFFICIENTS for x in abc]
     for blocks, m in ROOTS:
         gram, one = torch.ones(blocks, m, m), torch.ones(blocks)
         shape = [m], [m], [m], numbers, 1e-8
@@ -176,6 +176,7 @@ def main(launches: Path) -> None:
     """Prints the calls of every case."""
     launches.touch()
     Layer.factors_pay = lambda self, x, dtype: False  # as for tensors on a device
+    spectral.ONE_CALL.clear()  # likewise
     recorder = Recorder(launches)
     cases = []
 
