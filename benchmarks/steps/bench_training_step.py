@@ -3,7 +3,8 @@
 Images and labels are random: the time does not depend on them. `eager` is `eager_rls.EagerRLS`,
 the same rules in plain PyTorch; `singd` is structured inverse-free natural gradient descent
 with its dense structures, refreshed at every step as RLS is. Rates are small, so that a model
-trained on noise for hundreds of steps stays finite.
+trained on noise for hundreds of steps stays finite. Of the networks of the quality suite, peers are
+left out.
 """
 
 import pytest
@@ -14,6 +15,8 @@ from torch import nn
 
 from benchmarks.common import shapes
 from benchmarks.common.eager_rls import EagerRLS
+from benchmarks.learning.sources import CODES, WINDOW
+from benchmarks.learning.tasks import TASKS
 from rlscuda import RLSOptimizer, zoo
 
 LR = 1e-3
@@ -29,24 +32,46 @@ OPTIMIZERS = {
     "singd": lambda m: SINGD(m, lr=LR, T=1, warn_unsupported=False),
 }
 EAGER = ("eager RLS paper, mean", "eager RLS adaptive")
+TORCH = (shapes.BASELINE, "SGD")
+SUITE = {  # task of the quality suite: (target over fused Adam, rounds)
+    "autoencoder": (1.8, 40),
+    "gpt": (1.08, 20),
+    "vit": (1.08, 20),
+}
 
 
 class Trainer:
-    """A model with its optimizer and one minibatch; calling it makes one step."""
+    """A model with its optimizer; calling it makes one step."""
 
-    def __init__(self, case, make, batch, dtype=torch.float32):
-        torch.manual_seed(0)
-        self.model: nn.Module = zoo.NETWORKS[case.model](case.shape, 10).to(dtype)
-        self.optimizer = make(self.model)
-        self.x = torch.randn(batch, *case.shape, dtype=dtype)
-        self.y = torch.randint(10, (batch,))
+    def __init__(self, model: nn.Module, make, loss):
+        self.model, self.optimizer, self.loss = model, make(model), loss
 
     def __call__(self):
         self.optimizer.zero_grad()
-        loss = F.cross_entropy(self.model(self.x), self.y)
+        loss = self.loss(self.model)
         loss.backward()
         self.optimizer.step()
         return loss
+
+
+def classifier(case, make, batch, dtype=torch.float32):
+    """That of a case on one minibatch of noise."""
+    torch.manual_seed(0)
+    model = zoo.NETWORKS[case.model](case.shape, 10).to(dtype)
+    x, y = torch.randn(batch, *case.shape, dtype=dtype), torch.randint(10, (batch,))
+    return Trainer(model, make, lambda model: F.cross_entropy(model(x), y))
+
+
+def of_suite(task, make):
+    """That of a task of the quality suite, likewise."""
+    model = task.build(0)
+    if task.name == "gpt":
+        x = y = torch.randint(CODES, (task.batch, WINDOW))
+    else:
+        pixels = (784,) if task.name == "autoencoder" else (3, 32, 32)
+        x = torch.rand(task.batch, *pixels)
+        y = x if task.name == "autoencoder" else torch.randint(10, (task.batch,))
+    return Trainer(model, make, lambda model: task.loss(model, x, y))
 
 
 def assert_right(case):
@@ -54,7 +79,7 @@ def assert_right(case):
     rule = {"form": "paper", "lr": 0.1, "gain": 0.1, "momentum": 0.5, "weight_decay": 0.01}
     rule |= {"summary": "mean", "rank": 1, "fallback_lr": 1e-3}
     trainers = [
-        Trainer(case, lambda m, kind=kind: kind(m, **rule), 8, torch.float64)
+        classifier(case, lambda m, kind=kind: kind(m, **rule), 8, torch.float64)
         for kind in (RLSOptimizer, EagerRLS)
     ]
     for _ in range(3):
@@ -68,7 +93,7 @@ def assert_right(case):
         {"form": "adaptive", "lr": 0.02},
         {"lr": 0.02},
     ):
-        train = Trainer(case, lambda m, options=options: RLSOptimizer(m, **options), 8)
+        train = classifier(case, lambda m, options=options: RLSOptimizer(m, **options), 8)
         losses = [train().item() for _ in range(8)]
         assert losses[-1] < losses[0], (options, losses)
 
@@ -76,7 +101,7 @@ def assert_right(case):
 @pytest.mark.parametrize("case", shapes.TRAININGS, ids=lambda c: c.name)
 def test_training_step(race, case):
     assert_right(case)
-    lanes = {name: Trainer(case, make, case.batch) for name, make in OPTIMIZERS.items()}
+    lanes = {name: classifier(case, make, case.batch) for name, make in OPTIMIZERS.items()}
     targets = {
         f"RLS paper, mean / {shapes.BASELINE}": case.paper_target,
         f"RLS paper, sketch / {shapes.BASELINE}": case.paper_target,
@@ -91,5 +116,25 @@ def test_training_step(race, case):
         rounds=case.rounds,
         every={"singd": max(1, case.rounds // 4), **dict.fromkeys(EAGER, 2)},
     )
+    assert_finite(lanes)
+
+
+@pytest.mark.parametrize("name", SUITE)
+def test_step_of_the_quality_suite(race, name):
+    task, (target, rounds) = TASKS[name], SUITE[name]
+    kept = {lane: make for lane, make in OPTIMIZERS.items() if "RLS" in lane or lane in TORCH}
+    lanes = {lane: of_suite(task, make) for lane, make in kept.items() if lane not in EAGER}
+    names = [lane for lane in lanes if lane != shapes.BASELINE]
+    race(
+        f"{task.title}, batch {task.batch}",
+        lanes,
+        targets={f"{lane} / {shapes.BASELINE}": target for lane in names if "RLS" in lane},
+        ratios=[f"{lane} / {shapes.BASELINE}" for lane in names],
+        rounds=rounds,
+    )
+    assert_finite(lanes)
+
+
+def assert_finite(lanes):
     for name, train in lanes.items():
         assert all(p.isfinite().all() for p in train.model.parameters()), name
