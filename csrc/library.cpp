@@ -75,9 +75,9 @@ STABLE_TORCH_LIBRARY(rlscuda, m) {
       "foreach_nesterov_(Tensor[] grad, Tensor[] grad_bias, Tensor(a!)[] average, Tensor h, "
       "int[] place, int[] groups, int[] rows, float momentum) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "foreach_spectral_direction_(Tensor(a!)[] momentum, Tensor(b!)[] product, Tensor[] P, "
-      "Tensor[] peak, Tensor[] length, Tensor[] power, int[] block, int[] rows, int[] columns, "
-      "float[] coefficients, float eps) -> ()");
+      "foreach_spectral_direction_(Tensor(a!) momentum, Tensor(b!) product, Tensor[] P, "
+      "Tensor peak, Tensor length, Tensor[] power, int[] blocks, int[] block, int[] rows, "
+      "int[] columns, float[] coefficients, float eps) -> ()");
   m.def(
       "foreach_spectral_root_(Tensor(a!)[] gram, Tensor[] peak, Tensor[] length, Tensor[] power, "
       "int[] block, int[] rows, int[] columns, float[] coefficients, float eps) -> ()");

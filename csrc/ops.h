@@ -74,9 +74,9 @@ std::tuple<Tensor, Tensor, Tensor> foreach_nesterov_(std::vector<Tensor> grad,
                                                      std::vector<int64_t> groups,
                                                      std::vector<int64_t> rows, double momentum);
 
-void foreach_spectral_direction_(std::vector<Tensor> momentum, std::vector<Tensor> product,
-                                 std::vector<Tensor> P, std::vector<Tensor> peak,
-                                 std::vector<Tensor> length, std::vector<Tensor> power,
+void foreach_spectral_direction_(Tensor momentum, Tensor product, std::vector<Tensor> P,
+                                 const Tensor& peak, const Tensor& length,
+                                 std::vector<Tensor> power, std::vector<int64_t> blocks,
                                  std::vector<int64_t> block, std::vector<int64_t> rows,
                                  std::vector<int64_t> columns, std::vector<double> coefficients,
                                  double eps);

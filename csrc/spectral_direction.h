@@ -14,7 +14,7 @@ struct DirectionLayer {
   int64_t block, n;
 };
 
-// Entry i of `layers` is of args.layers[i], whose gram is room for that of the blocks.
+// Entry i of `layers` is of args.layers[i], whose gram is room for those of the blocks.
 template <class T>
 void spectral_direction_cpu(const DirectionLayer<T>* layers, const SpectralRoot<T>& args);
 

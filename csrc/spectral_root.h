@@ -34,6 +34,14 @@ struct RootLayer {
   T elements;  // root of the number of elements of a matrix of the momentum
   T tallness;  // root of the rows of a block over m
   bool symmetric;
+
+  // Of matrices [rows, columns] in blocks of so many rows.
+  void set_shape(int64_t block, int64_t rows, int64_t columns) {
+    m = block < columns ? block : columns;
+    elements = T(std::sqrt(double(rows) * double(columns)));
+    tallness = T(std::sqrt(double(block) / double(m)));
+    symmetric = block <= columns;
+  }
 };
 
 template <class T>

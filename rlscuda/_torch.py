@@ -25,6 +25,7 @@ Operator = torch._ops.OpOverload
 outside_dynamo = torch._disable_dynamo
 is_transformed = torch._C._functorch.is_functorch_wrapped_tensor  # by vmap, grad and the like
 foreach_copy_ = torch._foreach_copy_
+unflattened = torch._C._nn.unflatten_dense_tensors
 
 # x W^T + b by oneDNN whatever torch.mm calls; what torch's own compiler makes of a linear layer
 onednn_linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)

@@ -95,11 +95,12 @@ def lanes_of(move: Move) -> dict[str, Any]:
     made = torch.randn(rows.shape)
 
     one, power = h.new_ones(1), move.state["power"]
-    shape = [len(rows[0])], [c], [n], [x for abc in COEFFICIENTS for x in abc]
+    numbers = [x for abc in COEFFICIENTS for x in abc]
+    shape = [len(rows)], [len(rows[0])], [c], [n], numbers, 1e-8
 
-    def direction() -> None:  # the products of `write_directions` that are not with P
+    def direction() -> None:  # what of `write_directions` follows the products with P
         torch.ops.rlscuda.foreach_spectral_direction_(
-            [rows], [made], [one[:0]], [one], [one], [power], *shape, 1e-8
+            rows.view(-1), made.view(-1), [one[:0]], one, one, [power], *shape
         )
 
     return {

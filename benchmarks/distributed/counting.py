@@ -191,21 +191,17 @@ def _of_a_root(block: int, columns: int, coefficients: list[float]) -> int:
 
 
 def _direction_flops(
-    momentum: list[Tensor], product: Any, P: list[Tensor], peak: list[Tensor], length: Any,
-    power: list[Tensor], block: list[int], rows: Any, columns: list[int],
-    coefficients: list[float], eps: float, out_val: Any = None,
+    momentum: Any, product: Any, P: list[Tensor], peak: Any, length: Any, power: Any,
+    blocks: list[int], block: list[int], rows: Any, columns: list[int], coefficients: list[float],
+    eps: float, out_val: Any = None,
 ) -> int:  # fmt: skip
     """FLOP of the products left to be made, the grams, their roots and the directions."""
-    flops, layers = 0, iter(zip(P, power))
-    for N, of_each, m, n in zip(momentum, peak, block, columns):
-        matrices, least = len(of_each), min(m, n)
+    flops = 0
+    for matrix, count, m, n in zip(P, blocks, block, columns):
+        least = min(m, n)
         grams = least * (least + 1 if m <= n else 2 * m) * n
-        flops += len(N) * (grams + _of_a_root(m, n, coefficients) + 2 * m * n * least)
-        left = matrices
-        while left:
-            matrix, groups = next(layers)
-            flops += bool(matrix.numel()) * 2 * N.numel() // matrices * len(groups) * n
-            left -= len(groups)
+        each = grams + _of_a_root(m, n, coefficients) + 2 * m * n * least
+        flops += count * (each + (2 * m * n * n if matrix.numel() else 0))
     return flops
 
 

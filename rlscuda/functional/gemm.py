@@ -18,7 +18,7 @@ ONEDNN_IS_FASTER = (
     and torch.backends.mkl.is_available()
     and torch.backends.mkldnn.is_available()
 )
-WORTH = 1_500_000  # multiplications: fewer do not pay for its longer call
+_WORTH = 1_500_000  # multiplications: fewer do not pay for its longer call
 # oneDNN makes code for every shape, in a millisecond and .8 MB: a size that may change from step to
 # step must be a multiple of this
 REGULAR = 16
@@ -45,7 +45,7 @@ def multiply(
 
 
 def _suits_onednn(a: Tensor, b: Tensor) -> bool:
-    if len(a) * b.numel() < WORTH or a.dtype != torch.float32 or a.device.type != "cpu":
+    if len(a) * b.numel() < _WORTH or a.dtype != torch.float32 or a.device.type != "cpu":
         return False
     # with other strides it falls back to loops
     dense = all(x.is_contiguous() or x.t().is_contiguous() for x in (a, b))

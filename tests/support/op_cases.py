@@ -117,12 +117,12 @@ def _foreach_spectral_root() -> list[Any]:
 
 
 def _foreach_spectral_direction() -> list[Any]:
-    none, like = torch.empty(0), {"dtype": torch.float32}
+    none, like = torch.empty(0), {"dtype": torch.float32}  # of 1, 3 and 1 matrices
     return [
-        [torch.randn(4, 5, 7), torch.randn(2, 3, 2)], [torch.randn(4, 5, 7), torch.randn(2, 3, 2)],
-        [random_spd(7, **like), random_spd(3, 7, **like), none], [torch.ones(4), torch.ones(1)],
-        [torch.ones(4), torch.ones(1)], [torch.ones(1), torch.ones(3), torch.ones(1)],
-        [5, 3], [5, 6], [7, 2], [3.0, -4.0, 2.0, 2.0, -1.5, 0.5], 1e-8,
+        torch.randn(1 * 35 + 3 * 35 + 2 * 6), torch.randn(1 * 35 + 3 * 35 + 2 * 6),
+        [random_spd(7, **like), random_spd(3, 7, **like), none], torch.ones(5), torch.ones(5),
+        [torch.ones(1), torch.ones(3), torch.ones(1)], [1, 3, 2], [5, 5, 3], [5, 5, 6], [7, 7, 2],
+        [3.0, -4.0, 2.0, 2.0, -1.5, 0.5], 1e-8,
     ]  # fmt: skip
 
 

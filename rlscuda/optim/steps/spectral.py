@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlscuda.functional.gemm import WORTH
+from rlscuda._torch import unflattened
 from rlscuda.optim.moves import Move
 
 _nesterov = torch.ops.rlscuda.foreach_nesterov_.default
@@ -29,6 +29,7 @@ _take_directions = torch.ops.rlscuda.foreach_spectral_direction_.default
 
 ROWS = 64
 ONE_CALL = {"cpu"}  # where directions are one operator; others have libraries for its products
+SMALL = 5_000_000  # multiplications of a product with P below which it is a part of that call
 # a + b x + c x^2 of each iteration: x p(x^2) one after another map singular values of [.03, 1] to
 # 1 +- .037, each the best such polynomial on what the last one leaves; smaller ones grow likewise
 # by a factor of 44 at most.
@@ -45,9 +46,6 @@ def write_directions(
 ) -> None:
     """Makes every move's product its direction, and takes its gradient into the momentum.
 
-    Layers of one shape are one batch; momenta and roots of all shapes are made by one call each, on
-    a CPU all that is small and all that follows the products, too.
-
     Args:
         moves: Layers of one group, dtype and device.
         bias_gradients: The gradient of each bias in `P`, an empty tensor where there is none.
@@ -55,25 +53,70 @@ def write_directions(
         group: The parameter group.
     """
     places = itertools.accumulate((move.layer.groups for move in moves), initial=0)
-    rows = sorted(zip(moves, bias_gradients, places), key=_shape)
+    rows = list(zip(moves, bias_gradients, places))
+    if h.device.type in ONE_CALL and moves[0].shard is None:
+        _write_at_once(rows, h, group)
+        return
     with torch.autocast(h.device.type, enabled=False):
-        batches = _looked_ahead(rows, h, group["momentum"])
-        at_once = h.device.type in ONE_CALL
-        for batch in batches:
-            batch.multiply(leave=WORTH if at_once else 0)
-        if at_once:
-            _take_directions(
-                [batch.blocks(batch.N) for batch in batches],
-                [batch.blocks(batch.D) for batch in batches],
-                [P for batch in batches for P in batch.left], *_numbers(batches, group["eps"]),
-            )  # fmt: skip
-        else:
-            grams = [batch.square() for batch in batches]
-            _take_roots(grams, *_numbers(batches, group["eps"]))
-            for batch, root in zip(batches, grams):
-                batch.apply(root)
-        for batch in batches:
-            batch.deal()
+        _write_by_shapes(sorted(rows, key=_shape), h, group)
+
+
+def _write_at_once(rows: list[tuple[Move, Tensor, int]], h: Tensor, group: dict[str, Any]) -> None:
+    """By one operator for all that follows the products with `P`, small ones among that."""
+    moves = [move for move, *_ in rows]
+    layers = [move.layer for move in moves]
+    groups, columns = [layer.groups for layer in layers], [layer.fan_in for layer in layers]
+    heights = [layer.outputs // k for layer, k in zip(layers, groups)]
+    block = [block_rows(height) for height in heights]
+    parts = [-(-height // ROWS) for height in heights]
+    padded = [m * count for m, count in zip(block, parts)]
+    N, peak, length = _look_ahead(rows, h, groups, padded, group["momentum"])
+    D, none = torch.empty_like(N), N.new_empty(0)
+    sizes = [k * high * n for k, high, n in zip(groups, padded, columns)]
+    matrices, start = [], 0
+    for move, size, n in zip(moves, sizes, columns):
+        left = size * n < SMALL and move.layer.blocks == 1
+        matrices.append(move.state["P"] if left else none)
+        if not left:
+            part, product = (x[start : start + size].view(-1, n) for x in (N, D))
+            move.layer.multiply(part, move.state["P"], out=product)
+        start += size
+    _take_directions(
+        N, D, matrices, peak, length, [move.state["power"] for move in moves],
+        [k * count for k, count in zip(groups, parts)], block, heights, columns, _NUMBERS,
+        group["eps"],
+    )  # fmt: skip
+    if padded == heights:
+        directions = unflattened(N, [move.state["momentum_buffer"] for move in moves])
+    else:
+        directions = [
+            part.view(k, high, n)[:, :height].reshape(-1, n)
+            for part, k, high, height, n in zip(N.split(sizes), groups, padded, heights, columns)
+        ]
+    for move, direction in zip(moves, directions):
+        move.product = direction
+
+
+def _write_by_shapes(
+    rows: list[tuple[Move, Tensor, int]], h: Tensor, group: dict[str, Any]
+) -> None:
+    """By the products of a library, of all layers of one shape at once, and one call for roots."""
+    batches = _looked_ahead(rows, h, group["momentum"])
+    for batch in batches:
+        batch.multiply()
+    _take_roots(
+        [batch.gram for batch in batches],
+        [batch.peak for batch in batches],
+        [batch.length for batch in batches],
+        [move.state["power"] for batch in batches for move in batch.moves],
+        [batch.block for batch in batches],
+        [batch.rows for batch in batches],
+        [batch.columns for batch in batches],
+        _NUMBERS,
+        group["eps"],
+    )
+    for batch in batches:
+        batch.write()
 
 
 def block_rows(rows: int) -> int:
@@ -104,7 +147,7 @@ class _Batch:
         peak: The largest |element| of each matrix of the momentum.
         length: The Euclidean norm of each, over its peak.
         D: The products N P.
-        left: Of each layer the P of a product that is left to be made, an empty tensor where it is.
+        gram: Of each block, the smaller one of N P N^T and N^T N P; then its scaled root.
         first: The place in N of the first row of this process.
     """
 
@@ -112,7 +155,7 @@ class _Batch:
     peak: Tensor
     length: Tensor
     D: Tensor
-    left: list[Tensor]
+    gram: Tensor
     first: int = 0
 
     def __init__(self, moves: list[Move]):
@@ -139,38 +182,22 @@ class _Batch:
             N, self.first = shard.blocks(N.mul_(share[:, None, None]), self.block)
         self.N, self.peak, self.length = N, peak, length
 
-    def multiply(self, leave: int) -> None:
-        """Multiplies the momentum by `P`.
+    def multiply(self) -> None:
+        """Multiplies the momentum by `P`."""
+        layers, m, n = len(self.moves), self.block, self.columns
+        self.D = torch.empty_like(self.N)
+        parts = zip(self.moves, self.N.view(layers, -1, n), self.D.view(layers, -1, n))
+        for move, part, product in parts:
+            move.layer.multiply(part, move.state["P"], out=product)
+        blocks, products = self.N.view(-1, m, n), self.D.view(-1, m, n)
+        pair = (products, blocks.mT) if m <= n else (blocks.mT, products)
+        self.gram = torch.bmm(*pair)
 
-        Args:
-            leave: Multiplications below which the product of a layer is left to be made.
-        """
-        layers, n = len(self.moves), self.columns
-        self.D, none = torch.empty_like(self.N), self.N.new_empty(0)
-        small = self.N.numel() // layers * n < leave and self.moves[0].layer.blocks == 1
-        self.left = [move.state["P"] if small else none for move in self.moves]
-        if not small:
-            parts = zip(self.moves, self.N.view(layers, -1, n), self.D.view(layers, -1, n))
-            for move, part, product in parts:
-                move.layer.multiply(part, move.state["P"], out=product)
-
-    def blocks(self, rows: Tensor) -> Tensor:
-        """`N` or `D` as blocks [b, block, n]."""
-        return rows.view(-1, self.block, self.columns)
-
-    def square(self) -> Tensor:
-        """The grams of all blocks."""
-        N, D = self.blocks(self.N), self.blocks(self.D)
-        return torch.bmm(*((D, N.mT) if self.block <= self.columns else (N.mT, D)))
-
-    def apply(self, root: Tensor) -> None:
-        """Makes `N` the directions."""
-        N, D = self.blocks(self.N), self.blocks(self.D)
-        torch.bmm(*((root, D) if self.block <= self.columns else (D, root)), out=N)
-
-    def deal(self) -> None:
-        """Makes the product of every layer its direction."""
-        layers, n = len(self.moves), self.columns
+    def write(self) -> None:
+        """Makes the product of every layer its direction, of the roots in `gram`."""
+        layers, m, n = len(self.moves), self.block, self.columns
+        D = self.D.view(-1, m, n)
+        torch.bmm(*((self.gram, D) if m <= n else (D, self.gram)), out=self.N.view(-1, m, n))
         all_rows = self.N.view(layers, self.groups, -1, n)
         mine = all_rows[:, :, self.first : self.first + self.here].reshape(layers, -1, n)
         for move, direction in zip(self.moves, mine.unbind()):
@@ -186,20 +213,12 @@ def _looked_ahead(rows: list[tuple[Move, Tensor, int]], h: Tensor, momentum: flo
         h: See `write_directions`.
         momentum: The share that a momentum keeps.
     """
-    moves, bias_gradients, places = map(list, zip(*rows))
     batches = [
         _Batch([move for move, *_ in batch]) for _, batch in itertools.groupby(rows, key=_shape)
     ]
-    flat, peak, length = _nesterov(
-        [move.grad for move in moves],
-        bias_gradients,
-        [move.state["momentum_buffer"] for move in moves],
-        h,
-        places,
-        [batch.groups for batch in batches for _ in batch.moves],
-        [batch.padded for batch in batches for _ in batch.moves],
-        momentum,
-    )
+    groups = [batch.groups for batch in batches for _ in batch.moves]
+    padded = [batch.padded for batch in batches for _ in batch.moves]
+    flat, peak, length = _look_ahead(rows, h, groups, padded, momentum)
     counts = [batch.matrices for batch in batches]
     sizes = [batch.matrices * batch.padded * batch.columns for batch in batches]
     parts = zip(flat.split(sizes), peak.split(counts), length.split(counts))
@@ -208,15 +227,23 @@ def _looked_ahead(rows: list[tuple[Move, Tensor, int]], h: Tensor, momentum: flo
     return batches
 
 
-def _numbers(batches: list[_Batch], eps: float) -> tuple:
-    """What both operators need of all shapes."""
-    return (
-        [batch.peak for batch in batches],
-        [batch.length for batch in batches],
-        [move.state["power"] for batch in batches for move in batch.moves],
-        [batch.block for batch in batches],
-        [batch.rows for batch in batches],
-        [batch.columns for batch in batches],
-        _NUMBERS,
-        eps,
-    )
+def _look_ahead(
+    rows: list[tuple[Move, Tensor, int]],
+    h: Tensor,
+    groups: list[int],
+    padded: list[int],
+    momentum: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The momenta looked ahead, one after another, the peak and the length of each matrix.
+
+    Args:
+        rows: See `_looked_ahead`.
+        h: See `write_directions`.
+        groups: Matrices of each layer.
+        padded: Rows of a matrix, those of whole blocks.
+        momentum: The share that a momentum keeps.
+    """
+    moves, bias_gradients, places = map(list, zip(*rows))
+    buffers = [move.state["momentum_buffer"] for move in moves]
+    grads = [move.grad for move in moves]
+    return _nesterov(grads, bias_gradients, buffers, h, places, groups, padded, momentum)

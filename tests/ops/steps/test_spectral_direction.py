@@ -1,4 +1,4 @@
-"""foreach_spectral_direction_: the directions of the blocks of many shapes, by the reference."""
+"""foreach_spectral_direction_: the directions of the blocks of many layers, by the reference."""
 
 import itertools
 import math
@@ -35,6 +35,7 @@ class Shape:
 
     def __post_init__(self):
         self.matrices, self.rows = self.groups * self.layers, self.parts * self.block
+        self.blocks = self.groups * self.parts
         n = self.columns
         like = {"dtype": torch.float64}
         self.momentum = torch.randn(self.matrices * self.parts, self.block, n, **like)
@@ -72,12 +73,19 @@ class Shape:
 
 
 def run(shapes: list[Shape]) -> None:
+    def of_layers(*numbers: str) -> list[list[int]]:
+        return [[getattr(s, name) for s in shapes for _ in range(s.layers)] for name in numbers]
+
+    momentum, product = (
+        torch.cat([getattr(s, name).flatten() for s in shapes]) for name in ("momentum", "product")
+    )
     _take_directions(
-        [s.momentum for s in shapes], [s.product for s in shapes], [P for s in shapes for P in s.P],
-        [s.peak for s in shapes], [s.length for s in shapes], [p for s in shapes for p in s.power],
-        [s.block for s in shapes], [s.rows for s in shapes], [s.columns for s in shapes], NUMBERS,
-        EPS,
+        momentum, product, [P for s in shapes for P in s.P], torch.cat([s.peak for s in shapes]),
+        torch.cat([s.length for s in shapes]), [p for s in shapes for p in s.power],
+        *of_layers("blocks", "block", "rows", "columns"), NUMBERS, EPS,
     )  # fmt: skip
+    for shape, part in zip(shapes, momentum.split([s.momentum.numel() for s in shapes])):
+        shape.momentum = part.view(shape.momentum.shape)
 
 
 def check(shape: Shape, scale: float = 1.0) -> None:
@@ -145,13 +153,6 @@ def test_no_momentum_has_no_direction():
         assert shape.momentum[0].any() and not shape.momentum[1].any()
 
 
-def test_shapes_without_blocks():  # as of a weight whose rows are on other processes
-    empty, shape = Shape(5, 9, left=(False,)), Shape(4, 7)
-    empty.momentum, empty.product = empty.momentum[:0], empty.product[:0]
-    run([empty, shape])
-    check(shape)
-
-
 def test_nothing_depends_on_the_number_of_threads():
     results = []
     for threads in (1, 2, 3, 5):
@@ -173,49 +174,57 @@ def test_opcheck():
 
 
 WRONG = {  # message -> argument, value
-    r"momentum must hold at least one shape": (0, []),
-    r"product must have 2 tensors, got 1": (1, [torch.ones(4, 5, 7)]),
-    r"peak and length must have 2 tensors, got 1": (3, [torch.ones(4)]),
-    r"block, rows and columns must have 2 entries, got 3": (6, [5, 6, 7]),
-    r"every momentum must be \[b, rows, columns\], got \[5, 7\]": (
-        0, [torch.ones(5, 7), torch.ones(2, 3, 2)]),
-    r"every momentum must be \[4, 5, 7\], got \[4, 5, 8\]": (
-        0, [torch.ones(4, 5, 8), torch.ones(2, 3, 2)]),
-    r"every product must be \[4, 5, 7\], got \[4, 7, 5\]": (
-        1, [torch.ones(4, 7, 5), torch.ones(2, 3, 2)]),
-    r"every momentum and product must have the dtype of momentum\[0\], float32, got float64": (
-        1, [torch.ones(4, 5, 7).double(), torch.ones(2, 3, 2)]),
-    r"P must have 3 tensors, got 1": (2, [torch.ones(7, 7)]),
+    r"P must hold at least one layer": (2, []),
+    r"power must have 3 tensors, got 1": (5, [torch.ones(1)]),
+    r"blocks, block, rows and columns must have 3 entries, got 2": (7, [5, 5]),
+    r"momentum and product must be \[152\], got \[8, 19\]": (0, torch.ones(8, 19)),
+    r"momentum and product must be \[152\], got \[151\]": (1, torch.ones(151)),
+    r"peak and length must be \[5\], got \[4\]": (4, torch.ones(4)),
+    r"product, peak and length must have the dtype of momentum, float32, got float64": (
+        1, torch.ones(152).double()),
+    r"every P and power must have the dtype of momentum, float32, got float64": (
+        5, [torch.ones(1), torch.ones(3).double(), torch.ones(1)]),
     r"every P must be \[7, 7\], got \[7, 6\]": (
         2, [torch.ones(7, 6), torch.ones(3, 7, 7), torch.ones(0)]),
     r"every P must be \[3, 7, 7\], got \[4, 7, 7\]": (
         2, [torch.ones(7, 7), torch.ones(4, 7, 7), torch.ones(0)]),
-    r"P must be of 3 matrices, got \[7, 7\]": (
+    r"every P must be \[3, 7, 7\], got \[7, 7\]": (
         2, [torch.ones(7, 7), torch.ones(7, 7), torch.ones(0)]),
-    r"every P must have the dtype of momentum\[0\], float32, got float64": (
-        2, [torch.ones(7, 7).double(), torch.ones(3, 7, 7), torch.ones(0)]),
-    r"momentum must be contiguous": (0, [torch.ones(4, 7, 5).mT, torch.ones(2, 3, 2)]),
+    r"its power's 3 matrices, got 4 of 35 elements": (6, [1, 4, 2]),
+    r"its power's 1 matrices, got 99999 of 35 elements": (6, [99999, 3, 2]),
+    r"its power's 1 matrices, got 0 of 35 elements": (6, [0, 3, 2]),
+    r"block, rows and columns must be positive, .* got 0, 5 and 7": (7, [0, 5, 3]),
+    r"block, rows and columns must be positive, .* got 5, 9223372036854775807 and 7": (
+        8, [2**63 - 1, 5, 6]),
+    r"block or columns must be at most 64, got 65 and 70": None,
+    r"momentum must be contiguous": (0, torch.ones(304)[::2]),
     r"momentum must be float32 or float64, got bfloat16": None,
-    r"eps must be finite and not negative, got -1": (10, -1.0),
+    r"coefficients must be three each of 1 to 8 polynomials, got 4": (10, [1.0] * 4),
+    r"every coefficient must be a finite number .* got nan": (10, [1.0, math.nan, 1.0]),
+    r"eps must be finite and not negative, got -1": (11, -1.0),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("message", WRONG)
 def test_wrong_arguments_are_refused_and_nothing_changes(message):
     given = VALID["foreach_spectral_direction_"]()
-    if WRONG[message] is None:
-        given[:2] = ([t.bfloat16() for t in tensors] for tensors in given[:2])
+    if "at most 64" in message:
+        given[7], given[9] = [65, 5, 3], [70, 7, 2]
+    elif "bfloat16" in message:
+        for i, value in enumerate(given):
+            if isinstance(value, Tensor):
+                given[i] = value.bfloat16()
     else:
         place, value = WRONG[message]
         given[place] = value
-    before = [N.clone() for N in given[0]]
+    before = given[0].clone()
     with pytest.raises(RuntimeError, match=message):
         _take_directions(*given)
-    assert all(torch.equal(a, b) for a, b in zip(given[0], before))
+    assert torch.equal(given[0], before)
 
 
 def test_what_is_written_shares_no_memory():
     given = VALID["foreach_spectral_direction_"]()
-    given[1][0] = given[0][0]
+    given[1] = given[0]
     with pytest.raises(RuntimeError, match="momentum and product must not share memory"):
         _take_directions(*given)
