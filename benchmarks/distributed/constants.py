@@ -108,7 +108,7 @@ def lanes_of(move: Move) -> dict[str, Any]:
         "direction": direction,
         "update": lambda: update_matrices([move], group, None),
         "passes": copy_lane(COPIED),
-        "whole": lambda: write_directions([move], [h[:0]], h, group),
+        "whole": lambda: write_directions([move], [h[:0]], h, group, {}),
     }
 
 

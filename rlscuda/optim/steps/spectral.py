@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rlscuda._torch import unflattened
-from rlscuda.optim.moves import Move
+from rlscuda.optim.moves import Move, Workspace, buffer
 
 _nesterov = torch.ops.rlscuda.foreach_nesterov_.default
 _take_roots = torch.ops.rlscuda.foreach_spectral_root_.default
@@ -29,6 +29,7 @@ _take_directions = torch.ops.rlscuda.foreach_spectral_direction_.default
 
 ROWS = 64
 ONE_CALL = {"cpu"}  # where directions are one operator; others have libraries for its products
+KEPT = 1 << 20  # elements of products in the workspace
 SMALL = 5_000_000  # multiplications of a product with P below which it is a part of that call
 # a + b x + c x^2 of each iteration: x p(x^2) one after another map singular values of [.03, 1] to
 # 1 +- .037, each the best such polynomial on what the last one leaves; smaller ones grow likewise
@@ -42,7 +43,11 @@ _NUMBERS = list(itertools.chain(*COEFFICIENTS))
 
 
 def write_directions(
-    moves: list[Move], bias_gradients: list[Tensor], h: Tensor, group: dict[str, Any]
+    moves: list[Move],
+    bias_gradients: list[Tensor],
+    h: Tensor,
+    group: dict[str, Any],
+    workspace: Workspace,
 ) -> None:
     """Makes every move's product its direction, and takes its gradient into the momentum.
 
@@ -51,17 +56,20 @@ def write_directions(
         bias_gradients: The gradient of each bias in `P`, an empty tensor where there is none.
         h: Of each matrix in turn, not finite where nothing may move.
         group: The parameter group.
+        workspace: Memory kept from step to step.
     """
     places = itertools.accumulate((move.layer.groups for move in moves), initial=0)
     rows = list(zip(moves, bias_gradients, places))
     if h.device.type in ONE_CALL and moves[0].shard is None:
-        _write_at_once(rows, h, group)
+        _write_at_once(rows, h, group, workspace)
         return
     with torch.autocast(h.device.type, enabled=False):
         _write_by_shapes(sorted(rows, key=_shape), h, group)
 
 
-def _write_at_once(rows: list[tuple[Move, Tensor, int]], h: Tensor, group: dict[str, Any]) -> None:
+def _write_at_once(
+    rows: list[tuple[Move, Tensor, int]], h: Tensor, group: dict[str, Any], workspace: Workspace
+) -> None:
     """By one operator for all that follows the products with `P`, small ones among that."""
     moves = [move for move, *_ in rows]
     layers = [move.layer for move in moves]
@@ -71,7 +79,9 @@ def _write_at_once(rows: list[tuple[Move, Tensor, int]], h: Tensor, group: dict[
     parts = [-(-height // ROWS) for height in heights]
     padded = [m * count for m, count in zip(block, parts)]
     N, peak, length = _look_ahead(rows, h, groups, padded, group["momentum"])
-    D, none = torch.empty_like(N), N.new_empty(0)
+    kept = N.numel() <= KEPT  # what is given back in every step may be taken anew page by page
+    D = buffer(workspace, "product", N, N.numel()) if kept else torch.empty_like(N)
+    none = N.new_empty(0)
     sizes = [k * high * n for k, high, n in zip(groups, padded, columns)]
     matrices, start = [], 0
     for move, size, n in zip(moves, sizes, columns):

@@ -104,7 +104,7 @@ def _step_chunk(chunk: list[Move], found_inf: Tensor | None, workspace: Workspac
         norms = complete_products(chunk, biases, bias_gradients, products(chunk, P))
     h = update_matrices(chunk, group, found_inf)
     if form == "spectral":
-        write_directions(chunk, bias_gradients, h, group)
+        write_directions(chunk, bias_gradients, h, group, workspace)
     elif form != "paper":
         bias_rows = products(chunk, P)
         if bounded:
