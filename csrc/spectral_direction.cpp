@@ -39,7 +39,7 @@ class Directions {
     const Tensor &P = given_.P[i], &power = given_.power[i];
     const int64_t blocks = given_.blocks[i], block = given_.block[i], n = given_.columns[i];
     const int64_t rows = given_.rows[i], groups = power.numel();
-    constexpr int64_t kMost = int64_t(1) << 31;  // so that products of three are numbers
+    constexpr int64_t kMost = int64_t(1) << 31;  // so that their products are numbers
     RLS_CHECK(block > 0 && block <= kMost && rows > 0 && rows <= kMost && n > 0 && n <= kMost,
               "block, rows and columns must be positive, and no more than 2^31, got ", block, ", ",
               rows, " and ", n);
