@@ -21,7 +21,7 @@ ONEDNN_IS_FASTER = (
 _WORTH = 1_500_000  # multiplications: fewer do not pay for its longer call
 # oneDNN makes code for every shape, in a millisecond and .8 MB: a size that may change from step to
 # step must be a multiple of this
-REGULAR = 16
+_REGULAR = 16
 _AT_ONCE = 2048  # rows of its result, which it cannot write where it is wanted
 
 
@@ -37,7 +37,7 @@ def multiply(
         bias: [n], contiguous, or None.
         varying: The one of m, k and n that is that of a minibatch.
     """
-    if ONEDNN_IS_FASTER and varying % REGULAR == 0 and _suits_onednn(a, b):
+    if ONEDNN_IS_FASTER and varying % _REGULAR == 0 and _suits_onednn(a, b):
         for some, result in zip(a.split(_AT_ONCE), out.split(_AT_ONCE)):
             result.copy_(onednn_linear(some, b.t(), bias, "none", [], ""))
     elif bias is None:

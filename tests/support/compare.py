@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 
 TOLERANCE = {  # dtype: (relative, absolute), against a float64 specification
@@ -36,6 +39,26 @@ def random_spd(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     A = torch.randn(*shape, shape[-1], dtype=wide(torch.empty(0, dtype=dtype)).dtype)
     P = A @ A.mH / shape[-1] + 0.5 * torch.eye(shape[-1], dtype=torch.float64)
     return ((P + P.mH) / 2).to(dtype)
+
+
+def assert_same_by_any_threads(
+    make: Callable[[], Any], run: Callable[[Any], Iterable[torch.Tensor]]
+) -> None:
+    """That what `run` makes of what `make` makes is the same to the bit by 1, 2, 3 and 5 threads.
+
+    `make` has one seed and always the threads of before: torch's own products depend on them.
+    """
+    results, before = [], torch.get_num_threads()
+    for threads in (1, 2, 3, 5):
+        torch.manual_seed(0)
+        given = make()
+        torch.set_num_threads(threads)
+        try:
+            results.append(list(run(given)))
+        finally:
+            torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
 def snapshot(model, optimizer) -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ _take_directions = torch.ops.rlscuda.foreach_spectral_direction_.default
 
 ROWS = 64
 ONE_CALL = {"cpu"}  # where directions are one operator; others have libraries for its products
-KEPT = 1 << 20  # elements of products in the workspace
+KEPT = 1 << 20  # elements of products that the workspace keeps, at most
 SMALL = 5_000_000  # multiplications of a product with P below which it is a part of that call
 # a + b x + c x^2 of each iteration: x p(x^2) one after another map singular values of [.03, 1] to
 # 1 +- .037, each the best such polynomial on what the last one leaves; smaller ones grow likewise
@@ -111,7 +111,7 @@ def _write_by_shapes(
     rows: list[tuple[Move, Tensor, int]], h: Tensor, group: dict[str, Any]
 ) -> None:
     """By the products of a library, of all layers of one shape at once, and one call for roots."""
-    batches = _looked_ahead(rows, h, group["momentum"])
+    batches = _batches(rows, h, group["momentum"])
     for batch in batches:
         batch.multiply()
     _take_roots(
@@ -214,8 +214,8 @@ class _Batch:
             move.product = direction
 
 
-def _looked_ahead(rows: list[tuple[Move, Tensor, int]], h: Tensor, momentum: float) -> list[_Batch]:
-    """Takes all gradients into their momenta, and looks ahead.
+def _batches(rows: list[tuple[Move, Tensor, int]], h: Tensor, momentum: float) -> list[_Batch]:
+    """Takes all gradients into their momenta, looked ahead: a batch for each shape.
 
     Args:
         rows: Of each layer the move, the gradient of its bias and the place of its first h, those
@@ -247,7 +247,7 @@ def _look_ahead(
     """The momenta looked ahead, one after another, the peak and the length of each matrix.
 
     Args:
-        rows: See `_looked_ahead`.
+        rows: See `_batches`.
         h: See `write_directions`.
         groups: Matrices of each layer.
         padded: Rows of a matrix, those of whole blocks.

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from support.compare import assert_close
+from support.compare import assert_close, assert_same_by_any_threads
 from support.op_cases import VALID
 from torch import Tensor
 
@@ -163,17 +163,9 @@ def test_momentum_of_any_size(columns, dtype):
 
 
 def test_nothing_depends_on_the_number_of_threads():
-    results = []
-    for threads in (1, 2, 5):
-        torch.manual_seed(0)
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            results.append(Layers((2, 100, 130, 128), torch.float32).run(0.9))
-        finally:
-            torch.set_num_threads(before)
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
+    assert_same_by_any_threads(
+        lambda: Layers((2, 100, 130, 128), torch.float32), lambda layers: layers.run(0.9)
+    )
 
 
 def test_layers_without_rows():  # as of a weight whose rows are on other processes

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from support.compare import assert_close, random_spd
+from support.compare import assert_close, assert_same_by_any_threads, random_spd
 from support.op_cases import VALID
 from torch import Tensor
 
@@ -154,19 +154,13 @@ def test_no_momentum_has_no_direction():
 
 
 def test_nothing_depends_on_the_number_of_threads():
-    results = []
-    for threads in (1, 2, 3, 5):
-        torch.manual_seed(0)
-        shapes = [Shape(64, 170, layers=7), Shape(9, 11, layers=30), Shape(60, 50, layers=2)]
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            run(shapes)
-        finally:
-            torch.set_num_threads(before)
-        results.append([s.momentum for s in shapes])
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
+    def made(shapes):
+        run(shapes)
+        return [shape.momentum for shape in shapes]
+
+    assert_same_by_any_threads(
+        lambda: [Shape(64, 170, layers=7), Shape(9, 11, layers=30), Shape(60, 50, layers=2)], made
+    )
 
 
 def test_opcheck():
