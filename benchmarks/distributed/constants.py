@@ -134,7 +134,7 @@ def measured(seconds: dict[int, float], rounds: int = 5) -> tuple[Speeds, float]
                 run()
             work[name] = counter.work
     amounts = {
-        "product": work["product"].direction,  # not by a layer, so counted as any other
+        "product": work["product"].product,
         "direction": work["direction"].direction,
         "update": work["update"].update,
         "passes": work["passes"].passes,

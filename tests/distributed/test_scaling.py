@@ -157,6 +157,14 @@ def test_meta_and_real_steps_ask_for_the_same(given, monkeypatch):
     assert said.update == counter.work.update > 2 * 4 * (21**2 + 151**2)
 
 
+def test_every_kind_of_work_has_a_speed(monkeypatch):
+    monkeypatch.setattr(constants, "N", 128)
+    seconds = {constants.LITTLE: 1e-4, constants.MUCH: 1e-2}
+    speeds, over = constants.measured(seconds, rounds=1)
+    assert all(0 < speed < math.inf for speed in vars(speeds).values())
+    assert 0 < over < math.inf
+
+
 def test_every_matrix_has_one_owner(given):
     found = matrices_of(given)
     assert [m.bytes for m in found] == [4 * 21**2, 4 * 21**2, 4 * 151**2]
