@@ -25,6 +25,7 @@ Operator = torch._ops.OpOverload
 outside_dynamo = torch._disable_dynamo
 is_transformed = torch._C._functorch.is_functorch_wrapped_tensor  # by vmap, grad and the like
 foreach_copy_ = torch._foreach_copy_
+foreach_add_ = torch._foreach_add_
 unflattened = torch._C._nn.unflatten_dense_tensors
 
 # x W^T + b by oneDNN whatever torch.mm calls; what torch's own compiler makes of a linear layer
@@ -162,6 +163,18 @@ def accumulator_near(node: Any, leaf: Tensor) -> Any:
             if type(other) is _Accumulator and other.variable is leaf:
                 return other
     return None
+
+
+def origin(output: Tensor) -> tuple[Any, int]:
+    """The node of the graph that has computed an output, views of it apart, and which of its is it.
+
+    A pass that computes the gradients of weights alone, as those of pipelines, begins there.
+    """
+    node: Any = output.grad_fn
+    slot = output.output_nr
+    while len(node.next_functions) == 1 and node.next_functions[0][0] is not None:
+        node, slot = node.next_functions[0]
+    return node, slot
 
 
 def gradient_comes(leaf: Tensor, accumulator: Any = None) -> bool:

@@ -20,13 +20,13 @@ from rlscuda.optim.kinds import owners
 from rlscuda.optim.layers import Layer
 from rlscuda.optim.moves import Workspace
 from rlscuda.optim.ranks.processes import Processes
-from rlscuda.optim.report import Coverage, Health, coverage_of, health_of
-from rlscuda.optim.state import ensure_state, guarded_load, restart
+from rlscuda.optim.report import Reporting
+from rlscuda.optim.state import guarded_load, restart
 from rlscuda.optim.steps.joining import Joining
-from rlscuda.optim.steps.whole import covered, take_step
+from rlscuda.optim.steps.whole import all_rest, covered, take_step
 
 
-class RLSOptimizer(Joining, Optimizer):
+class RLSOptimizer(Joining, Reporting, Optimizer):
     r"""Trains linear, convolution and recurrent layers by RLS, all other parameters by a fallback.
 
     Each covered layer keeps the inverse autocorrelation matrix ``P`` [n, n] of its im2col input
@@ -50,6 +50,9 @@ class RLSOptimizer(Joining, Optimizer):
             do.
         weight_decay: Decoupled weight decay (spectral .2, adaptive .05, else 0).
         rank: Rows r of one input summary (spectral, adaptive 16, else 1).
+        interval: Steps from one update of ``P`` to the next (spectral, adaptive 4, else 1), once
+            its gain has come down to `gain`: each then does what those of every step would, with as
+            many rows as they together.
         summary: ``"mean"``, ``"sketch"`` or ``"sample"``: how a minibatch enters ``P`` (paper mean,
             natural sketch, else sample).
         ridge: Information on each input that a forgetting < 1 leaves, so that ``P`` stays bounded:
@@ -103,6 +106,7 @@ class RLSOptimizer(Joining, Optimizer):
         momentum: float | None = None,
         weight_decay: float | None = None,
         rank: int | None = None,
+        interval: int | None = None,
         summary: str | None = None,
         ridge: float | None = None,
         shrinkage: float | None = None,
@@ -124,8 +128,8 @@ class RLSOptimizer(Joining, Optimizer):
         self._processes = Processes(process_group, shard_matrices)
         self._given = {
             "lr": lr, "form": form, "forgetting": forgetting, "gain": gain, "momentum": momentum,
-            "weight_decay": weight_decay, "rank": rank, "summary": summary, "ridge": ridge,
-            "shrinkage": shrinkage, "drift": drift, "trust_ratio": trust_ratio,
+            "weight_decay": weight_decay, "rank": rank, "interval": interval, "summary": summary,
+            "ridge": ridge, "shrinkage": shrinkage, "drift": drift, "trust_ratio": trust_ratio,
             "initial_scale": initial_scale, "beta2": beta2, "eps": eps, "fallback_lr": fallback_lr,
             "dtype": dtype, "max_fan_in": max_fan_in, "seed": seed,
         }  # fmt: skip
@@ -145,6 +149,7 @@ class RLSOptimizer(Joining, Optimizer):
         self._registry = Registry(unwrapped(found), include, exclude, found=model is None)
         self._said: set[str] = set()
         self._workspace: Workspace = {}
+        self._resting = False
         self._checked: list[tuple] = []  # options as they were when last looked at
         self._attached: set[Layer] | None = None  # layers with hooks; None until all is checked
         super().__init__(given, defaults)
@@ -174,6 +179,7 @@ class RLSOptimizer(Joining, Optimizer):
         merged = {**self._given, **param_group}
         group = {**param_group, **forms.resolve_options(merged)}
         super().add_param_group(group)
+        self._resting = False
         self._follow_groups()
         covered = any(p in self._registry.layers for p in group["params"])
         layers = any(match.layer is not None for match in self._registry.matches)
@@ -204,7 +210,7 @@ class RLSOptimizer(Joining, Optimizer):
         if self._attached is not None:
             bare = self._registry.candidates() - self._attached
             if bare:
-                hooks.attach(self, bare, self._observe)
+                hooks.attach(self, bare, self._observe, self._rests)
             self._attached |= bare
 
     def _observe(self, layer: Layer, x: Tensor, outputs: list[Tensor]) -> None:
@@ -217,10 +223,20 @@ class RLSOptimizer(Joining, Optimizer):
         weight = layer.weight
         group = self._registry.group_of.get(weight)
         if group is not None and weight.requires_grad:
-            step = self.state.get(weight, {}).get("step", 0)
+            state = self.state.get(weight, {})
             place = (self._processes.rank, self._processes.size)
             inputs, stage = self._registry.inputs, self._registry.stages[weight]
-            stage.observe(layer, group, step, inputs, place, x, outputs)
+            span = 1 if self._each() else forms.span_of(group, state)
+            stage.observe(layer, group, state.get("step", 0), inputs, place, x, outputs, span)
+
+    def _rests(self) -> bool:
+        """Whether no layer's input matters before the next step, as no `P` has an update in it."""
+        return self._resting and not self._each()
+
+    def _each(self) -> bool:
+        """Whether every step has an update of `P`: in a captured graph, and where steps differ."""
+        on_gpu = torch.cuda.is_initialized()
+        return self._joined or (on_gpu and torch.cuda.is_current_stream_capturing())
 
     def mask(self, mask: Tensor) -> AbstractContextManager[None]:
         """Keeps padded positions out of every `P`, for the forwards inside a ``with``.
@@ -261,7 +277,8 @@ class RLSOptimizer(Joining, Optimizer):
         with uninterrupted():
             forms.check_edited(self.param_groups, self._checked)
             own = (self._registry, self._fallback, self._processes, self._workspace)
-            self._warn(take_step(self.param_groups, self.state, *own))
+            self._warn(take_step(self.param_groups, self.state, *own, self._each()))
+            self._resting = all_rest(self._registry, self.state)
         return loss
 
     def restart(self, memory: int = 30) -> None:
@@ -290,52 +307,14 @@ class RLSOptimizer(Joining, Optimizer):
         for state in self.state.values():
             if "P" in state:
                 restart(state, memory)
+        self._resting = False
         self._fallback.restart(self.state)
         restart_rates(self.param_groups)
-
-    # -- what users look at -----------------------------------------------------------------------
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, and with them what was staged for the step."""
         super().zero_grad(set_to_none)
         self._registry.clear()
-
-    def inverse_autocorrelation(self, layer: nn.Module | str) -> Tensor:
-        """The live matrix `P` of a layer, without a copy.
-
-        Args:
-            layer: The module or its qualified name; of recurrent ones, that of the weight.
-
-        Returns:
-            [n, n], or [groups, n, n] for a grouped convolution; the last row and column are the
-            bias' where the layer has one. [groups * blocks, m, m] above `max_fan_in`: the blocks of
-            m consecutive columns, the last filled up by columns that no input enters.
-
-        Raises:
-            ValueError: The RLS rule does not cover it.
-            RuntimeError: It is on another process, by `shard_matrices`.
-        """
-        self._follow_groups()
-        found = self._registry.find(layer)
-        if self._processes.sharing is not None:
-            self._processes.sharing.check_here(found.weight, found.name)
-        group = self._registry.group_of[found.weight]
-        return ensure_state(self.state, found, group, self._fallback)["P"]
-
-    def coverage(self) -> Coverage:
-        """How each module of the model is trained, why, and the bytes of its `P`."""
-        self._follow_groups()
-        self._registry.search()
-        return coverage_of(self._registry, self.state, advice.PATIENCE)
-
-    def health(self) -> Health:
-        """The health of every `P`; reads counters from the device, so it waits for it."""
-        self._follow_groups()
-        return Health(
-            (self._registry.layers[w].name, health_of(self.state[w]["P"], self.state[w]["health"]))
-            for w in self._registry.group_of
-            if "P" in self.state.get(w, ())
-        )
 
     # -- persistence ------------------------------------------------------------------------------
 
@@ -352,6 +331,8 @@ class RLSOptimizer(Joining, Optimizer):
             ValueError: The state is not of an optimizer over these parameters; nothing is changed.
         """
         self._follow_groups()
+        self._resting = False
+        self._registry.clear()
         with guarded_load(self, self._registry.layers, self._fallback.entries):
             super().load_state_dict(state_dict)
 
@@ -362,7 +343,7 @@ class RLSOptimizer(Joining, Optimizer):
     def __setstate__(self, state):
         super().__setstate__(state)
         if "_registry" in state:  # unpickled or deep-copied, not load_state_dict
-            self._workspace, self._attached = {}, set()
+            self._workspace, self._attached, self._resting = {}, set(), False
         self._fallback.reset()
         self._checked = []
         self._registry.forget_groups()
@@ -396,4 +377,4 @@ class RLSOptimizer(Joining, Optimizer):
 
     def _followed(self, registry: Registry) -> list[Change]:
         fresh = [(self._fallback, name, value) for name, value in Fallback.FRESH.items()]
-        return [*fresh, (self, "_registry", registry)]
+        return [*fresh, (self, "_registry", registry), (self, "_resting", False)]

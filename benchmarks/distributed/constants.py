@@ -83,7 +83,7 @@ def one_move(outputs: int, inputs: int) -> Move:
     (layer,) = registry.layers.values()
     ready(states, registry, [layer], optimizer._fallback, alone=True)
     summaries = {weight: stage.summary for weight, stage in registry.stages.items()}
-    return _move(layer, registry, states, summaries)
+    return _move(layer, registry, states, summaries, dict.fromkeys(summaries, 1))
 
 
 def lanes_of(move: Move) -> dict[str, Any]:

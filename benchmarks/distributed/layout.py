@@ -116,7 +116,8 @@ def on_meta(device: str) -> Iterator[None]:
     with (
         mock.patch.dict(stepping._CHUNK_BYTES, chunks),
         mock.patch.object(torch, "autocast", lambda *args, **kwargs: nullcontext()),  # not of meta
-        mock.patch.object(Processes, "agree"),  # once, and by reading what has no values
+        mock.patch.object(Processes, "begin"),  # once, and by reading what has no values
+        mock.patch.object(Processes, "agree"),  # likewise
     ):
         yield
 

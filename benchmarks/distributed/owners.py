@@ -44,7 +44,7 @@ def matrices_of(given: Seen) -> list[Matrix]:
         ready(states, registry, list(registry.layers.values()), optimizer._fallback, alone=False)
         summaries = {weight: stage.summary for weight, stage in registry.stages.items()}
         for layer in registry.layers.values():
-            move = _move(layer, registry, states, summaries)
+            move = _move(layer, registry, states, summaries, dict.fromkeys(summaries, 1))
             P = move.state["P"]
             moved = move.outputs * layer.fan_in * P.element_size()
             with Counter().counting() as counter:

@@ -55,6 +55,8 @@ def of_steps(moves: list[Move], stages: Mapping[nn.Parameter, Stage]) -> Iterato
     blind = []
     for move in moves:
         stage = stages[move.layer.weight]
+        if not move.span:
+            continue
         stage.missed = 0 if move.summary is not None else stage.missed + 1
         if stage.missed == PATIENCE:
             blind.append(move.layer.name)

@@ -25,22 +25,22 @@ FORMS: dict[str, dict[str, Any]] = {
     "spectral": {
         "lr": 0.05, "forgetting": 1.0, "gain": 0.01, "momentum": 0.9, "weight_decay": 0.2,
         "rank": 16, "summary": "sample", "drift": 0.3, "trust_ratio": math.inf,
-        "fallback_lr": 1e-2,
+        "interval": 4, "fallback_lr": 1e-2,
     },
     "adaptive": {
         "lr": 0.1, "forgetting": 1.0, "gain": 0.01, "momentum": 0.9, "weight_decay": 0.05,
         "rank": 16, "summary": "sample", "drift": 0.3, "trust_ratio": math.inf,
-        "fallback_lr": 3e-3,
+        "interval": 4, "fallback_lr": 3e-3,
     },
     "paper": {
         "lr": 0.3, "forgetting": 1.0, "gain": 0.1, "momentum": 0.0, "weight_decay": 0.0,
         "rank": 1, "summary": "mean", "drift": None, "trust_ratio": 0.1,
-        "fallback_lr": 1e-3,
+        "interval": 1, "fallback_lr": 1e-3,
     },
     "natural": {
         "lr": 0.3, "forgetting": 1.0, "gain": 0.01, "momentum": 0.0, "weight_decay": 0.0,
         "rank": 1, "summary": "sketch", "drift": None, "trust_ratio": 0.1,
-        "fallback_lr": 1e-3,
+        "interval": 1, "fallback_lr": 1e-3,
     },
 }  # fmt: skip
 _COMMON: dict[str, Any] = {
@@ -91,11 +91,13 @@ def _real(value: Any) -> float:
 
 
 def as_now(state_dict: Any) -> Any:
-    """A saved state, of before there were ridges, as one of groups without any."""
+    """A saved state, of before there were ridges and intervals, as one of groups without any."""
     groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
     if not isinstance(groups, list) or not all(isinstance(group, Mapping) for group in groups):
         return state_dict
-    old = [{"ridge": 0.0, **group} if "shrinkage" in group else group for group in groups]
+    then = {"ridge": 0.0, "interval": 1}
+    lacking = [then.keys() - group.keys() if "shrinkage" in group else () for group in groups]
+    old = [{**group, **{k: then[k] for k in some}} for group, some in zip(groups, lacking)]
     return {**state_dict, "param_groups": old}
 
 
@@ -114,6 +116,45 @@ def check_names(group: dict[str, Any]) -> None:
         if instead and value is not None and value is not False:
             raise ValueError(f"group option {name!r} is unknown, there is: {instead} "
                              f"(all options: {', '.join(public)})")  # fmt: skip
+
+
+COUNTS = ("step", "since")  # of a layer's state, on the host: its steps, and those before `age_of`
+
+
+def age_of(state: Mapping[str, Any]) -> int:
+    """Steps of a layer since the start of its averages, which a restart of them has put off."""
+    return state.get("step", 0) - state.get("since", 0)
+
+
+def span_of(group: Mapping[str, Any], state: Mapping[str, Any]) -> int:
+    """How many steps the update of `P` in the next one stands for; 0 where `P` rests.
+
+    Each step has one until the gain has come down to `gain`, then the last of each `interval`.
+    """
+    age, interval = age_of(state), group["interval"]
+    if interval == 1 or age < 1 / group["gain"]:
+        return 1
+    return 0 if (age + 1) % interval else interval
+
+
+def rank_of(group: Mapping[str, Any], span: int) -> int:
+    """Rows of a summary for an update that stands for `span` steps: as many as theirs together.
+
+    But means over parts of a minibatch are others than over all of it.
+    """
+    return group["rank"] * (1 if group["summary"] == "mean" else span)
+
+
+def compounded(group: dict[str, Any], span: int) -> dict[str, Any]:
+    """A group whose constants of one update do what those of `span` do, one after another."""
+    if span == 1:
+        return group
+    return {
+        **group,
+        "forgetting": group["forgetting"] ** span,
+        "gain": 1 - (1 - group["gain"]) ** span,
+        "shrinkage": 1 - (1 - group["shrinkage"]) ** span,
+    }
 
 
 def check_edited(groups: list[dict[str, Any]], checked: list[tuple]) -> None:
@@ -174,6 +215,10 @@ def resolve_options(given: dict[str, Any]) -> dict[str, Any]:
              "an int >= 1 and at most 65536", o["rank"])  # fmt: skip
     _require(type(o["max_fan_in"]) is int and o["max_fan_in"] >= 1, "max_fan_in", "an int >= 1",
              o["max_fan_in"])  # fmt: skip
+    _require(type(o["interval"]) is int and o["interval"] >= 1, "interval", "an int >= 1",
+             o["interval"])  # fmt: skip
+    _require(form in NORMALISED or o["interval"] == 1, "interval", f"1 in the {form} form, whose "
+             "P is no average", o["interval"])  # fmt: skip
     _require(o["summary"] in SUMMARIES, "summary", " | ".join(SUMMARIES), o["summary"])
     _require(isinstance(o["seed"], int), "seed", "an int", o["seed"])
     _require(o["dtype"] in (None, torch.float32, torch.float64), "dtype",

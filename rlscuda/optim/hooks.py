@@ -79,16 +79,19 @@ class ForwardHook:
         layers: Those of one module, whose inputs to observe.
         observe: Bound method (layer, input, outputs with a gradient to come) of the owner; where
             there are none, as in the first run of a checkpointed segment, it hears of one layer.
+        rests: Bound method of the owner: whether it need not hear of anything for now; or a
+            function of it.
     """
 
     __name__ = __qualname__ = "rlscuda_forward_hook"  # tools that list hooks ask for it
 
-    def __init__(self, layers: Sequence[Layer], observe: Any):
+    def __init__(self, layers: Sequence[Layer], observe: Any, rests: Any):
         module = layers[0].module
         self._recurrent = isinstance(module, RECURRENT)
         self._attends = isinstance(module, nn.MultiheadAttention)
         self._layers = [weakref.ref(layer) for layer in layers]
-        self._owner, self._observe = weakref.ref(observe.__self__), observe.__func__
+        self._owner = weakref.ref(observe.__self__)
+        self._observe, self._rests = observe.__func__, getattr(rests, "__func__", rests)
 
     def __call__(self, module, args, *kwargs_and_output):
         """Takes the arguments of a hook with or without `with_kwargs`: others re-register it."""
@@ -105,8 +108,10 @@ class ForwardHook:
 
     def _pass_on(self, module, args, *kwargs_and_output):
         owner = self._owner()
+        if owner is None or self._rests(owner):
+            return
         layers = [own for layer in self._layers if (own := layer()) and own.module is module]
-        if not layers or owner is None:
+        if not layers:
             return
         *kwargs, output = kwargs_and_output
         named = kwargs[0] if kwargs else {}
@@ -131,7 +136,13 @@ class ForwardHook:
         return getattr, (contextlib.nullcontext(), "__exit__")
 
 
-def attach(owner: Any, layers: Iterable[Layer], observe: Callable) -> Callable[[], Any]:
+def _never(owner: Any) -> bool:
+    return False
+
+
+def attach(
+    owner: Any, layers: Iterable[Layer], observe: Callable, rests: Callable = _never
+) -> Callable[[], Any]:
     """Puts a `ForwardHook` before all others on the layers' modules, for as long as `owner` lives.
 
     Returns:
@@ -140,16 +151,17 @@ def attach(owner: Any, layers: Iterable[Layer], observe: Callable) -> Callable[[
     of_module: dict[nn.Module, list[Layer]] = {}
     for layer in sorted(layers, key=lambda layer: layer.index):
         of_module.setdefault(layer.module, []).append(layer)
-    handles = [(weakref.ref(m), _register(m, own, observe)) for m, own in of_module.items()]
+    handles = [(weakref.ref(m), _register(m, own, observe, rests)) for m, own in of_module.items()]
     finalizer = weakref.finalize(owner, _remove, handles)
     finalizer.atexit = False
     return finalizer
 
 
-def _register(module: nn.Module, layers: list[Layer], observe: Callable) -> RemovableHandle:
-    handle = module.register_forward_hook(
-        ForwardHook(layers, observe), prepend=True, with_kwargs=True
-    )
+def _register(
+    module: nn.Module, layers: list[Layer], observe: Callable, rests: Callable
+) -> RemovableHandle:
+    hook = ForwardHook(layers, observe, rests)
+    handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
     for hooks in (getattr(module, name) for name in FORWARD_HOOKS):
         if isinstance(hooks, OrderedDict):
             (Private.of(hooks) or Private(hooks)).keys.add(handle.id)

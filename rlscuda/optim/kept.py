@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rlscuda._torch import version_of
 from rlscuda.closed_form.formulas import downdate
+from rlscuda.optim.forms import COUNTS
 from rlscuda.optim.layers import Layer
 from rlscuda.optim.staging import Factors, Stage, Summary
 
@@ -261,7 +262,7 @@ class KeptLayer:
                 new[name] = _select(value, 0, self.rows)
             elif name in ("power", "ridge_power"):
                 new[name] = _select(value, 0, self.groups)
-            elif name in ("health", "step"):
+            elif name in ("health", *COUNTS):
                 new[name] = value
             else:
                 raise ValueError(f"the state of {self.layer.name!r} has an unknown {name!r}")

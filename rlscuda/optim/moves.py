@@ -28,6 +28,7 @@ class Move:
         summary: What is staged of its input, or None.
         factors: The factors of its gradient, where they were kept and still hold all of it.
         moves_bias: Whether its bias, if in `P`, is still in a group.
+        span: Steps that the update of its `P` stands for; 0 where `P` rests, see `span_of`.
         shard: Which rows it has here; None for all.
         weight: Its weight as the operators take it.
         grad: Its gradient as [c, n], contiguous, of the dtype of `P`.
@@ -41,6 +42,7 @@ class Move:
     summary: Summary | None
     factors: Factors | None
     moves_bias: bool
+    span: int = 1
     shard: Rows | None = None
     weight: Tensor = field(init=False)
     grad: Tensor = field(init=False)

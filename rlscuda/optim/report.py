@@ -7,11 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlscuda import _C
+from rlscuda.optim import advice
 from rlscuda.optim.discovery import Registry
 from rlscuda.optim.layers import Layer, matrix_bytes
+from rlscuda.optim.state import ensure_state
 
 
 @dataclass(frozen=True)
@@ -204,3 +206,44 @@ def health_of(P: Tensor, counters: Tensor) -> LayerHealth:
         trace=float(torch.diagonal(P, dim1=-2, dim2=-1).sum()),
         symmetry_error=float((P - P.mT).abs().max()),
     )
+
+
+class Reporting:
+    """The part of `RLSOptimizer` that users look at."""
+
+    def inverse_autocorrelation(self: Any, layer: nn.Module | str) -> Tensor:
+        """The live matrix `P` of a layer, without a copy.
+
+        Args:
+            layer: The module or its qualified name; of recurrent ones, that of the weight.
+
+        Returns:
+            [n, n], or [groups, n, n] for a grouped convolution; the last row and column are the
+            bias' where the layer has one. [groups * blocks, m, m] above `max_fan_in`: the blocks of
+            m consecutive columns, the last filled up by columns that no input enters.
+
+        Raises:
+            ValueError: The RLS rule does not cover it.
+            RuntimeError: It is on another process, by `shard_matrices`.
+        """
+        self._follow_groups()
+        found = self._registry.find(layer)
+        if self._processes.sharing is not None:
+            self._processes.sharing.check_here(found.weight, found.name)
+        group = self._registry.group_of[found.weight]
+        return ensure_state(self.state, found, group, self._fallback)["P"]
+
+    def coverage(self: Any) -> Coverage:
+        """How each module of the model is trained, why, and the bytes of its `P`."""
+        self._follow_groups()
+        self._registry.search()
+        return coverage_of(self._registry, self.state, advice.PATIENCE)
+
+    def health(self: Any) -> Health:
+        """The health of every `P`; reads counters from the device, so it waits for it."""
+        self._follow_groups()
+        return Health(
+            (self._registry.layers[w].name, health_of(self.state[w]["P"], self.state[w]["health"]))
+            for w in self._registry.group_of
+            if "P" in self.state.get(w, ())
+        )

@@ -25,8 +25,10 @@ from rlscuda._torch import (
     in_backward,
     is_dtensor,
     is_transformed,
+    origin,
     version_of,
 )
+from rlscuda.optim.forms import rank_of
 from rlscuda.optim.layers import Layer
 from rlscuda.optim.ranks.shards import local
 
@@ -163,6 +165,9 @@ class Shown:
         return same and self.group is group and self.layer.alike(layer)
 
 
+Part = tuple[Shown, int, int]  # of a step: the summary, its offset and its size
+
+
 class Inputs:
     """What layers have in common: the mask of rows, and the last input, of which several may be.
 
@@ -281,16 +286,45 @@ class Stage:
         single = self.summary is not None and self.summary.total == 1
         return single and group["form"] == "paper" and float(group["lr"]) > 2 * group["gain"]
 
-    def commit(self, shown: Shown, start: int, size: int, factors: Factors | None) -> None:
-        """Takes in the summary of one differentiated forward, of `size` from offset `start` on."""
+    def commit(self, part: Part | None, factors: Factors | None) -> None:
+        """Takes in what one differentiated forward has shown, and the factors of its gradient."""
+        self.calls += 1
+        self.factors = factors if self.calls == 1 else None
+        if part is None:
+            return
+        shown, start, size = part
         self.tokens.add(shown.token)
-        summary = shown.summary
-        self.summary = summary if self.summary is None else self.summary.merge(summary)
+        before, summary = self.summary, shown.summary
+        alike = before is not None and before.rows.shape == summary.rows.shape
+        self.summary = before.merge(summary) if before is not None and alike else summary
         self._seen = max(self._seen, start + size)
         self.taken += size
         self.order = hash((self.order, start, size)) & (2**62 - 1)
-        self.calls += 1
-        self.factors = factors if self.calls == 1 else None
+
+    def _show(
+        self,
+        layer: Layer,
+        group: dict[str, Any],
+        step: int,
+        inputs: Inputs,
+        place: tuple[int, int],
+        given: Tensor,
+        rows: Tensor,
+        index: Tensor | None,
+        rank: int,
+    ) -> Part:
+        """The summary of the rows of one input that take part, see `observe`."""
+        images = layer.images(rows)
+        size = images.shape[0] * (layer.positions(images) if group["summary"] == "sketch" else 1)
+        offset = self.reserve(size, tentative=in_backward() or not layer.module.training)
+        last = inputs.last
+        if last is None or last.token in self.shown or not last.serves(given, layer, group, index):
+            seed = (group["seed"] + _SEED_STRIDE * (1 + layer.index + (step << 16))) & (2**63 - 1)
+            drawn = offset * place[1] + size * place[0]  # as if all ranks were shown in turn
+            summary = summarise(layer, images, group["summary"], rank, seed, drawn)
+            last = inputs.note(given, layer, group, index, summary)
+        self.shown.add(last.token)
+        return last, offset, size
 
     def observe(
         self,
@@ -301,6 +335,7 @@ class Stage:
         place: tuple[int, int],
         x: Tensor,
         outputs: Sequence[Tensor],
+        span: int,
     ) -> None:
         """Summarises the input of one forward, to be committed when a gradient of it comes.
 
@@ -312,6 +347,8 @@ class Stage:
             place: Rank of this process among those that train together, and how many they are.
             x: The input.
             outputs: The outputs with a gradient to come, of several the first that has come counts.
+            span: Steps that the next update of `P` stands for; where it rests, at 0, only factors
+                are kept.
         """
         if not summarisable(x, outputs):
             return
@@ -322,24 +359,18 @@ class Stage:
         some = inputs.take(layer, x)
         if some is not x and not some.numel():
             return
-        index = None if some is x else inputs.index
-        images = layer.images(some)
-        size = images.shape[0] * (layer.positions(images) if group["summary"] == "sketch" else 1)
-        offset = self.reserve(size, tentative=in_backward() or not layer.module.training)
-        last = inputs.last
-        if last is None or last.token in self.shown or not last.serves(given, layer, group, index):
-            seed = (group["seed"] + _SEED_STRIDE * (1 + layer.index + (step << 16))) & (2**63 - 1)
-            drawn = offset * place[1] + size * place[0]  # as if all ranks were shown in turn
-            summary = summarise(layer, images, group["summary"], group["rank"], seed, drawn)
-            last = inputs.note(given, layer, group, index, summary)
-        shown = last
-        self.shown.add(shown.token)
         rows, seen, counted = None, 0, 0
         # the spectral product is of the momentum, that of many processes of their mean gradient
         of_one = group["form"] != "spectral" and place[1] == 1 and not is_dtensor(weight)
         if some is x and of_one and layer.factors_pay(x, group["dtype"]):
             rows = x.reshape(-1, x.shape[-1]).contiguous()
             seen = version_of(rows)
+        part = None
+        if span:
+            index, rank = None if some is x else inputs.index, rank_of(group, span)
+            part = self._show(layer, group, step, inputs, place, given, some, index, rank)
+        elif rows is None:
+            return
 
         def commit(slot: int, accumulator: Any, gradients: tuple[Tensor | None, ...]) -> None:
             nonlocal counted
@@ -351,23 +382,11 @@ class Stage:
             counted, factors = self.generation, None
             if rows is not None and weight.grad is None and gradient.dtype == rows.dtype:
                 factors = Factors(rows, gradient.reshape(len(rows), -1), seen)
-            self.commit(shown, offset, size, factors)
+            self.commit(part, factors)
 
         for output in outputs:  # what `output.register_hook` does, at half its cost
             node, slot = origin(output)
             node.register_prehook(partial(commit, slot, accumulator_near(node, weight)))
-
-
-def origin(output: Tensor) -> tuple[Any, int]:
-    """The node of the graph that has computed an output, views of it apart, and which of its is it.
-
-    A pass that computes the gradients of weights alone, as those of pipelines, begins there.
-    """
-    node: Any = output.grad_fn
-    slot = output.output_nr
-    while len(node.next_functions) == 1 and node.next_functions[0][0] is not None:
-        node, slot = node.next_functions[0]
-    return node, slot
 
 
 def summarisable(x: Tensor, outputs: Sequence[Tensor]) -> bool:

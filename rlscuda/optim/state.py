@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from rlscuda import _C
 from rlscuda.optim.fallback import ENTRIES, IN_P, Fallback
-from rlscuda.optim.forms import NORMALISED, OPTIONS, as_now, check_complete
+from rlscuda.optim.forms import COUNTS, NORMALISED, OPTIONS, age_of, as_now, check_complete
 from rlscuda.optim.layers import Layer, state_dtype
 from rlscuda.optim.ranks.shards import like_rows, rows_of
 
@@ -45,11 +45,12 @@ def initial_state(
 ) -> dict[str, Any]:
     """A layer's entries before its first step, of which it may share some with another.
 
-    `P` [n, n] or [groups, n, n]; `step` counts on the host, for the random draws; `health` are the
-    counters that the kernels keep and follow; `power` [groups] and moments where the form has them.
+    `P` [n, n] or [groups, n, n]; `step` counts on the host, for random draws and the turns of `P`;
+    `health` are the counters that the kernels keep and follow; `power` [groups] and moments where
+    the form has them.
     """
     device, dtype = layer.weight.device, state_dtype(layer.weight, group["dtype"])
-    state: dict[str, Any] = {"step": 0, **shared}
+    state: dict[str, Any] = {**dict.fromkeys(COUNTS, 0), **shared}
     for name, shape in _shapes(layer, group["form"]).items():
         if name in _BY_ROW:
             state[name] = _zero_rows(layer, shape, dtype)
@@ -87,12 +88,11 @@ def ensure_state(
     state = states[layer.weight]
     if "P" not in state:
         state.update(initial_state(layer, group, shared))
-        for bias in layer.parameters()[1:]:
-            if fallback.starts(states[bias]):
-                states[bias].update(IN_P)
+        for own in (states[bias] for bias in layer.parameters()[1:]):
+            own.update(IN_P if fallback.starts(own) else {})
     elif layer.weight.dtype == torch.float64 and state["P"].dtype != torch.float64:
-        copies = {k: v.to(torch.float64, copy=True) for k, v in _tensors(state).items()}
-        state.update(copies)
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        state.update({k: v.to(torch.float64, copy=True) for k, v in tensors.items()})
     return state
 
 
@@ -101,10 +101,6 @@ def ensure_momentum(state: dict[str, Any], layer: Layer, form: str) -> None:
     if form not in NORMALISED and "momentum_buffer" not in state:
         shape = (layer.outputs, layer.fan_in)
         state["momentum_buffer"] = _zero_rows(layer, shape, state["P"].dtype)
-
-
-def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _of_input(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -152,7 +148,7 @@ def ready(
 def forget(states: dict, layer: Layer, group: dict[str, Any]) -> None:
     """Takes back the entries of `initial_state`, from a state that may have others."""
     entries = states.get(layer.weight, {})
-    for name in ("step", "momentum_buffer", "ridge_power", *_shapes(layer, group["form"])):
+    for name in (*COUNTS, "momentum_buffer", "ridge_power", *_shapes(layer, group["form"])):
         entries.pop(name, None)
     for parameter in layer.parameters():
         if parameter is not layer.weight and parameter in states:
@@ -204,6 +200,7 @@ def restart(state: dict[str, Any], memory: int) -> None:
     steps, earlier = (state["health"][_C.health_slots.index(name)] for name in ("steps", "earlier"))
     earlier.add_(steps).clamp_(max=memory)
     steps.zero_()
+    state["since"] = state["step"] - min(age_of(state), memory)
 
 
 def _entries(
@@ -324,9 +321,11 @@ def _check_fallback(entries: Mapping[str, Any], parameter: nn.Parameter) -> None
 
 def _check_layer(layer: Layer, form: str, entries: Mapping[str, Any]) -> None:
     where = f"of {layer.name!r} in state_dict"
-    step = entries.get("step")
+    step, since = entries.get("step"), entries.get("since", 0)
     if not isinstance(step, int) or not 0 <= step < 2**63:
         raise ValueError(f"step {where} must be an int >= 0, got {step!r}")
+    if not isinstance(since, int) or not 0 <= since <= step:
+        raise ValueError(f"since {where} must be an int in [0, {step}], got {since!r}")
     shapes = _shapes(layer, form)
     if "momentum_buffer" in entries:
         shapes["momentum_buffer"] = (layer.outputs, layer.fan_in)

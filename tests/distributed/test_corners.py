@@ -53,8 +53,8 @@ def test_a_gradient_of_a_row_elsewhere_voids_the_step(two):
 def test_layers_of_two_types_are_agreed_on_once(two):
     ranks = results(two, "two types")
     assert not spread([state for _, state in ranks])
-    for counts, _ in ranks:  # of each type draws and sums, and in the first step what they are of
-        assert counts == [6, 4, 4, 4]
+    for counts, _ in ranks:  # of each type draws and sums; first also what they are of, and when
+        assert counts == [7, 4, 4, 4]
 
 
 def test_a_ddp_module_is_not_kept(two):

@@ -26,13 +26,20 @@ CNNS = [
     for form in ("spectral", "paper")
     for kind, rank in (("mean", 1), ("sketch", 4), ("sample", 16))
 ]
+RESTING = {"gain": 0.25, "interval": 3}  # P has an update in steps 1 to 4, 6, 9 and so on
+AT_INTERVALS = [
+    (make, steps, {"form": form, "summary": kind, "rank": 4, **RESTING, **more})
+    for make, steps, more in ((mlp, 20, {}), (cnn, 10, {"micro": 3}))
+    for form in ("spectral", "adaptive")
+    for kind in ("mean", "sketch", "sample")
+]
 FORGETTING = [
     (mlp, 20, {"form": "paper", "forgetting": 0.99}),
     (cnn, 17, {"form": "natural", "forgetting": 0.99}),
 ]
 SHARED = [(make, {"form": form}) for make in (mlp, cnn) for form in FORMS]
-SHARED += [(mlp, {"form": "natural", "forgetting": 0.9})]
-EXACT = {2: MLPS + CNNS + FORGETTING, 4: MLPS[::5] + CNNS[::2]}
+SHARED += [(mlp, {"form": "natural", "forgetting": 0.9}), (cnn, RESTING)]
+EXACT = {2: MLPS + CNNS + FORGETTING + AT_INTERVALS, 4: MLPS[::5] + CNNS[::2] + AT_INTERVALS[::5]}
 FIRST_STEP = [(mlp, 1, {"form": form, "summary": "sample", "rank": 16}) for form in FORMS]
 
 
@@ -47,6 +54,8 @@ TWO = {
     "unbiased sketch": case(cases.unbiased, "sketch", 1000),
     "unbiased sample": case(cases.unbiased, "sample", 1000),
     "joined": case(cases.joined, False),
+    "joined at intervals": case(cases.joined, False, RESTING),
+    "at rest": case(cases.at_rest, RESTING),
     "nan": case(cases.refused_together, math.nan),
     "huge": case(cases.refused_together, 1e200),
     **{f"counted {kind}": case(cases.counted, kind) for kind in ("mean", "sketch", "sample")},
@@ -54,6 +63,7 @@ TWO = {
     "alone, said": case(cases.apart, {"process_group": None}),
     "another seed": cases.another_seed,
     "another step": cases.another_step,
+    "another first step": case(cases.another_step, 103),
     "zero": cases.zero,
     **{f"long {form}": case(cases.long, {"form": form}) for form in LONG},
     **{
@@ -134,6 +144,11 @@ def test_join_ends_with_the_state_of_the_last(two):
     assert not spread(ranks) and ranks[0]["step 0.weight"] == 12
 
 
+def test_join_has_an_update_in_every_step(two):
+    ranks = results(two, "joined at intervals")
+    assert not spread(ranks) and ranks[0]["health 0.weight"][0] == 12
+
+
 @pytest.mark.combination("the join() of DDP alone", "refused")
 def test_ddps_own_join_is_refused(two):
     for text in two["ddp's own join"][0]:
@@ -158,6 +173,11 @@ def test_a_step_is_one_exchange_of_the_size_of_the_summaries(two, kind):
         assert calls == ([sums] if kind == "mean" else [draws, sums])
 
 
+def test_nothing_is_exchanged_where_matrices_rest(two):
+    for counts in results(two, "at rest"):
+        assert counts == [4, 2, 2, 2, 0, 3, 0, 0, 2, 0]  # first also how many steps, and twice what
+
+
 @pytest.mark.combination("several processes without DDP or process_group=", "warned of once")
 def test_processes_apart_are_warned_of_once(two):
     texts = [[t for t in own if "process_group" in t] for own in two["alone"][1]]
@@ -172,6 +192,7 @@ def test_processes_apart_are_warned_of_once(two):
     [
         ("another seed", "do not train the same layers alike; rank . of 2 has: 0 sample"),
         ("another step", "load a checkpoint on every rank"),
+        ("another first step", "load a checkpoint on every rank"),
         ("zero", "a ZeroRedundancyOptimizer cannot hold this one"),
     ],
 )

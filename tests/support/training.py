@@ -28,10 +28,10 @@ def cnn(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
     ).to(dtype)
 
 
-def make(params, summary="mean", rank=3, form="natural", **options) -> RLSOptimizer:
+def make(params, summary="mean", rank=3, form="natural", interval=1, **options) -> RLSOptimizer:
     """An optimizer that moves both weights and `P` visibly in a few steps."""
     return RLSOptimizer(params, form=form, summary=summary, rank=rank, gain=0.5, lr=0.1,
-                        fallback="sgd", **options)  # fmt: skip
+                        interval=interval, fallback="sgd", **options)  # fmt: skip
 
 
 def batch(model: nn.Module, size: int = 8, seed: int = 1) -> torch.Tensor:

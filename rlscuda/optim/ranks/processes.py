@@ -20,6 +20,8 @@ LEFT_ALONE = (
     "group that averages the gradients, or process_group=None if each process trains a model of "
     "its own"
 )
+NOT_IN_STEP = "the processes are not at the same step: load a checkpoint on every rank"
+NEVER = 2**63 - 1  # a number that is no least one
 
 
 class Processes:
@@ -49,6 +51,7 @@ class Processes:
         self.sharing = Sharing() if shares else None
         self._ddp: weakref.ref | None = None  # the last module that called a layer
         self._agreed: set[bytes] = set()
+        self._begun = False
         self.group: Any = None
         self.rank, self.size = 0, 1
         if is_group:
@@ -57,7 +60,7 @@ class Processes:
     def _enter(self, group: Any) -> None:
         if group is self.group:
             return
-        self._agreed = set()
+        self._agreed, self._begun = set(), False
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
         if self.sharing is not None:
             self.sharing.enter(group, self.rank, self.size)
@@ -107,6 +110,27 @@ class Processes:
                 "step() exchanges what the processes saw of the inputs, which join() of the model "
                 "alone does not know of: use torch.distributed.algorithms.Join([model, optimizer])"
             )
+
+    def begin(self, steps: int | None, device: torch.device) -> None:
+        """Checks, in the first step together, that all have made as many before.
+
+        Which steps they exchange something in depends on that.
+
+        Args:
+            steps: Those of all layers; None for a process that makes none of its own.
+            device: On which the group works.
+
+        Raises:
+            RuntimeError: They have not.
+        """
+        if self._begun:
+            return
+        own = [NEVER, NEVER] if steps is None else [steps, -steps]
+        both = torch.tensor(own, device=device)
+        self.least(both)
+        if steps is not None and both.tolist() != own:
+            raise RuntimeError(NOT_IN_STEP)
+        self._begun = True
 
     def agree(self, layout: str, device: torch.device) -> None:
         """Checks, once for each, that all processes are about to exchange the same.

@@ -23,15 +23,19 @@ class Joining:
 
     _join_config: Any = None  # set by Join
 
+    @property
+    def _joined(self: Any) -> bool:
+        """Whether this is in such a context, in which all processes exchange in every step."""
+        return self._join_config is not None and self._join_config.enable
+
     def notify_join(self: Any) -> None:
         """Tells the context, if there is one, that this process goes on.
 
         Raises:
             RuntimeError: The model is in such a context without the optimizer.
         """
-        joined = self._join_config is not None and self._join_config.enable
-        self._processes.check_join(joined)
-        if joined:
+        self._processes.check_join(self._joined)
+        if self._joined:
             from torch.distributed.algorithms.join import Join
 
             Join.notify_join_context(self)
@@ -71,7 +75,8 @@ class _Shadow:
         own = self._optimizer
         own._follow_groups()
         own._registry.clear()
-        staged(own._registry, own.state, own._processes, joined=True)
+        each = dict.fromkeys(own._registry.group_of, 1)
+        staged(each, own._registry, own.state, own._processes, joined=True)
 
     def post_hook(self, is_last_joiner: bool) -> None:
         """Takes the state of a process that has made all steps."""

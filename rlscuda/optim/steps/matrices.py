@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from rlscuda import _C
+from rlscuda._torch import foreach_add_
 from rlscuda.functional.gemm import multiply
-from rlscuda.optim.forms import NORMALISED
+from rlscuda.optim.forms import NORMALISED, compounded
 from rlscuda.optim.moves import Move, first_of_each
 from rlscuda.optim.steps.ridges import has_ridge, raise_matrices
 
@@ -18,7 +19,14 @@ _rls_update = torch.ops.rlscuda.foreach_rls_update_.default
 
 
 def update_matrices(chunk: list[Move], group: dict[str, Any], found_inf: Tensor | None) -> Tensor:
-    """Updates every `P`; returns h of each group in turn, NaN where its weight may not move."""
+    """Updates every `P` that does not rest.
+
+    Returns:
+        h of each group in turn, NaN where its weight may not move.
+    """
+    if not chunk[0].span:
+        return _at_rest(chunk, found_inf)
+    group = compounded(group, chunk[0].span)
     first = first_of_each(chunk)
     moves = list(first.values())
     layers, states = [move.layer for move in moves], [move.state for move in moves]
@@ -50,6 +58,19 @@ def update_matrices(chunk: list[Move], group: dict[str, Any], found_inf: Tensor 
         parts = [(p - least).view(one.groups, -1).sum(1) + least for p, one in zip(parts, layers)]
     own = dict(zip(first, parts))
     return torch.cat([own[id(move.state["P"])] for move in chunk])
+
+
+def _at_rest(chunk: list[Move], found_inf: Tensor | None) -> Tensor:
+    """What stands for the h of matrices that rest, for which a step counts all the same."""
+    counters = [move.state["health"] for move in first_of_each(chunk).values()]
+    one = counters[0].new_zeros(len(_C.health_slots))
+    one[_C.health_slots.index("steps")] = 1
+    h = chunk[0].state["P"].new_ones(sum(move.layer.groups for move in chunk))
+    if found_inf is not None:
+        one.masked_fill_(found_inf, 0)
+        h.masked_fill_(found_inf, math.nan)
+    foreach_add_(counters, [one] * len(counters))
+    return h
 
 
 def _projections(

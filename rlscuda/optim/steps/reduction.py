@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from rlscuda.optim.discovery import Registry
+from rlscuda.optim.forms import rank_of
 from rlscuda.optim.layers import Layer, state_dtype
-from rlscuda.optim.ranks.processes import Processes
+from rlscuda.optim.ranks.processes import NEVER, NOT_IN_STEP, Processes
 from rlscuda.optim.staging import Stage, Summary
 
-_NEVER = 2**63 - 1
 _WEYL = 0x9E3779B97F4A7C15
 _MIX = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)  # as int64
 
@@ -41,12 +41,14 @@ class Part:
         group: Its parameter group.
         stage: What this process has staged of it.
         step: Steps that it has taken.
+        span: Steps that the update of its `P` stands for.
     """
 
     layer: Layer
     group: dict[str, Any]
     stage: Stage
     step: int
+    span: int = 1
 
     @property
     def kind(self) -> str:
@@ -56,7 +58,7 @@ class Part:
     @property
     def rank(self) -> int:
         """Rows of its summary."""
-        return self.group["rank"]
+        return rank_of(self.group, self.span)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -77,14 +79,16 @@ class Part:
 
 
 def staged(
+    spans: dict[Any, int],
     registry: Registry,
     states: dict[Any, dict[str, Any]],
     processes: Processes,
     joined: bool = False,
 ) -> dict[Any, Summary | None]:
-    """The summary of each covered weight's input, over all processes that train it together.
+    """The summary of the input of each covered weight, over all processes that train it together.
 
     Args:
+        spans: Steps that the update of each `P` stands for, 0 where it rests.
         registry: The layers.
         states: The optimizer's state.
         processes: The processes.
@@ -93,12 +97,20 @@ def staged(
     Raises:
         RuntimeError: The processes do not have the same layers, or are not at the same step.
     """
-    weights = [w for w in registry.group_of if w.requires_grad]
+    weights = [w for w, span in spans.items() if span and w.requires_grad]
     stages = [registry.stages[w] for w in weights]
-    if processes.size == 1:
+    if processes.size == 1 or not registry.group_of:
         return dict(zip(weights, (stage.summary for stage in stages)))
+    steps = sum(states.get(w, {}).get("step", 0) for w in registry.group_of)
+    processes.begin(None if joined else steps, next(iter(registry.group_of)).device)
     parts = [
-        Part(registry.layers[w], registry.group_of[w], stage, states.get(w, {}).get("step", 0))
+        Part(
+            registry.layers[w],
+            registry.group_of[w],
+            stage,
+            states.get(w, {}).get("step", 0),
+            spans[w],
+        )
         for w, stage in zip(weights, stages)
     ]
     return dict(zip(weights, reduce_summaries(parts, processes, joined)))
@@ -198,7 +210,7 @@ def _agreed_draws(
     drawn = [part for part in parts if part.kind != "mean"]
     if drawn:
         ranks = [part.rank for part in drawn]
-        keys = torch.full((sum(ranks),), _NEVER, device=device)
+        keys = torch.full((sum(ranks),), NEVER, device=device)
         shares = torch.zeros(sum(ranks), dtype=torch.float64, device=device)
         for part, own, share in zip(drawn, keys.split(ranks), shares.split(ranks)):
             summary = part.stage.summary
@@ -212,15 +224,13 @@ def _agreed_draws(
         orders = torch.stack([torch.full((), part.stage.order, device=device) for part in drawn])
         steps = torch.full((2,), sum(part.step for part in parts), device=device)
         steps[1].neg_()
-        own = torch.cat((keys, fresh, orders, -orders, steps.fill_(_NEVER) if joined else steps))
+        own = torch.cat((keys, fresh, orders, -orders, steps.fill_(NEVER) if joined else steps))
         agreed = own.clone()
         processes.least(agreed)
         same = own == agreed
         of_key, of_race, *even, at_step = same.split([len(keys)] * 2 + [len(drawn)] * 2 + [2])
         if device.type == "cpu" and not (joined or at_step.all()):
-            raise RuntimeError(
-                "the processes are not at the same step: load a checkpoint on every rank"
-            )
+            raise RuntimeError(NOT_IN_STEP)
         rows = zip(drawn, *(x.split(ranks) for x in (of_key, of_race, random)), *even)
         for part, first, won, bits, even_up, even_down in rows:
             other = won if part.kind == "sample" else bits.sign()

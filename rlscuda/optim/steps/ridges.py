@@ -25,7 +25,7 @@ from rlscuda.functional.ridges import (
     turn_of,
     turns_of,
 )
-from rlscuda.optim.forms import NORMALISED
+from rlscuda.optim.forms import NORMALISED, age_of
 from rlscuda.optim.moves import Move
 
 _rls_update = torch.ops.rlscuda.foreach_rls_update_.default
@@ -59,14 +59,15 @@ def raise_matrices(
 
     Args:
         moves: The first layer of each `P`, which has been updated.
-        group: Their group.
+        group: Their group, with the constants of the update.
         h: Of each matrix in turn, NaN where it was refused or reset.
         projected: Rows X P, which become those of the new `P`; empty for none, see `products`.
         inputs: X.
     """
     wait = 1 if captured(h) else min(WAIT, turns_of(group["forgetting"]))
     # without an input there was no update, and nothing was forgotten
-    due = [m.summary is not None and (m.state["step"] + 1) % wait == 0 for m in moves]
+    updates = [(age_of(move.state) + 1) // move.span for move in moves]
+    due = [m.summary is not None and count % wait == 0 for m, count in zip(moves, updates)]
     if not any(due):
         return
     counts = [move.layer.groups * move.layer.blocks for move in moves]

@@ -41,7 +41,8 @@ def step_layers(moves: list[Move], workspace: Workspace, elsewhere: Sequence[Lay
         P, weight = move.state["P"], move.layer.weight
         shard = move.shard
         where = None if shard is None else (shard.mesh, shard.size)
-        key = (id(move.group), P.dtype, weight.dtype, P.device, move.layer.blocks > 1, where)
+        kind = P.dtype, weight.dtype, P.device
+        key = (id(move.group), move.span, *kind, move.layer.blocks > 1, where)
         batches.setdefault(key, []).append(move)
     for batch in batches.values():
         for chunk in _chunks(batch):

@@ -12,6 +12,7 @@ from rlscuda._torch import tree_map
 from rlscuda.optim import advice
 from rlscuda.optim.discovery import Registry
 from rlscuda.optim.fallback import IN_P, Fallback
+from rlscuda.optim.forms import COUNTS, span_of
 from rlscuda.optim.layers import Layer, matrix_bytes
 from rlscuda.optim.moves import Move, Workspace
 from rlscuda.optim.ranks.processes import Processes
@@ -30,6 +31,7 @@ def take_step(
     fallback: Fallback,
     processes: Processes,
     workspace: Workspace,
+    each: bool,
 ) -> list[str]:
     """Moves every parameter that has a gradient.
 
@@ -40,17 +42,20 @@ def take_step(
         fallback: Its rule for all other parameters.
         processes: Those that train the model together.
         workspace: Memory kept from step to step.
+        each: Whether every step has an update of `P`, whatever the groups say.
 
     Returns:
         What to warn of.
     """
     moving = [registry.layers[w] for w in registry.group_of if w.grad is not None]
-    summaries = staged(registry, states, processes)
+    groups_of = registry.group_of.items()
+    spans = {w: 1 if each else span_of(group, states.get(w, {})) for w, group in groups_of}
+    summaries = staged(spans, registry, states, processes)
     here, elsewhere = owned(moving, registry, processes.sharing)
     fresh = [layer for layer in here if "P" not in states.get(layer.weight, ())]
     try:
         ready(states, registry, here, fallback, processes.size == 1)
-        moves = [_move(layer, registry, states, summaries) for layer in here]
+        moves = [_move(layer, registry, states, summaries, spans) for layer in here]
         fallback.prepare(groups, covered(registry), states)
         fallback.step(groups, states)
     except BaseException:
@@ -86,6 +91,15 @@ def take_step(
     return texts
 
 
+def all_rest(registry: Registry, states: dict[Any, dict[str, Any]]) -> bool:
+    """Whether nobody need look at the inputs before the next step, as every `P` rests in it."""
+    return all(
+        not span_of(group, states.get(weight, {}))
+        and (group["form"] == "spectral" or weight.device.type != "cpu")  # no factors of gradients
+        for weight, group in registry.group_of.items()
+    )
+
+
 def covered(registry: Registry) -> set[nn.Parameter]:
     """What the RLS rule moves: weights, and biases in `P` unless their weight is frozen."""
     return {
@@ -118,20 +132,28 @@ def _leave_to_owners(
     """Keeps of layers that other processes own the count of their steps alone."""
     for weight, layer in registry.layers.items():
         if not sharing.is_here(weight) and (layer in elsewhere or "P" in states.get(weight, ())):
-            states[weight] = {"step": states[weight].get("step", 0)}
+            own = states[weight]
+            states[weight] = {name: own.get(name, 0) for name in COUNTS}
             for bias in layer.parameters()[1:]:
                 states[bias].update(IN_P)
 
 
 def _move(
-    layer: Layer, registry: Registry, states: dict[Any, dict[str, Any]], summaries: dict
+    layer: Layer,
+    registry: Registry,
+    states: dict[Any, dict[str, Any]],
+    summaries: dict,
+    spans: dict[Any, int],
 ) -> Move:
     weight = layer.weight
     group, state = registry.group_of[weight], states[weight]
     check_fits(layer, state, group)
     moves_bias = registry.members.issuperset(layer.parameters())
     factors = registry.stages[weight].factors
-    return Move(layer, group, state, summaries.get(weight), factors, moves_bias, rows_of(weight))
+    return Move(
+        layer, group, state, summaries.get(weight), factors, moves_bias, spans[weight],
+        rows_of(weight),
+    )  # fmt: skip
 
 
 def _alone(processes: Processes, moves: list[Move]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -72,7 +73,7 @@ def unbiased(rank, size, kind, draws):
         stage = Stage()
         output = model(rows[rank].requires_grad_())
         place = (rank, size)
-        stage.observe(layer, options, 0, optimizer._registry.inputs, place, rows[rank], [output])
+        stage.observe(layer, options, 0, optimizer._registry.inputs, place, rows[rank], [output], 1)
         output.sum().backward()
         optimizer.zero_grad()
         (summary,) = reduce_summaries([Part(layer, options, stage, 0)], processes)
@@ -81,10 +82,10 @@ def unbiased(rank, size, kind, draws):
     return mean, x.double().T @ x.double() / len(x)
 
 
-def joined(rank, size, alone):
+def joined(rank, size, alone, options=MappingProxyType({})):
     """Twelve minibatches on the first rank, seven on the others, in one context or DDP's own."""
     model = mlp()
-    optimizer, ddp = RLSOptimizer(model), DDP(model)
+    optimizer, ddp = RLSOptimizer(model, **options), DDP(model)
     with ddp.join() if alone else Join([ddp, optimizer]):
         for step in range(7 if rank else 12):
             x, y = minibatch(mlp, number_of(step, 0, rank), 5)
@@ -151,6 +152,21 @@ def counted(rank, size, kind):
     return calls
 
 
+def at_rest(rank, size, options):
+    """How often each of ten steps calls all_reduce."""
+    model = mlp()
+    optimizer, ddp = RLSOptimizer(model, **options), DDP(model)
+    counts = []
+    for step in range(10):
+        x, y = minibatch(mlp, number_of(step, 0, rank), 5)
+        (ddp(x) - y).square().mean().backward()
+        with counted_reductions() as calls:
+            optimizer.step()
+        counts.append(len(calls))
+        optimizer.zero_grad()
+    return counts
+
+
 def apart(rank, size, options):
     """No DDP: each process on its own, with or without saying so."""
     model = mlp()
@@ -167,17 +183,19 @@ def another_seed(rank, size):
     return after_refusal(model, RLSOptimizer(model, seed=rank))
 
 
-def another_step(rank, size):
-    """A checkpoint that only one rank has loaded."""
+def another_step(rank, size, begun=0):
+    """A checkpoint that only one rank has loaded: in the midst of a run, or `begun` steps old."""
     model = mlp()
-    optimizer, ddp = RLSOptimizer(model), DDP(model)
+    optimizer = RLSOptimizer(model)
+    own = RLSOptimizer(model, process_group=None) if begun else optimizer
+    ddp = model if begun else DDP(model)
     ddp(minibatch(mlp, 1, 5)[0]).square().mean().backward()
-    optimizer.step()
+    own.step()
     if rank == 0:
-        state = optimizer.state_dict()
+        state = copy.deepcopy(own.state_dict())
         for entries in state["state"].values():
             if "P" in entries:
-                entries["step"] = 5
+                entries["step"] = begun or 5
         optimizer.load_state_dict(state)
     return after_refusal(model, optimizer)
 

@@ -12,6 +12,7 @@ from torch import nn
 from rlscuda import RLSOptimizer, reference
 from rlscuda.closed_form.formulas import downdate
 from rlscuda.functional.ridges import share_of_power
+from rlscuda.optim.forms import COUNTS
 from rlscuda.pruning import RLSPruner, own_matrices
 from rlscuda.reference.ridge import turns_of_cycle
 
@@ -196,7 +197,7 @@ def test_what_is_not_finite_moves_nothing(form, what):
     optimizer = RLSOptimizer(layer, form=form, max_fan_in=16)
     fit(layer, optimizer, (8, 40), 2)
     weights = [p.detach().clone() for p in layer.parameters()]
-    state = {k: v.clone() for k, v in optimizer.state[layer.weight].items() if k != "step"}
+    state = {k: v.clone() for k, v in optimizer.state[layer.weight].items() if k not in COUNTS}
     optimizer.zero_grad()
     x = torch.randn(8, 40)
     if what == "input":

@@ -101,7 +101,7 @@ def test_another_form_is_refused_once_a_group_has_stepped(form, other):
     optimizer = RLSOptimizer(model, form=form)
     train(model, optimizer, 1)
     before = snapshot(model, optimizer)
-    optimizer.param_groups[0].update(form=other, trust_ratio=math.inf, drift=0.0)
+    optimizer.param_groups[0].update(form=other, trust_ratio=math.inf, drift=0.0, interval=1)
     with pytest.raises(ValueError, match=f"is not one of form {other!r}"):
         optimizer.step()
     assert not differing(before, snapshot(model, optimizer))
