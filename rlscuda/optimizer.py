@@ -23,7 +23,7 @@ from rlscuda.optim.ranks.processes import Processes
 from rlscuda.optim.report import Reporting
 from rlscuda.optim.state import guarded_load, restart
 from rlscuda.optim.steps.joining import Joining
-from rlscuda.optim.steps.whole import all_rest, covered, take_step
+from rlscuda.optim.steps.whole import in_P, take_step
 
 
 class RLSOptimizer(Joining, Reporting, Optimizer):
@@ -52,7 +52,7 @@ class RLSOptimizer(Joining, Reporting, Optimizer):
         rank: Rows r of one input summary (spectral, adaptive 16, else 1).
         interval: Steps from one update of ``P`` to the next (spectral, adaptive 4, else 1), once
             its gain has come down to `gain`: each then does what those of every step would, with as
-            many rows as they together.
+            many rows as they together, but at most 64 or twice the fan-in.
         summary: ``"mean"``, ``"sketch"`` or ``"sample"``: how a minibatch enters ``P`` (paper mean,
             natural sketch, else sample).
         ridge: Information on each input that a forgetting < 1 leaves, so that ``P`` stays bounded:
@@ -157,7 +157,7 @@ class RLSOptimizer(Joining, Reporting, Optimizer):
         if not layers:
             advice.warn(advice.NO_MODULE if found is None else advice.NOTHING_COVERED)
         self._warn(advice.of_groups(self.param_groups, layers, self.state))
-        self._fallback.prepare(self.param_groups, covered(self._registry), self.state)
+        self._fallback.prepare(self.param_groups, in_P(self._registry.covered.values()), self.state)
         self._attached = set()
         self._attach()
         if layers and found is not None:
@@ -221,13 +221,13 @@ class RLSOptimizer(Joining, Reporting, Optimizer):
         if self._registry.has_other_groups(self.param_groups):
             self._follow_groups()
         weight = layer.weight
-        group = self._registry.group_of.get(weight)
-        if group is not None and weight.requires_grad:
-            state = self.state.get(weight, {})
+        covered = self._registry.covered.get(weight)
+        if covered is not None and weight.requires_grad:
+            state, group = self.state.get(weight, {}), covered.group
             place = (self._processes.rank, self._processes.size)
-            inputs, stage = self._registry.inputs, self._registry.stages[weight]
-            span = 1 if self._each() else forms.span_of(group, state)
-            stage.observe(layer, group, state.get("step", 0), inputs, place, x, outputs, span)
+            span, step = 1 if self._each() else forms.span_of(group, state), state.get("step", 0)
+            inputs = self._registry.inputs
+            covered.stage.observe(layer, group, step, inputs, place, x, outputs, span)
 
     def _rests(self) -> bool:
         """Whether no layer's input matters before the next step, as no `P` has an update in it."""
@@ -277,8 +277,9 @@ class RLSOptimizer(Joining, Reporting, Optimizer):
         with uninterrupted():
             forms.check_edited(self.param_groups, self._checked)
             own = (self._registry, self._fallback, self._processes, self._workspace)
-            self._warn(take_step(self.param_groups, self.state, *own, self._each()))
-            self._resting = all_rest(self._registry, self.state)
+            texts, rests = take_step(self.param_groups, self.state, *own, self._each())
+            self._warn(texts)
+            self._resting = rests
         return loss
 
     def restart(self, memory: int = 30) -> None:
@@ -354,7 +355,7 @@ class RLSOptimizer(Joining, Reporting, Optimizer):
     def _check_whole(self) -> None:
         """Raises ValueError where this process has a part of the layers only."""
         shared = self._processes.sharing is not None and self._processes.size > 1
-        if shared or any(map(is_dtensor, self._registry.group_of)):
+        if shared or any(map(is_dtensor, self._registry.covered)):
             what = "shard_matrices" if shared else "the sharded weights"
             raise ValueError(
                 f"this needs every layer whole on every process, which {what} leave on others: "

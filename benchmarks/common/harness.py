@@ -28,7 +28,7 @@ class Race:
         lanes: What to time, by name; each callable must leave its inputs fit for another call.
         sample_seconds: A lane that takes less is repeated until one sample lasts that long.
         every: Lanes too slow for every round: name -> the number of rounds between two samples.
-        work: Lanes that do only a part of the work in one call: name -> that part, in (0, 1].
+        work: Lanes whose call is not the work once: name -> how often, as .5 of a half of it or 4.
         finish: Called at the end of each sample: waits for a device that works on its own.
         clock: In nanoseconds: of the wall, or of the thread alone on a machine that others use.
     """

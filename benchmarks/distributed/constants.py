@@ -18,7 +18,7 @@ from rlscuda.optim.moves import Move, prepare
 from rlscuda.optim.state import ready
 from rlscuda.optim.steps.matrices import update_matrices
 from rlscuda.optim.steps.spectral import COEFFICIENTS, block_rows, write_directions
-from rlscuda.optim.steps.whole import _move
+from rlscuda.optim.steps.whole import move_of
 
 N = 2048  # of the layer [N, N] that is timed: its P is larger than caches near a core
 COPIED = 256 << 20
@@ -80,10 +80,9 @@ def one_move(outputs: int, inputs: int) -> Move:
     optimizer = RLSOptimizer(model, process_group=None)
     model(torch.randn(64, inputs)).square().mean().backward()
     registry, states = optimizer._registry, optimizer.state
-    (layer,) = registry.layers.values()
-    ready(states, registry, [layer], optimizer._fallback, alone=True)
-    summaries = {weight: stage.summary for weight, stage in registry.stages.items()}
-    return _move(layer, registry, states, summaries, dict.fromkeys(summaries, 1))
+    (one,) = registry.covered.values()
+    ready(states, registry, [one], optimizer._fallback, alone=True)
+    return move_of(one, states, one.stage.summary)
 
 
 def lanes_of(move: Move) -> dict[str, Any]:

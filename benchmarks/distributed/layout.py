@@ -130,7 +130,7 @@ def ready_optimizer(given: Seen, scheme: str) -> tuple[nn.Module, RLSOptimizer]:
     options = {"shard_matrices": scheme == "shard_matrices", **given.options}
     optimizer = RLSOptimizer(model, process_group=dist.group.WORLD, **options)
     for weight, layer in optimizer._registry.layers.items():
-        optimizer._registry.stages[weight] = copy.copy(given.stages[layer.name])
+        optimizer._registry.covered[weight].stage = copy.copy(given.stages[layer.name])
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter)
     return model, optimizer

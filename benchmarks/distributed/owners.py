@@ -17,7 +17,7 @@ from benchmarks.distributed.counting import Call, Counter, Work, held
 from benchmarks.distributed.layout import Seen, Step, on_meta, one_of, ready_optimizer
 from rlscuda.optim.state import ready
 from rlscuda.optim.steps.stepping import step_layers
-from rlscuda.optim.steps.whole import _move
+from rlscuda.optim.steps.whole import move_of
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ def matrices_of(given: Seen) -> list[Matrix]:
     with one_of(2, 0), on_meta("cpu"), torch.no_grad():
         _, optimizer = ready_optimizer(given, "ddp")
         registry, states = optimizer._registry, optimizer.state
-        ready(states, registry, list(registry.layers.values()), optimizer._fallback, alone=False)
-        summaries = {weight: stage.summary for weight, stage in registry.stages.items()}
-        for layer in registry.layers.values():
-            move = _move(layer, registry, states, summaries, dict.fromkeys(summaries, 1))
+        covered = list(registry.covered.values())
+        ready(states, registry, covered, optimizer._fallback, alone=False)
+        for one in covered:
+            move = move_of(one, states, one.stage.summary)
             P = move.state["P"]
-            moved = move.outputs * layer.fan_in * P.element_size()
+            moved = move.outputs * move.layer.fan_in * P.element_size()
             with Counter().counting() as counter:
                 step_layers([move], {})
             found.append(Matrix(held(P), moved, counter.work))

@@ -22,6 +22,7 @@ from rlscuda.files.atomic import write_atomically
 
 POINTS, READ = 10, 500  # points of a curve, and the validation examples read at each
 ROUNDS, CHUNK = 10, 20  # of a race; steps in one sample, so that work of every tenth step counts
+SETTLED = 100  # steps before it: those in which an optimizer that settles down does more
 
 Job = dict[str, Any]  # task, optimizer, settings, seed, steps, phase
 
@@ -127,9 +128,11 @@ def train(
 def pace(task: Task, row: str, data_dir: Path) -> dict[str, float]:
     """Time of a training step: `ms`, and `ratio` to that with fused AdamW, taken in turns."""
     split = task.source(data_dir)["train"]
-    race = Race(
-        {name: _lane(task, name, split) for name in {row: 0, "adamw": 0}}, clock=time.thread_time_ns
-    )
+    lanes = {name: _lane(task, name, split) for name in {row: 0, "adamw": 0}}
+    for _ in range(SETTLED // CHUNK):
+        for run in lanes.values():
+            run()
+    race = Race(lanes, clock=time.thread_time_ns)
     for _ in range(ROUNDS):
         race.round()
     ratio = race.ratio(row, "adamw")

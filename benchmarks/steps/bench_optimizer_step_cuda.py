@@ -1,6 +1,7 @@
 """The optimizer's step by itself on a GPU, against the same rules in plain PyTorch.
 
-It runs over the layers of a network with random gradients and summaries, staged anew for each step.
+It runs over the layers of a network with random gradients and summaries, staged anew for each step,
+which has an update of `P`.
 """
 
 import pytest
@@ -26,6 +27,8 @@ class Step:
         for p in self.layers.parameters():
             p.grad = torch.randn_like(p) * 1e-3
         self.optimizer = kind(self.layers, form=form, lr=LR, **rule)
+        for group in self.optimizer.param_groups:
+            group["interval"] = 1
         self.rows = {}
         for layer in self.layers:
             n = layer.weight[0].numel() + (layer.bias is not None)
@@ -37,7 +40,7 @@ class Step:
             self.optimizer.staged.update(self.rows)
         else:
             for layer, rows in self.rows.items():
-                stage = self.optimizer._registry.stages[layer.weight]
+                stage = self.optimizer._registry.covered[layer.weight].stage
                 stage.summary = Summary(self.summary, rows[None], [BATCH] * self.rank)
         self.optimizer.step()
 

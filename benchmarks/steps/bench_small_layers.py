@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from benchmarks.common import shapes
+from benchmarks.steps.turns import in_turns
 from rlscuda import RLSOptimizer
 
 LAYERS, WIDTH, BATCH = 50, 8, 8
@@ -36,7 +37,8 @@ class Trainer:
 
 
 def test_small_layers(race):
-    lanes = {name: Trainer(make) for name, make in OPTIMIZERS.items()}
+    trainers = {name: Trainer(make) for name, make in OPTIMIZERS.items()}
+    lanes, work = in_turns(trainers)
     race(
         f"{LAYERS} Linear layers of {WIDTH} × {WIDTH}, batch {BATCH}",
         lanes,
@@ -44,8 +46,9 @@ def test_small_layers(race):
         facts={"layers": LAYERS},
         rounds=20,
         sample_seconds=0.1,
+        work=work,
     )
-    for name, train in lanes.items():
+    for name, train in trainers.items():
         before = Trainer(OPTIMIZERS[PLAIN]).model[-1].weight
         assert torch.equal(train.model[-1].weight, before) == (name == PLAIN), name
         assert all(p.isfinite().all() for p in train.model.parameters()), name

@@ -2,9 +2,10 @@
 
 Images and labels are random: the time does not depend on them. `eager` is `eager_rls.EagerRLS`,
 the same rules in plain PyTorch; `singd` is structured inverse-free natural gradient descent
-with its dense structures, refreshed at every step as RLS is. Rates are small, so that a model
-trained on noise for hundreds of steps stays finite. Of the networks of the quality suite, peers are
-left out.
+with its dense structures, refreshed at every step. The spectral and the adaptive form are timed over
+whole intervals, after the steps in which each has an update of `P`; eager RLS has one in each. Rates
+are small, so that a model trained on noise for hundreds of steps stays finite. Of the networks of
+the quality suite, peers are left out.
 """
 
 import pytest
@@ -17,6 +18,7 @@ from benchmarks.common import shapes
 from benchmarks.common.eager_rls import EagerRLS
 from benchmarks.learning.sources import CODES, WINDOW
 from benchmarks.learning.tasks import TASKS
+from benchmarks.steps.turns import in_turns
 from rlscuda import RLSOptimizer, zoo
 
 LR = 1e-3
@@ -101,7 +103,8 @@ def assert_right(case):
 @pytest.mark.parametrize("case", shapes.TRAININGS, ids=lambda c: c.name)
 def test_training_step(race, case):
     assert_right(case)
-    lanes = {name: classifier(case, make, case.batch) for name, make in OPTIMIZERS.items()}
+    trainers = {name: classifier(case, make, case.batch) for name, make in OPTIMIZERS.items()}
+    lanes, work = in_turns(trainers)
     targets = {
         f"RLS paper, mean / {shapes.BASELINE}": case.paper_target,
         f"RLS paper, sketch / {shapes.BASELINE}": case.paper_target,
@@ -115,15 +118,17 @@ def test_training_step(race, case):
         ratios=[f"{name} / {shapes.BASELINE}" for name in OPTIMIZERS if name != shapes.BASELINE],
         rounds=case.rounds,
         every={"singd": max(1, case.rounds // 4), **dict.fromkeys(EAGER, 2)},
+        work=work,
     )
-    assert_finite(lanes)
+    assert_finite(trainers)
 
 
 @pytest.mark.parametrize("name", SUITE)
 def test_step_of_the_quality_suite(race, name):
     task, (target, rounds) = TASKS[name], SUITE[name]
     kept = {lane: make for lane, make in OPTIMIZERS.items() if "RLS" in lane or lane in TORCH}
-    lanes = {lane: of_suite(task, make) for lane, make in kept.items() if lane not in EAGER}
+    trainers = {lane: of_suite(task, make) for lane, make in kept.items() if lane not in EAGER}
+    lanes, work = in_turns(trainers)
     names = [lane for lane in lanes if lane != shapes.BASELINE]
     race(
         f"{task.title}, batch {task.batch}",
@@ -131,10 +136,11 @@ def test_step_of_the_quality_suite(race, name):
         targets={f"{lane} / {shapes.BASELINE}": target for lane in names if "RLS" in lane},
         ratios=[f"{lane} / {shapes.BASELINE}" for lane in names],
         rounds=rounds,
+        work=work,
     )
-    assert_finite(lanes)
+    assert_finite(trainers)
 
 
-def assert_finite(lanes):
-    for name, train in lanes.items():
+def assert_finite(trainers):
+    for name, train in trainers.items():
         assert all(p.isfinite().all() for p in train.model.parameters()), name

@@ -1,4 +1,4 @@
-"""Training steps on a GPU as multiples of fused Adam's; TF32 is on for products."""
+"""Training steps on a GPU as multiples of fused Adam's, over whole intervals; TF32 is on."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from torch import nn
 
 from benchmarks.common import shapes
 from benchmarks.steps import networks
+from benchmarks.steps.turns import in_turns
 from rlscuda import RLSOptimizer, zoo
 
 LR, BATCH = 1e-3, 128
@@ -49,7 +50,8 @@ class Trainer:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_training_step(race, name):
-    lanes = {key: Trainer(NETWORKS[name], make) for key, make in OPTIMIZERS.items()}
+    trainers = {key: Trainer(NETWORKS[name], make) for key, make in OPTIMIZERS.items()}
+    lanes, work = in_turns(trainers)
     race(
         name,
         lanes,
@@ -57,6 +59,7 @@ def test_training_step(race, name):
         ratios=[f"{key} / {shapes.BASELINE}" for key in OPTIMIZERS if key != shapes.BASELINE],
         rounds=15,
         sample_seconds=0.05,
+        work=work,
     )
-    for key, train in lanes.items():
+    for key, train in trainers.items():
         assert all(p.isfinite().all() for p in train.model.parameters()), key

@@ -30,20 +30,24 @@ ALWAYS_INLINE void axpy(T* __restrict y, const T* __restrict x, T factor, int64_
 
 }  // namespace
 
-#define RLS_UPDATE_CLONES(T)                                                                       \
-  SIMD_CLONES double dot_rows(const T* a, const T* b, int64_t n) { return dot(a, b, n); }          \
-  SIMD_CLONES void gram_rows(const T* S, const T* U, double* H, int64_t n, int64_t r, double gain, \
-                             double forgetting) {                                                  \
-    gram(S, U, H, n, r, gain, forgetting);                                                         \
-  }                                                                                                \
-  SIMD_CLONES void substitute_rows(const double* L, const T* U, T* V, int64_t n, int64_t r,        \
-                                   double root) {                                                  \
-    substitute(L, U, V, n, r, root);                                                               \
-  }                                                                                                \
+#define RLS_UPDATE_CLONES(T)                                                                    \
+  SIMD_CLONES double dot_rows(const T* a, const T* b, int64_t n) { return dot(a, b, n); }       \
+  SIMD_CLONES void gram_row(const T* S, const T* U, double* H, int64_t n, int64_t r, int64_t k, \
+                            double gain, double forgetting) {                                   \
+    gram(S, U, H, n, r, k, gain, forgetting);                                                   \
+  }                                                                                             \
+  SIMD_CLONES void substitute_columns(const T* F, const T* U, T* V, int64_t n, int64_t r,       \
+                                      int64_t begin, int64_t end) {                             \
+    substitute(F, U, V, n, r, begin, end);                                                      \
+  }                                                                                             \
   SIMD_CLONES void add_scaled(T* y, const T* x, T factor, int64_t n) { axpy(y, x, factor, n); }
 RLS_UPDATE_CLONES(float)
 RLS_UPDATE_CLONES(double)
 #undef RLS_UPDATE_CLONES
+
+SIMD_CLONES bool factor_rows(double* H, double* column, int64_t r) {
+  return factor_columns(H, column, r);
+}
 
 #define SYMMETRIC_ROWS(T, BYTES, TARGET)                                                        \
   TARGET void symmetric_rows(Width<BYTES>, const T* P, const T* s, T* u, int64_t n, int64_t i0, \
@@ -56,6 +60,32 @@ AT_EACH_WIDTH(SYMMETRIC_ROWS, double)
 
 namespace {
 
+constexpr int64_t kGrain = 65536;  // multiply-adds below which a thread is not worth waking
+
+// H = forgetting I + gain S U^T, its lower triangle: the threads take rows of it in pairs, of which
+// all are together equally long.
+template <class T>
+void gram_rows(const T* S, const T* U, double* H, int64_t n, int64_t r, double gain,
+               double forgetting) {
+  parallel_for(0, (r + 1) / 2, kGrain / ((r + 1) * n + 1) + 1, [&](int64_t k0, int64_t k1) {
+    for (int64_t k = k0; k < k1; ++k) {
+      gram_row(S, U, H, n, r, k, gain, forgetting);
+      if (r - 1 - k > k) gram_row(S, U, H, n, r, r - 1 - k, gain, forgetting);
+    }
+  });
+}
+
+// V = root L^-1 U by forward substitution, columns shared among the threads; V may be U.
+template <class T>
+void substitute_rows(const double* L, const T* U, T* V, int64_t n, int64_t r, double root) {
+  thread_local Scratch<T> factors;
+  factors.resize(r * r);
+  substitution_factors(L, factors.data(), r, root);
+  const T* F = factors.data();  // of this thread, as the name of it would not be in another
+  parallel_for(0, n, kGrain / (r * r) + 64,
+               [&](int64_t begin, int64_t end) { substitute_columns(F, U, V, n, r, begin, end); });
+}
+
 // Rows X P of the old P, [rows, n], become those of the new one.
 template <class T>
 void turn_projected(const RlsUpdate<T>& args, const UpdateRule& rule, const double* L, const T* V,
@@ -65,7 +95,7 @@ void turn_projected(const RlsUpdate<T>& args, const UpdateRule& rule, const doub
   thread_local Scratch<T> A;
   A.resize(r * rows);
   const Rows<T> projected{args.projected, n}, factor{A.data(), rows};
-  const int64_t grain = 65536 / std::max<int64_t>(1, n * r) + 4;
+  const int64_t grain = kGrain / std::max<int64_t>(1, n * r) + 4;
   const T diffusion = T(rule.diffusion);
   parallel_for(0, rows, grain, [&](int64_t i0, int64_t i1) {
     project_rows<T>({args.projected, n}, {args.S, n}, factor, n, r, i0, i1);
@@ -90,13 +120,13 @@ void update_matrix(const RlsUpdate<T>& args, const UpdateRule& rule, int64_t b, 
   thread_local Scratch<T> scratch;
   thread_local Scratch<double> H;
   scratch.resize(2 * r * n);
-  H.resize(r * r);
+  H.resize((r + 1) * r);
   T* V = scratch.data();
   T* U = args.U ? args.U + b * r * n : V + r * n;
   double gain = 0;
   if (!rows_enter(args, rule, b, U, health, [&] { return dot_rows(S, S, r * n); }, gain)) return;
 
-  const int64_t grain = std::max<int64_t>(8, 65536 / std::max<int64_t>(1, n * r) + 1);
+  const int64_t grain = std::max<int64_t>(8, kGrain / std::max<int64_t>(1, n * r) + 1);
   constexpr int64_t kNearCache = 1 << 20;  // bytes of P above which reading half of it pays
   if (args.projection) {
     std::copy_n(args.projection, r * n, U);
@@ -116,7 +146,7 @@ void update_matrix(const RlsUpdate<T>& args, const UpdateRule& rule, int64_t b, 
   gram_rows(S, U, H.data(), n, r, gain, rule.forgetting);
   double trace = 0;
   for (int64_t k = 0; k < r; ++k) trace += H[k * r + k];
-  if (!cholesky(H.data(), r)) {
+  if (!factor_rows(H.data(), H.data() + r * r, r)) {
     start_anew(P, n, rule, health);
     if (args.held) *held.state = kNothingHeld;
     return;

@@ -13,7 +13,6 @@ from torch import nn
 from rlscuda.optim.forms import FORMS
 from rlscuda.optim.layers import Layer, matrix_bytes
 from rlscuda.optim.moves import Move
-from rlscuda.optim.staging import Stage
 
 NOTHING_COVERED = (
     "no layer of the model is covered: the fallback rule trains everything, see coverage()"
@@ -50,11 +49,11 @@ def warn_cut_short(error: BaseException) -> None:
     warn(_CUT_SHORT.format(error=type(error).__name__))
 
 
-def of_steps(moves: list[Move], stages: Mapping[nn.Parameter, Stage]) -> Iterator[str]:
+def of_steps(moves: list[Move]) -> Iterator[str]:
     """Of layers that step while their input is not seen, and of a rate that overshoots."""
     blind = []
     for move in moves:
-        stage = stages[move.layer.weight]
+        stage = move.stage
         if not move.span:
             continue
         stage.missed = 0 if move.summary is not None else stage.missed + 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -186,6 +186,23 @@ def _matches(
     return matches
 
 
+@dataclass(eq=False, slots=True)
+class Covered:
+    """A covered layer as the groups are now.
+
+    Attributes:
+        layer: The layer.
+        group: The parameter group of its weight.
+        stage: What is staged for its next step.
+        whole: Whether its bias, if in `P`, is in a group, too.
+    """
+
+    layer: Layer
+    group: dict[str, Any]
+    stage: Stage
+    whole: bool
+
+
 class Registry:
     """The layers that an optimizer covers, as its groups are now.
 
@@ -197,9 +214,9 @@ class Registry:
 
     Attributes:
         matches: Every place of the model that has parameters.
-        layers: Covered weight -> layer.
-        stages: Covered weight -> what is staged for its next step.
-        group_of: Covered weight -> its parameter group.
+        layers: Weight -> layer, of all that were ever covered.
+        stages: Weight -> what is staged for its next step, likewise.
+        covered: Weight -> layer, group and stage, of those in a group.
         members: All parameters of the groups.
         inputs: What inputs of different layers have in common.
         idle: Steps in a row in which no parameter of the groups had a gradient.
@@ -219,7 +236,7 @@ class Registry:
         self._groups: list[int] = []  # ids, and those of their parameters
         self._held: list[list[int]] = []
         self.members: set[nn.Parameter] = set()
-        self.group_of: dict[nn.Parameter, dict[str, Any]] = {}
+        self.covered: dict[nn.Parameter, Covered] = {}
         self.idle = 0
 
     def has_other_groups(self, groups: list[dict[str, Any]]) -> bool:
@@ -253,9 +270,13 @@ class Registry:
                 self._bound.add(match)
                 self.layers.setdefault(match.layer.weight, match.layer)
                 self.stages.setdefault(match.layer.weight, Stage())
-        gone = [self.layers[weight].name for weight in self.group_of if weight not in group_of]
+        gone = [one.layer.name for weight, one in self.covered.items() if weight not in group_of]
         strange = bool(group_of.keys() - self.members - self.known())
-        self.group_of = {p: group for p, group in group_of.items() if p in self.layers}
+        self.covered = {
+            p: Covered(own, group, self.stages[p], group_of.keys() >= {*own.parameters()})
+            for p, group in group_of.items()
+            if (own := self.layers.get(p)) is not None
+        }
         attach()
         self.members, self._held, self._groups = set(group_of), held, [*map(id, groups)]
         return gone if strange else []
@@ -304,7 +325,7 @@ class Registry:
             names = ", ".join(repr(match.name) for match in hits)
             raise ValueError(f"{layer!r} has several weights: name one of {names}")
         (match,) = hits
-        if match.layer is None or match.layer.weight not in self.group_of:
+        if match.layer is None or match.layer.weight not in self.covered:
             reason = match.reason or "its weight is in no parameter group"
             raise ValueError(f"{match.name!r} has no inverse autocorrelation matrix: {reason}")
         return self.layers[match.layer.weight]
@@ -334,7 +355,10 @@ class Registry:
             new(weight): kept[weight].stage(stage) if weight in kept else stage
             for weight, stage in self.stages.items()
         }
-        cut.group_of = {new(weight): group for weight, group in self.group_of.items()}
+        cut.covered = {
+            new(weight): replace(one, stage=cut.stages[new(weight)])
+            for weight, one in self.covered.items()
+        }
         cut.members, cut._bound = set(map(new, self.members)), set(self._bound)
         cut._held, cut._groups = [], []  # so that the next look reads the new parameters
         return cut, kept, changes

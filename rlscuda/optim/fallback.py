@@ -80,14 +80,14 @@ class Fallback:
             raise ValueError("fallback must return an optimizer over the groups that it is given")
         return inner
 
-    def prepare(self, groups: list[dict[str, Any]], covered: set[nn.Parameter], state: Any) -> None:
-        """Makes the inner optimizer for every parameter of `groups` outside `covered`.
+    def prepare(self, groups: list[dict[str, Any]], covered: set[int], state: Any) -> None:
+        """Makes the inner optimizer for every parameter of `groups` whose id is not in `covered`.
 
         Raises:
             TypeError: The callable did not make an optimizer.
             ValueError: It made one over other groups.
         """
-        parameters = [[p for p in group["params"] if p not in covered] for group in groups]
+        parameters = [[p for p in group["params"] if id(p) not in covered] for group in groups]
         trained = [list(map(id, members)) for members in parameters]
         if trained == self._trained:
             return

@@ -12,7 +12,7 @@ from rlscuda._torch import foreach_copy_
 from rlscuda.functional.gemm import multiply
 from rlscuda.optim.layers import Layer
 from rlscuda.optim.ranks.shards import Rows, local
-from rlscuda.optim.staging import Factors, Summary
+from rlscuda.optim.staging import Factors, Stage, Summary
 
 Workspace = dict[tuple[str, torch.dtype, torch.device], Tensor]
 
@@ -24,6 +24,7 @@ class Move:
     Attributes:
         layer: The layer.
         group: Its parameter group.
+        stage: What is staged for this step.
         state: The tensors of its state, of its own rows where they lie on several processes.
         summary: What is staged of its input, or None.
         factors: The factors of its gradient, where they were kept and still hold all of it.
@@ -38,9 +39,9 @@ class Move:
 
     layer: Layer
     group: dict[str, Any]
+    stage: Stage
     state: dict[str, Any]
     summary: Summary | None
-    factors: Factors | None
     moves_bias: bool
     span: int = 1
     shard: Rows | None = None
@@ -48,14 +49,16 @@ class Move:
     grad: Tensor = field(init=False)
     product: Tensor = field(init=False)
     projected: Tensor | None = None
+    factors: Factors | None = field(init=False)
 
     def __post_init__(self):
         weight = self.layer.weight
         assert weight.grad is not None
         self.weight = self.layer.plane(local(weight))
         self.grad = self.layer.as_rows(local(weight.grad))
+        self.factors = self.stage.factors
         if self.factors is not None and (
-            self.summary is None
+            (self.summary is None and self.span)
             or not self.moves_bias
             or not self.factors.agree(self.layer, self.grad)
         ):

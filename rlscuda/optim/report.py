@@ -95,7 +95,7 @@ def coverage_of(registry: Registry, states: Mapping, patience: int) -> Coverage:
         states: The states of its parameters.
         patience: Steps without an input after which a layer is said to step without its `P`.
     """
-    matches, group_of, members = registry.matches, registry.group_of, registry.members
+    matches, covered, members = registry.matches, registry.covered, registry.members
     blind = {w for w, stage in registry.stages.items() if stage.missed >= patience}
     rows = Coverage()
     holders: dict[int, Layer] = {}
@@ -109,14 +109,14 @@ def coverage_of(registry: Registry, states: Mapping, patience: int) -> Coverage:
             frozen = not any(p.requires_grad for p in own)
             why = "frozen" if frozen else "in no parameter group"
             rows.append(CoverageRow(match.name, kind, "refused", why if own else match.reason))
-        elif layer is None or layer.weight not in group_of or not layer.weight.requires_grad:
+        elif layer is None or layer.weight not in covered or not layer.weight.requires_grad:
             why = match.reason or "its weight is frozen or in no parameter group"
             rows.append(CoverageRow(match.name, kind, "fallback", why))
         else:
             state = states.get(layer.weight, {})
             holder = holders.setdefault(id(state["P"]), layer) if "P" in state else layer
             why = "; ".join(_remarks(layer, holder, layer.weight in blind))
-            size = matrix_bytes(layer, group_of[layer.weight]["dtype"])
+            size = matrix_bytes(layer, covered[layer.weight].group["dtype"])
             size *= holder.weight is layer.weight
             shape = (layer.fan_in, layer.groups, layer.blocks)
             rows.append(CoverageRow(match.name, kind, "exact", why, *shape, size))
@@ -230,7 +230,7 @@ class Reporting:
         found = self._registry.find(layer)
         if self._processes.sharing is not None:
             self._processes.sharing.check_here(found.weight, found.name)
-        group = self._registry.group_of[found.weight]
+        group = self._registry.covered[found.weight].group
         return ensure_state(self.state, found, group, self._fallback)["P"]
 
     def coverage(self: Any) -> Coverage:
@@ -242,8 +242,10 @@ class Reporting:
     def health(self: Any) -> Health:
         """The health of every `P`; reads counters from the device, so it waits for it."""
         self._follow_groups()
+        covered = self._registry.covered.items()
+        states = {one.layer.name: self.state.get(weight, {}) for weight, one in covered}
         return Health(
-            (self._registry.layers[w].name, health_of(self.state[w]["P"], self.state[w]["health"]))
-            for w in self._registry.group_of
-            if "P" in self.state.get(w, ())
+            (name, health_of(state["P"], state["health"]))
+            for name, state in states.items()
+            if "P" in state
         )

@@ -367,7 +367,7 @@ class Stage:
             seen = version_of(rows)
         part = None
         if span:
-            index, rank = None if some is x else inputs.index, rank_of(group, span)
+            index, rank = None if some is x else inputs.index, rank_of(group, span, layer.fan_in)
             part = self._show(layer, group, step, inputs, place, given, some, index, rank)
         elif rows is None:
             return

@@ -19,7 +19,8 @@ from rlscuda.optim.layers import Layer, state_dtype
 from rlscuda.optim.ranks.shards import like_rows, rows_of
 
 if TYPE_CHECKING:
-    from rlscuda.optim.discovery import Registry
+    from rlscuda.optim.discovery import Covered, Registry
+    from rlscuda.optim.staging import Stage
 
 _DTYPES = (torch.float32, torch.float64)
 _BY_ROW = ("momentum_buffer", "first_moment", "second_moment")
@@ -109,40 +110,39 @@ def _of_input(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def ready(
-    states: dict, registry: Registry, moving: list[Layer], fallback: Fallback, alone: bool
+    states: dict, registry: Registry, moving: list[Covered], fallback: Fallback, alone: bool
 ) -> None:
     """Makes the entries of layers about to move: one `P` for those that see the same inputs.
 
     That holds from their first step on. Where one of them sees another input, or none has to move
     but the other, it goes on with a copy; so do all of a process that is not `alone`.
     """
-    about, stages, groups = set(moving), registry.stages, registry.group_of
+    groups = {one.layer: one.group for one in moving}
 
-    def shown(weight: nn.Parameter) -> frozenset[int]:
-        return frozenset(stages[weight].tokens if alone else {registry.layers[weight].index})
+    def shown(layer: Layer, stage: Stage) -> frozenset[int]:
+        return frozenset(stage.tokens if alone else {layer.index})
 
-    sharing: dict[int, list[Layer]] = {}
+    sharing: dict[int, list[tuple[Layer, dict[str, Any]]]] = {}
     for weight, layer in registry.layers.items():
-        if "P" in states.get(weight, ()):
-            sharing.setdefault(id(states[weight]["health"]), []).append(layer)
-    for layers in sharing.values():
+        state = states.get(weight, {})
+        if "P" in state:
+            sharing.setdefault(id(state["health"]), []).append((layer, state))
+    for mates in sharing.values():
         parts: dict[tuple, dict[str, Tensor]] = {}
-        for layer in layers if len(layers) > 1 else ():
-            weight, state = layer.weight, states[layer.weight]
-            of_step = (layer in about, shown(weight), id(groups.get(weight)))
-            key = (*of_step, id(state["P"]))
+        for layer, state in mates if len(mates) > 1 else ():
+            tokens = shown(layer, registry.stages[layer.weight])
+            key = (tokens, id(groups.get(layer)), id(state["P"]))
             own = _of_input(state)
             if key not in parts:
                 parts[key] = {k: v.clone() for k, v in own.items()} if parts else own
             state.update(parts[key])
     first: dict[frozenset[int], Layer] = {}
-    for layer in moving:
+    for one in moving:
         shared: dict[str, Tensor] = {}
-        tokens = shown(layer.weight)
-        if tokens and "P" not in states.get(layer.weight, ()):
-            mate = first.setdefault(tokens, layer)
-            shared = _of_input(states.get(mate.weight, {}))
-        ensure_state(states, layer, groups[layer.weight], fallback, shared)
+        if "P" not in states[one.layer.weight] and (tokens := shown(one.layer, one.stage)):
+            mate = first.setdefault(tokens, one.layer)
+            shared = _of_input(states[mate.weight])
+        ensure_state(states, one.layer, one.group, fallback, shared)
 
 
 def forget(states: dict, layer: Layer, group: dict[str, Any]) -> None:

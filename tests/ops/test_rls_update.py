@@ -26,7 +26,7 @@ SIZES = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 40, 47, 63, 64, 65, 71, 100]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("batch", [None, 1, 3])
-@pytest.mark.parametrize("rank", [1, 2, 3, 4, 5, 16])
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 5, 16, 33, 64])
 def test_equals_the_specification(dtype, name, batch, rank):
     for n in (1, 2, 9, 26, 47):
         shape = (n,) if batch is None else (batch, n)
@@ -52,7 +52,7 @@ def test_one_row_may_come_as_a_vector():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rank", [1, 2, 5, 16])
+@pytest.mark.parametrize("rank", [1, 2, 5, 16, 61])
 def test_symmetric_to_the_bit(dtype, rank):
     for n in SIZES:
         P = random_spd(2, n, dtype=dtype)
@@ -63,7 +63,7 @@ def test_symmetric_to_the_bit(dtype, rank):
 
 
 @pytest.mark.parametrize("n", [300, 601])
-@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("rank", [1, 4, 39, 64])
 def test_threads_change_nothing_of_a_large_matrix(n, rank):
     start, S = random_spd(n, dtype=torch.float32), torch.randn(rank, n)
     exact = reference.rls_update(start.double(), S.double(), 0.98, 0.5)[0]

@@ -75,7 +75,7 @@ def everything(model: nn.Module, optimizer) -> dict[str, Any]:
             found[f"state {i} {key} is"] = id(value) if isinstance(value, Tensor) else value
             found[f"state {i} {key}"] = value.clone() if isinstance(value, Tensor) else value
     registry = getattr(optimizer, "_registry", None)
-    for key in ("layers", "stages", "group_of"):
+    for key in ("layers", "stages", "covered"):
         for i, (parameter, value) in enumerate(getattr(registry, key, {}).items()):
             found[f"{key} {i}"] = (id(parameter), id(value))
             if key == "layers":

@@ -75,8 +75,8 @@ class _Shadow:
         own = self._optimizer
         own._follow_groups()
         own._registry.clear()
-        each = dict.fromkeys(own._registry.group_of, 1)
-        staged(each, own._registry, own.state, own._processes, joined=True)
+        each = dict.fromkeys(own._registry.covered.values(), 1)
+        staged(each, {}, own._processes, joined=True)
 
     def post_hook(self, is_last_joiner: bool) -> None:
         """Takes the state of a process that has made all steps."""

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlscuda.optim.discovery import Registry
+from rlscuda.optim.discovery import Covered
 from rlscuda.optim.forms import rank_of
 from rlscuda.optim.layers import Layer, state_dtype
 from rlscuda.optim.ranks.processes import NEVER, NOT_IN_STEP, Processes
@@ -58,7 +58,7 @@ class Part:
     @property
     def rank(self) -> int:
         """Rows of its summary."""
-        return rank_of(self.group, self.span)
+        return rank_of(self.group, self.span, self.layer.fan_in)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,41 +79,30 @@ class Part:
 
 
 def staged(
-    spans: dict[Any, int],
-    registry: Registry,
-    states: dict[Any, dict[str, Any]],
+    spans: Mapping[Covered, int],
+    states: Mapping[Covered, Mapping[str, Any]],
     processes: Processes,
     joined: bool = False,
-) -> dict[Any, Summary | None]:
-    """The summary of the input of each covered weight, over all processes that train it together.
+) -> dict[Covered, Summary | None]:
+    """The summary of each layer's input, over all processes that train it together.
 
     Args:
-        spans: Steps that the update of each `P` stands for, 0 where it rests.
-        registry: The layers.
-        states: The optimizer's state.
+        spans: Of all layers, the steps that the update of `P` stands for, 0 where it rests.
+        states: Their states, where they have any.
         processes: The processes.
         joined: Whether this one makes no step of its own, see `reduce_summaries`.
 
     Raises:
         RuntimeError: The processes do not have the same layers, or are not at the same step.
     """
-    weights = [w for w, span in spans.items() if span and w.requires_grad]
-    stages = [registry.stages[w] for w in weights]
-    if processes.size == 1 or not registry.group_of:
-        return dict(zip(weights, (stage.summary for stage in stages)))
-    steps = sum(states.get(w, {}).get("step", 0) for w in registry.group_of)
-    processes.begin(None if joined else steps, next(iter(registry.group_of)).device)
-    parts = [
-        Part(
-            registry.layers[w],
-            registry.group_of[w],
-            stage,
-            states.get(w, {}).get("step", 0),
-            spans[w],
-        )
-        for w, stage in zip(weights, stages)
-    ]
-    return dict(zip(weights, reduce_summaries(parts, processes, joined)))
+    due = [one for one, span in spans.items() if span and one.layer.weight.requires_grad]
+    if processes.size == 1 or not spans:
+        return {one: one.stage.summary for one in due}
+    counts = {one: states.get(one, {}).get("step", 0) for one in spans}
+    device = next(iter(spans)).layer.weight.device
+    processes.begin(None if joined else sum(counts.values()), device)
+    parts = [Part(one.layer, one.group, one.stage, counts[one], spans[one]) for one in due]
+    return dict(zip(due, reduce_summaries(parts, processes, joined)))
 
 
 def reduce_summaries(

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
 from rlscuda._torch import tree_map
 from rlscuda.optim import advice
-from rlscuda.optim.discovery import Registry
+from rlscuda.optim.discovery import Covered, Registry
 from rlscuda.optim.fallback import IN_P, Fallback
 from rlscuda.optim.forms import COUNTS, span_of
-from rlscuda.optim.layers import Layer, matrix_bytes
+from rlscuda.optim.layers import matrix_bytes
 from rlscuda.optim.moves import Move, Workspace
 from rlscuda.optim.ranks.processes import Processes
 from rlscuda.optim.ranks.shards import local, rows_of
 from rlscuda.optim.ranks.sharing import Sharing
+from rlscuda.optim.staging import Summary
 from rlscuda.optim.state import check_fits, ensure_momentum, forget, ready
 from rlscuda.optim.steps.reduction import staged
 from rlscuda.optim.steps.ridges import ensure_powers
@@ -32,7 +32,7 @@ def take_step(
     processes: Processes,
     workspace: Workspace,
     each: bool,
-) -> list[str]:
+) -> tuple[list[str], bool]:
     """Moves every parameter that has a gradient.
 
     Args:
@@ -45,22 +45,23 @@ def take_step(
         each: Whether every step has an update of `P`, whatever the groups say.
 
     Returns:
-        What to warn of.
+        What to warn of, and whether no input need be looked at before the next step.
     """
-    moving = [registry.layers[w] for w in registry.group_of if w.grad is not None]
-    groups_of = registry.group_of.items()
-    spans = {w: 1 if each else span_of(group, states.get(w, {})) for w, group in groups_of}
-    summaries = staged(spans, registry, states, processes)
-    here, elsewhere = owned(moving, registry, processes.sharing)
-    fresh = [layer for layer in here if "P" not in states.get(layer.weight, ())]
+    covered = list(registry.covered.values())
+    before = {one: states.get(one.layer.weight, {}) for one in covered}
+    spans = {one: 1 if each else span_of(one.group, state) for one, state in before.items()}
+    summaries = staged(spans, before, processes)
+    moving = [one for one in covered if one.layer.weight.grad is not None]
+    here, elsewhere = owned(moving, covered, processes.sharing)
+    fresh = [one for one in here if "P" not in before[one]]
     try:
         ready(states, registry, here, fallback, processes.size == 1)
-        moves = [_move(layer, registry, states, summaries, spans) for layer in here]
-        fallback.prepare(groups, covered(registry), states)
+        moves = [move_of(one, states, summaries.get(one), spans[one]) for one in here]
+        fallback.prepare(groups, in_P(covered), states)
         fallback.step(groups, states)
     except BaseException:
-        for layer in fresh:
-            forget(states, layer, registry.group_of[layer.weight])
+        for one in fresh:
+            forget(states, one.layer, one.group)
         raise
     if processes.sharing is not None:
         _leave_to_owners(elsewhere, registry, states, processes.sharing)
@@ -75,85 +76,79 @@ def take_step(
             move.state = tree_map(local, move.state)
     try:
         if moves:
-            step_layers(moves, workspace, elsewhere)
+            step_layers(moves, workspace, [one.layer for one in elsewhere])
         if processes.sharing is not None:
-            layers = [registry.layers[w] for w in registry.group_of]
+            layers = [one.layer for one in covered]
             processes.sharing.spread({layer.weight: layer.parameters() for layer in layers})
     except BaseException as error:
         advice.warn_cut_short(error)
         raise
-    for layer in moving:
-        states[layer.weight]["step"] += 1
+    after = before | {one: states[one.layer.weight] for one in moving}
+    for one in moving:
+        after[one]["step"] += 1
     # a graph that needs the old values notices
-    torch.autograd.graph.increment_version([p for layer in moving for p in layer.parameters()])
-    texts = [*advice.of_steps(moves, registry.stages), *_alone(processes, moves)]
+    torch.autograd.graph.increment_version([p for one in moving for p in one.layer.parameters()])
+    texts = [*advice.of_steps(moves), *_alone(processes, moves)]
+    rests = all(_rests(one, state) for one, state in after.items())
     registry.clear()
-    return texts
+    return texts, rests
 
 
-def all_rest(registry: Registry, states: dict[Any, dict[str, Any]]) -> bool:
-    """Whether nobody need look at the inputs before the next step, as every `P` rests in it."""
-    return all(
-        not span_of(group, states.get(weight, {}))
-        and (group["form"] == "spectral" or weight.device.type != "cpu")  # no factors of gradients
-        for weight, group in registry.group_of.items()
-    )
-
-
-def covered(registry: Registry) -> set[nn.Parameter]:
-    """What the RLS rule moves: weights, and biases in `P` unless their weight is frozen."""
+def in_P(covered: Iterable[Covered]) -> set[int]:
+    """The ids of what the RLS rule moves: weights, and biases in `P` unless those are frozen."""
     return {
-        p
-        for weight in registry.group_of
-        for p in registry.layers[weight].parameters()
+        id(p)
+        for weight, *biases in (one.layer.parameters() for one in covered)
+        for p in (weight, *biases)
         if p is weight or weight.grad is not None or p.grad is None
     }
 
 
+def _rests(one: Covered, state: dict[str, Any]) -> bool:
+    """Whether the next step needs nothing of a layer's input: no summary, and most likely no X."""
+    return not span_of(one.group, state) and one.stage.factors is None
+
+
 def owned(
-    moving: list[Layer], registry: Registry, sharing: Sharing | None
-) -> tuple[list[Layer], list[Layer]]:
+    moving: list[Covered], covered: list[Covered], sharing: Sharing | None
+) -> tuple[list[Covered], list[Covered]]:
     """The layers that move here, and those that other processes move."""
     if sharing is None:
         return moving, []
-    groups = registry.group_of
-    sharing.assign({w: matrix_bytes(registry.layers[w], groups[w]["dtype"]) for w in groups})
-    here = [layer for layer in moving if sharing.is_here(layer.weight)]
-    elsewhere = [layer for layer in moving if not sharing.is_here(layer.weight)]
+    sharing.assign({c.layer.weight: matrix_bytes(c.layer, c.group["dtype"]) for c in covered})
+    here = [one for one in moving if sharing.is_here(one.layer.weight)]
+    elsewhere = [one for one in moving if not sharing.is_here(one.layer.weight)]
     return here, elsewhere
 
 
 def _leave_to_owners(
-    elsewhere: list[Layer],
+    elsewhere: list[Covered],
     registry: Registry,
     states: dict[Any, dict[str, Any]],
     sharing: Sharing,
 ) -> None:
     """Keeps of layers that other processes own the count of their steps alone."""
+    there = {one.layer for one in elsewhere}
     for weight, layer in registry.layers.items():
-        if not sharing.is_here(weight) and (layer in elsewhere or "P" in states.get(weight, ())):
+        if not sharing.is_here(weight) and (layer in there or "P" in states.get(weight, ())):
             own = states[weight]
             states[weight] = {name: own.get(name, 0) for name in COUNTS}
             for bias in layer.parameters()[1:]:
                 states[bias].update(IN_P)
 
 
-def _move(
-    layer: Layer,
-    registry: Registry,
-    states: dict[Any, dict[str, Any]],
-    summaries: dict,
-    spans: dict[Any, int],
+def move_of(
+    one: Covered, states: dict[Any, dict[str, Any]], summary: Summary | None, span: int = 1
 ) -> Move:
-    weight = layer.weight
-    group, state = registry.group_of[weight], states[weight]
+    """What a layer is to move by, whose entries are ready.
+
+    Raises:
+        ValueError: They are not those of the layer as it is.
+    """
+    layer, group, stage = one.layer, one.group, one.stage
+    state = states[layer.weight]
     check_fits(layer, state, group)
-    moves_bias = registry.members.issuperset(layer.parameters())
-    factors = registry.stages[weight].factors
-    return Move(
-        layer, group, state, summaries.get(weight), factors, moves_bias, spans[weight],
-        rows_of(weight),
-    )  # fmt: skip
+    return Move(layer, group, stage, state, summary, one.whole, span, rows_of(layer.weight))
 
 
 def _alone(processes: Processes, moves: list[Move]) -> Iterator[str]:

@@ -89,7 +89,8 @@ def by_weight(
     result: dict[nn.Parameter, Tensor] = {}
     made: dict[tuple[int, int], Tensor] = {}  # layers of one input share P
     optimizer._check_whole()
-    for weight, group in optimizer._registry.group_of.items():
+    for weight, covered in optimizer._registry.covered.items():
+        layer, group = covered.layer, covered.group
         state = optimizer.state.get(weight, {})
         if not state.get("step") or (weights is not None and weight not in weights):
             continue
@@ -106,7 +107,6 @@ def by_weight(
         elif group["shrinkage"]:
             options = {k: group[k] for k in ("forgetting", "gain", "shrinkage", "initial_scale")}
             P = torch.stack([shrunk_to_inverse(part, damping=damping, **options) for part in P])
-        layer = optimizer._registry.layers[weight]
         result[weight] = made[key] = P if layer.blocks == 1 else _assembled(layer, P.double())
     return result
 

@@ -114,7 +114,7 @@ def test_loading_restores_the_options_of_the_groups():
     other = RLSOptimizer(mlp(), lr=0.3)
     other.load_state_dict(optimizer.state_dict())
     assert other.param_groups[0]["lr"] == 0.01 and other.param_groups[0]["gain"] == 0.02
-    assert other._registry.group_of[other.param_groups[0]["params"][0]] is other.param_groups[0]
+    assert next(iter(other._registry.covered.values())).group is other.param_groups[0]
 
 
 def test_state_hooks_may_replace_the_state():

@@ -256,7 +256,7 @@ def test_own_matrix_of_the_adaptive_form_is_the_inverse(groups):
     """
     n = 32 // groups
     model = nn.Sequential(nn.Conv2d(32, 4, 1, groups=groups))
-    optimizer = RLSOptimizer(model, lr=0.0, fallback_lr=0.0)
+    optimizer = RLSOptimizer(model, lr=0.0, interval=1, fallback_lr=0.0)
     mix = torch.linspace(0.4, 1.5, 32).diag() + 0.1 * torch.randn(32, 32)
     inputs = [(0.5 + torch.randn(64, 32)) @ mix for _ in range(600)]
     for x in inputs:
