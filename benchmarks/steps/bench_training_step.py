@@ -2,10 +2,10 @@
 
 Images and labels are random: the time does not depend on them. `eager` is `eager_rls.EagerRLS`,
 the same rules in plain PyTorch; `singd` is structured inverse-free natural gradient descent
-with its dense structures, refreshed at every step. The spectral and the adaptive form are timed over
-whole intervals, after the steps in which each has an update of `P`; eager RLS has one in each. Rates
-are small, so that a model trained on noise for hundreds of steps stays finite. Of the networks of
-the quality suite, peers are left out.
+with its dense structures, refreshed at every step. The spectral and the adaptive form are timed
+over whole intervals, after the steps in which each has an update of `P`; eager RLS has one in each.
+Rates are small, so that a model trained on noise for hundreds of steps stays finite. Of the
+networks of the quality suite, peers are left out.
 """
 
 import pytest
