@@ -79,7 +79,7 @@ def _sizes(value: Any) -> Any:
 
 def _updates() -> Iterator[tuple[str, Callable[[], object]]]:
     cases = [*shapes.UPDATES, *(UpdateCase(n) for n in SIZES), UpdateCase(1001)]
-    cases += [UpdateCase(n, rank=16) for n in RANKED]
+    cases += [UpdateCase(n, rank=rank) for rank in (16, 64) for n in RANKED]
     cases += [UpdateCase(1024, rank=4), UpdateCase(64, batch=256)]
     for case in dict.fromkeys(cases):
         lead = (case.batch,) if case.batch else ()
@@ -157,7 +157,10 @@ def _banks() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"bank of {filters:,}, n = {n}", lambda bank=bank, x=x, y=y: bank.update(x, y)
 
 
-def _training_step(case: TrainingCase, options: dict[str, Any]) -> Callable[[], object]:
+def _training_steps(
+    case: TrainingCase, form: str, options: dict[str, Any]
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """One with an update of `P`, one without, and one whose update stands for an interval."""
     torch.manual_seed(0)
     model = zoo.NETWORKS[case.model](case.shape, 10)
     optimizer = RLSOptimizer(model, lr=1e-3, **options)
@@ -168,8 +171,15 @@ def _training_step(case: TrainingCase, options: dict[str, Any]) -> Callable[[], 
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
 
+    name, (group,) = f"step {case.name}: {form}", optimizer.param_groups
     step()  # the first one makes the state
-    return step
+    yield name, step
+    if group["interval"] > 1:
+        group["gain"] = 1.0  # as low as it gets, from now on
+        for _ in range(group["interval"] - 4):
+            step()
+        yield f"{name}, at rest", step
+        yield f"{name}, of {group['interval']} steps", step
 
 
 def main(launches: Path) -> None:
@@ -191,7 +201,8 @@ def main(launches: Path) -> None:
             record(name, run)
     for case in shapes.TRAININGS:
         for form, options in FORMS.items():
-            record(f"step {case.name}: {form}", _training_step(case, options))
+            for name, run in _training_steps(case, form, options):
+                record(name, run)
     print(json.dumps(cases))
 
 

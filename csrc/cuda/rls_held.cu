@@ -226,7 +226,7 @@ HeldCall<T> planned(const RlsUpdate<T>& a, void* workspace = nullptr) {
   call.held = a.held, call.state = a.held_state, call.hold = a.hold;
   Layer<T>& layer = call.layer = layer_of(a);
   layer.workspace = static_cast<unsigned char*>(workspace);
-  layer.split_rows = split_rows(a.batch * layer.strips() * a.n, layer);
+  layer.split_rows = split_rows(a.batch * layer.strips() * a.n);
   const int64_t share = kApplyBlocks / std::max<int64_t>(1, a.batch);
   call.apply_blocks = uint32_t(std::clamp<int64_t>(share, 1, std::max(1u, layer.tiles())));
   return call;

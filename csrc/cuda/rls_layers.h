@@ -110,12 +110,9 @@ Layer<T> layer_of(const RlsUpdate<T>& a) {
 }
 
 // Rows of a split, such that streamed layers of `area` rows in all strips make about kTargetBlocks
-// blocks of equal area; the partial sums that a split writes are at most a quarter of what it
-// reads.
-template <class T>
-uint32_t split_rows(int64_t area, const Layer<T>& layer) {
-  const int64_t least = std::max<int64_t>(kSlice, 4 * layer.rank);
-  const int64_t rows = std::max(least, (area + kTargetBlocks - 1) / kTargetBlocks);
+// blocks of equal area; of one of few rows, each pass over it waits more than it reads or writes.
+inline uint32_t split_rows(int64_t area) {
+  const int64_t rows = std::max<int64_t>(1, (area + kTargetBlocks - 1) / kTargetBlocks);
   return uint32_t((rows + kSlice - 1) / kSlice * kSlice);
 }
 

@@ -97,7 +97,7 @@ std::vector<Layer<T>> planned(const RlsUpdate<T>* layers, int64_t count) {
     plan.push_back(layer);
   }
   for (auto& layer : plan) {
-    layer.split_rows = layer.whole() ? kWholeColumns : split_rows(area, layer);
+    layer.split_rows = layer.whole() ? kWholeColumns : split_rows(area);
     for (Phase phase : {kProject, kSolve, kUpdate}) {
       end[phase] += layer.blocks(phase);
       if (end[phase] > INT32_MAX) throw std::runtime_error("P is too large for one launch");
