@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support.compare import assert_close, random_spd, wide
+from support.compare import assert_close, assert_same_by_any_threads, random_spd, wide
 
 import rlscuda.functional as RF
 from rlscuda import _C, RLSFilter, reference
@@ -65,20 +65,18 @@ def test_symmetric_to_the_bit(dtype, rank):
 @pytest.mark.parametrize("n", [300, 601])
 @pytest.mark.parametrize("rank", [1, 4, 39, 64])
 def test_threads_change_nothing_of_a_large_matrix(n, rank):
-    start, S = random_spd(n, dtype=torch.float32), torch.randn(rank, n)
-    exact = reference.rls_update(start.double(), S.double(), 0.98, 0.5)[0]
-    results = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        P = start.clone()
-        try:
-            RF.rls_update_(P, S, 0.98, 0.5)
-        finally:
-            torch.set_num_threads(1)
+    def make():
+        return random_spd(n, dtype=torch.float32), torch.randn(rank, n)
+
+    def run(given):
+        P, S = given
+        exact = reference.rls_update(P.double(), S.double(), 0.98, 0.5)[0]
+        RF.rls_update_(P, S, 0.98, 0.5)
+        assert_close(P, exact, scale=50)
         assert torch.equal(P, P.T)
-        results.append(P)
-    assert_close(results[0], exact, scale=50)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+        return [P]
+
+    assert_same_by_any_threads(make, run)
 
 
 def test_rows_need_not_be_contiguous():

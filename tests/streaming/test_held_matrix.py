@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from support.compare import assert_exact, random_spd
+from support.compare import assert_exact, assert_same_by_any_threads, random_spd
 
 import rlscuda.functional as RF
 from rlscuda import HeldMatrix
@@ -86,18 +86,14 @@ def test_errors_of_a_matrix(call, message):
 
 @pytest.mark.parametrize("rank", [1, 4])
 def test_threads_change_nothing_of_a_large_matrix(rank):
-    results = []
-    for threads in (1, 2, 3):
-        torch.manual_seed(0)
-        torch.set_num_threads(threads)
-        try:
-            matrix = HeldMatrix(random_spd(601, dtype=torch.float32), rank, hold=5)
-            for _ in range(8):
-                matrix.update(torch.randn(rank, 601), 0.98, 0.5)
-            results.append(matrix.P)
-        finally:
-            torch.set_num_threads(1)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    def run(matrix):
+        for _ in range(8):
+            matrix.update(torch.randn(rank, 601), 0.98, 0.5)
+        return [matrix.P]
+
+    assert_same_by_any_threads(
+        lambda: HeldMatrix(random_spd(601, dtype=torch.float32), rank, hold=5), run
+    )
 
 
 @pytest.mark.parametrize("options", [

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from support.compare import assert_close, assert_exact, random_spd
+from support.compare import assert_close, assert_exact, assert_same_by_any_threads, random_spd
 
 import rlscuda.functional as RF
 from rlscuda import _C
@@ -257,19 +257,17 @@ def test_a_turn_that_is_none_reads_nothing_beyond_P(turn):
 
 
 def test_threads_change_nothing():
-    banks = [Bank(300, 20, rule="forgetting") for _ in range(2)]
-    for own, other in zip(banks[0].tensors(), banks[1].tensors()):
-        own.copy_(other)
-    before = torch.get_num_threads()
-    samples = [banks[0].sample() for _ in range(3)]
-    try:
-        for threads, bank in zip((1, 3), banks):
-            torch.set_num_threads(threads)
-            for x, y in samples:
-                bank.apply(x, y)
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(banks[0].tensors(), banks[1].tensors()))
+    def make():
+        bank = Bank(300, 20, rule="forgetting")
+        return bank, [bank.sample() for _ in range(3)]
+
+    def run(given):
+        bank, samples = given
+        for x, y in samples:
+            bank.apply(x, y)
+        return bank.tensors()
+
+    assert_same_by_any_threads(make, run)
 
 
 WRONG = {

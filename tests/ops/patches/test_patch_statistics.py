@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.compare import assert_same_by_any_threads
 from support.operators import row_mean, row_sketch
 from support.patch_cases import CASES
 
@@ -87,27 +88,19 @@ def test_samples_of_micro_batches_combine():
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_threads_do_not_change_a_bit(case, threads):
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_threads_do_not_change_a_bit(case, memory_format):
     x = case.input()
     many = torch.cat([x] * (1 + 400000 // x.numel()))[:400]
-    for batch in (many, many.to(memory_format=torch.channels_last)):
-        results = []
-        for count in (1, 2, 3):
-            threads(count)
-            sketch = RF.patch_sketch(batch, case.kernel_size, rank=2, seed=1, **case.options)
-            sample, keys = RF.patch_sample(batch, case.kernel_size, rank=2, seed=1, **case.options)
-            mean = RF.patch_mean(batch, case.kernel_size, **case.options)
-            results.append((mean, sketch, sample, keys))
-        assert all(
-            torch.equal(a, b) for r in results[1:] for a, b in zip(results[0], r, strict=True)
-        )
 
+    def run(batch):
+        sketch = RF.patch_sketch(batch, case.kernel_size, rank=2, seed=1, **case.options)
+        sample, keys = RF.patch_sample(batch, case.kernel_size, rank=2, seed=1, **case.options)
+        return RF.patch_mean(batch, case.kernel_size, **case.options), sketch, sample, keys
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+    assert_same_by_any_threads(
+        lambda: torch.randn_like(many).contiguous(memory_format=memory_format), run
+    )
 
 
 @pytest.mark.parametrize("shape", [(60000, 9), (60000, 3), (50000, 2, 2, 1), (3, 1, 300, 400)])

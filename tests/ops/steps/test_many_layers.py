@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from support.compare import TOLERANCE, assert_close, random_spd
+from support.compare import TOLERANCE, assert_close, assert_same_by_any_threads, random_spd
 from support.op_cases import VALID
 from torch import Tensor
 
@@ -202,16 +202,13 @@ def test_products_are_completed_and_measured(compute, storage, repeat):
 
 @pytest.mark.parametrize("c, n", [(300, 785), (1, 40_000)])
 def test_norms_do_not_depend_on_the_threads(c, n):
-    product, weight = torch.randn(c, n), torch.randn(c, n)
-    none, threads, results = torch.empty(0), torch.get_num_threads(), []
-    try:
-        for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            lists = [[product.clone()], [weight], *([none] for _ in range(3))]
-            results.append(_ops.foreach_complete_products_(*lists, [1]))
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    def run(lists):
+        return [_ops.foreach_complete_products_(*lists, [1])]
+
+    none = torch.empty(0)
+    assert_same_by_any_threads(
+        lambda: [[torch.randn(c, n)], [torch.randn(c, n)], [none], [none], [none]], run
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])

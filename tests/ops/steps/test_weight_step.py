@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support.compare import TOLERANCE, random_spd
+from support.compare import TOLERANCE, assert_same_by_any_threads, random_spd
 from support.operators import adaptive_weight_step_, nonfinite, weight_step_
 
 from rlscuda import reference
@@ -217,16 +217,14 @@ def test_weight_without_columns_moves_its_bias():
 
 
 def test_many_rows_on_many_threads_are_the_same_bits():
-    results = []
-    for threads in (1, 3):
-        p = Problem((300, 257), torch.float32, torch.float32)
-        torch.set_num_threads(threads)
-        try:
-            p.step(lr=0.1, h=p.h, divide_by_h=True)
-        finally:
-            torch.set_num_threads(1)
-        results.append(p.weight)
-    assert torch.equal(*results)
+    def run(p):
+        p.step(lr=0.1, h=p.h, divide_by_h=True)
+        return [p.weight]
+
+    options = {"compute": torch.float32, "storage": torch.float32}
+    assert_same_by_any_threads(
+        lambda: Problem((300, 257), seed=torch.initial_seed(), **options), run
+    )
 
 
 @pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16])

@@ -98,6 +98,18 @@ def test_an_update_has_the_rows_of_all_its_steps(form, summary, rows):
         optimizer.step()
 
 
+@pytest.mark.parametrize("fan_in, rank, rows", [(4, 4, 8), (60, 40, 64), (60, 16, 48), (2, 16, 16)])
+def test_but_no_more_rows_than_a_matrix_needs(fan_in, rank, rows):
+    model = nn.Linear(fan_in, 2, bias=False)
+    optimizer = make(model, rank=rank)
+    for expected in [rank, rank, rank, rank, 0, rows]:
+        optimizer.zero_grad()
+        model(torch.randn(8, fan_in)).square().mean().backward()
+        summary = optimizer._registry.stages[model.weight].summary
+        assert (summary.rows.shape[1] if summary else 0) == expected
+        optimizer.step()
+
+
 def test_nothing_is_seen_of_an_input_that_does_not_matter():
     model = mlp()
     optimizer = make(model)

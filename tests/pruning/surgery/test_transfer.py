@@ -201,7 +201,9 @@ def test_groups_keep_their_options():
     prune(model, optimizer)
     assert options() == before
     assert all(a is g["params"] for a, g in zip(lists, optimizer.param_groups))
-    assert optimizer._registry.covered[model[0].weight].group is optimizer.param_groups[0]
+    covered = optimizer._registry.covered[model[0].weight]
+    assert covered.group is optimizer.param_groups[0]
+    assert covered.stage is optimizer._registry.stages[model[0].weight]
     assert lists[0] == [model[0].weight]
 
 
