@@ -127,10 +127,9 @@ void update_matrix(const RlsUpdate<T>& args, const UpdateRule& rule, int64_t b, 
   if (!rows_enter(args, rule, b, U, health, [&] { return dot_rows(S, S, r * n); }, gain)) return;
 
   const int64_t grain = std::max<int64_t>(8, kGrain / std::max<int64_t>(1, n * r) + 1);
-  constexpr int64_t kNearCache = 1 << 20;  // bytes of P above which reading half of it pays
   if (args.projection) {
     std::copy_n(args.projection, r * n, U);
-  } else if (r == 1 && n * n * int64_t(sizeof(T)) > kNearCache) {
+  } else if (r == 1 && n * n * int64_t(sizeof(T)) > near_bytes()) {
     symmetric_project(P, S, U, n, [](auto... rows) {
       at_width(true, [&](auto width) { symmetric_rows(width, rows...); });
     });

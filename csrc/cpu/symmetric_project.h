@@ -8,11 +8,26 @@
 #include <algorithm>
 #include <cmath>
 
+#if __has_include(<unistd.h>)
+#include <unistd.h>
+#endif
+
 #include "parallel.h"
 #include "scratch.h"
 #include "simd.h"
 
 namespace rlscuda {
+
+// Bytes of a P that two cores keep in their L2 caches from one pass to the next, where both passes
+// give each core the same rows, as this one does not. Of two whatever the number of threads, which
+// results do not depend on.
+inline int64_t near_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (cache > 0) return 2 * cache;
+#endif
+  return 1 << 20;
+}
 
 // Adds to u the part of P s that the rows [i, i + ROWS) of the lower triangle make.
 template <int BYTES, int ROWS, class T>

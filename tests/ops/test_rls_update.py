@@ -1,5 +1,6 @@
 """rls_update_ against its specification, its bit symmetry, its guards and its errors."""
 
+import itertools
 import math
 
 import pytest
@@ -62,11 +63,15 @@ def test_symmetric_to_the_bit(dtype, rank):
             assert torch.equal(P, P.mH), n
 
 
-@pytest.mark.parametrize("n", [300, 601])
-@pytest.mark.parametrize("rank", [1, 4, 39, 64])
+@pytest.mark.parametrize("n, rank", [
+    *itertools.product([300, 601], [1, 4, 39, 64]),
+    (1500, 1),  # beyond the near caches half of P is read
+])  # fmt: skip
 def test_threads_change_nothing_of_a_large_matrix(n, rank):
     def make():
-        return random_spd(n, dtype=torch.float32), torch.randn(rank, n)
+        A = torch.randn(n, 8) / 3
+        P = torch.eye(n) + A @ A.T
+        return (P + P.T) / 2, torch.randn(rank, n)
 
     def run(given):
         P, S = given
