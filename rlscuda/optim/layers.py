@@ -124,7 +124,9 @@ class Layer:
 
     def as_rows(self, like_weight: Tensor) -> Tensor:
         """A tensor of the weight's shape as [c, columns]."""
-        return like_weight.t() if self.transposed else like_weight.flatten(1)
+        if self.transposed:
+            return like_weight.t()
+        return like_weight if like_weight.dim() == 2 else like_weight.flatten(1)
 
     def from_rows(self, rows: Tensor) -> Tensor:
         """What `as_rows` gives, in the weight's shape again."""

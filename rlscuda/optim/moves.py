@@ -67,7 +67,7 @@ class Move:
     @property
     def outputs(self) -> int:
         """The rows of its weight that are here."""
-        return len(self.grad)
+        return self.grad.shape[0]
 
     @property
     def rows(self) -> Tensor:

@@ -179,7 +179,7 @@ def check_fits(layer: Layer, state: Mapping[str, Any], group: dict[str, Any]) ->
         )
     rows = layer.outputs
     moment = state.get("first_moment", state.get("momentum_buffer"))
-    same_rows = moment is None or len(moment) == rows
+    same_rows = moment is None or moment.shape[0] == rows
     if not same_rows or weight.numel() != rows * layer.columns:
         expected = [rows if moment is None else len(moment), layer.fan_in]
         raise ValueError(f"the weight of {layer.name!r} must be {expected} with its bias, got "
