@@ -42,7 +42,7 @@ class UpdateCase:
 
 UPDATES = [
     *(UpdateCase(n) for n in (64, 128, 256, 512, 1024, 4096, 8192)),
-    *(UpdateCase(n, rank=16) for n in (128, 512, 1024)),
+    *(UpdateCase(n, rank) for rank in (16, 64) for n in (128, 512, 1024)),
     UpdateCase(10, batch=256),
 ]
 

@@ -14,6 +14,7 @@ from benchmarks.operators.updates import GAIN, UPDATES, held_updates, ours
 CASES = [
     *(shapes.UpdateCase(n) for n in (512, 1024, 2048, 4096, 8192)),
     *(shapes.UpdateCase(n, rank=16) for n in (512, 2048, 4096)),
+    *(shapes.UpdateCase(n, rank=64) for n in (512, 2048)),
     shapes.UpdateCase(64, batch=256),
 ]
 STREAMS = [shapes.UpdateCase(n) for n in (1000, 2000, 5000, 10000)]
