@@ -231,16 +231,16 @@ def staleness(hashes: set[str], of: str = "times", name: str = "") -> str:
 
 
 def grid_provenance(document: dict) -> str:
-    """Where, when and with what a grid was made; the machine is that of its last sitting."""
+    """Where, when and with what a grid was made; versions are those of its last sitting."""
     sittings = document["environments"]
     hashes = {sitting["source_hash"] for sitting in sittings}
-    machine = sittings[-1]
+    machine, names = sittings[-1], " and ".join(dict.fromkeys(s["cpu"] for s in sittings))
     library = ", ".join(
         f"{name} {machine[name]}" for name in (*environment.versions(), *LIBRARIES)
         if name in machine
     )  # fmt: skip
     text = (
-        f"{len(document['runs'])} runs on {machine['cpu']}, {machine['cores']} cores, one thread a "
+        f"{len(document['runs'])} runs on {names}, {machine['cores']} cores, one thread a "
         f"run; {library}; kernels {', '.join(sorted(hashes))}; {machine['started'][:10]}."
     )
     return text + staleness(hashes, of="trains")
