@@ -61,15 +61,20 @@ def update_matrices(chunk: list[Move], group: dict[str, Any], found_inf: Tensor 
 
 
 def _at_rest(chunk: list[Move], found_inf: Tensor | None) -> Tensor:
-    """What stands for the h of matrices that rest, for which a step counts all the same."""
-    counters = [move.state["health"] for move in first_of_each(chunk).values()]
-    one = counters[0].new_zeros(len(_C.health_slots))
-    one[_C.health_slots.index("steps")] = 1
+    """What stands for the h of matrices that rest, whose step counts all the same, or is refused."""
+    states = [move.state for move in first_of_each(chunk).values()]
+    counters = [state["health"] for state in states]
+    taken, refused = counters[0].new_zeros(2, len(_C.health_slots))
+    taken[_C.health_slots.index("steps")] = refused[_C.health_slots.index("refused")] = 1
     h = chunk[0].state["P"].new_ones(sum(move.layer.groups for move in chunk))
-    if found_inf is not None:
-        one.masked_fill_(found_inf, 0)
+    if found_inf is None:
+        counts = [taken] * len(counters)
+    else:
         h.masked_fill_(found_inf, math.nan)
-    foreach_add_(counters, [one] * len(counters))
+        matrices = [len(state["P"]) if state["P"].dim() == 3 else 1 for state in states]
+        of = {count: torch.where(found_inf, count * refused, taken) for count in {*matrices}}
+        counts = [of[count] for count in matrices]
+    foreach_add_(counters, counts)
     return h
 
 

@@ -1,6 +1,7 @@
 """`interval`: `P` updated in one step of several, once its gain has come down."""
 
 import copy
+import dataclasses
 import io
 import re
 from unittest import mock
@@ -167,11 +168,12 @@ def test_a_resumed_run_goes_on_to_the_same_bits(form, at):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_gradient_that_is_not_finite_voids_a_step_without_an_update(form):
+@pytest.mark.parametrize("interval", [1, INTERVAL])
+def test_a_gradient_that_is_not_finite_voids_a_step_with_or_without_an_update(form, interval):
     model = cnn()
-    optimizer = make(model, form)
+    optimizer = make(model, form, interval=interval)
     train(model, optimizer, 6)
-    before = snapshot(model, optimizer)
+    before, counts = snapshot(model, optimizer), copy.deepcopy(optimizer.health())
     optimizer.zero_grad()
     model(torch.randn(8, 2, 6, 6)).square().mean().backward()
     model[0].weight.grad[0, 0] = torch.nan
@@ -179,7 +181,11 @@ def test_a_gradient_that_is_not_finite_voids_a_step_without_an_update(form):
                   for k in ("step", "exp_avg", "exp_avg_sq")}  # fmt: skip
     optimizer.step()
     changed = differing(before, snapshot(model, optimizer)) - batch_norm
-    assert {name.split(".")[-1] for name in changed} == {"step"}
+    assert {name.split(".")[-1] for name in changed} == {"step", "health"}
+    for name, row in optimizer.health().items():
+        P = optimizer.state[dict(model.named_modules())[name].weight]["P"]
+        matrices = len(P) if P.dim() == 3 else 1
+        assert row == dataclasses.replace(counts[name], refused=matrices)
 
 
 @pytest.mark.parametrize("form", FORMS)
