@@ -61,7 +61,7 @@ def update_matrices(chunk: list[Move], group: dict[str, Any], found_inf: Tensor 
 
 
 def _at_rest(chunk: list[Move], found_inf: Tensor | None) -> Tensor:
-    """What stands for the h of matrices that rest, whose step counts all the same, or is refused."""
+    """What stands for the h of matrices that rest; the step counts all the same, or is refused."""
     states = [move.state for move in first_of_each(chunk).values()]
     counters = [state["health"] for state in states]
     taken, refused = counters[0].new_zeros(2, len(_C.health_slots))
